@@ -1,0 +1,166 @@
+"""The lowest nouns: which expert, what it computes, where its tensors lie in its bytes.
+
+An expert is described by data, not by a class for each family:
+
+    y = down @ gate(up_projection @ x + bias) + bias, optionally RMS-normalized
+
+Its bytes (its *blob*) hold the tensors of `ExpertSpec.tensors` one after the other, each aligned to 64 bytes,
+little-endian: the projection into the intermediate size (gate's rows first, then up's), its bias, the projection
+back, its bias, the norm's weight. Projections are [out, in] in the spec's format; biases and norms are f32,
+which holds every 16-bit source exactly. Transposed or interleaved checkpoints are laid out like this while they
+are read (coordinator/checkpoints), so that kernels know one layout.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+Format = Literal["f32", "bf16", "f16"]
+
+ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
+FORMAT_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2}
+
+# Bounds on what a manifest may claim, checked before anything is allocated.
+MAX_LAYERS = 1024
+MAX_EXPERTS = 65_536
+MAX_TOP_K = 64
+MAX_SIZE = 65_536  # hidden and intermediate size
+
+
+class GeometryError(ValueError):
+    """A description of experts that cannot be; its text is one sentence for a person."""
+
+
+class ExpertId(NamedTuple):
+    """One routed expert: the ordinal of its MoE layer (not of the decoder layer), its number in that layer."""
+
+    layer: int
+    expert: int
+
+
+class TensorPlace(NamedTuple):
+    """Where one tensor lies in an expert's blob: offset and size in bytes, both of the tensor itself."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertSpec:
+    """What the experts of one layer compute.
+
+    Gated: `act(min(g, limit)) * (clamp(u, ±limit) + up_offset)`; otherwise `act(u)`. With
+    `limit_after_activation` the bound applies to `act(g)` instead of `g` (Step-3.7). `alpha` scales silu's
+    sigmoid: x * sigmoid(alpha * x) (gpt-oss: alpha 1.702, limit 7, up_offset 1). The optional norm is
+    y * rsqrt(mean(y²) + eps) * weight, weight being the blob's.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+    gated: bool = True
+    alpha: float = 1.0
+    limit: float | None = None
+    limit_after_activation: bool = False
+    up_offset: float = 0.0
+    bias: bool = False
+    post_norm_eps: float | None = None
+    format: Format = "bf16"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) or not 1 <= size <= MAX_SIZE:
+                raise GeometryError(f"An expert's {name} must be 1 to {MAX_SIZE}, not {size!r}.")
+        if self.activation not in get_args(Activation):
+            choices = ", ".join(get_args(Activation))
+            raise GeometryError(f"Unknown activation {self.activation!r}; known are {choices}.")
+        if self.format not in FORMAT_BYTES:
+            raise GeometryError(f"Unknown format {self.format!r}; known are {', '.join(FORMAT_BYTES)}.")
+        numbers = [self.alpha, self.up_offset]
+        numbers += [n for n in (self.limit, self.post_norm_eps) if n is not None]
+        if not all(math.isfinite(n) for n in numbers):
+            raise GeometryError("An expert's alpha, limit, offset and epsilon must be finite numbers.")
+        if self.alpha != 1.0 and self.activation != "silu":
+            raise GeometryError(f"alpha belongs to silu; {self.activation} has none.")
+
+    @property
+    def projected_size(self) -> int:
+        """Rows of the first projection: gate and up, or up alone."""
+        return 2 * self.intermediate_size if self.gated else self.intermediate_size
+
+    @property
+    def tensors(self) -> tuple[TensorPlace, ...]:
+        """The blob's tensors in order: `up`, `up_bias`, `down`, `down_bias`, `post_norm` (those that exist)."""
+        wanted: list[tuple[str, tuple[int, ...], Format]] = [
+            ("up", (self.projected_size, self.hidden_size), self.format)
+        ]
+        if self.bias:
+            wanted.append(("up_bias", (self.projected_size,), "f32"))
+        wanted.append(("down", (self.hidden_size, self.intermediate_size), self.format))
+        if self.bias:
+            wanted.append(("down_bias", (self.hidden_size,), "f32"))
+        if self.post_norm_eps is not None:
+            wanted.append(("post_norm", (self.hidden_size,), "f32"))
+        places: list[TensorPlace] = []
+        offset = 0
+        for name, shape, fmt in wanted:
+            nbytes = math.prod(shape) * FORMAT_BYTES[fmt]
+            places.append(TensorPlace(name, shape, fmt, offset, nbytes))
+            offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        return tuple(places)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one expert's blob, padding included."""
+        last = self.tensors[-1]
+        return last.offset + -(-last.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """One MoE layer: how many experts it has, how many of them a token is sent to, what each computes."""
+
+    experts: int
+    top_k: int
+    spec: ExpertSpec
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts <= MAX_EXPERTS:
+            raise GeometryError(f"A layer must have 1 to {MAX_EXPERTS} experts, not {self.experts!r}.")
+        if not 1 <= self.top_k <= min(self.experts, MAX_TOP_K):
+            raise GeometryError(f"top_k must be 1 to {min(self.experts, MAX_TOP_K)}, not {self.top_k!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """All routed experts of one model.
+
+    `fingerprint` is 64 hexadecimal digits that change when any weight may have changed; nodes keep their
+    disk cache by it.
+    """
+
+    name: str
+    fingerprint: str
+    layers: tuple[LayerGeometry, ...]
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.layers) <= MAX_LAYERS:
+            raise GeometryError(f"A model must have 1 to {MAX_LAYERS} MoE layers, not {len(self.layers)}.")
+        if len(self.fingerprint) != 64 or set(self.fingerprint) - set("0123456789abcdef"):
+            raise GeometryError("A model's fingerprint must be 64 hexadecimal digits.")
+        if not 1 <= len(self.name) <= 256:
+            raise GeometryError("A model's name must have 1 to 256 characters.")
+
+    def nbytes(self, expert: ExpertId) -> int:
+        """Bytes of one expert's blob."""
+        return self.layers[expert.layer].spec.nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all experts' blobs."""
+        return sum(layer.experts * layer.spec.nbytes for layer in self.layers)

@@ -1,0 +1,102 @@
+"""Channel options, size limits and TLS credentials of both sides of every internal channel.
+
+Names, not addresses, are what certificates say: a caller checks that the other side is `coordinator` or the node
+that it meant to reach, whatever address that has today.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import grpc
+import grpc.aio
+
+MAX_MESSAGE_BYTES = 80 << 20  # a chunk of hidden states (64 MiB), its routing and some room
+MAX_CONTROL_BYTES = 8 << 20  # anything that carries no tensors
+MAX_CLIENT_BYTES = 16 << 20  # a client's prompt or chat
+
+COORDINATOR_NAME = "coordinator.moehive"  # in the coordinator's certificate
+
+
+def node_dns_name(node: str) -> str:
+    """The name in a node's certificate."""
+    return f"{node}.node.moehive"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """One side's private key, its certificate (then the CA's), and the CA that it trusts; all PEM."""
+
+    key_pem: bytes
+    chain_pem: bytes
+    ca_pem: bytes
+
+
+def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
+    """gRPC channel arguments: size limits, keepalive that notices a dead machine in about 15 s, no retries."""
+    return [
+        ("grpc.max_receive_message_length", max_bytes),
+        ("grpc.max_send_message_length", max_bytes),
+        ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
+        ("grpc.enable_retries", 0),
+        ("grpc.min_reconnect_backoff_ms", 100),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+    ]
+
+
+def open_channel(address: str, identity: Identity, server_name: str) -> grpc.aio.Channel:
+    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`."""
+    credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.chain_pem)
+    override = [("grpc.ssl_target_name_override", server_name)]
+    return grpc.aio.secure_channel(address, credentials, options=options() + override)
+
+
+def server_credentials(current: Callable[[], Identity]) -> grpc.ServerCredentials:
+    """Mutual-TLS credentials for a server; `current` is asked at each handshake, so a renewed certificate is used."""
+
+    def configuration() -> grpc.ServerCertificateConfiguration:
+        identity = current()
+        return grpc.ssl_server_certificate_configuration(
+            [(identity.key_pem, identity.chain_pem)], identity.ca_pem
+        )
+
+    return grpc.dynamic_ssl_server_credentials(
+        configuration(), lambda: configuration(), require_client_authentication=True
+    )
+
+
+def peer_names(context: grpc.aio.ServicerContext) -> frozenset[str]:
+    """The DNS names in the caller's certificate; empty on a channel without one."""
+    auth: dict[str, list[bytes]] = context.auth_context() or {}  # pyright: ignore
+    names = auth.get("x509_subject_alternative_name", [])
+    return frozenset(name.decode("ascii", "replace") for name in names)
+
+
+def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+    """Binds a server to host:port (0: any free one) and returns the port.
+
+    Raises OSError with one sentence when the port is taken or the address is not this machine's.
+    """
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    try:
+        if credentials is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, credentials)
+    except RuntimeError as error:
+        bound = 0
+        reason: BaseException | None = error
+    else:
+        reason = None
+    if bound == 0:
+        raise OSError(
+            f"Cannot listen on {address}: the port is in use or the address is not this machine's. "
+            "Stop the other program or choose another port."
+        ) from reason
+    return bound

@@ -1,0 +1,100 @@
+"""Requests and replies of the hop as tensors: raw little-endian bytes, every size checked before use; no pickle."""
+
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import experts_pb2 as pb
+
+MAX_TOKENS = 8192
+MAX_HIDDEN = 65_536
+MAX_LAYER = 1023
+MAX_TENSOR_BYTES = 64 << 20
+MAX_PAIRS_PER_TOKEN = 64
+MAX_EXPERT = 65_535
+
+DTYPES: dict[int, torch.dtype] = {pb.DTYPE_F32: torch.float32, pb.DTYPE_BF16: torch.bfloat16}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+if sys.byteorder != "little":
+    raise ImportError("Moehive's wire is little-endian; this machine is not.")
+
+
+class WireError(ValueError):
+    """A message outside its bounds; its text is one sentence."""
+
+
+class Routing(NamedTuple):
+    """CSR lists: the pairs of token t are [offsets[t], offsets[t + 1])."""
+
+    offsets: np.ndarray  # uint32 [tokens + 1]
+    experts: np.ndarray  # uint32 [pairs]
+    weights: np.ndarray  # f32 [pairs]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """A contiguous CPU tensor's bytes (one copy)."""
+    flat = tensor.contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str) -> torch.Tensor:
+    if rows * columns * dtype.itemsize != len(data):
+        raise WireError(f"{what} has {len(data)} bytes where [{rows}, {columns}] of {dtype} was announced.")
+    # One copy: the message's bytes are immutable and need not be aligned, what computes needs both otherwise.
+    tensor = torch.empty((rows, columns), dtype=dtype)
+    if data:
+        tensor.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)
+    return tensor
+
+
+def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
+    """Hidden states [tokens, hidden] and routing of a request. Raises WireError."""
+    tokens, hidden = request.tokens, request.hidden_size
+    if not 1 <= tokens <= MAX_TOKENS or not 1 <= hidden <= MAX_HIDDEN or request.layer > MAX_LAYER:
+        raise WireError(
+            f"tokens ({tokens}), hidden_size ({hidden}) or layer ({request.layer}) is out of bounds."
+        )
+    if request.reduction not in (pb.REDUCTION_PARTIAL_SUM, pb.REDUCTION_PER_EXPERT):
+        raise WireError(f"Unknown reduction {request.reduction}.")
+    dtype = DTYPES.get(request.dtype)
+    if dtype is None:
+        raise WireError(f"Unknown dtype {request.dtype}.")
+    if tokens * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
+        raise WireError(f"[{tokens}, {hidden}] of {dtype} is over {MAX_TENSOR_BYTES} bytes.")
+    if len(request.offsets) != 4 * (tokens + 1):
+        raise WireError(f"offsets has {len(request.offsets)} bytes for {tokens} tokens.")
+    offsets = np.frombuffer(request.offsets, dtype="<u4")
+    pairs = int(offsets[-1])
+    if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]) or pairs > MAX_PAIRS_PER_TOKEN * tokens:
+        raise WireError("offsets must start at 0, never decrease and list at most 64 experts a token.")
+    if len(request.experts) != 4 * pairs or len(request.weights) != 4 * pairs:
+        raise WireError(f"experts and weights must have {pairs} entries, as offsets says.")
+    rows = pairs if request.reduction == pb.REDUCTION_PER_EXPERT else tokens
+    if rows * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
+        raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
+    experts = np.frombuffer(request.experts, dtype="<u4")
+    weights = np.frombuffer(request.weights, dtype="<f4")
+    if pairs and (int(experts.max()) > MAX_EXPERT or not bool(np.isfinite(weights).all())):
+        raise WireError("An expert's number is over 65,535 or a weight is not finite.")
+    states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
+    return states, Routing(offsets, experts, weights)
+
+
+def write_request(request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing) -> None:
+    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU."""
+    request.tokens, request.hidden_size = hidden.shape
+    request.dtype = CODES[hidden.dtype]  # pyright: ignore[reportAttributeAccessIssue]
+    request.hidden_states = tensor_bytes(hidden)
+    request.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
+    request.experts = routing.experts.astype("<u4", copy=False).tobytes()
+    request.weights = routing.weights.astype("<f4", copy=False).tobytes()
+
+
+def read_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    """A reply's rows [rows, hidden]. Raises WireError when it does not answer what was asked, or is not finite."""
+    if reply.rows != rows:
+        raise WireError(f"The reply has {reply.rows} rows where {rows} were asked for.")
+    return _tensor(reply.values, dtype, rows, hidden, "values")
