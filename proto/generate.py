@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from grpc_tools import protoc  # pyright: ignore[reportMissingTypeStubs]
+from grpc_tools import protoc
 
 PROTO = Path(__file__).resolve().parent
 
@@ -17,7 +17,7 @@ def generate(out: Path) -> list[Path]:
     """Writes `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` under `out`; returns the files."""
     sources = [f"moehive/proto/{p.name}" for p in sorted(PROTO.glob("*.proto"))]
     arguments = ["protoc", f"-Imoehive/proto={PROTO}", f"--python_out={out}", f"--pyi_out={out}"]
-    if protoc.main([*arguments, f"--grpc_python_out={out}", *sources]) != 0:  # pyright: ignore
+    if protoc.main([*arguments, f"--grpc_python_out={out}", *sources]) != 0:  # type: ignore[no-untyped-call]
         raise SystemExit("protoc failed: see its message above.")
     return sorted((out / "moehive" / "proto").iterdir())
 
