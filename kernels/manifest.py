@@ -18,9 +18,7 @@ def to_bytes(manifest: Manifest) -> bytes:
         "version": VERSION,
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
-        "kinds": [
-            {"experts": kind.experts, "top_k": kind.top_k, "spec": asdict(kind.spec)} for kind in kinds
-        ],
+        "kinds": [{"experts": kind.experts, "top_k": kind.top_k, "spec": asdict(kind.spec)} for kind in kinds],
         "layers": [kinds.index(layer) for layer in manifest.layers],
     }
     return cast(bytes, msgpack.packb(packed))
@@ -40,8 +38,7 @@ def from_bytes(data: bytes) -> Manifest:
     try:
         if packed["version"] != VERSION:
             raise GeometryError(
-                f"The manifest has version {packed['version']!r}; this build reads {VERSION}. "
-                "Update the older side."
+                f"The manifest has version {packed['version']!r}; this build reads {VERSION}. Update the older side."
             )
         kinds = [_layer(kind) for kind in packed["kinds"]]
         order: list[Any] = packed["layers"]

@@ -6,6 +6,7 @@ that it meant to reach, whatever address that has today.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -62,19 +63,16 @@ def server_credentials(current: Callable[[], Identity]) -> grpc.ServerCredential
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         identity = current()
-        return grpc.ssl_server_certificate_configuration(
-            [(identity.key_pem, identity.chain_pem)], identity.ca_pem
-        )
+        return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.chain_pem)], identity.ca_pem)
 
     return grpc.dynamic_ssl_server_credentials(
         configuration(), lambda: configuration(), require_client_authentication=True
     )
 
 
-def peer_names(context: grpc.aio.ServicerContext) -> frozenset[str]:
+def peer_names(context: grpc.aio.ServicerContext[Any, Any]) -> frozenset[str]:
     """The DNS names in the caller's certificate; empty on a channel without one."""
-    auth: dict[str, list[bytes]] = context.auth_context() or {}  # pyright: ignore
-    names = auth.get("x509_subject_alternative_name", [])
+    names = (context.auth_context() or {}).get("x509_subject_alternative_name", ())
     return frozenset(name.decode("ascii", "replace") for name in names)
 
 

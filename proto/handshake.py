@@ -27,7 +27,7 @@ def metadata() -> tuple[tuple[str, str], ...]:
 
 def mismatch(received: Iterable[tuple[str, str | bytes]]) -> str | None:
     """None when a caller with this metadata can be talked to, else the sentence that says why not."""
-    values = {key: value for key, value in received}
+    values = dict(received)
     theirs = values.get(PROTOCOL_KEY)
     if theirs == str(PROTOCOL):
         return None

@@ -15,7 +15,7 @@ MAX_TENSOR_BYTES = 64 << 20
 MAX_PAIRS_PER_TOKEN = 64
 MAX_EXPERT = 65_535
 
-DTYPES: dict[int, torch.dtype] = {pb.DTYPE_F32: torch.float32, pb.DTYPE_BF16: torch.bfloat16}
+DTYPES: dict[pb.Dtype, torch.dtype] = {pb.DTYPE_F32: torch.float32, pb.DTYPE_BF16: torch.bfloat16}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 if sys.byteorder != "little":
@@ -43,7 +43,7 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str) -> torch.Tensor:
     if rows * columns * dtype.itemsize != len(data):
         raise WireError(f"{what} has {len(data)} bytes where [{rows}, {columns}] of {dtype} was announced.")
-    # One copy: the message's bytes are immutable and need not be aligned, what computes needs both otherwise.
+    # One copy: the message's bytes are immutable and need not be aligned, what computes wants both.
     tensor = torch.empty((rows, columns), dtype=dtype)
     if data:
         tensor.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)
@@ -54,9 +54,7 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     """Hidden states [tokens, hidden] and routing of a request. Raises WireError."""
     tokens, hidden = request.tokens, request.hidden_size
     if not 1 <= tokens <= MAX_TOKENS or not 1 <= hidden <= MAX_HIDDEN or request.layer > MAX_LAYER:
-        raise WireError(
-            f"tokens ({tokens}), hidden_size ({hidden}) or layer ({request.layer}) is out of bounds."
-        )
+        raise WireError(f"tokens ({tokens}), hidden_size ({hidden}) or layer ({request.layer}) is out of bounds.")
     if request.reduction not in (pb.REDUCTION_PARTIAL_SUM, pb.REDUCTION_PER_EXPERT):
         raise WireError(f"Unknown reduction {request.reduction}.")
     dtype = DTYPES.get(request.dtype)
@@ -86,7 +84,7 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
 def write_request(request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing) -> None:
     """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU."""
     request.tokens, request.hidden_size = hidden.shape
-    request.dtype = CODES[hidden.dtype]  # pyright: ignore[reportAttributeAccessIssue]
+    request.dtype = CODES[hidden.dtype]
     request.hidden_states = tensor_bytes(hidden)
     request.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
     request.experts = routing.experts.astype("<u4", copy=False).tobytes()
@@ -94,7 +92,7 @@ def write_request(request: pb.ComputeRequest, hidden: torch.Tensor, routing: Rou
 
 
 def read_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    """A reply's rows [rows, hidden]. Raises WireError when it does not answer what was asked, or is not finite."""
+    """A reply's rows [rows, hidden]. Raises WireError when it does not answer what was asked."""
     if reply.rows != rows:
         raise WireError(f"The reply has {reply.rows} rows where {rows} were asked for.")
     return _tensor(reply.values, dtype, rows, hidden, "values")

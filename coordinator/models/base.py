@@ -30,9 +30,7 @@ class Trunk(Protocol):
     family: str  # transformers' model_type
     vocab_size: int
     context_length: int  # tokens, prompt and answer together
-    prefill_chunk: (
-        int  # tokens of a prompt in one forward pass; the whole context where chunks would be wrong
-    )
+    prefill_chunk: int  # tokens of a prompt in one forward pass; the whole context where chunks would be wrong
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of KV cache (and recurrent state) that a sequence of `tokens` needs."""
