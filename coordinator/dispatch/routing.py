@@ -1,0 +1,46 @@
+"""A layer's routing, split by node: which tokens go where, with which experts and weights. Plain numpy."""
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from moehive.proto.tensors import Routing
+
+
+class Share(NamedTuple):
+    """One node's part of a layer."""
+
+    tokens: npt.NDArray[np.int64]  # [rows]: which of the layer's tokens, ascending
+    pairs: npt.NDArray[np.int64]  # [pairs]: where each pair stands in the layer's flat [tokens * k]
+    routing: Routing  # offsets over `tokens`
+
+
+def split(
+    ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: npt.NDArray[np.int64]
+) -> dict[int, Share]:
+    """Splits `ids` and `weights` [tokens, k] by `owner` [experts] (a node's index for each expert).
+
+    Ids outside the experts mean none (some families pad their top-k). Nodes come in ascending order, tokens and
+    pairs in theirs: the same input gives the same messages.
+    """
+    k = ids.shape[1]
+    flat = ids.reshape(-1)
+    positions = np.arange(flat.size)
+    valid = (flat >= 0) & (flat < owner.size)
+    if not valid.all():
+        positions, flat = positions[valid], flat[valid]
+    nodes = owner[flat]
+    order = np.argsort(nodes, kind="stable")
+    positions, nodes = positions[order], nodes[order]
+    present, starts = np.unique(nodes, return_index=True)
+    all_weights = weights.reshape(-1)
+    shares: dict[int, Share] = {}
+    for node, start, end in zip(present, starts, [*starts[1:], nodes.size], strict=True):
+        pairs = positions[start:end]
+        rows, counts = np.unique(pairs // k, return_counts=True)
+        offsets = np.zeros(rows.size + 1, dtype=np.uint32)
+        np.cumsum(counts, out=offsets[1:])
+        experts = ids.reshape(-1)[pairs].astype(np.uint32)
+        shares[int(node)] = Share(rows, pairs, Routing(offsets, experts, all_weights[pairs]))
+    return shares
