@@ -84,7 +84,7 @@ def bind(server: grpc.aio.Server, host: str, port: int, credentials: grpc.Server
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         if credentials is None:
-            bound = server.add_insecure_port(address)
+            bound: int = server.add_insecure_port(address)
         else:
             bound = server.add_secure_port(address, credentials)
     except RuntimeError as error:

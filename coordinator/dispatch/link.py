@@ -87,6 +87,12 @@ class Link:
                 reply = await future
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
                 raise NodeUnavailable(self.node, self._failure or _sentence(self.node, error)) from None
+            except asyncio.CancelledError:
+                # grpc.aio raises this in a writer whose stream was cancelled, which `close` does.
+                task = asyncio.current_task()
+                if self._failure is None or (task is not None and task.cancelling()):
+                    raise
+                raise NodeUnavailable(self.node, self._failure) from None
             finally:
                 self._pending.pop(request.id, None)
         if reply.HasField("refusal"):

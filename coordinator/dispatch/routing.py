@@ -36,7 +36,7 @@ def split(
     present, starts = np.unique(nodes, return_index=True)
     all_weights = weights.reshape(-1)
     shares: dict[int, Share] = {}
-    for node, start, end in zip(present, starts, [*starts[1:], nodes.size], strict=True):
+    for node, start, end in zip(present, starts, np.append(starts, nodes.size)[1:], strict=True):
         pairs = positions[start:end]
         rows, counts = np.unique(pairs // k, return_counts=True)
         offsets = np.zeros(rows.size + 1, dtype=np.uint32)
