@@ -56,7 +56,8 @@ class ExpertSpec:
     Gated: `act(min(g, limit)) * (clamp(u, ±limit) + up_offset)`; otherwise `act(u)`. With
     `limit_after_activation` the bound applies to `act(g)` instead of `g` (Step-3.7). `alpha` scales silu's
     sigmoid: x * sigmoid(alpha * x) (gpt-oss: alpha 1.702, limit 7, up_offset 1). The optional norm is
-    y * rsqrt(mean(y²) + eps) * weight, weight being the blob's.
+    z * rsqrt(mean(z²) + eps) with z = y * weight: it scales first, then normalizes (MuseSpark; the blob's weight
+    is the checkpoint's plus 1).
     """
 
     hidden_size: int

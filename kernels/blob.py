@@ -1,0 +1,59 @@
+"""An expert's blob: one block of bytes with all its tensors, laid out as `ExpertSpec.tensors` says."""
+
+from collections.abc import Mapping
+
+import torch
+
+from .formats.registry import FORMATS
+from .geometry import ALIGNMENT, ExpertSpec, GeometryError
+
+
+def empty_blob(nbytes: int) -> torch.Tensor:
+    """Uninitialized uint8 [nbytes] on the CPU whose first byte is aligned to 64."""
+    memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8)
+    start = -memory.data_ptr() % ALIGNMENT
+    return memory[start : start + nbytes]
+
+
+def build_blob(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Encodes an expert's canonical tensors, named and shaped as in `spec.tensors`, of any float dtype.
+
+    Returns uint8 [spec.nbytes], aligned to 64, padding zeroed, so equal experts have equal bytes. Raises
+    GeometryError if a tensor is missing, not wanted, not of floats, or of the wrong shape.
+    """
+    wanted = {place.name for place in spec.tensors}
+    if tensors.keys() != wanted:
+        raise GeometryError(
+            f"This expert needs the tensors {', '.join(sorted(wanted))}, not {', '.join(sorted(tensors)) or 'none'}."
+        )
+    blob = empty_blob(spec.nbytes)
+    end = 0
+    for place in spec.tensors:
+        tensor = tensors[place.name]
+        if tuple(tensor.shape) != place.shape or not tensor.is_floating_point():
+            raise GeometryError(
+                f"The expert's tensor {place.name} must hold floats of shape {list(place.shape)}, "
+                f"not {str(tensor.dtype).removeprefix('torch.')} of shape {list(tensor.shape)}."
+            )
+        blob[end : place.offset].zero_()
+        end = place.offset + place.nbytes
+        FORMATS[place.format].encode(tensor.detach(), blob[place.offset : end])
+    blob[end:].zero_()
+    return blob
+
+
+def tensor_views(spec: ExpertSpec, blob: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The blob's tensors by name, each in its stored form, sharing the blob's memory.
+
+    `blob` is uint8 [spec.nbytes] on the CPU, contiguous, aligned to 64. Raises GeometryError if it is not.
+    """
+    if blob.dtype != torch.uint8 or blob.dim() != 1 or not blob.is_contiguous() or blob.device.type != "cpu":
+        raise GeometryError("An expert's blob must be one contiguous row of bytes (uint8) in the CPU's memory.")
+    if blob.numel() != spec.nbytes:
+        raise GeometryError(f"An expert's blob must have {spec.nbytes} bytes, not {blob.numel()}.")
+    if blob.data_ptr() % ALIGNMENT:
+        raise GeometryError(f"An expert's blob must start at a multiple of {ALIGNMENT} bytes in memory.")
+    return {
+        place.name: FORMATS[place.format].view(blob[place.offset : place.offset + place.nbytes], place.shape)
+        for place in spec.tensors
+    }

@@ -1,0 +1,12 @@
+"""Every weight format by its name in `ExpertSpec.format`."""
+
+import torch
+
+from .base import WeightFormat
+from .plain import PlainFormat
+
+FORMATS: dict[str, WeightFormat] = {
+    "f32": PlainFormat("f32", torch.float32),
+    "bf16": PlainFormat("bf16", torch.bfloat16),
+    "f16": PlainFormat("f16", torch.float16),
+}

@@ -1,0 +1,50 @@
+"""Plain torch, slow and obvious: what every kernel must return, in f32."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn import functional as F
+
+from .formats.registry import FORMATS
+from .geometry import ExpertSpec
+
+
+def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """One expert's output, f32 [tokens, hidden], for `x` [tokens, hidden] of any float dtype.
+
+    `tensors` are stored forms as `blob.tensor_views` returns them.
+    """
+    weights = FORMATS[spec.format]
+    projected = F.linear(x.float(), weights.decode(tensors["up"]), tensors.get("up_bias"))
+    y = F.linear(intermediate(spec, projected), weights.decode(tensors["down"]), tensors.get("down_bias"))
+    if spec.post_norm_eps is not None:
+        y = y * tensors["post_norm"]
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + spec.post_norm_eps)
+    return y
+
+
+def intermediate(spec: ExpertSpec, projected: torch.Tensor) -> torch.Tensor:
+    """Between the projections: f32 [tokens, projected_size] → f32 [tokens, intermediate]."""
+    if not spec.gated:
+        return _activate(spec, projected)
+    gate, up = projected.chunk(2, dim=-1)
+    if spec.limit is None:
+        return _activate(spec, gate) * (up + spec.up_offset)
+    up = up.clamp(-spec.limit, spec.limit)
+    if spec.limit_after_activation:
+        return _activate(spec, gate).clamp(max=spec.limit) * (up + spec.up_offset)
+    return _activate(spec, gate.clamp(max=spec.limit)) * (up + spec.up_offset)
+
+
+def _activate(spec: ExpertSpec, z: torch.Tensor) -> torch.Tensor:
+    match spec.activation:
+        case "silu":
+            return z * torch.sigmoid(spec.alpha * z)
+        case "gelu":
+            return F.gelu(z)
+        case "gelu_tanh":
+            return F.gelu(z, approximate="tanh")
+        case "relu":
+            return F.relu(z)
+        case "relu2":
+            return F.relu(z).square()
