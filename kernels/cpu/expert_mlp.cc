@@ -1,1 +1,166 @@
-extern "C" __attribute__((visibility("default"))) int moehive_abi() { return 1; }
+#include "expert_mlp.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <new>
+#include <vector>
+
+#include "activation.h"
+
+namespace moehive {
+namespace {
+
+// A thread takes rows of an expert in pieces of about this many bytes of weights: large enough that taking them
+// costs nothing, small enough that the threads end together and that a piece stays in the second cache while
+// several groups of tokens pass over it.
+constexpr int64_t kPieceBytes = 64 << 10;
+constexpr int64_t kMaxRows = 64;    // of a piece; and pieces are multiples of 16 rows, so no two threads share a line
+constexpr int64_t kMaxTokens = 48;  // of a group within a piece
+
+struct Pair {
+  uint64_t blob;
+  uint32_t pair, token;
+};
+
+// Pairs first .. last of the sorted list are one expert's.
+struct Group {
+  const char* blob;
+  int64_t first, last;
+};
+
+int64_t piece_rows(const MoehiveSpec& spec, int64_t columns) {
+  const int64_t row = columns * weight_bytes(static_cast<Format>(spec.format));
+  return std::clamp(kPieceBytes / row / 16 * 16, int64_t{16}, kMaxRows);
+}
+
+const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
+
+// Walks one piece: rows [row, row + rows) of one expert, its tokens in groups of at most kMaxTokens.
+template <class Work>
+void for_piece(const std::vector<Group>& groups, int64_t item, int64_t pieces, int64_t step, int64_t end, Work&& work) {
+  const Group& group = groups[item / pieces];
+  const int64_t row = item % pieces * step, rows = std::min(step, end - row);
+  for (int64_t first = group.first; first < group.last; first += kMaxTokens) {
+    work(group.blob, row, rows, first, std::min(kMaxTokens, group.last - first));
+  }
+}
+
+void add_bias(float* out, const float* bias, int64_t rows, int64_t tokens) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t t = 0; t < tokens; ++t) out[r * tokens + t] += bias[r];
+}
+
+// y = z / sqrt(mean(z²) + eps) * weight, with z = y * norm
+void normalize(float* y, const float* norm, int64_t n, float eps, float weight) {
+  double squares = 0.0;
+  for (int64_t i = 0; i < n; ++i) {
+    y[i] *= norm[i];
+    squares += static_cast<double>(y[i]) * y[i];
+  }
+  const float scale = static_cast<float>(1.0 / std::sqrt(squares / static_cast<double>(n) + eps));
+  for (int64_t i = 0; i < n; ++i) y[i] = y[i] * scale * weight;
+}
+
+}  // namespace
+
+Scratch::~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
+
+float* Scratch::floats(int64_t count) {
+  if (count > capacity_) {
+    ::operator delete(memory_, std::align_val_t{64});
+    memory_ = nullptr;
+    capacity_ = 0;
+    memory_ = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}));
+    capacity_ = count;
+  }
+  return memory_;
+}
+
+void Experts::run(const Layer& layer) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const MoehiveSpec& spec = layer.spec;
+  const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
+  const int64_t hidden_stride = padded(hidden), middle_stride = padded(middle);
+  const Format format = static_cast<Format>(spec.format);
+
+  std::vector<Pair> pairs;
+  for (int64_t token = 0; token < layer.tokens; ++token)
+    for (uint32_t pair = layer.offsets[token]; pair < layer.offsets[token + 1]; ++pair)
+      if (layer.blobs[pair] != 0) pairs.push_back({layer.blobs[pair], pair, static_cast<uint32_t>(token)});
+  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
+    return a.blob != b.blob ? a.blob < b.blob : a.pair < b.pair;
+  });
+  const int64_t count = static_cast<int64_t>(pairs.size());
+  std::vector<Group> groups;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || pairs[i].blob != pairs[i - 1].blob)
+      groups.push_back({reinterpret_cast<const char*>(pairs[i].blob), i, i});
+    groups.back().last = i + 1;
+  }
+
+  float* inputs = inputs_.floats(layer.tokens * hidden_stride);
+  for (int64_t token = 0; token < layer.tokens; ++token) {
+    float* to = inputs + token * hidden_stride;
+    std::memcpy(to, layer.hidden + token * hidden, hidden * sizeof(float));
+    std::fill(to + hidden, to + hidden_stride, 0.0f);
+  }
+  float* middles = middles_.floats(count * middle_stride);
+  std::vector<const float*> input_of(count), middle_of(count);
+  for (int64_t i = 0; i < count; ++i) {
+    input_of[i] = inputs + pairs[i].token * hidden_stride;
+    middle_of[i] = middles + i * middle_stride;
+    std::fill(middles + i * middle_stride + middle, middles + (i + 1) * middle_stride, 0.0f);
+  }
+
+  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
+  const int64_t up_step = piece_rows(spec, hidden), up_pieces = (middle + up_step - 1) / up_step;
+  pool_.run(static_cast<int64_t>(groups.size()) * up_pieces, [&](uint32_t item) {
+    for_piece(groups, item, up_pieces, up_step, middle,
+              [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+                alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
+                const auto project = [&](int64_t from, float* out) {
+                  const char* weights = blob + spec.up + from * hidden * weight_bytes(format);
+                  kernel_.multiply({format, weights, rows, hidden, &input_of[first], tokens, out, tokens});
+                  if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + from, rows, tokens);
+                };
+                project(row, gate);
+                if (spec.gated) {
+                  project(middle + row, up);
+                  join_gate(spec, gate, up, rows * tokens);
+                } else {
+                  activate(spec, gate, rows * tokens);
+                }
+                for (int64_t t = 0; t < tokens; ++t)
+                  for (int64_t r = 0; r < rows; ++r)
+                    middles[(first + t) * middle_stride + row + r] = gate[r * tokens + t];
+              });
+  });
+
+  // intermediate → hidden
+  const int64_t down_step = piece_rows(spec, middle), down_pieces = (hidden + down_step - 1) / down_step;
+  pool_.run(static_cast<int64_t>(groups.size()) * down_pieces, [&](uint32_t item) {
+    for_piece(groups, item, down_pieces, down_step, hidden,
+              [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+                alignas(64) float out[kMaxRows * kMaxTokens];
+                const char* weights = blob + spec.down + row * middle * weight_bytes(format);
+                kernel_.multiply({format, weights, rows, middle, &middle_of[first], tokens, out, tokens});
+                if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
+                for (int64_t t = 0; t < tokens; ++t) {
+                  const uint32_t pair = pairs[first + t].pair;
+                  const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
+                  float* to = layer.out + pair * hidden + row;
+                  for (int64_t r = 0; r < rows; ++r) to[r] = out[r * tokens + t] * weight;
+                }
+              });
+  });
+
+  if (spec.post_norm < 0) return;
+  pool_.run(count, [&](uint32_t i) {
+    const Pair& pair = pairs[i];
+    const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec.post_norm);
+    normalize(layer.out + pair.pair * hidden, norm, hidden, spec.post_norm_eps, layer.weights[pair.pair]);
+  });
+}
+
+}  // namespace moehive

@@ -1,0 +1,78 @@
+// What happens between an expert's two projections, as functions of f32 that come out the same on every machine.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "expert_mlp.h"
+
+namespace moehive {
+
+// e^x within 2 units in the last place for -87 <= x <= 88, held at the bounds beyond. The C library's own differs
+// between machines, and the compiler can't do several of those at once. After Cephes' expf (Moshier).
+inline float exponential(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the whole number is in the low bits
+  const float n = shifted - 12582912.0f;
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float y = 1.9875691500e-4f;
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * r * r + r + 1.0f;
+  uint32_t bits, power;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  power = (bits + 127u) << 23;  // 2^n
+  float scale;
+  std::memcpy(&scale, &power, sizeof scale);
+  return y * scale;
+}
+
+inline float silu(float x, float alpha) { return x / (1.0f + exponential(-alpha * x)); }
+
+inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
+
+// 0.5 x (1 + tanh u) = x / (1 + e^-2u)
+inline float gelu_tanh(float x) {
+  const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+  return x / (1.0f + exponential(-2.0f * u));
+}
+
+template <class Function>
+inline void apply(float* x, int64_t n, Function&& function) {
+  for (int64_t i = 0; i < n; ++i) x[i] = function(x[i]);
+}
+
+inline void activate(const MoehiveSpec& spec, float* x, int64_t n) {
+  const float alpha = spec.alpha;
+  switch (static_cast<Activation>(spec.activation)) {
+    case Activation::silu: return apply(x, n, [alpha](float v) { return silu(v, alpha); });
+    case Activation::gelu: return apply(x, n, gelu);
+    case Activation::gelu_tanh: return apply(x, n, gelu_tanh);
+    case Activation::relu: return apply(x, n, [](float v) { return v < 0.0f ? 0.0f : v; });
+    case Activation::relu2: return apply(x, n, [](float v) { return v < 0.0f ? 0.0f : v * v; });
+  }
+}
+
+// gate[i] = act(gate) * (up + offset), with the limits of `spec` if it has some. Comparisons let a NaN through.
+inline void join_gate(const MoehiveSpec& spec, float* gate, const float* up, int64_t n) {
+  const float limit = spec.limit, offset = spec.up_offset;
+  const auto at_most = [limit](float v) { return v > limit ? limit : v; };
+  if (spec.has_limit && !spec.limit_after_activation) apply(gate, n, at_most);
+  activate(spec, gate, n);
+  if (!spec.has_limit) {
+    for (int64_t i = 0; i < n; ++i) gate[i] *= up[i] + offset;
+    return;
+  }
+  if (spec.limit_after_activation) apply(gate, n, at_most);
+  for (int64_t i = 0; i < n; ++i) {
+    const float bounded = up[i] < -limit ? -limit : at_most(up[i]);
+    gate[i] *= bounded + offset;
+  }
+}
+
+}  // namespace moehive

@@ -1,0 +1,94 @@
+// The C interface of the library, for ctypes (kernels/native.py). No exception leaves it.
+#include <cstring>
+#include <exception>
+#include <memory>
+
+#include "expert_mlp.h"
+
+#define MOEHIVE_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace moehive;
+
+// Those that this machine can run, best first.
+const Kernel* usable(int place) {
+#if defined(__x86_64__)
+  // Every processor with AVX2 and FMA has F16C too.
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (avx2 && __builtin_cpu_supports("avx512f") && place-- == 0) return &kAvx512;
+  if (avx2 && place-- == 0) return &kAvx2;
+#elif defined(__aarch64__)
+  if (place-- == 0) return &kNeon;
+#endif
+  return place == 0 ? &kScalar : nullptr;
+}
+
+bool sound(const MoehiveSpec& spec) {
+  return spec.hidden_size > 0 && spec.intermediate_size > 0 && spec.up >= 0 && spec.down >= 0 && spec.format >= 0 &&
+         spec.format <= 2 && spec.activation >= 0 && spec.activation <= 4;
+}
+
+bool sound(const uint32_t* offsets, int64_t tokens) {
+  if (tokens < 0 || offsets[0] != 0) return false;
+  for (int64_t t = 0; t < tokens; ++t)
+    if (offsets[t] > offsets[t + 1]) return false;
+  return true;
+}
+
+}  // namespace
+
+// Raised with every change of this file's functions or of MoehiveSpec.
+MOEHIVE_API int32_t moehive_abi() { return 2; }
+
+// Names of the kernels that this machine can run, best first; null after the last.
+MOEHIVE_API const char* moehive_kernel(int32_t place) {
+  const Kernel* kernel = place < 0 ? nullptr : usable(place);
+  return kernel ? kernel->name : nullptr;
+}
+
+// Null if there is no such kernel here, or no memory or threads. To be freed by moehive_destroy.
+MOEHIVE_API void* moehive_create(const char* name, int32_t threads) {
+  if (threads < 1) return nullptr;
+  for (int place = 0; const Kernel* kernel = usable(place); ++place) {
+    if (std::strcmp(kernel->name, name) != 0) continue;
+    try {
+      return new Experts(*kernel, threads);
+    } catch (const std::exception&) {
+      return nullptr;
+    }
+  }
+  return nullptr;
+}
+
+MOEHIVE_API void moehive_destroy(void* experts) { delete static_cast<Experts*>(experts); }
+
+// Weighted outputs of a layer's (token, expert) pairs, not yet added: out [pairs, hidden_size].
+//
+// hidden [tokens, hidden_size]; token t has the pairs offsets[t] to offsets[t + 1]; blobs [pairs] are addresses of
+// experts' blobs laid out as `spec` says, or 0 for a pair that is left out; weights [pairs] are factors.
+// Returns 0; 1 if an argument can't be; 2 without memory.
+MOEHIVE_API int32_t moehive_experts(void* experts, const MoehiveSpec* spec, const float* hidden, int64_t tokens,
+                                    const uint32_t* offsets, const uint64_t* blobs, const float* weights, float* out) {
+  if (!experts || !spec || !sound(*spec) || !sound(offsets, tokens)) return 1;
+  try {
+    static_cast<Experts*>(experts)->run({*spec, hidden, tokens, offsets, blobs, weights, out});
+  } catch (const std::exception&) {
+    return 2;
+  }
+  return 0;
+}
+
+// sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.
+// Returns 0; 1 if an argument can't be.
+MOEHIVE_API int32_t moehive_sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size,
+                                      float* sums) {
+  if (hidden_size < 1 || !sound(offsets, tokens)) return 1;
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* sum = sums + t * hidden_size;
+    std::memset(sum, 0, hidden_size * sizeof(float));
+    for (uint32_t pair = offsets[t]; pair < offsets[t + 1]; ++pair)
+      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += pairs[pair * hidden_size + i];
+  }
+  return 0;
+}

@@ -1,0 +1,68 @@
+// Experts of one layer for a few tokens: the schedule over rows, tokens and threads.
+#pragma once
+
+#include <cstdint>
+#include <mutex>
+
+#include "kernel.h"
+#include "pool.h"
+
+// ExpertSpec as Python hands it over (kernels/native.py has the same fields in the same order). Offsets are bytes
+// from the start of a blob; those of absent tensors are -1.
+struct MoehiveSpec {
+  int64_t hidden_size;
+  int64_t intermediate_size;
+  int64_t up, up_bias, down, down_bias, post_norm;
+  int32_t format;      // moehive::Format
+  int32_t activation;  // moehive::Activation
+  int32_t gated;
+  int32_t has_limit;
+  int32_t limit_after_activation;
+  float alpha;
+  float limit;
+  float up_offset;
+  float post_norm_eps;
+};
+
+namespace moehive {
+
+enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, relu2 = 4 };
+
+// One layer's pairs; see moehive_experts in api.cc.
+struct Layer {
+  const MoehiveSpec& spec;
+  const float* hidden;
+  int64_t tokens;
+  const uint32_t* offsets;
+  const uint64_t* blobs;
+  const float* weights;
+  float* out;
+};
+
+// Memory that is kept between calls, aligned to 64 bytes.
+class Scratch {
+ public:
+  Scratch() = default;
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  float* floats(int64_t count);  // uninitialized; what an earlier call returned is no longer valid
+
+ private:
+  float* memory_ = nullptr;
+  int64_t capacity_ = 0;
+};
+
+class Experts {
+ public:
+  Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(threads) {}
+  void run(const Layer& layer);  // throws std::bad_alloc; safe to call from several threads, which wait in line
+
+ private:
+  const Kernel& kernel_;
+  Pool pool_;
+  std::mutex mutex_;
+  Scratch inputs_, middles_;
+};
+
+}  // namespace moehive

@@ -1,0 +1,51 @@
+// A few threads, made once, that run the items of one job after the other.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace moehive {
+
+class Pool {
+ public:
+  // Threads beside the caller's own: with threads = 1 there are none, and run() is a loop.
+  explicit Pool(int threads);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  // Calls work(context, item) once for each item < items, on any thread, and returns when all are done. Not to be
+  // called by two threads at once. `work` must not throw.
+  void run(uint32_t items, void (*work)(void*, uint32_t), void* context);
+
+  template <class Work>
+  void run(int64_t items, Work&& work) {
+    run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<Work*>(self))(item); }, &work);
+  }
+
+ private:
+  bool run_one();
+  void serve();
+  void stop();
+
+  // Upper half: the job's number; lower half: its items that nobody has taken yet. One word, so that a thread that
+  // takes an item knows of which job. A job is over when all its items are done; hence `work_` and `context_` do
+  // not change between the taking of an item and its end.
+  std::atomic<uint64_t> ticket_{0};
+  std::atomic<uint32_t> done_{0};
+  uint32_t items_ = 0;
+  void (*work_)(void*, uint32_t) = nullptr;
+  void* context_ = nullptr;
+
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> threads_;
+};
+
+}  // namespace moehive

@@ -1,0 +1,134 @@
+"""The native library by ctypes: experts with few tokens on the CPU. Its C side is kernels/cpu/api.cc."""
+
+import ctypes
+import functools
+import weakref
+from importlib.resources import files
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .geometry import Activation, ExpertSpec
+
+_ABI = 2
+_FORMATS = ("f32", "bf16", "f16")  # in the order of the C side's enums
+_ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+
+class NativeLibraryError(Exception):
+    """The native library is missing, of another build, or refuses; its text is one sentence."""
+
+
+class _Spec(ctypes.Structure):
+    """MoehiveSpec of kernels/cpu/expert_mlp.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("hidden_size", "intermediate_size")),
+        *((name, ctypes.c_int64) for name in ("up", "up_bias", "down", "down_bias", "post_norm")),
+        *((name, ctypes.c_int32) for name in ("format", "activation", "gated", "has_limit")),
+        ("limit_after_activation", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in ("alpha", "limit", "up_offset", "post_norm_eps")),
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # as many as a model may have layers
+def _describe(spec: ExpertSpec) -> _Spec:
+    offsets = {place.name: place.offset for place in spec.tensors}
+    return _Spec(
+        hidden_size=spec.hidden_size,
+        intermediate_size=spec.intermediate_size,
+        **{name: offsets.get(name, -1) for name in ("up", "up_bias", "down", "down_bias", "post_norm")},
+        format=_FORMATS.index(spec.format),
+        activation=_ACTIVATIONS.index(spec.activation),
+        gated=spec.gated,
+        has_limit=spec.limit is not None,
+        limit_after_activation=spec.limit_after_activation,
+        alpha=spec.alpha,
+        limit=spec.limit or 0.0,
+        up_offset=spec.up_offset,
+        post_norm_eps=spec.post_norm_eps or 0.0,
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = files("moehive.kernels") / "libmoehive_kernels.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.moehive_abi()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"The native library {path} can't be loaded: {error}.") from error
+    if abi != _ABI:
+        raise NativeLibraryError(f"The native library {path} is of another build; install moehive again.")
+    library.moehive_kernel.argtypes = (ctypes.c_int32,)
+    library.moehive_kernel.restype = ctypes.c_char_p
+    library.moehive_create.argtypes = (ctypes.c_char_p, ctypes.c_int32)
+    library.moehive_create.restype = ctypes.c_void_p
+    library.moehive_destroy.argtypes = (ctypes.c_void_p,)
+    library.moehive_destroy.restype = None
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    library.moehive_experts.argtypes = (pointer, pointer, pointer, size, pointer, pointer, pointer, pointer)
+    library.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
+    return library
+
+
+def kernels() -> list[str]:
+    """Names of the kernels that this machine's processor can run, best first. Raises NativeLibraryError."""
+    library = _library()
+    names: list[str] = []
+    while name := library.moehive_kernel(len(names)):
+        names.append(name.decode())
+    return names
+
+
+class NativeExperts:
+    """One kernel with its threads. Calls from several threads wait in line; each releases the GIL."""
+
+    def __init__(self, kernel: str, threads: int) -> None:
+        """`kernel` is one of `kernels()`. Raises NativeLibraryError."""
+        self._library = _library()
+        self._handle = self._library.moehive_create(kernel.encode(), threads)
+        if not self._handle:
+            raise NativeLibraryError(f"The native library can't start its kernel {kernel!r} with {threads} threads.")
+        weakref.finalize(self, self._library.moehive_destroy, self._handle)
+
+    def pairs(
+        self,
+        spec: ExpertSpec,
+        hidden: torch.Tensor,
+        offsets: npt.NDArray[np.uint32],
+        addresses: npt.NDArray[np.uint64],
+        weights: npt.NDArray[np.float32],
+        out: torch.Tensor,
+    ) -> None:
+        """Writes the weighted output of each pair into `out` f32 [P, H]; leaves rows with address 0 alone.
+
+        `hidden` f32 [T, H]; `offsets` [T + 1], checked by the caller; `addresses` [P] of blobs laid out as `spec`
+        says; `weights` [P]. All contiguous. Raises MemoryError.
+        """
+        status = self._library.moehive_experts(
+            self._handle,
+            ctypes.byref(_describe(spec)),
+            hidden.data_ptr(),
+            len(hidden),
+            offsets.ctypes.data,
+            addresses.ctypes.data,
+            weights.ctypes.data,
+            out.data_ptr(),
+        )
+        if status == 2:
+            raise MemoryError("There is no memory left for the experts' intermediate results.")
+        if status != 0:
+            raise NativeLibraryError("The native library refuses the layer's arguments.")
+
+    def sum_pairs(self, pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:
+        """Adds each token's pairs in the order listed: `pairs` f32 [P, H] → f32 [T, H]."""
+        sums = torch.empty(len(offsets) - 1, pairs.shape[1])
+        status = self._library.moehive_sum_pairs(
+            pairs.data_ptr(), offsets.ctypes.data, len(sums), pairs.shape[1], sums.data_ptr()
+        )
+        if status != 0:
+            raise NativeLibraryError("The native library refuses the layer's arguments.")
+        return sums
