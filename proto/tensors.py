@@ -74,7 +74,7 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     if rows * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
         raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
     experts = np.frombuffer(request.experts, dtype="<u4")
-    weights = np.frombuffer(request.weights, dtype="<f4")
+    weights = np.frombuffer(request.weights, dtype="<f4").copy()  # torch wants arrays that may be written
     if pairs and (int(experts.max()) > MAX_EXPERT or not bool(np.isfinite(weights).all())):
         raise WireError("An expert's number is over 65,535 or a weight is not finite.")
     states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")

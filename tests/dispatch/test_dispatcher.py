@@ -1,0 +1,144 @@
+"""One layer over made-up nodes: the sum is right, and with PER_EXPERT it has the same bits for any placement."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+from moehive.coordinator.dispatch.dispatcher import Dispatcher
+from moehive.coordinator.dispatch.link import Link
+from moehive.coordinator.dispatch.local import LocalExperts
+from moehive.coordinator.types import LOCAL, NodeName, NodeUnavailable, NotReady, Plan
+from moehive.kernels.blob import build_blob, tensor_views
+from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
+from moehive.kernels.ops import ExpertOps, Reduction, load_expert
+from moehive.kernels.reference import expert_forward
+from moehive.proto import experts_pb2 as pb
+from moehive.proto.tensors import read_request, tensor_bytes
+
+EXPERTS, TOP_K, HIDDEN = 7, 3, 32
+SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
+MANIFEST = Manifest("made-up", "0" * 64, (LayerGeometry(EXPERTS, TOP_K, SPEC),) * 2)
+REDUCTIONS = {pb.REDUCTION_PARTIAL_SUM: Reduction.PARTIAL_SUM, pb.REDUCTION_PER_EXPERT: Reduction.PER_EXPERT}
+
+
+def blob(expert: ExpertId) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(expert.layer * 100 + expert.expert)
+    return build_blob(SPEC, {t.name: torch.randn(t.shape, generator=generator) * 0.2 for t in SPEC.tensors})
+
+
+class FakeLink:
+    """A node in memory: the real messages, the real kernels, no socket."""
+
+    def __init__(self, node: str, change: Callable[[pb.ComputeReply], None] = lambda reply: None) -> None:
+        self.node = NodeName(node)
+        self.change = change
+        self._ops = ExpertOps(1)
+
+    async def compute(self, request: pb.ComputeRequest) -> pb.ComputeReply:
+        message = pb.ComputeRequest.FromString(request.SerializeToString())
+        hidden, routing = read_request(message)
+        held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
+        reduction = REDUCTIONS[message.reduction]
+        rows = self._ops.moe_layer(SPEC, held, hidden, routing.offsets, routing.experts, routing.weights, reduction)
+        await asyncio.sleep(0)
+        reply = pb.ComputeReply(rows=rows.shape[0], values=tensor_bytes(rows), compute_ns=5)
+        self.change(reply)
+        return reply
+
+
+def plan(owners: list[str], epoch: int = 1) -> Plan:
+    layer = tuple((NodeName(owner),) for owner in owners)
+    return Plan(epoch, (layer, layer))
+
+
+def cluster(owners: list[str], reduction: Reduction) -> Dispatcher:
+    local = LocalExperts(MANIFEST, 1)
+    local.hold([ExpertId(layer, e) for layer in range(2) for e, o in enumerate(owners) if o == LOCAL], blob)
+    dispatcher = Dispatcher(MANIFEST, local, reduction)
+    for name in sorted(set(owners) - {LOCAL}):
+        dispatcher.connect(cast(Link, FakeLink(name)))
+    dispatcher.follow(plan(owners))
+    return dispatcher
+
+
+def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)])
+    return torch.randn(tokens, HIDDEN, generator=generator).to(dtype), ids, torch.rand(tokens, TOP_K)
+
+
+PLACEMENTS = [["a"] * 7, ["a", "b", "c", "a", "b", "c", "a"], [LOCAL, "b", LOCAL, "b", "c", "c", "c"], [LOCAL] * 7]
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+@pytest.mark.parametrize("owners", PLACEMENTS)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_sum_is_the_reference_for_any_placement(owners: list[str], reduction: Reduction, tokens: int) -> None:
+    hidden, ids, weights = inputs(tokens)
+    out = asyncio.run(cluster(owners, reduction).compute(1, hidden, ids, weights))
+    wanted = torch.zeros_like(hidden)
+    for t in range(tokens):
+        for j in range(TOP_K):
+            tensors = tensor_views(SPEC, blob(ExpertId(1, int(ids[t, j]))))
+            wanted[t] += weights[t, j] * expert_forward(SPEC, tensors, hidden[t : t + 1])[0]
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_per_expert_has_the_same_bits_for_any_placement(dtype: torch.dtype) -> None:
+    hidden, ids, weights = inputs(11, dtype)
+    outs = [asyncio.run(cluster(o, Reduction.PER_EXPERT).compute(0, hidden, ids, weights)) for o in PLACEMENTS]
+    assert all(torch.equal(outs[0], out) for out in outs[1:]) and outs[0].dtype == dtype
+
+
+def test_ids_beyond_the_experts_mean_none() -> None:
+    hidden, _, weights = inputs(2)
+    ids = torch.full((2, TOP_K), EXPERTS)
+    out = asyncio.run(cluster(["a"] * 7, Reduction.PARTIAL_SUM).compute(0, hidden, ids, weights))
+    assert torch.equal(out, torch.zeros_like(hidden))
+
+
+def test_no_plan_is_not_ready_and_a_missing_node_is_named() -> None:
+    hidden, ids, weights = inputs(3)
+    bare = Dispatcher(MANIFEST, None, Reduction.PARTIAL_SUM)
+    with pytest.raises(NotReady):
+        asyncio.run(bare.compute(0, hidden, ids, weights))
+    bare.follow(plan(["gone"] * 7))
+    with pytest.raises(NodeUnavailable, match="gone") as caught:
+        asyncio.run(bare.compute(0, hidden, ids, weights))
+    assert caught.value.node == "gone"
+
+
+def test_a_reply_of_the_wrong_size_is_that_nodes_fault() -> None:
+    hidden, ids, weights = inputs(3)
+    dispatcher = cluster(["a", "b"] * 3 + ["a"], Reduction.PARTIAL_SUM)
+
+    def lie(reply: pb.ComputeReply) -> None:
+        reply.values = reply.values[:-4]
+
+    dispatcher.connect(cast(Link, FakeLink("b", lie)))
+    with pytest.raises(NodeUnavailable, match="Node b answered"):
+        asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+
+
+def test_a_replica_takes_over_when_the_first_owner_is_away() -> None:
+    hidden, ids, weights = inputs(4)
+    dispatcher = cluster(["a"] * 7, Reduction.PARTIAL_SUM)
+    alone = asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+    both = tuple((NodeName("away"), NodeName("a")) for _ in range(EXPERTS))
+    dispatcher.follow(Plan(2, (both, both)))
+    assert torch.equal(asyncio.run(dispatcher.compute(0, hidden, ids, weights)), alone)
+    assert dispatcher.epoch == 2 and dispatcher.counters[NodeName("a")].expert_calls == 2 * 4 * TOP_K
+
+
+def test_counters_tell_who_did_what() -> None:
+    hidden, ids, weights = inputs(5)
+    dispatcher = cluster([LOCAL, "b"] * 3 + ["b"], Reduction.PARTIAL_SUM)
+    asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+    here = int(np.isin(ids.numpy(), [0, 2, 4]).sum())
+    counted: Any = {name: c.expert_calls for name, c in dispatcher.counters.items()}
+    assert counted == {LOCAL: here, "b": 5 * TOP_K - here}
