@@ -1,0 +1,138 @@
+"""A checkpoint as the coordinator sees it: a trunk to load into memory, and experts to hand out as blobs."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from moehive.kernels.blob import build_blob
+from moehive.kernels.geometry import ExpertId, GeometryError, LayerGeometry, Manifest
+
+from ..types import CoordinatorError
+from . import architecture as arch
+from .architecture import Architecture
+from .conversion import ExpertParameter, KeyMap, map_keys
+from .directory import Directory, open_directory
+from .experts import ExpertLayout, canonical, layout_of
+from .loading import load_trunk
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Checkpoint:
+    """One model's weights on disk. Opening reads headers only; `expert_blob` may be called from several threads.
+
+    `manifest` describes the experts; `trunk_bytes` is what `load_trunk` will hold in memory.
+    """
+
+    def __init__(self, directory: Directory, name: str, architecture: Architecture, keys: KeyMap) -> None:
+        """Use `Checkpoint.open`."""
+        self.path = directory.path
+        self.family = architecture.family
+        self.config: PreTrainedConfig = architecture.config
+        self.dtype = architecture.dtype
+        self.context_length = arch.context_length(architecture.config)
+        self._keys = keys
+        self._layouts: list[ExpertLayout] = []
+        self._parameters: list[dict[str, ExpertParameter]] = []
+        layers: list[LayerGeometry] = []
+        for layer in architecture.experts:
+            layout = layout_of(self.family, layer, architecture.dtype)
+            count = layer.module.num_experts
+            parameters: dict[str, ExpertParameter] = {}
+            for short in layout.names:
+                full = f"{layer.name}.{short}"
+                source = keys.sources.get(full)
+                if source is None:
+                    raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
+                parameters[short] = ExpertParameter(architecture, full, count, source)
+            self._layouts.append(layout)
+            self._parameters.append(parameters)
+            layers.append(LayerGeometry(count, layer.top_k, layout.spec))
+        self.manifest = Manifest(name, directory.fingerprint, tuple(layers))
+        self.trunk_bytes = _trunk_bytes(architecture)
+        self._lock = threading.Lock()  # held while a layer that cannot be read expert by expert is converted
+        self._converted: tuple[int, dict[str, torch.Tensor]] | None = None  # that layer, at most one
+
+    @classmethod
+    def open(cls, path: str | Path, name: str | None = None) -> Checkpoint:
+        """Opens a directory of safetensors, as `save_pretrained` writes it or a hub serves it.
+
+        `name` is the model's name for people (the directory's by default). Raises CoordinatorError, one sentence,
+        when the directory is not a whole checkpoint of a supported mixture-of-experts model.
+        """
+        directory = open_directory(Path(path))
+        config = arch.read_config(directory.path, directory.config)
+        try:
+            architecture = arch.build(directory.path, config, _dtype(directory, config))
+            keys = map_keys(architecture, directory.tensors)
+            return cls(directory, name or directory.path.resolve().name, architecture, keys)
+        except GeometryError as error:
+            raise CoordinatorError(f"{directory.path}: {error}") from error
+
+    def expert_blob(self, expert: ExpertId) -> torch.Tensor:
+        """One expert's blob (kernels/geometry.py), uint8 [manifest.nbytes(expert)], read from disk now.
+
+        Raises CoordinatorError when the files can no longer be read.
+        """
+        layout = self._layouts[expert.layer]
+        parts = self._parts(expert)
+        return build_blob(layout.spec, canonical(layout, parts))
+
+    def load_trunk(self) -> Architecture:
+        """The model with its trunk's weights in memory and its experts on meta.
+
+        Raises CoordinatorError for tensors that are missing or do not fit.
+        """
+        architecture = arch.build(self.path, self.config, self.dtype)
+        load_trunk(self.path, architecture, self._keys.trunk)
+        return architecture
+
+    def _parts(self, expert: ExpertId) -> dict[str, torch.Tensor]:
+        parameters = self._parameters[expert.layer]
+        norm = self._layouts[expert.layer].norm
+        parts: dict[str, torch.Tensor] = {}
+        for name, parameter in parameters.items():
+            if norm is not None and name == norm.name:
+                parts[name] = parameter.read_all()
+            elif parameter.by_expert:
+                parts[name] = parameter.read(expert.expert)
+            else:
+                parts[name] = self._whole(expert.layer, name)[expert.expert : expert.expert + 1]
+        return parts
+
+    def _whole(self, layer: int, name: str) -> torch.Tensor:
+        with self._lock:
+            if self._converted is None or self._converted[0] != layer:
+                self._converted = None  # before the next is made: one layer in memory, not two
+                self._converted = (layer, {})
+            tensors = self._converted[1]
+            if name not in tensors:
+                tensors[name] = self._parameters[layer][name].read_all()
+            return tensors[name]
+
+
+def _dtype(directory: Directory, config: PreTrainedConfig) -> torch.dtype:
+    """The dtype to compute in: the config's, else that of the checkpoint's first floating tensor, as transformers."""
+    dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(decoder=True), "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None:
+        dtype = next((t.dtype for t in directory.tensors.values() if t.dtype.is_floating_point), None)
+    if dtype not in _FLOATS:
+        raise CoordinatorError(f"{directory.path} is in {dtype}, which is not supported; give f32, bf16 or f16.")
+    return dtype
+
+
+def _trunk_bytes(architecture: Architecture) -> int:
+    model = architecture.model
+    experts = tuple(f"{layer.name}." for layer in architecture.experts)
+    tied = model.all_tied_weights_keys
+    return sum(
+        tensor.nbytes
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if name not in tied and not name.startswith(experts)
+    )
