@@ -16,11 +16,12 @@ import grpc
 import grpc.aio
 
 from moehive.kernels.blob import empty_blob
-from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, Manifest
+from moehive.kernels.geometry import ExpertId, GeometryError, Manifest
 from moehive.kernels.manifest import from_bytes
 from moehive.kernels.ops import ExpertWeights, load_expert
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc
+from moehive.proto.bounds import MAX_EXPERTS, BoundsError, check_chunk
 from moehive.proto.handshake import metadata
 
 from .backoff import Backoff
@@ -30,8 +31,6 @@ from .types import NodeError
 
 log = logging.getLogger(__name__)
 
-MAX_CHUNK_BYTES = 1 << 20
-MAX_EXPERTS_A_CALL = 65_536
 CHUNK_SECONDS = 60.0  # a coordinator that is silent for longer is asked again
 BAD_ANSWERS = 3  # in a row, before the slice is given up
 
@@ -66,20 +65,21 @@ class Assignment:
 
     @classmethod
     def read(cls, message: pb.AssignSlice) -> "Assignment":
-        """Checks a directive. Raises SliceError."""
+        """Of a directive that is within its bounds. Raises SliceError when it contradicts its own manifest."""
         try:
             manifest = from_bytes(message.manifest)
         except GeometryError as error:
             raise SliceError(str(error)) from error
-        experts = [ExpertId(layer.layer, number) for layer in message.layers for number in layer.experts]
-        if len(message.layers) > MAX_LAYERS or any(a >= b for a, b in pairwise(experts)):
-            raise SliceError("The assigned slice's layers and experts must be ascending, each named once.")
-        for expert in experts:
-            if expert.layer >= len(manifest.layers) or expert.expert >= manifest.layers[expert.layer].experts:
+        if any(a.layer >= b.layer for a, b in pairwise(message.layers)):
+            raise SliceError("The assigned slice's layers must be ascending.")
+        for layer in message.layers:
+            there = manifest.layers[layer.layer].experts if layer.layer < len(manifest.layers) else 0
+            if layer.experts and layer.experts[-1] >= there:
                 raise SliceError(
-                    f"The assigned slice names expert {expert.expert} of layer {expert.layer}: none such."
+                    f"The assigned slice names expert {layer.experts[-1]} of layer {layer.layer}: none such."
                 )
-        return cls(message.epoch, manifest, tuple(experts))
+        experts = tuple(ExpertId(layer.layer, number) for layer in message.layers for number in layer.experts)
+        return cls(message.epoch, manifest, experts)
 
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
@@ -133,7 +133,7 @@ class SliceLoader:
         done = 0  # bytes of the experts that are in the store
         while missing:
             try:
-                async for expert, offset in self._call(manifest, cache, missing[:MAX_EXPERTS_A_CALL]):
+                async for expert, offset in self._call(manifest, cache, missing[:MAX_EXPERTS]):
                     if offset == manifest.nbytes(expert):
                         done += offset
                         offset = 0
@@ -171,7 +171,7 @@ class SliceLoader:
             for expert, offset in zip(wanted, offsets, strict=True):
                 spec = manifest.layers[expert.layer].spec
                 blob = empty_blob(spec.nbytes)
-                part = await asyncio.to_thread(cache.part, expert, memoryview(blob.numpy()))
+                part = await asyncio.to_thread(cache.part, expert, blob.numpy().data)
                 try:
                     if part.offset != offset:
                         raise BadAnswer(
@@ -196,9 +196,12 @@ def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -
     who = f"expert {expert.expert} of layer {expert.layer}"
     if (chunk.layer, chunk.expert, chunk.offset, chunk.total_bytes) != (*expert, part.offset, nbytes):
         raise BadAnswer(f"The coordinator did not send the bytes of {who} that were asked for.")
-    size = len(chunk.data)
-    if not 1 <= size <= MAX_CHUNK_BYTES or part.offset + size > nbytes:
-        raise BadAnswer(f"The coordinator sent a chunk of {size} bytes for {who}.")
+    try:
+        check_chunk(chunk)
+    except BoundsError as error:
+        raise BadAnswer(f"{error} It was one of {who}.") from error
+    if not chunk.data:
+        raise BadAnswer(f"The coordinator sent an empty chunk of {who}.")
     if hashlib.sha256(chunk.data).digest() != chunk.sha256:
         raise BadAnswer(f"A chunk of {who} arrived damaged.")
     part.append(chunk.data)
@@ -212,7 +215,7 @@ def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -
 def _from_cache(cache: DiskCache, manifest: Manifest, expert: ExpertId) -> ExpertWeights | None:
     spec = manifest.layers[expert.layer].spec
     blob = empty_blob(spec.nbytes)
-    return load_expert(spec, blob) if cache.read(expert, memoryview(blob.numpy())) else None
+    return load_expert(spec, blob) if cache.read(expert, blob.numpy().data) else None
 
 
 def _part_bytes(cache: DiskCache, manifest: Manifest, experts: list[ExpertId]) -> list[int]:

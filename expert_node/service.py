@@ -12,13 +12,12 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 import torch
-from google.protobuf.message import DecodeError
 
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
-from moehive.proto.tensors import Routing, WireError, read_request, tensor_bytes
+from moehive.proto.tensors import Routing, read_request, tensor_bytes
 
 from .executor import CannotCompute, Executor
 
@@ -49,7 +48,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
 
     async def Compute(self, request_iterator: Any, context: Context) -> None:
-        """Serves one stream until the coordinator ends it."""
+        """Serves one stream until the coordinator ends it. Raises WireError and DecodeError (see `serve`)."""
         if COORDINATOR_NAME not in peer_names(context):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, "Only the coordinator may ask an expert node to compute."
@@ -74,10 +73,6 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                     task.add_done_callback(tasks.discard)
                     task.add_done_callback(lambda _: self._leave_worker(room))
             await asyncio.gather(*tasks)
-        except DecodeError:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "The message is not a ComputeRequest.")
-        except WireError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         finally:
             for task in tasks:
                 task.cancel()

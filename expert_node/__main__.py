@@ -1,0 +1,93 @@
+"""`python -m moehive.expert_node`: settings from the command line, then the node. Exit code 1: failed, 2: settings."""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from .settings import Settings, default_state, parse_listen, parse_size, read_token
+from .types import ConfigError, NodeError
+
+DESCRIPTION = """\
+Gives this machine's memory to a Moehive cluster: joins it with a token, holds a share of the model's experts in RAM
+and computes them when the coordinator asks. The token is needed once; `moehive token` on the coordinator makes one.
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="moehive node", description=DESCRIPTION)
+    add = parser.add_argument
+    add(
+        "--token", help="join token, for the first start (others on this machine can see it in the list of processes)"
+    )
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the join token; systemd's credential `token` is found",
+    )
+    add("--name", help="this node's name in the cluster: a-z, 0-9 and hyphens (default: the host's name)")
+    add(
+        "--listen",
+        metavar="HOST:PORT",
+        help="where the coordinator's requests come in; port 0 is any free one (default: the address that reaches "
+        "the coordinator, a free port)",
+    )
+    add("--advertise", metavar="HOST:PORT", help="what the coordinator shall connect to, if it is not --listen")
+    add(
+        "--memory", metavar="SIZE", help="memory for experts, for example 12GiB (default: what is free, less a tenth)"
+    )
+    add(
+        "--threads", type=int, default=_cores(), help="threads that compute experts (default: %(default)s, all cores)"
+    )
+    add(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        default=default_state(),
+        help="certificate and disk cache of experts (default: %(default)s)",
+    )
+    return parser
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a node; returns the exit code."""
+    parsed = _parser().parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname).1s %(message)s")
+    try:
+        settings = Settings(
+            state=parsed.state_dir.expanduser().absolute(),
+            token=read_token(parsed.token, parsed.token_file),
+            name=parsed.name,
+            listen=None if parsed.listen is None else parse_listen(parsed.listen),
+            advertise=parsed.advertise,
+            memory_bytes=None if parsed.memory is None else parse_size(parsed.memory),
+            threads=parsed.threads,
+        )
+        # gRPC's event engine hands each message to another thread and back: half the cost of a hop. It reads this
+        # when it is imported; a build that no longer knows the names ignores them.
+        os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+        import uvloop
+
+        from .node import run
+
+        uvloop.run(run(settings))
+    except ConfigError as error:
+        print(f"moehive node: {error}", file=sys.stderr)
+        return 2
+    except NodeError as error:
+        print(f"moehive node: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""The node's life: identity, store, service, agent; from start to a clean end."""
+
+import asyncio
+import logging
+import signal
+import socket
+
+import grpc
+import grpc.aio
+import torch
+
+from moehive.kernels.ops import ExpertOps
+from moehive.proto import cluster_pb2 as pb
+from moehive.proto import experts_pb2_grpc
+from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
+from moehive.proto.channel import bind, options, server_credentials
+from moehive.proto.handshake import software_version
+from moehive.proto.interceptor import CallGuard
+from moehive.proto.sd_notify import notify, watchdog_interval
+from moehive.proto.tensors import WireError
+
+from . import measure
+from .agent import Agent
+from .executor import Executor
+from .fetch import SliceLoader
+from .files import lock_folder
+from .identity import NodeIdentity, obtain
+from .service import ExpertsService
+from .settings import Settings, default_name
+from .store import ExpertStore
+from .types import ConfigError, NodeError
+from .uplink import Uplink
+
+log = logging.getLogger(__name__)
+
+STOP_SECONDS = 2.0  # for requests in hand at the end
+_WILDCARDS = frozenset({"0.0.0.0", "::"})
+
+
+async def run(settings: Settings) -> None:
+    """Runs a node until SIGTERM, SIGINT or its release. Raises NodeError and ConfigError, one sentence each."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    with lock_folder(settings.state):
+        start = asyncio.create_task(_start(settings))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not start.done():  # nothing was promised to anybody yet
+            start.cancel()
+            return
+        node = start.result()
+        try:
+            await node.serve(stopped)
+        finally:
+            stopped.cancel()
+            await node.close()
+
+
+class _Node:
+    """A node that has joined and listens."""
+
+    def __init__(
+        self, identity: NodeIdentity, uplink: Uplink, service: ExpertsService, server: grpc.aio.Server
+    ) -> None:
+        self._identity = identity
+        self._uplink = uplink
+        self._service = service
+        self._server = server
+        self._said_ready = False
+        self.agent: Agent
+
+    async def serve(self, stopped: "asyncio.Task[bool]") -> None:
+        """Attends the coordinator until released, or until `stopped` and then released."""
+        attending = asyncio.create_task(self.agent.run())
+        watchdog = asyncio.create_task(_feed_watchdog())
+        try:
+            await asyncio.wait({attending, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            notify(stopping=True, status="Leaving the cluster.")
+            if not attending.done():
+                log.info("Leaving the cluster.")
+                await self.agent.leave()
+                attending.cancel()
+            await asyncio.wait({attending})
+            if not attending.cancelled():
+                attending.result()
+        finally:
+            watchdog.cancel()
+
+    async def close(self) -> None:
+        """Refuses further requests, answers those in hand, ends."""
+        self._service.draining = True
+        await self._server.stop(STOP_SECONDS)
+        await self._service.close()
+        await self._uplink.close()
+        log.info("Node %s has ended.", self._identity.name)
+
+    def tell(self) -> None:
+        """Passes the agent's state on to systemd."""
+        ready = self.agent.ready and not self._said_ready
+        self._said_ready |= ready
+        notify(ready=ready, status=self.agent.state)
+
+
+async def _start(settings: Settings) -> _Node:
+    notify(status="Joining the cluster.")
+    identity = await obtain(settings.state, settings.token, settings.name, default_name())
+    memory = settings.memory_bytes
+    if memory is None:
+        memory = measure.memory_for_experts(measure.available_memory())
+    bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
+    torch.set_num_threads(settings.threads)
+    store = ExpertStore(memory)
+    executor = Executor(store, ExpertOps(settings.threads))
+    service = ExpertsService(executor)
+
+    host, port = settings.listen or (_own_address(identity.cluster_address), 0)
+    server = grpc.aio.server(
+        interceptors=[CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})], options=options()
+    )
+    experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
+    try:
+        port = bind(server, host, port, server_credentials(identity.current))
+    except OSError as error:
+        raise ConfigError(str(error)) from error
+    await server.start()
+    reached = _own_address(identity.cluster_address) if host in _WILDCARDS and not settings.advertise else host
+    address = settings.advertise or join_host_port(reached, port)
+    log.info("Node %s listens on %s and gives %.2f GB to experts.", identity.name, address, memory / 1e9)
+
+    hello = pb.NodeHello(
+        address=address,
+        ram_bytes=memory,
+        read_bandwidth=bandwidth,
+        threads=settings.threads,
+        software=f"moehive {software_version()}"[:MAX_SOFTWARE],
+    )
+    uplink = Uplink(identity)
+    loader = SliceLoader(store, settings.state / "cache", uplink.stub)
+    node = _Node(identity, uplink, service, server)
+    node.agent = Agent(identity, uplink, hello, store, loader, executor.totals, node.tell)
+    return node
+
+
+def _own_address(coordinator: str) -> str:
+    """The address of this machine that packets to the coordinator leave from. Raises NodeError."""
+    host, port = host_port(coordinator)
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(where)  # sends nothing: the kernel only picks a route
+            return str(probe.getsockname()[0])
+    except OSError as error:
+        raise NodeError(
+            f"This machine has no way to the coordinator at {coordinator} ({error.strerror or error}): check the "
+            "network, or say --listen and --advertise."
+        ) from error
+
+
+async def _feed_watchdog() -> None:
+    """From the loop that does the work: a loop that hangs is restarted."""
+    interval = watchdog_interval()
+    while interval is not None:
+        notify(watchdog=True)
+        await asyncio.sleep(interval)
