@@ -4,74 +4,77 @@
 # source: moehive/proto/cluster.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "moehive/proto/cluster.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'moehive/proto/cluster.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1bmoehive/proto/cluster.proto\x12\x12moehive.cluster.v1"G\n\x0bJoinRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c"=\n\tJoinReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63luster_address\x18\x02 \x01(\t"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c"%\n\nRenewReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c"\xc5\x02\n\nNodeReport\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.moehive.cluster.v1.NodeHelloH\x00\x12\x32\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.moehive.cluster.v1.HeartbeatH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.moehive.cluster.v1.SliceProgressH\x00\x12/\n\x05ready\x18\x04 \x01(\x0b\x32\x1e.moehive.cluster.v1.SliceReadyH\x00\x12\x31\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1f.moehive.cluster.v1.SliceFailedH\x00\x12.\n\x07leaving\x18\x06 \x01(\x0b\x32\x1b.moehive.cluster.v1.LeavingH\x00\x42\x08\n\x06report"j\n\tNodeHello\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tram_bytes\x18\x02 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t"\x94\x01\n\tHeartbeat\x12\x14\n\x0c\x65xperts_held\x18\x01 \x01(\r\x12\x12\n\nbytes_held\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xpert_calls\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04load\x18\x07 \x01(\x01"G\n\rSliceProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04"\x1b\n\nSliceReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04".\n\x0bSliceFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sentence\x18\x02 \x01(\t"\t\n\x07Leaving"\xae\x01\n\tDirective\x12\x31\n\x06\x61ssign\x18\x01 \x01(\x0b\x32\x1f.moehive.cluster.v1.AssignSliceH\x00\x12\x31\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1f.moehive.cluster.v1.CommitEpochH\x00\x12.\n\x07release\x18\x03 \x01(\x0b\x32\x1b.moehive.cluster.v1.ReleaseH\x00\x42\x0b\n\tdirective"^\n\x0b\x41ssignSlice\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12.\n\x06layers\x18\x03 \x03(\x0b\x32\x1e.moehive.cluster.v1.LayerSlice",\n\nLayerSlice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r"\x1c\n\x0b\x43ommitEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04"\t\n\x07Release"!\n\x0c\x44rainRequest\x12\x11\n\tnode_name\x18\x01 \x01(\t"0\n\nDrainReply\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x10\n\x08sentence\x18\x02 \x01(\t"V\n\x0cSliceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted"=\n\x0c\x45xpertWanted\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04"\x85\x01\n\nSliceChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x15\n\rexpert_sha256\x18\x07 \x01(\x0c\x32T\n\nEnrollment\x12\x46\n\x04Join\x12\x1f.moehive.cluster.v1.JoinRequest\x1a\x1d.moehive.cluster.v1.JoinReply2\xbe\x02\n\x07\x43luster\x12K\n\x06\x41ttend\x12\x1e.moehive.cluster.v1.NodeReport\x1a\x1d.moehive.cluster.v1.Directive(\x01\x30\x01\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x12I\n\x05Renew\x12 .moehive.cluster.v1.RenewRequest\x1a\x1e.moehive.cluster.v1.RenewReply\x12I\n\x05\x44rain\x12 .moehive.cluster.v1.DrainRequest\x1a\x1e.moehive.cluster.v1.DrainReplyb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmoehive/proto/cluster.proto\x12\x12moehive.cluster.v1\"G\n\x0bJoinRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\"=\n\tJoinReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63luster_address\x18\x02 \x01(\t\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\"%\n\nRenewReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\"\xc5\x02\n\nNodeReport\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.moehive.cluster.v1.NodeHelloH\x00\x12\x32\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.moehive.cluster.v1.HeartbeatH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.moehive.cluster.v1.SliceProgressH\x00\x12/\n\x05ready\x18\x04 \x01(\x0b\x32\x1e.moehive.cluster.v1.SliceReadyH\x00\x12\x31\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1f.moehive.cluster.v1.SliceFailedH\x00\x12.\n\x07leaving\x18\x06 \x01(\x0b\x32\x1b.moehive.cluster.v1.LeavingH\x00\x42\x08\n\x06report\"j\n\tNodeHello\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tram_bytes\x18\x02 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t\"\x94\x01\n\tHeartbeat\x12\x14\n\x0c\x65xperts_held\x18\x01 \x01(\r\x12\x12\n\nbytes_held\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xpert_calls\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04load\x18\x07 \x01(\x01\"G\n\rSliceProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"\x1b\n\nSliceReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\".\n\x0bSliceFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sentence\x18\x02 \x01(\t\"\t\n\x07Leaving\"\xae\x01\n\tDirective\x12\x31\n\x06\x61ssign\x18\x01 \x01(\x0b\x32\x1f.moehive.cluster.v1.AssignSliceH\x00\x12\x31\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1f.moehive.cluster.v1.CommitEpochH\x00\x12.\n\x07release\x18\x03 \x01(\x0b\x32\x1b.moehive.cluster.v1.ReleaseH\x00\x42\x0b\n\tdirective\"^\n\x0b\x41ssignSlice\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12.\n\x06layers\x18\x03 \x03(\x0b\x32\x1e.moehive.cluster.v1.LayerSlice\",\n\nLayerSlice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x1c\n\x0b\x43ommitEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\t\n\x07Release\"!\n\x0c\x44rainRequest\x12\x11\n\tnode_name\x18\x01 \x01(\t\"0\n\nDrainReply\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x10\n\x08sentence\x18\x02 \x01(\t\"V\n\x0cSliceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\"=\n\x0c\x45xpertWanted\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x85\x01\n\nSliceChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x0e\n\x06sha256\x18\x06 \x01(\x0c\x12\x15\n\rexpert_sha256\x18\x07 \x01(\x0c\x32T\n\nEnrollment\x12\x46\n\x04Join\x12\x1f.moehive.cluster.v1.JoinRequest\x1a\x1d.moehive.cluster.v1.JoinReply2\xbe\x02\n\x07\x43luster\x12K\n\x06\x41ttend\x12\x1e.moehive.cluster.v1.NodeReport\x1a\x1d.moehive.cluster.v1.Directive(\x01\x30\x01\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x12I\n\x05Renew\x12 .moehive.cluster.v1.RenewRequest\x1a\x1e.moehive.cluster.v1.RenewReply\x12I\n\x05\x44rain\x12 .moehive.cluster.v1.DrainRequest\x1a\x1e.moehive.cluster.v1.DrainReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "moehive.proto.cluster_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moehive.proto.cluster_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_JOINREQUEST"]._serialized_start = 51
-    _globals["_JOINREQUEST"]._serialized_end = 122
-    _globals["_JOINREPLY"]._serialized_start = 124
-    _globals["_JOINREPLY"]._serialized_end = 185
-    _globals["_RENEWREQUEST"]._serialized_start = 187
-    _globals["_RENEWREQUEST"]._serialized_end = 218
-    _globals["_RENEWREPLY"]._serialized_start = 220
-    _globals["_RENEWREPLY"]._serialized_end = 257
-    _globals["_NODEREPORT"]._serialized_start = 260
-    _globals["_NODEREPORT"]._serialized_end = 585
-    _globals["_NODEHELLO"]._serialized_start = 587
-    _globals["_NODEHELLO"]._serialized_end = 693
-    _globals["_HEARTBEAT"]._serialized_start = 696
-    _globals["_HEARTBEAT"]._serialized_end = 844
-    _globals["_SLICEPROGRESS"]._serialized_start = 846
-    _globals["_SLICEPROGRESS"]._serialized_end = 917
-    _globals["_SLICEREADY"]._serialized_start = 919
-    _globals["_SLICEREADY"]._serialized_end = 946
-    _globals["_SLICEFAILED"]._serialized_start = 948
-    _globals["_SLICEFAILED"]._serialized_end = 994
-    _globals["_LEAVING"]._serialized_start = 996
-    _globals["_LEAVING"]._serialized_end = 1005
-    _globals["_DIRECTIVE"]._serialized_start = 1008
-    _globals["_DIRECTIVE"]._serialized_end = 1182
-    _globals["_ASSIGNSLICE"]._serialized_start = 1184
-    _globals["_ASSIGNSLICE"]._serialized_end = 1278
-    _globals["_LAYERSLICE"]._serialized_start = 1280
-    _globals["_LAYERSLICE"]._serialized_end = 1324
-    _globals["_COMMITEPOCH"]._serialized_start = 1326
-    _globals["_COMMITEPOCH"]._serialized_end = 1354
-    _globals["_RELEASE"]._serialized_start = 1356
-    _globals["_RELEASE"]._serialized_end = 1365
-    _globals["_DRAINREQUEST"]._serialized_start = 1367
-    _globals["_DRAINREQUEST"]._serialized_end = 1400
-    _globals["_DRAINREPLY"]._serialized_start = 1402
-    _globals["_DRAINREPLY"]._serialized_end = 1450
-    _globals["_SLICEREQUEST"]._serialized_start = 1452
-    _globals["_SLICEREQUEST"]._serialized_end = 1538
-    _globals["_EXPERTWANTED"]._serialized_start = 1540
-    _globals["_EXPERTWANTED"]._serialized_end = 1601
-    _globals["_SLICECHUNK"]._serialized_start = 1604
-    _globals["_SLICECHUNK"]._serialized_end = 1737
-    _globals["_ENROLLMENT"]._serialized_start = 1739
-    _globals["_ENROLLMENT"]._serialized_end = 1823
-    _globals["_CLUSTER"]._serialized_start = 1826
-    _globals["_CLUSTER"]._serialized_end = 2144
+  DESCRIPTOR._loaded_options = None
+  _globals['_JOINREQUEST']._serialized_start=51
+  _globals['_JOINREQUEST']._serialized_end=122
+  _globals['_JOINREPLY']._serialized_start=124
+  _globals['_JOINREPLY']._serialized_end=185
+  _globals['_RENEWREQUEST']._serialized_start=187
+  _globals['_RENEWREQUEST']._serialized_end=218
+  _globals['_RENEWREPLY']._serialized_start=220
+  _globals['_RENEWREPLY']._serialized_end=257
+  _globals['_NODEREPORT']._serialized_start=260
+  _globals['_NODEREPORT']._serialized_end=585
+  _globals['_NODEHELLO']._serialized_start=587
+  _globals['_NODEHELLO']._serialized_end=693
+  _globals['_HEARTBEAT']._serialized_start=696
+  _globals['_HEARTBEAT']._serialized_end=844
+  _globals['_SLICEPROGRESS']._serialized_start=846
+  _globals['_SLICEPROGRESS']._serialized_end=917
+  _globals['_SLICEREADY']._serialized_start=919
+  _globals['_SLICEREADY']._serialized_end=946
+  _globals['_SLICEFAILED']._serialized_start=948
+  _globals['_SLICEFAILED']._serialized_end=994
+  _globals['_LEAVING']._serialized_start=996
+  _globals['_LEAVING']._serialized_end=1005
+  _globals['_DIRECTIVE']._serialized_start=1008
+  _globals['_DIRECTIVE']._serialized_end=1182
+  _globals['_ASSIGNSLICE']._serialized_start=1184
+  _globals['_ASSIGNSLICE']._serialized_end=1278
+  _globals['_LAYERSLICE']._serialized_start=1280
+  _globals['_LAYERSLICE']._serialized_end=1324
+  _globals['_COMMITEPOCH']._serialized_start=1326
+  _globals['_COMMITEPOCH']._serialized_end=1354
+  _globals['_RELEASE']._serialized_start=1356
+  _globals['_RELEASE']._serialized_end=1365
+  _globals['_DRAINREQUEST']._serialized_start=1367
+  _globals['_DRAINREQUEST']._serialized_end=1400
+  _globals['_DRAINREPLY']._serialized_start=1402
+  _globals['_DRAINREPLY']._serialized_end=1450
+  _globals['_SLICEREQUEST']._serialized_start=1452
+  _globals['_SLICEREQUEST']._serialized_end=1538
+  _globals['_EXPERTWANTED']._serialized_start=1540
+  _globals['_EXPERTWANTED']._serialized_end=1601
+  _globals['_SLICECHUNK']._serialized_start=1604
+  _globals['_SLICECHUNK']._serialized_end=1737
+  _globals['_ENROLLMENT']._serialized_start=1739
+  _globals['_ENROLLMENT']._serialized_end=1823
+  _globals['_CLUSTER']._serialized_start=1826
+  _globals['_CLUSTER']._serialized_end=2144
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from moehive.proto.sd_notify import notify, watchdog_interval
 
 
