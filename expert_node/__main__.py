@@ -1,4 +1,4 @@
-"""`python -m moehive.expert_node`: settings from the command line, then the node. Exit code 1: failed, 2: settings."""
+"""`python -m moehive.expert_node`: settings from flags, then the node. Exit code 1: failed, 2: settings."""
 
 import argparse
 import logging

@@ -8,7 +8,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TypeAlias
 
 import grpc
@@ -24,13 +23,13 @@ from .backoff import Backoff
 from .executor import Totals
 from .fetch import Assignment, SliceError, SliceLoader
 from .identity import NodeIdentity
+from .slices import Slices
 from .store import ExpertStore
 from .types import NodeError
 from .uplink import Uplink
 
 log = logging.getLogger(__name__)
 
-RETRY_SLICE_SECONDS = 30.0  # after a slice that could not be had, for example for a full disk
 REFUSED_SECONDS = 30.0  # between two tries at a coordinator that refuses this node or its version
 RENEWAL_CHECK_SECONDS = 3600.0
 
@@ -60,27 +59,29 @@ class Agent:
         totals: Totals,
         changed: Callable[[], None],
     ) -> None:
-        self.attending = False
         self.released = asyncio.Event()
+        self._away = asyncio.Event()
+        self._away.set()
         self._identity = identity
         self._uplink = uplink
         self._hello = hello
         self._store = store
-        self._loader = loader
         self._totals = totals
         self._changed = changed
         self._process = psutil.Process()
         self._call: Call | None = None
         self._writing = asyncio.Lock()  # gRPC takes one write at a time
-        self._assigned: Assignment | None = None
-        self._ready = True  # holds all that is assigned
-        self._loading: asyncio.Task[None] | None = None
-        self._progress: tuple[int, int] | None = None  # bytes done, bytes in all, of the load in hand
+        self._slices = Slices(store, loader, self._loaded)
+
+    @property
+    def attending(self) -> bool:
+        """Whether the coordinator is there and has accepted this node."""
+        return not self._away.is_set()
 
     @property
     def ready(self) -> bool:
         """Whether the coordinator is attended and all that it assigned is held."""
-        return self.attending and self._ready
+        return self.attending and self._slices.held
 
     @property
     def state(self) -> str:
@@ -88,8 +89,8 @@ class Agent:
         held = f"{self._store.experts_held} experts, {self._store.bytes_held / 1e9:.2f} GB"
         if not self.attending:
             return f"Waiting for the coordinator at {self._identity.cluster_address}; holding {held}."
-        if not self._ready:
-            done, total = self._progress or (0, 0)
+        if not self._slices.held:
+            _, done, total = self._slices.progress or (0, 0, 0)
             return f"Loading a slice: {done / 1e9:.2f} of {total / 1e9:.2f} GB."
         return f"Serving {held}."
 
@@ -122,15 +123,17 @@ class Agent:
                 else:
                     await backoff.wait()
         finally:
-            await self._stop_loading()
+            await self._slices.stop()
 
     async def leave(self) -> None:
         """Asks to be released and waits for it, RELEASE_SECONDS at most; at once when the coordinator is away."""
         if not self.attending:
             return
         await self._report(pb.NodeReport(leaving=pb.Leaving()))
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self.released.wait(), RELEASE_SECONDS)
+        waits = [asyncio.create_task(event.wait()) for event in (self.released, self._away)]
+        await asyncio.wait(waits, timeout=RELEASE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
 
     async def _attend(self) -> None:
         """One control stream, from hello to its end."""
@@ -139,6 +142,7 @@ class Agent:
         tasks: list[asyncio.Task[None]] = []
         try:
             await call.write(pb.NodeReport(hello=self._hello))
+            self._slices.forget()
             tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._renew())]
             while (directive := await call.read()) is not grpc.aio.EOF:
                 check_directive(directive)
@@ -146,14 +150,6 @@ class Agent:
                 await self._follow(directive)
                 if self.released.is_set():
                     return
-            # The status of a stream that the other side refused is an error; that of one it closed is not.
-            if await call.code() is not grpc.StatusCode.OK:
-                raise grpc.aio.AioRpcError(
-                    await call.code(),
-                    await call.initial_metadata(),
-                    await call.trailing_metadata(),
-                    await call.details(),
-                )
         finally:
             self._call = None
             for task in tasks:
@@ -165,7 +161,7 @@ class Agent:
         if kind == "assign":
             await self._assign(directive.assign)
         elif kind == "commit":
-            self._commit(directive.commit.epoch)
+            self._slices.commit(directive.commit.epoch)
         elif kind == "release":
             log.info("The coordinator has released this node.")
             self.released.set()
@@ -174,69 +170,42 @@ class Agent:
         try:
             wanted = await asyncio.to_thread(Assignment.read, message)
         except SliceError as error:
-            await self._failed(message.epoch, str(error))
+            await self._loaded(message.epoch, error)
             return
-        if self._loading is not None and not self._loading.done() and wanted == self._assigned:
-            return  # a coordinator that came back; the load in hand goes on
-        await self._stop_loading()
-        self._assigned = wanted
-        self._ready = False
-        self._progress = None
-        self._changed()
-        self._loading = asyncio.create_task(self._load(wanted))
-
-    async def _load(self, wanted: Assignment) -> None:
-        """Loads until it is done, however often it has to begin again."""
-        log.info("Epoch %d: %d experts of %s are assigned.", wanted.epoch, len(wanted.experts), wanted.manifest.name)
-        while True:
-            try:
-                await self._loader.load(wanted, self._note)
-                break
-            except NodeError as error:
-                log.error("Epoch %d: %s Trying again in %.0f s.", wanted.epoch, error, RETRY_SLICE_SECONDS)
-                await self._failed(wanted.epoch, str(error))
-            await asyncio.sleep(RETRY_SLICE_SECONDS)
-        log.info("Epoch %d: ready, %d experts held.", wanted.epoch, self._store.experts_held)
-        self._ready = True
-        self._progress = None
-        await self._report(pb.NodeReport(ready=pb.SliceReady(epoch=wanted.epoch)))
+        await self._slices.assign(wanted)
         self._changed()
 
-    def _note(self, done: int, total: int) -> None:
-        self._progress = (done, total)
-
-    def _commit(self, epoch: int) -> None:
-        wanted = self._assigned
-        if wanted is None or wanted.epoch != epoch:
-            return  # it changes nothing for this node, or a newer assignment is on its way
-        dropped = self._store.retain(frozenset(wanted.experts))
-        if dropped:
-            log.info("Epoch %d: %d experts that it does not use were dropped.", epoch, dropped)
-
-    async def _stop_loading(self) -> None:
-        if self._loading is not None:
-            self._loading.cancel()
-            await asyncio.wait([self._loading])
-            self._loading = None
-
-    async def _failed(self, epoch: int, sentence: str) -> None:
-        await self._report(pb.NodeReport(failed=pb.SliceFailed(epoch=epoch, sentence=sentence[:MAX_SENTENCE])))
+    async def _loaded(self, epoch: int, problem: NodeError | None) -> None:
+        if problem is None:
+            await self._report(pb.NodeReport(ready=pb.SliceReady(epoch=epoch)))
+        else:
+            failed = pb.SliceFailed(epoch=epoch, sentence=str(problem)[:MAX_SENTENCE])
+            await self._report(pb.NodeReport(failed=failed))
+        self._changed()
 
     async def _report(self, report: pb.NodeReport) -> None:
         """Says it if anybody listens; the end of the stream is noticed by its reader."""
         async with self._writing:
-            if self._call is not None:
-                with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                    await self._call.write(report)
+            if self._call is None:
+                return
+            try:
+                await self._call.write(report)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
+                pass
+            except asyncio.CancelledError:
+                # grpc.aio raises this in the writer of a stream that was cancelled, too.
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
             self._set_attending(True)  # not refused for so long
             await self._report(pb.NodeReport(heartbeat=self._heartbeat()))
-            if self._progress is not None and self._assigned is not None:
-                done, total = self._progress
-                progress = pb.SliceProgress(epoch=self._assigned.epoch, bytes_done=done, bytes_total=total)
+            if self._slices.progress is not None:
+                epoch, done, total = self._slices.progress
+                progress = pb.SliceProgress(epoch=epoch, bytes_done=done, bytes_total=total)
                 await self._report(pb.NodeReport(progress=progress))
                 self._changed()
 
@@ -262,8 +231,11 @@ class Agent:
             await asyncio.sleep(RENEWAL_CHECK_SECONDS)
 
     def _set_attending(self, attending: bool) -> None:
-        if attending != self.attending:
-            self.attending = attending
-            if attending:
-                log.info("Attended by the coordinator at %s.", self._identity.cluster_address)
-            self._changed()
+        if attending == self.attending:
+            return
+        if attending:
+            self._away.clear()
+            log.info("Attended by the coordinator at %s.", self._identity.cluster_address)
+        else:
+            self._away.set()
+        self._changed()

@@ -7,10 +7,11 @@ way. A cut is resumed at the byte where it happened, for as long as the assignme
 import asyncio
 import hashlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
@@ -45,6 +46,10 @@ _FINAL = frozenset(
         grpc.StatusCode.UNAUTHENTICATED,
     }
 )
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class BadAnswer(NodeError):
@@ -95,8 +100,8 @@ class SliceLoader:
         self._cache_root = cache_root
         self._stub = stub
 
-    async def load(self, wanted: Assignment, progress: Progress) -> None:
-        """Returns once the store holds the whole assignment.
+    async def load(self, wanted: Assignment, keep: Collection[ExpertId], progress: Progress) -> None:
+        """Returns once the store holds the whole assignment; other experts than `keep` may have to make room.
 
         May be cancelled; what is loaded by then stays. Raises NodeError with one sentence.
         """
@@ -105,16 +110,16 @@ class SliceLoader:
         self._store.use(manifest, wanted.epoch)
         missing = [expert for expert in wanted.experts if expert not in self._store]
         left = sum(manifest.nbytes(expert) for expert in missing)
-        self._store.check_room(left)
+        self._store.make_room(left, keep)
         progress(total - left, total)
         if not missing:
             return
-        cache = await asyncio.to_thread(DiskCache, self._cache_root, manifest.fingerprint)
+        cache = await _in_thread(DiskCache, self._cache_root, manifest.fingerprint)
         cached = [expert for expert in missing if expert in cache]
         if cached:
             log.info("Reading %d experts from the disk cache and checking them.", len(cached))
         for expert in cached:
-            weights = await asyncio.to_thread(_from_cache, cache, manifest, expert)
+            weights = await _in_thread(_from_cache, cache, manifest, expert)
             if weights is not None:
                 self._store.add(expert, weights)
                 left -= manifest.nbytes(expert)
@@ -122,7 +127,7 @@ class SliceLoader:
         missing = [expert for expert in missing if expert not in self._store]
         if missing:
             log.info("Fetching %d experts, %.1f MB.", len(missing), left / 1e6)
-            await asyncio.to_thread(_make_room, cache, manifest, missing)
+            await _in_thread(_make_room, cache, manifest, missing)
             await self._fetch(manifest, cache, missing, lambda done: progress(total - left + done, total))
 
     async def _fetch(
@@ -137,8 +142,8 @@ class SliceLoader:
                     if offset == manifest.nbytes(expert):
                         done += offset
                         offset = 0
-                        backoff.reset()
                         bad_answers = 0
+                    backoff.reset()
                     progress(done + offset)
             except grpc.aio.AioRpcError as error:
                 if error.code() in _FINAL:
@@ -162,7 +167,7 @@ class SliceLoader:
 
         Raises AioRpcError, TimeoutError, BadAnswer and CacheError.
         """
-        offsets = await asyncio.to_thread(_part_bytes, cache, manifest, wanted)
+        offsets = await _in_thread(_part_bytes, cache, manifest, wanted)
         request = pb.SliceRequest(fingerprint=manifest.fingerprint)
         for expert, offset in zip(wanted, offsets, strict=True):
             request.experts.add(layer=expert.layer, expert=expert.expert, offset=offset)
@@ -171,7 +176,7 @@ class SliceLoader:
             for expert, offset in zip(wanted, offsets, strict=True):
                 spec = manifest.layers[expert.layer].spec
                 blob = empty_blob(spec.nbytes)
-                part = await asyncio.to_thread(cache.part, expert, blob.numpy().data)
+                part = await _in_thread(cache.part, expert, blob.numpy().data)
                 try:
                     if part.offset != offset:
                         raise BadAnswer(
@@ -181,7 +186,7 @@ class SliceLoader:
                         chunk = await asyncio.wait_for(call.read(), CHUNK_SECONDS)
                         if chunk is grpc.aio.EOF:
                             raise BadAnswer("The coordinator ended the slice before the last expert.")
-                        await asyncio.to_thread(_take, part, expert, spec.nbytes, chunk)
+                        await _in_thread(_take, part, expert, spec.nbytes, chunk)
                         if part.offset == spec.nbytes:
                             self._store.add(expert, load_expert(spec, blob))
                         yield expert, part.offset
@@ -189,6 +194,16 @@ class SliceLoader:
                     part.close()
         finally:
             call.cancel()
+
+
+async def _in_thread(function: Callable[P, T], *arguments: P.args, **keywords: P.kwargs) -> T:
+    """As asyncio.to_thread, but ends only after the thread's work, so that no two ever write to one file."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments, **keywords))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
 
 
 def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -> None:

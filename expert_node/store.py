@@ -50,8 +50,10 @@ class ExpertStore:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert.expert in self.layer(expert.layer)
 
-    def check_room(self, nbytes: int) -> None:
-        """Raises StoreFull when `nbytes` more do not fit."""
+    def make_room(self, nbytes: int, keep: Collection[ExpertId]) -> None:
+        """Drops all but `keep` when `nbytes` more do not fit. Raises StoreFull when that is not enough."""
+        if self.bytes_held + nbytes > self.capacity_bytes:
+            self.retain(keep)
         if self.bytes_held + nbytes > self.capacity_bytes:
             raise StoreFull(
                 f"The slice needs {self.bytes_held + nbytes} bytes of memory and this node gives "
@@ -59,12 +61,11 @@ class ExpertStore:
             )
 
     def add(self, expert: ExpertId, weights: ExpertWeights) -> None:
-        """Takes an expert of the model named in `use`. Raises StoreFull."""
+        """Takes an expert of the model named in `use`, for which there is room."""
         if expert in self:
             return
         assert self.manifest is not None
         nbytes = self.manifest.nbytes(expert)
-        self.check_room(nbytes)
         self._layers[expert.layer] = {**self.layer(expert.layer), expert.expert: weights}
         self.bytes_held += nbytes
         self.experts_held += 1
