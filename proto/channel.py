@@ -58,15 +58,18 @@ def open_channel(address: str, identity: Identity, server_name: str) -> grpc.aio
     return grpc.aio.secure_channel(address, credentials, options=options() + override)
 
 
-def server_credentials(current: Callable[[], Identity]) -> grpc.ServerCredentials:
-    """Mutual-TLS credentials for a server; `current` is asked at each handshake, so a renewed certificate is used."""
+def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) -> grpc.ServerCredentials:
+    """TLS credentials for a server; `current` is asked at each handshake, so a renewed certificate is used.
+
+    Not `mutual`: callers need no certificate (nodes that join, clients of the public door).
+    """
 
     def configuration() -> grpc.ServerCertificateConfiguration:
         identity = current()
         return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.chain_pem)], identity.ca_pem)
 
     return grpc.dynamic_ssl_server_credentials(
-        configuration(), lambda: configuration(), require_client_authentication=True
+        configuration(), lambda: configuration(), require_client_authentication=mutual
     )
 
 

@@ -8,6 +8,7 @@ service gave it, and any other error gets INTERNAL: logged here with its traceba
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing
 from typing import Any, NoReturn, TypeAlias
 
 import grpc
@@ -24,7 +25,7 @@ MAX_DETAILS = 1024  # characters; they travel in a header, whose size is bounded
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
-class CallGuard(grpc.aio.ServerInterceptor):
+class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs lack it
     """Checks each call's handshake and turns its errors into statuses."""
 
     def __init__(self, statuses: Mapping[type[Exception], grpc.StatusCode]) -> None:
@@ -37,7 +38,7 @@ class CallGuard(grpc.aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
         """Called by gRPC for each call."""
@@ -77,8 +78,9 @@ class CallGuard(grpc.aio.ServerInterceptor):
             if refusal is not None:
                 await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
             try:
-                async for reply in behavior(_parsed(request), context):
-                    yield reply
+                async with aclosing(behavior(_parsed(request), context)) as replies:
+                    async for reply in replies:
+                        yield reply
             except Exception as error:
                 await self._abort(error, context, method)
 

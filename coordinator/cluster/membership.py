@@ -1,0 +1,405 @@
+"""Who is in the cluster, and what follows from it: decides plans, directs the nodes, notices silence.
+
+All of it runs on the event loop's thread. Everything that happens becomes an event of state.py; after each, this
+file looks at the new state and does what is due: plan, assign, commit, release. So there is one place where things
+are decided, and no order of arrivals that was not thought of separately.
+
+The policy:
+- The first plan is made when `min_nodes` nodes are here and their memory holds the experts.
+- A node that goes away keeps its place: its experts are unavailable until it is back, with the same slice.
+- A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
+  While a node is away nothing is planned for REPLACE_SECONDS: it may only be starting again.
+- A node that leaves is released when the others have loaded its experts, or at once when they can't.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+from moehive.kernels.geometry import LayerGeometry, Manifest
+from moehive.proto.timing import SILENCE_SECONDS
+
+from ..placement.shares import place_by_memory
+from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from .records import claim_epoch, last_epoch, load_plan, save_plan
+from .session import Assign, Commit, Released, Session
+from .state import (
+    Capacity,
+    ClusterState,
+    Event,
+    HeartbeatReceived,
+    NodeArrived,
+    NodeAway,
+    NodeLeaving,
+    Phase,
+    Planned,
+    SliceAssigned,
+    SliceHeld,
+    SliceNotHeld,
+    SliceProgressed,
+    apply,
+)
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0  # how often silence and overdue decisions are looked for
+REPLACE_SECONDS = 30.0  # a node away for longer may lose its experts to a node that is new
+RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after this
+SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
+
+
+class Place(Protocol):
+    """Makes a plan from memory; see placement/shares.py."""
+
+    def __call__(
+        self,
+        capacities: Mapping[NodeName, int],
+        layers: Sequence[LayerGeometry],
+        epoch: int,
+        previous: Plan | None = None,
+    ) -> Plan: ...
+
+
+class Membership:
+    """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
+
+    def __init__(
+        self,
+        store: Store,
+        manifest: Manifest,
+        min_nodes: int,
+        local_bytes: int,
+        on_change: Callable[[ClusterState], None],
+        place: Place = place_by_memory,
+    ) -> None:
+        """`local_bytes` of the coordinator's own memory hold experts too; 0: none. Raises CoordinatorError."""
+        self.manifest = manifest
+        self.state = ClusterState()
+        self._store = store
+        self._min_nodes = min_nodes
+        self._local_bytes = local_bytes
+        self._on_change = on_change
+        self._place = place
+        self._sessions: dict[NodeName, Session] = {}
+        self._events: deque[Event] = deque()
+        self._recording = False
+        self._waiters: set[asyncio.Future[None]] = set()
+        self._shortage = ""  # why no plan could be made
+        self._logged = ""
+        self._too_small: Mapping[NodeName, int] = {}  # capacities for which there is no plan: not tried again
+        self._away_since: dict[NodeName, float] = {}
+        self._retry_at: dict[NodeName, float] = {}
+        self._settled_at = 0.0  # when Commits and Releases of the last switch are due
+        self._held_bytes: dict[NodeName, int] = {}  # of the latest plan's slices
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Takes up the plan that was in force before, if any, and starts the clock. Raises CoordinatorError."""
+        stored = load_plan(self._store, self.manifest.fingerprint, self.manifest.layers)
+        if stored is not None and self._local_bytes < self._slice_bytes(stored[0], LOCAL):
+            stored = None  # the coordinator gives less memory than it did
+        if stored is not None:
+            plan, members = stored
+            log.info("Taking up the plan of epoch %d: waiting for %s.", plan.epoch, ", ".join(sorted(members)))
+            self._record(Planned(plan, members))
+        if self._local_bytes > 0:
+            self._record(NodeArrived(LOCAL, Capacity("", self._local_bytes)))
+        self._ticker = asyncio.create_task(self._tick_forever())
+
+    async def stop(self) -> None:
+        """Releases the nodes that are leaving and ends all sessions."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+        for name, session in list(self._sessions.items()):
+            if self.state.nodes[name].leaving and not session.released:
+                session.send(Released())
+            session.end()
+
+    # What the nodes do
+
+    def arrive(self, name: NodeName, capacity: Capacity) -> Session:
+        """A node has opened a control stream; an older one of the same node is ended."""
+        former = self._sessions.pop(name, None)
+        if former is not None:
+            log.warning("Node %s has opened a second control stream; the first is ended.", name)
+            former.end(f"Node {name} has opened another control stream, which replaces this one.")
+            self._record(NodeAway(name))
+        session = Session(name, asyncio.get_running_loop().time())
+        self._sessions[name] = session
+        self._retry_at.pop(name, None)
+        log.info("Node %s is here: %s, %.1f GB for experts.", name, capacity.address, capacity.ram_bytes / 1e9)
+        self._record(NodeArrived(name, capacity))
+        return session
+
+    def report(self, session: Session, event: Event) -> None:
+        """Something that a node said on its stream; ignored when another stream has replaced this one."""
+        if self._sessions.get(session.name) is not session:
+            return
+        session.last_seen = asyncio.get_running_loop().time()
+        if isinstance(event, SliceNotHeld):
+            log.warning("Node %s could not load its slice: %s", event.name, event.sentence)
+            self._retry_at[event.name] = session.last_seen + RETRY_SECONDS
+        self._record(event)
+
+    def depart(self, session: Session) -> None:
+        """A node's control stream has ended."""
+        if self._sessions.get(session.name) is session:
+            del self._sessions[session.name]
+            log.info("Node %s is away.", session.name)
+            self._record(NodeAway(session.name))
+
+    # What the coordinator's own memory does
+
+    def local_ready(self, epoch: int) -> None:
+        """The coordinator holds its own slice of the plan of `epoch`."""
+        self._record(SliceHeld(LOCAL, epoch))
+
+    def local_failed(self, epoch: int, sentence: str) -> None:
+        """The coordinator could not load its own slice; it is assigned again later."""
+        self._retry_at[LOCAL] = asyncio.get_running_loop().time() + RETRY_SECONDS
+        self._record(SliceNotHeld(LOCAL, epoch, sentence))
+
+    # What others ask
+
+    async def wait_ready(self, timeout: float | None) -> None:  # noqa: ASYNC109 - its error says what is missing
+        """Returns once every expert has a node that is there.
+
+        Raises CoordinatorError after `timeout` seconds (None: never) with a sentence that says what is missing.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.state.ready:
+                    await self._change()
+        except TimeoutError as error:
+            raise CoordinatorError(f"The cluster was not ready after {timeout:.0f} s. {self.reason()}") from error
+
+    async def drain(self, name: NodeName) -> None:
+        """Moves a node's experts to the others, releases it, and returns once they serve.
+
+        Raises CoordinatorError when the others have no room; nothing has changed then.
+        """
+        if name == LOCAL or name not in self.state.nodes:
+            raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
+        if self._needed(name):
+            self._planned_without(name)  # raises when the rest can't hold the experts
+        self._record(NodeLeaving(name))
+        while self._needed(name):
+            await self._change()
+
+    def reason(self) -> str | None:
+        """Why the cluster is not ready, in one sentence; None when it is."""
+        state = self.state
+        if state.ready:
+            return None
+        if state.epoch == 0:
+            here = sum(1 for node in state.nodes.values() if node.present and node.name != LOCAL)
+            if here < self._min_nodes:
+                return f"{here} of {self._min_nodes} expert nodes are here; start {self._min_nodes - here} more."
+            return self._shortage or "The plan is being made."
+        owners = state.active_owners or state.pending_owners
+        away = sorted(name for name in owners if state.phase(name) is Phase.AWAY)
+        if away:
+            one = len(away) == 1
+            return (
+                f"Expert {'node' if one else 'nodes'} {', '.join(away)} {'is' if one else 'are'} away with a part of "
+                f"the model; start {'it' if one else 'them'} again. {self._shortage}".rstrip()
+            )
+        problems = [f"{node.name}: {node.problem}" for node in state.nodes.values() if node.problem]
+        if problems:
+            return f"A slice could not be loaded on {'; '.join(problems)}"
+        loading = [
+            f"{node.name} {100 * node.bytes_done // max(1, node.bytes_total)} %"
+            for node in state.nodes.values()
+            if node.assigned - node.ready
+        ]
+        return f"The experts are being loaded: {', '.join(loading)}."
+
+    # Inside
+
+    def _record(self, event: Event) -> None:
+        """Applies an event, and those that follow from it, one after the other."""
+        self._events.append(event)
+        if self._recording:
+            return
+        self._recording = True
+        try:
+            while self._events:
+                before, cause = self.state, self._events.popleft()
+                self.state = apply(before, cause)
+                if self.state is not before:
+                    self._follow(before, cause)
+        finally:
+            self._recording = False
+
+    def _follow(self, before: ClusterState, cause: Event) -> None:
+        state, now = self.state, asyncio.get_running_loop().time()
+        for name, node in state.nodes.items():
+            if node.present:
+                self._away_since.pop(name, None)
+            else:
+                self._away_since.setdefault(name, now)
+        if state.active is not None and state.active is not before.active:
+            log.info("The plan of epoch %d is in force: %s.", state.active.epoch, _share_words(state))
+            self._settled_at = now if before.active is None else now + SETTLE_SECONDS
+            try:
+                save_plan(self._store, self.manifest.fingerprint, state.active, sorted(state.members))
+            except CoordinatorError as error:
+                log.error("The plan could not be kept for the next start: %s", error)
+        if isinstance(cause, Planned):
+            owners = state.pending_owners | state.active_owners
+            self._held_bytes = {name: self._slice_bytes(cause.plan, name) for name in owners}
+        self._on_change(state)
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+        if not isinstance(cause, HeartbeatReceived | SliceProgressed):
+            self._decide()
+
+    def _decide(self) -> None:
+        """Does what the present state asks for; doing it again changes nothing."""
+        if self._events:
+            return  # they come first; this is called again after them
+        self._replan()
+        if not self._events:
+            self._direct()
+
+    def _replan(self) -> None:
+        state = self.state
+        usable = self._usable()
+        enough = sum(1 for name in usable if name != LOCAL) >= self._min_nodes
+        if state.epoch == 0 and enough:
+            self._plan(usable)
+        if state.epoch == 0 or (state.active is None and not enough):
+            return
+        newcomers = usable.keys() - state.members
+        shrunk = any(self._held_bytes.get(name, 0) > size for name, size in usable.items())
+        leavers = any(state.nodes[name].present and state.nodes[name].leaving for name in state.members)
+        if shrunk or leavers or (newcomers and self._may_replace()):
+            self._plan(usable)
+
+    def _may_replace(self) -> bool:
+        """Whether a new node may cause a plan now: none while one is loading, or while a node is briefly away."""
+        state, now = self.state, asyncio.get_running_loop().time()
+        waits = [self._away_since.get(name) for name in state.members if not state.nodes[name].present]
+        if any(since is not None and now - since < REPLACE_SECONDS for since in waits):
+            return False
+        stuck = any(not state.nodes[name].present or state.nodes[name].problem for name in state.pending_owners)
+        return state.pending is None or stuck
+
+    def _plan(self, capacities: Mapping[NodeName, int]) -> None:
+        """Makes the next plan; on failure keeps what there is and remembers why."""
+        try:
+            self._record(self._planned(capacities))
+            self._shortage = ""
+        except CoordinatorError as error:
+            if str(error) != self._logged:
+                log.warning("No new plan: %s", error)
+            self._logged = self._shortage = str(error)
+
+    def _planned_without(self, name: NodeName) -> None:
+        """Makes the next plan without a node. Raises CoordinatorError when the others have no room."""
+        others = {node: size for node, size in self._usable().items() if node != name}
+        self._record(self._planned(others))
+
+    def _planned(self, capacities: Mapping[NodeName, int]) -> Planned:
+        state = self.state
+        epoch = max(state.epoch, last_epoch(self._store)) + 1
+        if capacities == self._too_small:
+            raise CoordinatorError(self._shortage)
+        try:
+            plan = self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
+        except CoordinatorError as error:
+            self._too_small, self._shortage = capacities, str(error)
+            raise
+        claim_epoch(self._store, epoch)
+        log.info("Plan of epoch %d: %d experts over %s.", epoch, _experts(plan), ", ".join(sorted(capacities)))
+        return Planned(plan, frozenset(capacities))
+
+    def _usable(self) -> dict[NodeName, int]:
+        return {
+            name: node.capacity.ram_bytes
+            for name, node in self.state.nodes.items()
+            if node.present and not node.leaving and node.capacity is not None
+        }
+
+    def _direct(self) -> None:
+        """Sends each node what it has not been told yet."""
+        state, now = self.state, asyncio.get_running_loop().time()
+        plans = [(plan, owners) for plan, owners in
+                 ((state.active, state.active_owners), (state.pending, state.pending_owners)) if plan]  # fmt: skip
+        for name, node in state.nodes.items():
+            session = self._sessions.get(name)
+            if not node.present or (session is None and name != LOCAL):
+                continue
+            for plan, owners in plans:
+                part = name in owners or (plan.epoch == state.epoch and name in state.members)
+                if part and plan.epoch not in node.assigned and now >= self._retry_at.get(name, now):
+                    if session is not None:
+                        session.send(Assign(plan.epoch, plan.slice_of(name)))
+                    self._record(SliceAssigned(name, plan.epoch))
+            if session is None or now < self._settled_at:
+                continue
+            if node.leaving and not session.released and self._may_go(name):
+                log.info("Node %s is released.", name)
+                session.released = True
+                session.send(Released())
+            active = state.active
+            if active is None or active.epoch not in node.ready or session.committed == active.epoch:
+                continue
+            # Not while the node loads a newer slice: a Commit lets it drop all but the active one.
+            if max(node.assigned) == active.epoch:
+                session.committed = active.epoch
+                session.send(Commit(active.epoch))
+
+    def _may_go(self, name: NodeName) -> bool:
+        """Whether a leaving node need not be kept: nothing runs, or no plan that does without it is being loaded."""
+        state = self.state
+        replaced = state.active is not None and state.pending is not None and name not in state.pending_owners
+        return not (self._needed(name) and replaced)
+
+    def _needed(self, name: NodeName) -> bool:
+        return name in self.state.active_owners or name in self.state.pending_owners
+
+    def _slice_bytes(self, plan: Plan, name: NodeName) -> int:
+        layers = zip(self.manifest.layers, plan.slice_of(name), strict=True)
+        return sum(layer.spec.nbytes * len(experts) for layer, experts in layers)
+
+    async def _change(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    async def _tick_forever(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + TICK_SECONDS
+            await asyncio.sleep(TICK_SECONDS)
+            # When the loop itself was held up, reports lie unread: that is not the nodes' silence.
+            late = loop.time() - due
+            for session in list(self._sessions.values()):
+                if late > TICK_SECONDS:
+                    session.last_seen += late
+                if loop.time() - session.last_seen > SILENCE_SECONDS:
+                    session.end(f"Node {session.name} sent no report for {SILENCE_SECONDS:.0f} s.")
+                    self.depart(session)
+            try:
+                self._decide()
+            except Exception:  # whatever went wrong in one second, silence must be noticed in the next
+                log.exception("The cluster's state could not be looked after")
+
+
+def _experts(plan: Plan) -> int:
+    return sum(len(layer) for layer in plan.owners)
+
+
+def _share_words(state: ClusterState) -> str:
+    assert state.active is not None
+    counts = {name: sum(map(len, state.active.slice_of(name))) for name in sorted(state.active_owners)}
+    return ", ".join(f"{name} {count} experts" for name, count in counts.items())

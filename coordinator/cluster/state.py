@@ -1,0 +1,281 @@
+"""What the cluster is, and how it changes: events and one pure function, `apply(state, event) -> state`.
+
+There is no clock and no I/O here. Who decides which event happens is membership.py.
+
+At most two plans are alive: the *active* one, by which requests are dispatched, and a *pending* one, whose slices
+the nodes load meanwhile. The pending plan becomes active when every node that it gives experts to has reported
+ready for its epoch and is still there.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from types import MappingProxyType
+from typing import TypeAlias
+
+from ..types import NodeName, Plan
+
+
+class Phase(Enum):
+    """A node's state as a person is shown it."""
+
+    JOINING = "joining"  # here, nothing assigned yet
+    LOADING = "loading"  # fetching or reading its slice
+    READY = "ready"
+    LEAVING = "leaving"  # was asked to stop, or is being drained
+    AWAY = "away"  # no control stream
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a node says of itself when it arrives."""
+
+    address: str  # host:port of its Experts service; empty for the coordinator's own memory
+    ram_bytes: int  # that it gives to experts
+    read_bandwidth: float = 0.0  # bytes a second, measured by the node
+    threads: int = 1
+    software: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A node's last heartbeat; counters are since its start."""
+
+    experts_held: int = 0
+    bytes_held: int = 0
+    calls: int = 0
+    expert_calls: int = 0
+    compute_ns: int = 0
+    resident_bytes: int = 0
+    load: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One node. `assigned` and `ready` are epochs whose slice it was told to hold, and reported to hold."""
+
+    name: NodeName
+    capacity: Capacity | None = None  # None: known from a stored plan only, not seen since the start
+    present: bool = False
+    leaving: bool = False
+    assigned: frozenset[int] = frozenset()
+    ready: frozenset[int] = frozenset()
+    bytes_done: int = 0  # of the slice being loaded
+    bytes_total: int = 0
+    problem: str = ""  # why its slice could not be loaded
+    figures: Figures = field(default_factory=Figures)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """The whole of it. `members` are the nodes whose memory the latest plan counted on, with experts or without."""
+
+    nodes: Mapping[NodeName, Node] = field(default_factory=lambda: MappingProxyType({}))
+    active: Plan | None = None
+    active_owners: frozenset[NodeName] = frozenset()
+    pending: Plan | None = None
+    pending_owners: frozenset[NodeName] = frozenset()
+    members: frozenset[NodeName] = frozenset()
+    epoch: int = 0  # of the latest plan, active or pending
+
+    @property
+    def missing(self) -> tuple[NodeName, ...]:
+        """Nodes that the active plan needs and that can't be asked now, by name."""
+        if self.active is None:
+            return ()
+        return tuple(sorted(name for name in self.active_owners if not self.holds(name, self.active.epoch)))
+
+    @property
+    def ready(self) -> bool:
+        """Whether every expert has a node that is there."""
+        return self.active is not None and not self.missing
+
+    def holds(self, name: NodeName, epoch: int) -> bool:
+        """Whether a node is here and has reported ready for `epoch`."""
+        node = self.nodes[name]
+        return node.present and epoch in node.ready
+
+    def phase(self, name: NodeName) -> Phase:
+        """A node's state in one word."""
+        node = self.nodes[name]
+        if not node.present:
+            return Phase.AWAY
+        if node.leaving:
+            return Phase.LEAVING
+        if self.active is not None and self.active.epoch in node.ready:
+            return Phase.READY  # it serves, even while it loads the pending plan's slice
+        if node.assigned - node.ready:
+            return Phase.LOADING
+        return Phase.READY if node.ready else Phase.JOINING
+
+
+@dataclass(frozen=True, slots=True)
+class NodeArrived:
+    """A node has opened its control stream; it is not believed to hold anything yet."""
+
+    name: NodeName
+    capacity: Capacity
+
+
+@dataclass(frozen=True, slots=True)
+class NodeAway:
+    """A node's control stream has ended, or it was silent for too long."""
+
+    name: NodeName
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLeaving:
+    """A node was asked to stop, or is being drained."""
+
+    name: NodeName
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatReceived:
+    """A node's figures."""
+
+    name: NodeName
+    figures: Figures
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A new plan is to be loaded; it replaces one that was still pending. Its epoch is larger than all before."""
+
+    plan: Plan
+    members: frozenset[NodeName]
+
+
+@dataclass(frozen=True, slots=True)
+class SliceAssigned:
+    """A node was told to hold its slice of the plan of `epoch`."""
+
+    name: NodeName
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceProgressed:
+    """A node is loading its slice."""
+
+    name: NodeName
+    epoch: int
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceHeld:
+    """A node holds all of its slice of the plan of `epoch`."""
+
+    name: NodeName
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class SliceNotHeld:
+    """A node could not load its slice; it has to be assigned again."""
+
+    name: NodeName
+    epoch: int
+    sentence: str
+
+
+Event: TypeAlias = (
+    NodeArrived
+    | NodeAway
+    | NodeLeaving
+    | HeartbeatReceived
+    | Planned
+    | SliceAssigned
+    | SliceProgressed
+    | SliceHeld
+    | SliceNotHeld
+)
+
+
+def apply(state: ClusterState, event: Event) -> ClusterState:
+    """The state after `event`; the same object when nothing changes.
+
+    An event that does not fit (of an unknown node, of an epoch that the node was not assigned) changes nothing:
+    such come late from the network. Raises ValueError for a plan whose epoch is not new, which is a bug here.
+    """
+    if isinstance(event, Planned):
+        return _promote(_planned(state, event))
+    if isinstance(event, NodeArrived):
+        return _with(state, Node(event.name, event.capacity, present=True))
+    node = state.nodes.get(event.name)
+    # An absent node can be drained too: it is forgotten once the others have its experts.
+    if node is None or not (node.present or isinstance(event, NodeLeaving)):
+        return state
+    match event:
+        case NodeAway():
+            owner = event.name in state.active_owners or event.name in state.pending_owners
+            if node.leaving and not owner:
+                return replace(state, nodes=_frozen({n: x for n, x in state.nodes.items() if n != event.name}))
+            gone = Node(node.name, node.capacity, leaving=node.leaving, figures=node.figures)
+            return _with(state, gone)
+        case NodeLeaving():
+            return state if node.leaving else _with(state, replace(node, leaving=True))
+        case HeartbeatReceived():
+            return _with(state, replace(node, figures=event.figures))
+        case SliceAssigned():
+            alive = {plan.epoch for plan in (state.active, state.pending) if plan is not None}
+            if event.epoch not in alive:
+                return state
+            assigned = node.assigned | {event.epoch}
+            return _with(state, replace(node, assigned=assigned, bytes_done=0, bytes_total=0, problem=""))
+        case _ if event.epoch not in node.assigned:
+            return state
+        case SliceProgressed():
+            return _with(state, replace(node, bytes_done=event.bytes_done, bytes_total=event.bytes_total))
+        case SliceHeld():
+            return _promote(_with(state, replace(node, ready=node.ready | {event.epoch}, problem="")))
+        case SliceNotHeld():
+            epoch = {event.epoch}
+            lost = replace(node, assigned=node.assigned - epoch, ready=node.ready - epoch, problem=event.sentence)
+            return _with(state, lost)
+
+
+def _planned(state: ClusterState, event: Planned) -> ClusterState:
+    plan = event.plan
+    if plan.epoch <= state.epoch:
+        raise ValueError(f"A plan of epoch {plan.epoch} can't follow one of epoch {state.epoch}.")
+    owners = frozenset(name for layer in plan.owners for names in layer for name in names)
+    nodes = dict(state.nodes)
+    for name in owners | event.members:
+        nodes.setdefault(name, Node(name))  # of a stored plan; away until it is seen
+    state = replace(
+        state, pending=plan, pending_owners=owners, members=event.members, epoch=plan.epoch, nodes=_frozen(nodes)
+    )
+    return _forget_epochs(state)
+
+
+def _promote(state: ClusterState) -> ClusterState:
+    """Makes the pending plan the active one if all of its owners are ready for it."""
+    plan = state.pending
+    if plan is None or not all(state.holds(name, plan.epoch) for name in state.pending_owners):
+        return state
+    owners = state.pending_owners
+    # Nodes that were leaving and are gone by now have no part in anything any more.
+    nodes = {n: node for n, node in state.nodes.items() if node.present or not node.leaving or n in owners}
+    state = replace(
+        state, active=plan, active_owners=owners, pending=None, pending_owners=frozenset(), nodes=_frozen(nodes)
+    )
+    return _forget_epochs(state)
+
+
+def _forget_epochs(state: ClusterState) -> ClusterState:
+    """Drops the epochs of plans that are alive no more from the nodes."""
+    alive = frozenset(plan.epoch for plan in (state.active, state.pending) if plan is not None)
+    nodes = {n: replace(x, assigned=x.assigned & alive, ready=x.ready & alive) for n, x in state.nodes.items()}
+    return replace(state, nodes=_frozen(nodes))
+
+
+def _with(state: ClusterState, node: Node) -> ClusterState:
+    return replace(state, nodes=_frozen({**state.nodes, node.name: node}))
+
+
+def _frozen(nodes: dict[NodeName, Node]) -> Mapping[NodeName, Node]:
+    return MappingProxyType(dict(sorted(nodes.items())))
