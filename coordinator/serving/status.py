@@ -1,0 +1,47 @@
+"""What a coordinator says of itself and of its model; plain data that both APIs translate."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """The model that is served."""
+
+    id: str
+    family: str  # transformers' model_type
+    context_length: int  # tokens
+    vocabulary: int
+    moe_layers: int
+    experts_per_layer: int
+    expert_bytes: int  # of all experts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """One expert node."""
+
+    name: str
+    state: str  # joining, loading, ready, leaving, away
+    address: str = ""
+    experts_held: int = 0
+    experts_assigned: int = 0
+    bytes_held: int = 0
+    ram_bytes: int = 0
+    read_bandwidth: float = 0.0  # bytes a second, measured by the node
+    expert_calls: int = 0
+    compute_ns: int = 0
+    load: float = 0.0
+    resident_bytes: int = 0
+    load_progress: float = 0.0  # 0 to 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterStatus:
+    """What the cluster part knows; the engine's load is added at the door."""
+
+    ready: bool  # every expert has a node that is there
+    reason: str = ""  # one sentence when not ready
+    epoch: int = 0
+    nodes: tuple[NodeStatus, ...] = field(default=())
+    resident_bytes: int = 0  # of the coordinator's process
+    uptime_seconds: float = 0.0
