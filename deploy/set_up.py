@@ -88,8 +88,12 @@ def explain(log: str, root: Path) -> str:
         return f"The native library did not compile: {root}/build/set-up.log says why."
     if re.search(r"NewConnectionError|NameResolutionError|TimeoutError|ProxyError|Max retries exceeded", log):
         return "The package registry cannot be reached: connect this machine to the network and start again."
-    if found := re.search(r"No matching distribution found for (\S+)", log):
-        return f"The package registry has no {found[1]} for Python {sys.version.split()[0]} on this kind of machine."
+    # With a constraint on it, pip calls a package that is not there "conflicting dependencies".
+    if found := re.search(r"(?:No matching distribution found for|Cannot install) ([^\s=]+)", log):
+        return (
+            f"The package registry has no {found[1]} of the version that deploy/constraints.txt names "
+            f"for Python {sys.version.split()[0]} on this kind of machine."
+        )
     return f"pip failed: {root}/build/set-up.log says why."
 
 
