@@ -36,7 +36,7 @@ class _Pending:
 class Link:
     """The stream to one node. Use it on the event loop that opened it."""
 
-    def __init__(self, node: NodeName, address: str, identity: Identity, on_close: Callable[["Link"], None]) -> None:
+    def __init__(self, node: NodeName, address: str, identity: Identity, on_close: Callable[[], None]) -> None:
         self.node = node
         self.address = address
         self._channel = open_channel(address, identity, node_dns_name(node))
@@ -64,10 +64,6 @@ class Link:
         self._call = stub.Compute(metadata=metadata())
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
 
-    @property
-    def closed(self) -> bool:
-        return self._failure is not None
-
     async def compute(self, request: pb.ComputeRequest) -> pb.ComputeReply:
         """Sends one request and awaits its reply; sets the request's id.
 
@@ -75,8 +71,8 @@ class Link:
         """
         async with self._room:
             call = self._call
-            if self._failure is not None or call is None:
-                raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
+            if call is None or self._lost() is not None:
+                raise NodeUnavailable(self.node, self._lost() or f"Node {self.node} is not connected.")
             request.id = self._next_id
             self._next_id += 1
             future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
@@ -86,13 +82,14 @@ class Link:
                     await call.write(request)
                 reply = await future
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-                raise NodeUnavailable(self.node, self._failure or _sentence(self.node, error)) from None
+                raise NodeUnavailable(self.node, self._lost() or _sentence(self.node, error)) from None
             except asyncio.CancelledError:
                 # grpc.aio raises this in a writer whose stream was cancelled, which `close` does.
                 task = asyncio.current_task()
-                if self._failure is None or (task is not None and task.cancelling()):
+                lost = self._lost()
+                if lost is None or (task is not None and task.cancelling()):
                     raise
-                raise NodeUnavailable(self.node, self._failure) from None
+                raise NodeUnavailable(self.node, lost) from None
             finally:
                 self._pending.pop(request.id, None)
         if reply.HasField("refusal"):
@@ -134,6 +131,10 @@ class Link:
                     self._call.cancel()
                 return
 
+    def _lost(self) -> str | None:
+        """Why the stream has ended; None while it stands."""
+        return self._failure
+
     def _fail(self, sentence: str) -> None:
         if self._failure is not None:
             return
@@ -141,7 +142,7 @@ class Link:
         for pending in self._pending.values():
             if not pending.reply.done():
                 pending.reply.set_exception(NodeUnavailable(self.node, sentence))
-        self._on_close(self)
+        self._on_close()
 
 
 def _sentence(node: NodeName, error: Exception) -> str:

@@ -1,0 +1,210 @@
+"""The coordinator, wired: checkpoint, trust, cluster, trunk, dispatcher, engine, and the two public doors."""
+
+import asyncio
+import contextlib
+import logging
+import os
+from pathlib import Path
+from time import monotonic
+
+import psutil
+import torch
+
+from moehive.kernels.ops import Reduction
+from moehive.proto.channel import Identity
+
+from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.hub import resolve
+from .checkpoints.slices import SliceSource
+from .cluster.keys import check_key, list_keys
+from .cluster.membership import Membership
+from .cluster.server import ClusterServer
+from .cluster.store import Store
+from .cluster.tokens import create_token
+from .cluster.trust import Authority
+from .dispatch.dispatcher import Dispatcher, NodeCounters
+from .dispatch.local import LocalExperts
+from .engine.engine import Engine
+from .follower import Follower
+from .models.generic import GenericTrunk
+from .serving.doors import Tls, is_loopback
+from .serving.generation import GenerationService
+from .serving.grpc_api import GrpcDoor, serve_grpc
+from .serving.openai import HttpDoor, serve_http
+from .serving.status import ClusterStatus, ModelInfo, NodeStatus
+from .serving.text import Text
+from .settings import CoordinatorSettings
+from .types import LOCAL, CoordinatorError, NodeName
+
+log = logging.getLogger(__name__)
+
+
+class Coordinator:
+    """Everything that runs in the coordinator's process: `start`, `wait_ready`, `stop`, on one event loop."""
+
+    def __init__(self, settings: CoordinatorSettings) -> None:
+        self.settings = settings
+        self.grpc_port = self.http_port = self.cluster_port = self.join_port = 0  # real ones after `start`
+        self._started = monotonic()
+        self._cleanup = contextlib.AsyncExitStack()
+
+    async def start(self) -> None:
+        """Opens the checkpoint, lets nodes in while the trunk is loaded, then opens the doors.
+
+        Raises CoordinatorError, or OSError for a port in use, one sentence; nothing is left running then.
+        """
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def stop(self) -> None:
+        """Ends generations with a sentence, closes doors, links and ports."""
+        await self._cleanup.aclose()
+
+    async def wait_ready(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 - its error says what is missing
+        """Returns once every expert can be asked for. Raises CoordinatorError after `timeout` seconds."""
+        await self._follower.wait_reachable(timeout)
+
+    def issue_token(self, ttl_seconds: float) -> str:
+        """A join token for one node, good for `ttl_seconds`."""
+        token = create_token(self._store, self._server.join_address, self._authority.fingerprint, ttl_seconds)
+        return str(token)
+
+    def status(self) -> ClusterStatus:
+        """The nodes and whether requests can be served, as of now."""
+        state = self._membership.state
+        return ClusterStatus(
+            ready=self._follower.reachable,
+            reason=self._follower.reason(),
+            epoch=self._dispatcher.epoch,
+            nodes=tuple(self._node_status(name) for name in state.nodes),
+            resident_bytes=psutil.Process().memory_info().rss,
+            uptime_seconds=monotonic() - self._started,
+        )
+
+    async def _start(self) -> None:
+        settings = self.settings
+        torch.set_grad_enabled(False)  # of this thread, the one that runs forward passes
+        torch.set_num_threads(settings.threads)
+        self._store = Store(settings.state_dir / "coordinator.sqlite")
+        self._cleanup.callback(self._store.close)
+        self._authority = Authority.load(settings.state_dir / "ca")
+        if not is_loopback(settings.host) and all(key.revoked is not None for key in list_keys(self._store)):
+            raise CoordinatorError(
+                f"{settings.host} can be reached from other machines, and there is no API key yet: make one with "
+                "`moehive key new NAME`, or listen on 127.0.0.1."
+            )
+        path = await asyncio.to_thread(resolve, settings.model)
+        checkpoint = await asyncio.to_thread(Checkpoint.open, path)
+        manifest = checkpoint.manifest
+        self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
+        reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM
+        self._dispatcher = Dispatcher(manifest, self._local, reduction)
+        await self._start_cluster(checkpoint)
+
+        architecture = await asyncio.to_thread(checkpoint.load_trunk)
+        trunk = GenericTrunk(
+            architecture.model,
+            tuple(layer.module for layer in architecture.experts),
+            checkpoint.family,
+            architecture.model.config.get_text_config(decoder=True).vocab_size,
+            checkpoint.context_length,
+        )
+        engine = Engine(trunk, self._dispatcher, settings.kv_bytes)
+        self._cleanup.push_async_callback(engine.shutdown)
+        text = await asyncio.to_thread(Text.load, path)
+        info = ModelInfo(
+            id=manifest.name,
+            family=checkpoint.family,
+            context_length=trunk.context_length,
+            vocabulary=trunk.vocab_size,
+            moe_layers=len(manifest.layers),
+            experts_per_layer=max(layer.experts for layer in manifest.layers),
+            expert_bytes=manifest.total_bytes,
+        )
+        await self._open_doors(GenerationService(engine, text, info, self.status))
+
+    async def _start_cluster(self, checkpoint: Checkpoint) -> None:
+        settings, manifest = self.settings, checkpoint.manifest
+        # The follower is told of changes, and asks back: each needs the other, so one is named later.
+        follower = Follower(self._dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
+        membership = Membership(
+            self._store, manifest, settings.min_nodes, settings.local_bytes, on_change=follower.changed
+        )
+        follower.follow(membership)
+        self._follower, self._membership = follower, membership
+        self._server = ClusterServer(
+            self._authority,
+            self._store,
+            membership,
+            SliceSource(manifest, checkpoint.expert_blob),
+            host=settings.cluster_host,
+            advertise=settings.cluster_advertise,
+            join_port=settings.join_port,
+            cluster_port=settings.cluster_port,
+        )
+        self._cleanup.push_async_callback(self._server.stop)
+        self._cleanup.push_async_callback(follower.stop)
+        await self._server.start()
+        self.cluster_port, self.join_port = self._server.cluster_port, self._server.join_port
+
+    async def _open_doors(self, service: GenerationService) -> None:
+        settings = self.settings
+        tls, keys = None, None
+        if not is_loopback(settings.host):
+            tls = await asyncio.to_thread(self._door_certificate)
+
+            def keys(key: str) -> bool:
+                return check_key(self._store, key) is not None
+
+        grpc_door: GrpcDoor = await serve_grpc(settings.host, settings.grpc_port, service, tls, keys)
+        self._cleanup.push_async_callback(grpc_door.stop)
+        self.grpc_port = grpc_door.port
+        http_door: HttpDoor = await serve_http(settings.host, settings.http_port, service, tls, keys)
+        self._cleanup.push_async_callback(http_door.stop)
+        self.http_port = http_door.port
+
+    def _node_status(self, name: NodeName) -> NodeStatus:
+        state = self._membership.state
+        node = state.nodes[name]
+        plan = state.active or state.pending
+        counters = self._dispatcher.counters.get(name, NodeCounters())
+        held, nbytes = node.figures.experts_held, node.figures.bytes_held
+        if name == LOCAL and self._local is not None:
+            held, nbytes = self._local.count, self._local.nbytes
+        return NodeStatus(
+            name=name,
+            state=state.phase(name).value,
+            address=node.capacity.address if node.capacity else "",
+            experts_held=held,
+            experts_assigned=sum(map(len, plan.slice_of(name))) if plan is not None else 0,
+            bytes_held=nbytes,
+            ram_bytes=node.capacity.ram_bytes if node.capacity else 0,
+            read_bandwidth=node.capacity.read_bandwidth if node.capacity else 0.0,
+            expert_calls=counters.expert_calls,
+            compute_ns=counters.compute_ns,
+            load=node.figures.load,
+            resident_bytes=node.figures.resident_bytes,
+            load_progress=node.bytes_done / node.bytes_total if node.bytes_total else 0.0,
+        )
+
+    def _door_certificate(self) -> Tls:
+        """A certificate for the public doors in the state directory, made at each start."""
+        hosts = [self.settings.cluster_advertise, "localhost", "127.0.0.1"]
+        if self.settings.host not in ("0.0.0.0", "::"):
+            hosts.append(self.settings.host)
+        identity: Identity = self._authority.issue_server(list(dict.fromkeys(hosts)))
+        folder: Path = self.settings.state_dir / "door"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tls = Tls(folder / "chain.pem", folder / "key.pem")
+        for file, data in ((tls.chain_file, identity.chain_pem), (tls.key_file, identity.key_pem)):
+            beside = file.with_suffix(".new")
+            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(descriptor)
+            beside.replace(file)
+        return tls
