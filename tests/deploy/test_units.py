@@ -1,0 +1,56 @@
+"""The systemd units: accepted by systemd without a word, hardened, and pointing at what there is."""
+
+import configparser
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+UNITS = ("moehive-coordinator.service", "moehive-node.service")
+INSTALLED = "/opt/moehive/.venv/bin/moehive"
+MAX_EXPOSURE = 2.0  # of 10, as `systemd-analyze security` counts
+
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not here")
+
+
+def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60)
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", UNITS)
+def test_verify_has_nothing_to_say(name: str, tmp_path: Path) -> None:
+    # verify wants the program to be there, so the copy names one of this machine.
+    text = (DEPLOY / name).read_text()
+    assert INSTALLED in text
+    unit = tmp_path / name
+    unit.write_text(text.replace(INSTALLED, str(shutil.which("true"))))
+    found = analyze("verify", str(unit))
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+
+
+@needs_systemd
+@pytest.mark.parametrize("name", UNITS)
+def test_exposure(name: str) -> None:
+    found = analyze("security", "--offline=true", "--no-pager", str(DEPLOY / name))
+    level = re.search(r"Overall exposure level for \S+: ([\d.]+)", found.stdout)
+    assert level is not None, found.stdout + found.stderr
+    assert float(level[1]) <= MAX_EXPOSURE, found.stdout
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_what_a_supervised_service_needs(name: str) -> None:
+    parser = configparser.ConfigParser(strict=False, interpolation=None)
+    parser.optionxform = str  # type: ignore[assignment,method-assign]
+    parser.read_string((DEPLOY / name).read_text())
+    service = parser["Service"]
+    assert service["Type"] == "notify" and service["NotifyAccess"] == "main"
+    assert int(service["WatchdogSec"]) >= 10
+    assert service["Restart"] == "on-failure" and "StartLimitBurst" in parser["Unit"]
+    state = service["StateDirectory"]
+    assert f"--state-dir %S/{state} " in service["ExecStart"]
+    if "node" in name:
+        assert service["LoadCredential"].startswith("token:/")
