@@ -1,15 +1,8 @@
 """Who is in the cluster, and what follows from it: decides plans, directs the nodes, notices silence.
 
 All of it runs on the event loop's thread. Everything that happens becomes an event of state.py; after each, this
-file looks at the new state and does what is due: plan, assign, commit, release. So there is one place where things
-are decided, and no order of arrivals that was not thought of separately.
-
-The policy:
-- The first plan is made when `min_nodes` nodes are here and their memory holds the experts.
-- A node that goes away keeps its place: its experts are unavailable until it is back, with the same slice.
-- A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
-  While a node is away nothing is planned for REPLACE_SECONDS: it may only be starting again.
-- A node that leaves is released when the others have loaded its experts, or at once when they can't.
+file looks at the new state and does what is due: plan, assign, commit, release (when, says policy.py). So there is
+one place where things are decided, and no order of arrivals that needs a thought of its own.
 """
 
 import asyncio
@@ -23,6 +16,7 @@ from moehive.proto.timing import SILENCE_SECONDS
 
 from ..placement.shares import place_by_memory
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from . import policy
 from .records import claim_epoch, last_epoch, load_plan, save_plan
 from .session import Assign, Commit, Released, Session
 from .state import (
@@ -33,7 +27,6 @@ from .state import (
     NodeArrived,
     NodeAway,
     NodeLeaving,
-    Phase,
     Planned,
     SliceAssigned,
     SliceHeld,
@@ -46,7 +39,6 @@ from .store import Store
 log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0  # how often silence and overdue decisions are looked for
-REPLACE_SECONDS = 30.0  # a node away for longer may lose its experts to a node that is new
 RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after this
 SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
 
@@ -84,12 +76,11 @@ class Membership:
         self._on_change = on_change
         self._place = place
         self._sessions: dict[NodeName, Session] = {}
-        self._events: deque[Event] = deque()
+        self._events: deque[Event | None] = deque()  # to be applied; None: only time has passed
         self._recording = False
         self._waiters: set[asyncio.Future[None]] = set()
         self._shortage = ""  # why no plan could be made
-        self._logged = ""
-        self._too_small: Mapping[NodeName, int] = {}  # capacities for which there is no plan: not tried again
+        self._too_small: Mapping[NodeName, int] | None = None  # for these there is no plan
         self._away_since: dict[NodeName, float] = {}
         self._retry_at: dict[NodeName, float] = {}
         self._settled_at = 0.0  # when Commits and Releases of the last switch are due
@@ -184,44 +175,21 @@ class Membership:
         """
         if name == LOCAL or name not in self.state.nodes:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
-        if self._needed(name):
-            self._planned_without(name)  # raises when the rest can't hold the experts
+        if policy.is_needed(self.state, name):
+            others = {node: size for node, size in policy.usable(self.state).items() if node != name}
+            self._make_plan(others)  # raises when they can't hold the experts
         self._record(NodeLeaving(name))
-        while self._needed(name):
+        while policy.is_needed(self.state, name):
             await self._change()
 
     def reason(self) -> str | None:
         """Why the cluster is not ready, in one sentence; None when it is."""
-        state = self.state
-        if state.ready:
-            return None
-        if state.epoch == 0:
-            here = sum(1 for node in state.nodes.values() if node.present and node.name != LOCAL)
-            if here < self._min_nodes:
-                return f"{here} of {self._min_nodes} expert nodes are here; start {self._min_nodes - here} more."
-            return self._shortage or "The plan is being made."
-        owners = state.active_owners or state.pending_owners
-        away = sorted(name for name in owners if state.phase(name) is Phase.AWAY)
-        if away:
-            one = len(away) == 1
-            return (
-                f"Expert {'node' if one else 'nodes'} {', '.join(away)} {'is' if one else 'are'} away with a part of "
-                f"the model; start {'it' if one else 'them'} again. {self._shortage}".rstrip()
-            )
-        problems = [f"{node.name}: {node.problem}" for node in state.nodes.values() if node.problem]
-        if problems:
-            return f"A slice could not be loaded on {'; '.join(problems)}"
-        loading = [
-            f"{node.name} {100 * node.bytes_done // max(1, node.bytes_total)} %"
-            for node in state.nodes.values()
-            if node.assigned - node.ready
-        ]
-        return f"The experts are being loaded: {', '.join(loading)}."
+        return policy.reason(self.state, self._min_nodes, self._shortage)
 
     # Inside
 
-    def _record(self, event: Event) -> None:
-        """Applies an event, and those that follow from it, one after the other."""
+    def _record(self, event: Event | None) -> None:
+        """Applies an event (None: time has passed), and those that follow from it, one after the other."""
         self._events.append(event)
         if self._recording:
             return
@@ -229,6 +197,9 @@ class Membership:
         try:
             while self._events:
                 before, cause = self.state, self._events.popleft()
+                if cause is None:
+                    self._decide()
+                    continue
                 self.state = apply(before, cause)
                 if self.state is not before:
                     self._follow(before, cause)
@@ -268,63 +239,36 @@ class Membership:
             self._direct()
 
     def _replan(self) -> None:
-        state = self.state
-        usable = self._usable()
-        enough = sum(1 for name in usable if name != LOCAL) >= self._min_nodes
-        if state.epoch == 0 and enough:
-            self._plan(usable)
-        if state.epoch == 0 or (state.active is None and not enough):
-            return
-        newcomers = usable.keys() - state.members
-        shrunk = any(self._held_bytes.get(name, 0) > size for name, size in usable.items())
-        leavers = any(state.nodes[name].present and state.nodes[name].leaving for name in state.members)
-        if shrunk or leavers or (newcomers and self._may_replace()):
-            self._plan(usable)
-
-    def _may_replace(self) -> bool:
-        """Whether a new node may cause a plan now: none while one is loading, or while a node is briefly away."""
-        state, now = self.state, asyncio.get_running_loop().time()
-        waits = [self._away_since.get(name) for name in state.members if not state.nodes[name].present]
-        if any(since is not None and now - since < REPLACE_SECONDS for since in waits):
-            return False
-        stuck = any(not state.nodes[name].present or state.nodes[name].problem for name in state.pending_owners)
-        return state.pending is None or stuck
+        now = asyncio.get_running_loop().time()
+        away = {name: now - since for name, since in self._away_since.items()}
+        if policy.wants_plan(self.state, self._min_nodes, self._held_bytes, away):
+            self._plan(policy.usable(self.state))
 
     def _plan(self, capacities: Mapping[NodeName, int]) -> None:
-        """Makes the next plan; on failure keeps what there is and remembers why."""
+        """Makes the next plan the pending one; on failure keeps what there is and remembers why."""
+        if capacities == self._too_small:
+            return  # tried before
         try:
-            self._record(self._planned(capacities))
-            self._shortage = ""
+            plan = self._make_plan(capacities)
+            claim_epoch(self._store, plan.epoch)
         except CoordinatorError as error:
-            if str(error) != self._logged:
+            if str(error) != self._shortage:
                 log.warning("No new plan: %s", error)
-            self._logged = self._shortage = str(error)
+            self._shortage = str(error)
+            return
+        self._shortage, self._too_small = "", None
+        log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
+        self._record(Planned(plan, frozenset(capacities)))
 
-    def _planned_without(self, name: NodeName) -> None:
-        """Makes the next plan without a node. Raises CoordinatorError when the others have no room."""
-        others = {node: size for node, size in self._usable().items() if node != name}
-        self._record(self._planned(others))
-
-    def _planned(self, capacities: Mapping[NodeName, int]) -> Planned:
+    def _make_plan(self, capacities: Mapping[NodeName, int]) -> Plan:
+        """The plan that would be next. Raises CoordinatorError when there is no room or the store fails."""
         state = self.state
         epoch = max(state.epoch, last_epoch(self._store)) + 1
-        if capacities == self._too_small:
-            raise CoordinatorError(self._shortage)
         try:
-            plan = self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
-        except CoordinatorError as error:
-            self._too_small, self._shortage = capacities, str(error)
+            return self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
+        except CoordinatorError:
+            self._too_small = capacities
             raise
-        claim_epoch(self._store, epoch)
-        log.info("Plan of epoch %d: %d experts over %s.", epoch, _experts(plan), ", ".join(sorted(capacities)))
-        return Planned(plan, frozenset(capacities))
-
-    def _usable(self) -> dict[NodeName, int]:
-        return {
-            name: node.capacity.ram_bytes
-            for name, node in self.state.nodes.items()
-            if node.present and not node.leaving and node.capacity is not None
-        }
 
     def _direct(self) -> None:
         """Sends each node what it has not been told yet."""
@@ -343,7 +287,7 @@ class Membership:
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue
-            if node.leaving and not session.released and self._may_go(name):
+            if node.leaving and not session.released and policy.may_go(state, name):
                 log.info("Node %s is released.", name)
                 session.released = True
                 session.send(Released())
@@ -354,15 +298,6 @@ class Membership:
             if max(node.assigned) == active.epoch:
                 session.committed = active.epoch
                 session.send(Commit(active.epoch))
-
-    def _may_go(self, name: NodeName) -> bool:
-        """Whether a leaving node need not be kept: nothing runs, or no plan that does without it is being loaded."""
-        state = self.state
-        replaced = state.active is not None and state.pending is not None and name not in state.pending_owners
-        return not (self._needed(name) and replaced)
-
-    def _needed(self, name: NodeName) -> bool:
-        return name in self.state.active_owners or name in self.state.pending_owners
 
     def _slice_bytes(self, plan: Plan, name: NodeName) -> int:
         layers = zip(self.manifest.layers, plan.slice_of(name), strict=True)
@@ -390,13 +325,9 @@ class Membership:
                     session.end(f"Node {session.name} sent no report for {SILENCE_SECONDS:.0f} s.")
                     self.depart(session)
             try:
-                self._decide()
+                self._record(None)
             except Exception:  # whatever went wrong in one second, silence must be noticed in the next
                 log.exception("The cluster's state could not be looked after")
-
-
-def _experts(plan: Plan) -> int:
-    return sum(len(layer) for layer in plan.owners)
 
 
 def _share_words(state: ClusterState) -> str:

@@ -5,6 +5,7 @@ once, so every layer is split, not the model as a whole; what rounding gives a n
 off in the next. It does not know which experts are hot: it assumes that all are used alike.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from moehive.kernels.geometry import LayerGeometry
@@ -12,6 +13,7 @@ from moehive.kernels.geometry import LayerGeometry
 from ..types import CoordinatorError, NodeName, Plan
 
 Owners = tuple[tuple[NodeName, ...], ...]  # of one layer: for each expert the nodes that hold it
+Counts = dict[NodeName, int]  # of one layer: how many experts each node holds
 
 
 def place_by_memory(
@@ -23,16 +25,67 @@ def place_by_memory(
     """A plan in which every expert has one owner and no node more than its bytes.
 
     `capacities` are the bytes that each node gives to experts. An expert stays where `previous`, a plan for the same
-    layers, has it as far as the shares allow, so that little is moved. Raises CoordinatorError with the bytes that
-    are missing when the experts don't fit.
+    layers, has it as far as the shares allow, and a node has room for what it holds by both plans, unless the experts
+    fit in no such way. Raises CoordinatorError with the bytes that are missing when they don't fit at all.
     """
     given = {node: max(0, capacities[node]) for node in sorted(capacities)}
+    held = [_count(owners) for owners in previous.owners] if previous else [Counter[NodeName]() for _ in layers]
+    counts, missing = _split_layers(given, layers, held, _spare(given, layers, held))
+    if missing and previous:
+        counts, missing = _split_layers(given, layers, held, dict(given))
+    if missing:
+        total = sum(layer.experts * layer.spec.nbytes for layer in layers)
+        machines = "The machine gives" if len(given) == 1 else f"The {len(given)} machines give"
+        raise CoordinatorError(
+            f"{machines} {amount(sum(given.values()))} of memory and the experts need {amount(total)}: room for "
+            f"{amount(missing)} is missing. Start another node or give more memory."
+        )
+    owners = [
+        _assign(layer.experts, counts[index], previous.owners[index] if previous else None)
+        for index, layer in enumerate(layers)
+    ]
+    return Plan(epoch, tuple(owners))
+
+
+def amount(count: int) -> str:
+    """Bytes for a person, with three digits."""
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count} bytes"
+
+
+def _count(owners: Owners) -> Counter[NodeName]:
+    return Counter(node for holders in owners for node in holders)
+
+
+def _spare(
+    given: Mapping[NodeName, int], layers: Sequence[LayerGeometry], held: Sequence[Counter[NodeName]]
+) -> Counts:
+    """Bytes that each node has beyond what it holds already."""
+    spare = dict(given)
+    for layer, counter in zip(layers, held, strict=True):
+        for node in spare:
+            spare[node] -= counter[node] * layer.spec.nbytes
+    return {node: max(0, size) for node, size in spare.items()}
+
+
+def _split_layers(
+    given: Mapping[NodeName, int],
+    layers: Sequence[LayerGeometry],
+    held: Sequence[Counter[NodeName]],
+    spare: Counts,
+) -> tuple[dict[int, Counts], int]:
+    """How many experts each node gets in each layer, and the bytes for which there is no room.
+
+    `spare` bounds what a node may get beyond its `held` experts of a layer; it is used up.
+    """
     memory = sum(given.values())
     free = dict(given)
-    # What each node's share of the layers placed so far comes to, less what it was given; times `memory`, in bytes,
-    # so that it is a whole number.
+    # What each node's share of the layers so far comes to, less what it was given; times `memory`, in bytes, so that
+    # it is a whole number.
     due = dict.fromkeys(given, 0)
-    owners: dict[int, Owners] = {}
+    split: dict[int, Counts] = {}
     missing = 0
     # Layers of large experts first: small ones fill what is left.
     for index in sorted(range(len(layers)), key=lambda i: (-layers[i].spec.nbytes, i)):
@@ -40,59 +93,42 @@ def place_by_memory(
         for node in given:
             due[node] += given[node] * experts * size
         wanted = {node: due[node] / (memory * size) if memory else 0.0 for node in given}
-        counts = _split(experts, wanted, {node: free[node] // size for node in given})
+        room = {node: min(free[node] // size, held[index][node] + spare[node] // size) for node in given}
+        counts = split[index] = _split(experts, wanted, room)
         for node, count in counts.items():
             free[node] -= count * size
+            spare[node] -= max(0, count - held[index][node]) * size
             due[node] -= count * size * memory
         missing += (experts - sum(counts.values())) * size
-        if not missing:
-            owners[index] = _assign(experts, counts, previous.owners[index] if previous else None)
-    if missing:
-        total = sum(layer.experts * layer.spec.nbytes for layer in layers)
-        raise CoordinatorError(
-            f"The experts need {gigabytes(total)} and the {len(given)} machines that are here give "
-            f"{gigabytes(memory)}: room for {gigabytes(missing)} is missing. Start another node or give more memory."
-        )
-    return Plan(epoch, tuple(owners[index] for index in range(len(layers))))
+    return split, missing
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for a person, rounded up so that a lack never reads as nothing."""
-    return f"{-(-count // 10_000_000) / 100:,.2f} GB"
-
-
-def _split(experts: int, wanted: Mapping[NodeName, float], room: Mapping[NodeName, int]) -> dict[NodeName, int]:
+def _split(experts: int, wanted: Mapping[NodeName, float], room: Mapping[NodeName, int]) -> Counts:
     """Whole experts for each node, as near to `wanted` as `room` allows; fewer than `experts` in all if need be.
 
     Each node gets its wanted number rounded down, then the largest remainders get one more, and so on.
     """
     counts = {node: min(room[node], max(0, int(wanted[node]))) for node in wanted}
-    surplus = sum(counts.values()) - experts
-    left = -surplus
-    while surplus > 0:  # what earlier layers owe may add up to more than this layer has
-        node = max(counts, key=lambda n: (counts[n] > 0, counts[n] - wanted[n], n))
+    while sum(counts.values()) > experts:  # what is due from earlier layers may add up to more than this layer has
+        node = max((n for n in counts if counts[n]), key=lambda n: counts[n] - wanted[n])
         counts[node] -= 1
-        surplus -= 1
-    while left > 0:
-        open_nodes = [node for node in counts if counts[node] < room[node]]
-        if not open_nodes:
+    for _ in range(experts - sum(counts.values())):
+        with_room = [node for node in counts if counts[node] < room[node]]
+        if not with_room:
             break
-        node = max(open_nodes, key=lambda n: wanted[n] - counts[n])  # the first by name among equals
+        node = max(with_room, key=lambda n: wanted[n] - counts[n])  # the first by name among equals
         counts[node] += 1
-        left -= 1
     return counts
 
 
-def _assign(experts: int, counts: Mapping[NodeName, int], previous: Owners | None) -> Owners:
+def _assign(experts: int, counts: Counts, previous: Owners | None) -> Owners:
     """Which experts each node gets: those that it has, as far as its count goes, then the rest in order."""
     left = dict(counts)
     chosen: list[NodeName | None] = [None] * experts
-    if previous is not None and len(previous) == experts:
-        for expert, holders in enumerate(previous):
-            for node in holders:
-                if left.get(node, 0) > 0:
-                    chosen[expert] = node
-                    left[node] -= 1
-                    break
+    for expert, holders in enumerate(previous or ()):
+        node = next((holder for holder in holders if left.get(holder, 0) > 0), None)
+        if node is not None:
+            chosen[expert] = node
+            left[node] -= 1
     fill = iter([node for node, count in left.items() for _ in range(count)])
     return tuple((node if node is not None else next(fill),) for node in chosen)

@@ -15,6 +15,7 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+
 from moehive.coordinator.checkpoints.slices import SliceSource
 from moehive.coordinator.cluster.membership import Membership
 from moehive.coordinator.cluster.server import ClusterServer

@@ -6,6 +6,7 @@ import dataclasses
 import grpc
 import grpc.aio
 import pytest
+
 from moehive.proto import bootstrap, join_token
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.channel import node_dns_name

@@ -1,0 +1,91 @@
+"""When to plan and when to let a node go: pure functions over the cluster's state.
+
+- The first plan is made when `min_nodes` nodes are here.
+- A node that goes away keeps its place: its experts are unavailable until it is back, with the same slice.
+- A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
+  While a node is away nothing is planned for REPLACE_SECONDS: it may only be starting again.
+- A node that leaves is released when the others have loaded its experts, or at once when they can't.
+"""
+
+from collections.abc import Mapping
+
+from ..types import LOCAL, NodeName
+from .state import ClusterState
+
+REPLACE_SECONDS = 30.0  # a node away for longer may lose its experts to a node that is new
+
+
+def usable(state: ClusterState) -> dict[NodeName, int]:
+    """The nodes that a new plan may count on, and the bytes that each gives."""
+    return {
+        name: node.capacity.ram_bytes
+        for name, node in state.nodes.items()
+        if node.present and not node.leaving and node.capacity is not None
+    }
+
+
+def wants_plan(
+    state: ClusterState,
+    min_nodes: int,
+    held_bytes: Mapping[NodeName, int],
+    away_seconds: Mapping[NodeName, float],
+) -> bool:
+    """Whether a new plan over the usable nodes should be tried.
+
+    `held_bytes` are the sizes of the latest plan's slices, `away_seconds` how long each absent node has been so.
+    """
+    here = usable(state)
+    if state.active is None and sum(1 for name in here if name != LOCAL) < min_nodes:
+        return False
+    if state.epoch == 0:
+        return True
+    # A plan that can't be kept: a node leaves, or has come back with less memory than its slice.
+    if any(state.nodes[name].leaving for name in state.members):
+        return True
+    if any(held_bytes.get(name, 0) > size for name, size in here.items()):
+        return True
+    if here.keys() <= state.members:
+        return False
+    absent = [name for name in state.members if not state.nodes[name].present]
+    if any(away_seconds.get(name, 0.0) < REPLACE_SECONDS for name in absent):
+        return False
+    stuck = any(not state.nodes[name].present or state.nodes[name].problem for name in state.pending_owners)
+    return state.pending is None or stuck
+
+
+def is_needed(state: ClusterState, name: NodeName) -> bool:
+    """Whether a plan, active or pending, gives experts to a node."""
+    return name in state.active_owners or name in state.pending_owners
+
+
+def may_go(state: ClusterState, name: NodeName) -> bool:
+    """Whether a leaving node is to be released now: it has no experts, or waiting would not help."""
+    replaced = state.active is not None and state.pending is not None and name not in state.pending_owners
+    return not (is_needed(state, name) and replaced)
+
+
+def reason(state: ClusterState, min_nodes: int, shortage: str) -> str | None:
+    """Why the cluster is not ready, in one sentence; None when it is. `shortage` says why no plan could be made."""
+    if state.ready:
+        return None
+    if state.epoch == 0:
+        here = sum(1 for node in state.nodes.values() if node.present and node.name != LOCAL)
+        if here < min_nodes:
+            return f"{here} of {min_nodes} expert nodes are here; start {min_nodes - here} more."
+        return shortage or "The plan is being made."
+    owners = state.active_owners or state.pending_owners
+    away = sorted(name for name in owners if not state.nodes[name].present)
+    if away:
+        words = ("node", "is", "it") if len(away) == 1 else ("nodes", "are", "them")
+        return (
+            f"Expert {words[0]} {', '.join(away)} {words[1]} away with a part of the model; start {words[2]} again."
+        )
+    problems = [f"{node.name}: {node.problem}" for node in state.nodes.values() if node.problem]
+    if problems:
+        return f"A slice could not be loaded on {'; '.join(problems)}"
+    loading = [
+        f"{node.name} {100 * node.bytes_done // max(1, node.bytes_total)} %"
+        for node in state.nodes.values()
+        if node.assigned - node.ready
+    ]
+    return f"The experts are being loaded ({', '.join(loading)})."
