@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "proto",
     ),
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
+    "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
     "coordinator.bench": ("coordinator", "client", "kernels", "proto"),  # measures any of them
     "coordinator.demo": (*COMMON, "coordinator.checkpoints", "kernels"),
     "coordinator.serving": (*COMMON, "coordinator.engine", "proto"),

@@ -21,7 +21,7 @@ def test_generated_files_are_fresh() -> None:
 
 def floor(package: str) -> str:
     """The version behind `package>=` in the base install's dependencies."""
-    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    dependencies: list[str] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return next(line.removeprefix(package + ">=") for line in dependencies if line.startswith(package + ">="))
 
 
