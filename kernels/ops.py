@@ -6,6 +6,7 @@ pair comes out the same on whichever node the expert lives.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -14,11 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from . import dense
 from .blob import tensor_views
 from .geometry import ExpertSpec, GeometryError
-from .reference import expert_forward
+from .native import NativeExperts, NativeLibraryError, kernels
 
 log = logging.getLogger(__name__)
+
+# An expert with more tokens than this in one call is computed by torch. Measured on one Zen 3 core (AVX2), hidden
+# 2048, intermediate 512, best of 12, native / torch in ms: bf16 16 tokens 2.2 / 3.9, 32 4.0 / 4.8, 48 5.9 / 6.3,
+# 64 7.9 / 6.9, 128 17 / 13; f32 8 tokens 1.8 / 1.9, 16 3.1 / 2.9, 32 9.4 / 5.9.
+FEW_TOKENS = 32
 
 
 class Reduction(Enum):
@@ -52,9 +59,24 @@ class ExpertOps:
     kernel: str  # what computes an expert with few tokens: "avx512", "avx2", "neon", "scalar" or "torch"
 
     def __init__(self, threads: int) -> None:
-        """`threads`: how many cores one call may use, at least 1."""
-        self.kernel = "torch"
-        log.info("Experts are computed by torch.")
+        """`threads`: how many cores the native library may use, at least 1. Torch's are torch's own setting."""
+        self._native: NativeExperts | None = None
+        try:
+            usable = kernels()
+            self._native = NativeExperts(usable[0], threads)
+        except NativeLibraryError as error:
+            self.kernel = "torch"
+            log.warning("Torch computes all experts, slower for few tokens, because: %s", error)
+            return
+        self.kernel = usable[0]
+        log.info(
+            "Experts with up to %d tokens in a call are computed by the native kernel %s with %d threads (this "
+            "processor can run %s; the first is the fastest), those with more by torch.",
+            FEW_TOKENS,
+            self.kernel,
+            threads,
+            ", ".join(usable),
+        )
 
     def moe_layer(
         self,
@@ -75,20 +97,37 @@ class ExpertOps:
         not in `held`, GeometryError for shapes that do not fit together.
         """
         _check(spec, hidden, offsets, pair_experts, pair_weights)
-        for number in set(pair_experts.tolist()):
-            if held[number].spec != spec:
+        numbers: list[int] = pair_experts.tolist()
+        used = {number: held[number] for number in set(numbers)}
+        for number, expert in used.items():
+            if expert.spec is not spec and expert.spec != spec:
                 raise GeometryError(f"Expert {number} was loaded with another description than the layer's.")
-        x = hidden.float()
-        tokens = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
-        pairs = torch.empty(len(pair_experts), spec.hidden_size)
-        for number in np.unique(pair_experts).tolist():
-            rows = np.flatnonzero(pair_experts == number)
-            y = expert_forward(spec, held[number].tensors, x[torch.from_numpy(tokens[rows])])
-            index = torch.from_numpy(rows)
-            pairs[index] = y * torch.from_numpy(pair_weights)[index, None]
+        x = hidden.float().contiguous()
+        pairs = torch.empty(len(numbers), spec.hidden_size)
+        many = self._many(numbers, used)
+        if self._native is not None and len(many) < len(used):
+            addresses = np.array([0 if n in many else used[n].address for n in numbers], dtype=np.uint64)
+            self._native.pairs(spec, x, offsets, addresses, pair_weights, pairs)
+        if many:
+            token_of = np.repeat(np.arange(len(hidden)), np.diff(offsets))
+            factors = torch.from_numpy(pair_weights).unsqueeze(1)
+            for number in sorted(many):
+                places = np.flatnonzero(pair_experts == number)
+                y = dense.expert_forward(spec, used[number].tensors, x[torch.from_numpy(token_of[places])])
+                rows = torch.from_numpy(places)
+                pairs[rows] = y * factors[rows]
         if reduction is Reduction.PER_EXPERT:
             return pairs.to(hidden.dtype)
-        return _sum_pairs(pairs, offsets).to(hidden.dtype)
+        sums = _sum_pairs(pairs, offsets) if self._native is None else self._native.sum_pairs(pairs, offsets)
+        return sums.to(hidden.dtype)
+
+    def _many(self, numbers: list[int], used: Mapping[int, ExpertWeights]) -> set[int]:
+        """The experts that torch computes: those with many tokens, or all without the native library."""
+        if self._native is None:
+            return set(used)
+        if len(numbers) <= FEW_TOKENS:  # so nobody has more; the usual case of decoding
+            return set()
+        return {number for number, tokens in Counter(numbers).items() if tokens > FEW_TOKENS}
 
 
 def _sum_pairs(pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:
@@ -124,5 +163,8 @@ def _check(
         raise GeometryError(
             f"The offsets of {len(hidden)} tokens must be {len(hidden) + 1} numbers from 0 to {len(pair_experts)}."
         )
+    arrays = (offsets, pair_experts, pair_weights)
+    if not all(array.flags.c_contiguous for array in arrays):
+        raise GeometryError("Offsets, expert numbers and weights must be contiguous in memory.")
     if (offsets[1:] < offsets[:-1]).any():
         raise GeometryError("The offsets of tokens must not fall.")

@@ -17,10 +17,7 @@ def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: tor
     weights = FORMATS[spec.format]
     projected = F.linear(x.float(), weights.decode(tensors["up"]), tensors.get("up_bias"))
     y = F.linear(intermediate(spec, projected), weights.decode(tensors["down"]), tensors.get("down_bias"))
-    if spec.post_norm_eps is not None:
-        y = y * tensors["post_norm"]
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + spec.post_norm_eps)
-    return y
+    return post_norm(spec, tensors, y)
 
 
 def intermediate(spec: ExpertSpec, projected: torch.Tensor) -> torch.Tensor:
@@ -34,6 +31,14 @@ def intermediate(spec: ExpertSpec, projected: torch.Tensor) -> torch.Tensor:
     if spec.limit_after_activation:
         return _activate(spec, gate).clamp(max=spec.limit) * (up + spec.up_offset)
     return _activate(spec, gate.clamp(max=spec.limit)) * (up + spec.up_offset)
+
+
+def post_norm(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], y: torch.Tensor) -> torch.Tensor:
+    """The norm after the expert, if it has one: f32 [tokens, hidden], scaled first, then normalized."""
+    if spec.post_norm_eps is None:
+        return y
+    z = y * tensors["post_norm"]
+    return z * torch.rsqrt(z.pow(2).mean(-1, keepdim=True) + spec.post_norm_eps)
 
 
 def _activate(spec: ExpertSpec, z: torch.Tensor) -> torch.Tensor:

@@ -119,14 +119,15 @@ void Experts::run(const Layer& layer) {
     for_piece(groups, item, up_pieces, up_step, middle,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
-                const auto project = [&](int64_t from, float* out) {
-                  const char* weights = blob + spec.up + from * hidden * weight_bytes(format);
-                  kernel_.multiply({format, weights, rows, hidden, &input_of[first], tokens, out, tokens});
+                const auto at = [&](int64_t from) { return blob + spec.up + from * hidden * weight_bytes(format); };
+                const auto project = [&](int64_t from, float* out, int64_t next) {
+                  kernel_.multiply(
+                      {format, at(from), rows, hidden, &input_of[first], tokens, out, tokens, at(next)});
                   if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + from, rows, tokens);
                 };
-                project(row, gate);
+                project(row, gate, spec.gated ? middle + row : row + rows);
                 if (spec.gated) {
-                  project(middle + row, up);
+                  project(middle + row, up, row + rows);
                   join_gate(spec, gate, up, rows * tokens);
                 } else {
                   activate(spec, gate, rows * tokens);
@@ -143,8 +144,9 @@ void Experts::run(const Layer& layer) {
     for_piece(groups, item, down_pieces, down_step, hidden,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float out[kMaxRows * kMaxTokens];
-                const char* weights = blob + spec.down + row * middle * weight_bytes(format);
-                kernel_.multiply({format, weights, rows, middle, &middle_of[first], tokens, out, tokens});
+                const auto at = [&](int64_t from) { return blob + spec.down + from * middle * weight_bytes(format); };
+                kernel_.multiply(
+                    {format, at(row), rows, middle, &middle_of[first], tokens, out, tokens, at(row + rows)});
                 if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
                 for (int64_t t = 0; t < tokens; ++t) {
                   const uint32_t pair = pairs[first + t].pair;

@@ -29,6 +29,7 @@ struct Product {
   int64_t tokens;
   float* out;
   int64_t out_stride;
+  const void* next;  // the weights that are wanted after these, to be fetched ahead; never read
 };
 
 struct Kernel {

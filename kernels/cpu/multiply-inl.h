@@ -13,6 +13,8 @@
 namespace moehive {
 namespace {
 
+constexpr int64_t kBytesAhead = 16 << 10;
+
 struct F32 {
   using Stored = float;
   static inline Vec load(const float* at) { return Vec::load(at); }
@@ -28,11 +30,27 @@ struct F16 {
   static inline Vec load(const uint16_t* at) { return Vec::load_f16(at); }
 };
 
+template <int R>
+inline int64_t rows_ahead(int64_t row_bytes) {
+  const int64_t tiles = kBytesAhead / (R * row_bytes);
+  return tiles > 1 ? tiles * R : R;
+}
+
+// R rows with T tokens: R * T sums in registers. While a tile is computed, the next one is fetched: the processor's
+// own prefetcher stops at each page of 4 KiB, which is often one row. Measured on one Zen 3 core (2048 columns, bf16,
+// 200 MB, share of a plain read in the same run): 0.77 to 0.91 without, 1.0 with, for one token; 0.6 and 0.9 for two.
 template <class W, int R, int T>
 inline void tile(const Product& p, int64_t row, int64_t token) {
   using Stored = typename W::Stored;
   const int64_t columns = p.columns;
-  const Stored* w = static_cast<const Stored*>(p.weights) + row * columns;
+  const Stored* first = static_cast<const Stored*>(p.weights);
+  const Stored* w = first + row * columns;
+  const int64_t row_ahead = row + rows_ahead<R>(columns * static_cast<int64_t>(sizeof(Stored)));
+  const Stored* ahead = first + row_ahead * columns;
+  if (row_ahead >= p.rows) {
+    const Stored* next = token + T < p.tokens ? first : static_cast<const Stored*>(p.next);
+    ahead = next + (row_ahead - p.rows) * columns;
+  }
   const float* x[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) x[t] = p.x[token + t];
@@ -46,7 +64,10 @@ inline void tile(const Product& p, int64_t row, int64_t token) {
   for (; k + kLanes <= columns; k += kLanes) {
     Vec wide[R];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) wide[r] = W::load(w + r * columns + k);
+    for (int r = 0; r < R; ++r) {
+      wide[r] = W::load(w + r * columns + k);
+      __builtin_prefetch(ahead + r * columns + k);
+    }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       const Vec xs = Vec::load(x[t] + k);

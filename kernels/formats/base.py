@@ -2,10 +2,10 @@
 
 A format is one object beside the others in this folder, entered in `registry.py`. Three parties use it: the
 checkpoint reader encodes, `blob.py` lays out, and the torch path and the tests decode. A native kernel computes
-in the format's own bits and needs only its layout. How many bytes a tensor takes stands in geometry.py, which
-plans with it without torch. A quantized format fills the same methods: its `view`
-returns whatever tensor names its raw bytes without copying (uint8 blocks, for instance), and `decode` is the one
-place that says which f32 numbers these bytes mean.
+in the format's own bits and needs only its layout. How many bytes a weight takes stands in geometry.py, whose
+readers plan with it and import no torch. A quantized format fills the same methods: its `view` returns whatever
+tensor names its raw bytes without copying (uint8 blocks, for instance), and `decode` is the one place that says
+which f32 numbers these bytes mean.
 """
 
 from typing import Protocol
