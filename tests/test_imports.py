@@ -41,7 +41,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.engine": (*COMMON, "coordinator.models", "coordinator.dispatch"),
     "coordinator.models": (*COMMON, "kernels"),
     "coordinator.dispatch": (*COMMON, "kernels", "proto"),
-    "coordinator.cluster": (*COMMON, "coordinator.placement", "coordinator.checkpoints", "proto"),
+    "coordinator.cluster": (
+        *COMMON,
+        "coordinator.placement",
+        "coordinator.checkpoints",
+        "kernels.manifest",  # the geometry's bytes on the wire
+        "proto",
+    ),
     "coordinator.checkpoints": (*COMMON, "kernels", "proto"),
     "coordinator.placement": COMMON,
 }
@@ -54,6 +60,9 @@ MUST_NOT_IMPORT = {
 }
 # The only modules that touch generated protobuf classes: what lies behind them uses our own types.
 TOUCH_MESSAGES = {
+    "coordinator/checkpoints/slices.py",
+    "coordinator/cluster/server.py",
+    "coordinator/cluster/service.py",
     "coordinator/dispatch/dispatcher.py",
     "coordinator/dispatch/link.py",
     "coordinator/serving/grpc_api.py",
