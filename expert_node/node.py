@@ -44,13 +44,13 @@ async def run(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     with lock_folder(settings.state):
-        start = asyncio.create_task(_start(settings))
+        starting = asyncio.create_task(start(settings))
         stopped = asyncio.create_task(stop.wait())
-        await asyncio.wait({start, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if not start.done():  # nothing was promised to anybody yet
-            start.cancel()
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():  # nothing was promised to anybody yet
+            starting.cancel()
             return
-        node = start.result()
+        node = starting.result()
         try:
             await node.serve(stopped)
         finally:
@@ -58,7 +58,7 @@ async def run(settings: Settings) -> None:
             await node.close()
 
 
-class _Node:
+class Node:
     """A node that has joined and listens."""
 
     def __init__(
@@ -87,6 +87,9 @@ class _Node:
                 attending.result()
         finally:
             watchdog.cancel()
+            if not attending.done():
+                attending.cancel()
+                await asyncio.wait({attending})
 
     async def close(self) -> None:
         """Refuses further requests, answers those in hand, ends."""
@@ -103,7 +106,8 @@ class _Node:
         notify(ready=ready, status=self.agent.state)
 
 
-async def _start(settings: Settings) -> _Node:
+async def start(settings: Settings) -> Node:
+    """Joins, measures, listens. Raises NodeError and ConfigError."""
     notify(status="Joining the cluster.")
     identity = await obtain(settings.state, settings.token, settings.name, default_name())
     memory = settings.memory_bytes
@@ -138,7 +142,7 @@ async def _start(settings: Settings) -> _Node:
     )
     uplink = Uplink(identity)
     loader = SliceLoader(store, settings.state / "cache", uplink.stub)
-    node = _Node(identity, uplink, service, server)
+    node = Node(identity, uplink, service, server)
     node.agent = Agent(identity, uplink, hello, store, loader, executor.totals, node.tell)
     return node
 

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from moehive.coordinator.cluster import membership as membership_module
 from moehive.coordinator.types import NodeName
-from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import read_values
 
 A = NodeName("a")
@@ -81,70 +79,6 @@ def test_sigkill_and_restart_rejoin_from_the_cache(tmp_path, coordinator_class, 
     asyncio.run(main())
 
 
-def test_coordinator_restarts(tmp_path, coordinator_class, authority, model, start_node, make_request):
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
-        node = start_node("--token", coordinator.token(), "--name", "a")
-        await coordinator.until_ready()
-        ports = coordinator.server.join_port, coordinator.server.cluster_port
-        await coordinator.stop()
-
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority, ports=ports)
-        await coordinator.until_ready()
-        assert coordinator.slices.requests == []  # it held its slice all the time
-        request, hidden, routing = make_request(64, [1, 2], epoch=coordinator.membership.state.epoch)
-        reply = await coordinator.compute(request)
-        torch.testing.assert_close(
-            read_values(reply, 1, 64, torch.float32), model.sums(0, hidden, routing), rtol=1e-4, atol=1e-5
-        )
-        assert node.alive
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
-def test_another_model_replaces_the_first(tmp_path, coordinator_class, authority, model, model_class, start_node):
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
-        node = start_node("--token", coordinator.token(), "--name", "a")
-        await coordinator.until_ready()
-        ports = coordinator.server.join_port, coordinator.server.cluster_port
-        await coordinator.stop()
-
-        other = model_class.random(model.manifest.layers[0].spec, layers=3, experts=4, seed=1)
-        coordinator = await coordinator_class.start(tmp_path / "c", other, authority, ports=ports)
-        await coordinator.until_ready()
-        await coordinator.until(lambda state: state.nodes[A].figures.experts_held == 12)
-        assert coordinator.membership.state.nodes[A].figures.bytes_held == other.manifest.total_bytes
-        assert len(list((tmp_path / "a/cache").iterdir())) == 2  # the first model's cache is kept
-        assert node.alive
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
-def test_cut_slices_are_resumed(tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch):
-    from moehive.coordinator.checkpoints import slices as slices_module
-    from moehive.kernels.geometry import ExpertSpec
-
-    monkeypatch.setattr(slices_module, "MAX_CHUNK_BYTES", 4096)
-    spec = ExpertSpec(hidden_size=64, intermediate_size=48, activation="silu", format="f32")
-    model = model_class.random(spec, layers=1, experts=3)
-    assert spec.nbytes == 36864  # nine chunks
-
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
-        coordinator.slices.cut_after = 13  # in the second expert
-        start_node("--token", coordinator.token(), "--name", "a")
-        await coordinator.until_ready()
-        first, second = coordinator.slices.requests
-        assert [(e.expert, e.offset) for e in first.experts] == [(0, 0), (1, 0), (2, 0)]
-        assert [(e.expert, e.offset) for e in second.experts] == [(1, 4 * 4096), (2, 0)]
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
 def test_killed_in_mid_fetch_resumes_after_restart(
     tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch
 ):
@@ -193,86 +127,9 @@ def test_killed_in_mid_fetch_resumes_after_restart(
     asyncio.run(main())
 
 
-def test_hostile_slices_are_refused(tmp_path, coordinator_class, authority, model, start_node):
-    lies = [
-        lambda chunk: setattr(chunk, "data", chunk.data[:-1] + bytes([chunk.data[-1] ^ 1])),
-        lambda chunk: setattr(chunk, "expert_sha256", bytes(32)),
-        lambda chunk: setattr(chunk, "total_bytes", 1 << 50),
-        lambda chunk: setattr(chunk, "offset", 64),
-        lambda chunk: setattr(chunk, "expert", chunk.expert + 1),
-        lambda chunk: chunk.Clear(),
-    ]
-
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
-        coordinator.slices.tamper = lies[0]
-        node = start_node("--token", coordinator.token(), "--name", "a")
-        for lie in lies:
-            coordinator.slices.tamper = lie
-            seen = len(coordinator.slices.requests)
-            await coordinator.until(lambda state: not (A in state.nodes and state.nodes[A].problem))
-            await coordinator.until(lambda state: A in state.nodes and state.nodes[A].problem != "")
-            assert len(coordinator.slices.requests) > seen
-            assert node.alive and cached(tmp_path / "a") == []
-        coordinator.slices.tamper = None
-        await coordinator.until_ready()
-        assert len(cached(tmp_path / "a")) == 12
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
-def test_other_nodes_may_not_ask(tmp_path, coordinator_class, authority, model, start_node, make_request):
-    """Only the coordinator's certificate opens Experts: not another node's, not another cluster's, none."""
-    import grpc
-    import grpc.aio
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    from moehive.coordinator.cluster.trust import Authority
-    from moehive.proto import experts_pb2_grpc
-    from moehive.proto.channel import Identity, node_dns_name, open_channel
-    from moehive.proto.handshake import metadata
-
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node("b", csr.public_bytes(serialization.Encoding.DER))
-    key_pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    other_node = Identity(key_pem, chain, authority.ca_pem)
-    stranger = Authority.create(tmp_path / "other").issue_coordinator()
-    stranger = Identity(stranger.key_pem, stranger.chain_pem, authority.ca_pem)
-
-    async def ask(address, identity, headers):
-        async with open_channel(address, identity, node_dns_name("a")) as channel:
-            call = experts_pb2_grpc.ExpertsStub(channel).Compute(metadata=headers)
-            try:
-                await call.write(make_request(64, [0])[0])
-                await call.read()
-            except grpc.aio.AioRpcError as error:
-                return error.code(), error.details()
-            return None
-
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
-        start_node("--token", coordinator.token(), "--name", "a")
-        await coordinator.until_ready()
-        address = coordinator.membership.state.nodes[A].capacity.address
-        code, details = await ask(address, other_node, metadata())
-        assert code is grpc.StatusCode.PERMISSION_DENIED and "Only the coordinator" in details
-        code, _ = await ask(address, stranger, metadata())
-        assert code is grpc.StatusCode.UNAVAILABLE
-        old = (("moehive-protocol", "0"), ("moehive-version", "0.0.1"))
-        code, details = await ask(address, coordinator.server.identity(), old)
-        assert code is grpc.StatusCode.FAILED_PRECONDITION and "0.0.1" in details
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
-def test_draining_is_refused_after_release(tmp_path, coordinator_class, authority, model, start_node, make_request):
+def test_a_node_that_leaves_serves_until_replaced(
+    tmp_path, coordinator_class, authority, model, start_node, make_request
+):
     """With two nodes, one that leaves goes on serving until the other has its experts."""
 
     async def main():
@@ -290,30 +147,3 @@ def test_draining_is_refused_after_release(tmp_path, coordinator_class, authorit
         await coordinator.stop()
 
     asyncio.run(main())
-
-
-def test_refusals_name_the_reason(tmp_path, coordinator_class, authority, model, start_node, make_request):
-    async def main():
-        coordinator = await coordinator_class.start(tmp_path / "c", model, authority, min_nodes=2)
-        start_node("--token", coordinator.token(), "--name", "a")
-        start_node("--token", coordinator.token(), "--name", "b", state="b")
-        await coordinator.until_ready()
-        epoch = coordinator.membership.state.epoch
-        of_b = [e for e, nodes in enumerate(coordinator.membership.state.active.owners[0]) if nodes == ("b",)]
-        reply = await coordinator.compute(make_request(64, of_b, epoch=epoch)[0], "a")
-        assert reply.refusal.reason == pb.Refusal.REASON_EXPERT_MISSING
-        assert f"expert {of_b[0]}" in reply.refusal.sentence or f"expert {of_b[1]}" in reply.refusal.sentence
-        reply = await coordinator.compute(make_request(64, of_b, epoch=0)[0], "b")
-        assert reply.refusal.reason == pb.Refusal.REASON_STALE_EPOCH
-        reply = await coordinator.compute(make_request(32, of_b, epoch=epoch)[0], "b")
-        assert reply.refusal.reason == pb.Refusal.REASON_FAILED and "hidden size 32" in reply.refusal.sentence
-        await coordinator.stop()
-
-    asyncio.run(main())
-
-
-def test_silence_is_not_forever(monkeypatch):
-    """The node's heartbeat is shorter than what the coordinator calls silence."""
-    from moehive.expert_node import agent
-
-    assert 2 * agent.HEARTBEAT_SECONDS < membership_module.SILENCE_SECONDS
