@@ -105,12 +105,9 @@ class Coordinator:
         await self._start_cluster(checkpoint)
 
         architecture = await asyncio.to_thread(checkpoint.load_trunk)
-        trunk = GenericTrunk(
-            architecture.model,
-            tuple(layer.module for layer in architecture.experts),
-            checkpoint.family,
-            architecture.model.config.get_text_config(decoder=True).vocab_size,
-            checkpoint.context_length,
+        experts = tuple(layer.module for layer in architecture.experts)
+        trunk = await asyncio.to_thread(
+            GenericTrunk, architecture.model, experts, checkpoint.family, checkpoint.context_length
         )
         engine = Engine(trunk, self._dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
