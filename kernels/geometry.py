@@ -86,6 +86,10 @@ class ExpertSpec:
         numbers += [n for n in (self.limit, self.post_norm_eps) if n is not None]
         if not all(math.isfinite(n) for n in numbers):
             raise GeometryError("An expert's alpha, limit, offset and epsilon must be finite numbers.")
+        if self.limit is not None and self.limit <= 0:
+            raise GeometryError(f"An expert's limit must be above 0, not {self.limit!r}; None means no limit.")
+        if self.post_norm_eps is not None and self.post_norm_eps < 0:
+            raise GeometryError(f"An expert's post_norm_eps must not be below 0, as {self.post_norm_eps!r} is.")
         if self.alpha != 1.0 and self.activation != "silu":
             raise GeometryError(f"alpha belongs to silu; {self.activation} has none.")
 
