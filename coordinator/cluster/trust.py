@@ -74,7 +74,7 @@ class Authority:
         try:
             _write_folder(folder, files)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and folder.is_dir():
                 raise CoordinatorError(
                     f"{folder} holds a cluster's certificate authority already; every node trusts it, so it is not "
                     "replaced. Choose another state directory for another cluster."

@@ -22,8 +22,9 @@ from moehive.coordinator.cluster.server import ClusterServer
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
+from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
-from moehive.proto import bootstrap, channel, cluster_pb2_grpc
+from moehive.proto import bootstrap, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import host_port
 from moehive.proto.channel import COORDINATOR_NAME, Identity, open_channel
@@ -36,10 +37,10 @@ SPEC = ExpertSpec(hidden_size=64, intermediate_size=32, activation="silu", forma
 MANIFEST = Manifest("tiny", "ab" * 32, (LayerGeometry(8, 2, SPEC), LayerGeometry(6, 2, SPEC)))
 
 
-def expert_blob(expert: ExpertId) -> torch.Tensor:
+def expert_blob(expert: ExpertId, manifest: Manifest = MANIFEST) -> torch.Tensor:
     """Bytes that differ from expert to expert, uint8 [nbytes]."""
     generator = torch.Generator().manual_seed(expert.layer * 1000 + expert.expert)
-    return torch.randint(0, 256, (MANIFEST.nbytes(expert),), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (manifest.nbytes(expert),), dtype=torch.uint8, generator=generator)
 
 
 def make_csr(name: str = "anything", key: Any = None) -> tuple[bytes, bytes]:
@@ -148,13 +149,14 @@ class Harness:
 async def run_cluster(
     folder: Path, *, min_nodes: int = 1, local_bytes: int = 0, manifest: Manifest = MANIFEST, cluster_port: int = 0
 ) -> AsyncIterator[Harness]:
-    folder.mkdir(exist_ok=True)
-    ca = folder / "ca"
-    authority = Authority.load(ca) if ca.exists() else Authority.create(ca)
+    try:
+        authority = Authority.create(folder / "ca")
+    except CoordinatorError:  # started before
+        authority = Authority.load(folder / "ca")
     store = Store(folder / "coordinator.sqlite")
     states: list[Any] = []
     membership = Membership(store, manifest, min_nodes, local_bytes, states.append)
-    slices = SliceSource(manifest, expert_blob)
+    slices = SliceSource(manifest, lambda expert: expert_blob(expert, manifest))
     server = ClusterServer(
         authority,
         store,
@@ -201,13 +203,8 @@ def manifest() -> Manifest:
 
 
 @pytest.fixture
-def blob() -> Callable[[ExpertId], torch.Tensor]:
+def blob() -> Callable[..., torch.Tensor]:
     return expert_blob
-
-
-@pytest.fixture
-def strict_options() -> list[tuple[str, int | str]]:
-    return channel.options()
 
 
 @pytest.fixture
