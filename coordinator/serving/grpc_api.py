@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -31,6 +32,33 @@ STATUS_OF_ERROR = (  # the first class that an error belongs to
     (NotReady, grpc.StatusCode.UNAVAILABLE),
     (CoordinatorError, grpc.StatusCode.INTERNAL),
 )
+
+
+class ErrorInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Turns what a handler raises into a status; a message that can't be parsed is INVALID_ARGUMENT.
+
+    For handlers that read one request and, when they stream, write their replies themselves.
+    """
+
+    async def intercept_service(
+        self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        streams = handler.response_streaming
+        behavior = handler.unary_stream if streams else handler.unary_unary
+
+        async def answer(data: bytes, context: Any) -> Any:
+            async with errors_as_status(context):
+                try:
+                    request = handler.request_deserializer(data)
+                except DecodeError as error:
+                    raise InvalidRequest("The message is cut short or not of this method; send it again.") from error
+                return await behavior(request, context)
+
+        make = grpc.unary_stream_rpc_method_handler if streams else grpc.unary_unary_rpc_method_handler
+        return make(answer, response_serializer=handler.response_serializer)
 
 
 @asynccontextmanager
@@ -58,25 +86,21 @@ class InferenceServicer(rpc.InferenceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Writes the stream itself, so that a client's going away closes the generation at once."""
-        async with errors_as_status(context):
-            wanted = grpc_messages.text_request(request)
-            wanted = replace(wanted, request_id=wanted.request_id or new_request_id())
-            async with aclosing(self._service.generate(wanted)) as events:
-                async for event in events:
-                    await context.write(grpc_messages.generate_reply(wanted.request_id, event, self._service.text))
+        wanted = grpc_messages.text_request(request)
+        wanted = replace(wanted, request_id=wanted.request_id or new_request_id())
+        async with aclosing(self._service.generate(wanted)) as events:
+            async for event in events:
+                await context.write(grpc_messages.generate_reply(wanted.request_id, event, self._service.text))
 
     async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelReply:
-        async with errors_as_status(context):
-            return pb.CancelReply(found=self._service.cancel(request.request_id))
+        return pb.CancelReply(found=self._service.cancel(request.request_id))
 
     async def Status(self, request: pb.StatusRequest, context: Any) -> pb.StatusReply:
-        async with errors_as_status(context):
-            service = self._service
-            return grpc_messages.status_reply(software_version(), service.model, service.cluster(), service.load())
+        service = self._service
+        return grpc_messages.status_reply(software_version(), service.model, service.cluster(), service.load())
 
     async def Models(self, request: pb.ModelsRequest, context: Any) -> pb.ModelsReply:
-        async with errors_as_status(context):
-            return grpc_messages.models_reply(self._service.model)
+        return grpc_messages.models_reply(self._service.model)
 
 
 class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -134,10 +158,9 @@ async def serve_grpc(
     Raises CoordinatorError for an address that would be open to others, OSError with a sentence for a port in use.
     """
     check_may_open(host, tls, check_key)
-    interceptors = [KeyInterceptor(check_key)] if check_key is not None else []
+    keys = [] if check_key is None else [KeyInterceptor(check_key)]
     server = grpc.aio.server(
-        options=channel.options(channel.MAX_CLIENT_BYTES),
-        interceptors=interceptors,
+        options=channel.options(channel.MAX_CLIENT_BYTES), interceptors=[*keys, ErrorInterceptor()]
     )
     rpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # grpc_health has no types

@@ -37,6 +37,12 @@ class FakeExperts:
         return hidden
 
 
+class History(list[int]):
+    """The cache of one sequence: its tokens, and how many of them were the prompt (for scripts)."""
+
+    prompt: int | None = None
+
+
 class FakeTrunk:
     """Keeps the history as its cache; `choose` (history → next token) replaces the random logits."""
 
@@ -48,7 +54,7 @@ class FakeTrunk:
         context_length: int = 256,
         prefill_chunk: int = 8,
         layers: int = 3,
-        choose: Callable[[list[int]], int] | None = None,
+        choose: Callable[[History], int] | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.context_length = context_length
@@ -61,11 +67,11 @@ class FakeTrunk:
     def cache_bytes(self, tokens: int) -> int:
         return 100 * tokens
 
-    def new_cache(self) -> list[int]:
-        return []
+    def new_cache(self) -> History:
+        return History()
 
     async def forward(
-        self, tokens: torch.Tensor, cache: list[int], experts: FakeExperts, all_logits: bool = False
+        self, tokens: torch.Tensor, cache: History, experts: FakeExperts, all_logits: bool = False
     ) -> torch.Tensor:
         assert tokens.dtype == torch.int64 and 1 <= len(tokens) <= self.prefill_chunk and not all_logits
         for layer in range(self.layers):
