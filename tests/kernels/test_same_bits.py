@@ -1,0 +1,70 @@
+"""The instruction sets agree bit for bit: one program, built for this machine and for aarch64.
+
+What can't run here is at least compiled: the x86 build contains the AVX-512 kernel. The scalar kernel rounds its
+products and so differs from the fused ones, but is itself the same everywhere.
+"""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+CPU = HERE.parent.parent / "kernels" / "cpu"
+FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+X86 = {"scalar": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c"]}
+ARM: dict[str, list[str]] = {"scalar": [], "neon": []}
+
+
+def build(compiler: str, sources: dict[str, list[str]], folder: Path) -> Path:
+    """The program with these kernels, linked statically so that an emulator needs no foreign libraries."""
+    objects = []
+    for name, flags in sources.items():
+        objects.append(folder / f"{name}.o")
+        run([compiler, *FLAGS, *flags, "-c", str(CPU / f"{name}.cc"), "-o", str(objects[-1])])
+    program = folder / "same_bits"
+    main = str(HERE / "same_bits.cc")
+    run([compiler, *FLAGS, "-static", f"-I{CPU}", main, *map(str, objects), "-o", str(program)])
+    return program
+
+
+def run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.returncode}: {done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def hashes(output: str) -> dict[str, str]:
+    return dict(line.split() for line in output.splitlines())
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Kernel → hash of its results on this processor."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler on this machine")
+    kernels = X86 if platform.machine() == "x86_64" else ARM
+    return hashes(run([str(build(compiler, kernels, tmp_path_factory.mktemp("here")))]))
+
+
+def test_the_kernels_of_this_processor_agree(here: dict[str, str]) -> None:
+    fused = set(here.values()) - {here["scalar"]}
+    assert len(fused) <= 1, here
+    if len(here) > 1:
+        assert fused, "the scalar kernel can't have the fused kernels' bits: the hash sees nothing"
+
+
+def test_neon_has_the_bits_of_avx2(here: dict[str, str], tmp_path: Path) -> None:
+    cross, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if platform.machine() != "x86_64" or cross is None:
+        pytest.skip("needs an x86-64 machine with a compiler for aarch64 (Debian: g++-aarch64-linux-gnu)")
+    program = build(cross, ARM, tmp_path)
+    if emulator is None:
+        pytest.skip("the NEON kernel compiles; running it needs qemu-aarch64-static (Debian: qemu-user-static)")
+    there = hashes(run([emulator, str(program)]))
+    assert there["scalar"] == here["scalar"]
+    if "avx2" in here:
+        assert there["neon"] == here["avx2"]
