@@ -146,8 +146,8 @@ class Agent:
             tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._renew())]
             while (directive := await call.read()) is not grpc.aio.EOF:
                 check_directive(directive)
-                self._set_attending(True)
                 await self._follow(directive)
+                self._set_attending(True)
                 if self.released.is_set():
                     return
         finally:

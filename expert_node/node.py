@@ -127,6 +127,7 @@ async def start(settings: Settings) -> Node:
     try:
         port = bind(server, host, port, server_credentials(identity.current))
     except OSError as error:
+        await server.stop(None)
         raise ConfigError(str(error)) from error
     await server.start()
     reached = _own_address(identity.cluster_address) if host in _WILDCARDS and not settings.advertise else host

@@ -2,11 +2,12 @@
 
 import asyncio
 import hashlib
+import itertools
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -243,6 +244,20 @@ async def _node_here(state: Path, token: str | None = None, name: str = "a") -> 
 def node_here() -> Callable[..., AbstractAsyncContextManager[Node]]:
     """A node on the test's own event loop, which starts faster than a process."""
     return _node_here
+
+
+async def _eventually(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(DEADLINE):
+        for _ in itertools.count():
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def eventually() -> Callable[[Callable[[], object]], Awaitable[None]]:
+    """Waits for what nobody tells us of, a file for example."""
+    return _eventually
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,18 @@
 import asyncio
 from pathlib import Path
 
+import pytest
 import torch
 
 from moehive.coordinator.cluster import membership as membership_module
+from moehive.coordinator.cluster.trust import Authority
 from moehive.coordinator.types import NodeName
+from moehive.expert_node import agent
+from moehive.expert_node.node import start
+from moehive.expert_node.settings import Settings
+from moehive.expert_node.types import ConfigError
 from moehive.proto import experts_pb2 as pb
+from moehive.proto.join_token import parse
 from moehive.proto.tensors import read_values
 
 A = NodeName("a")
@@ -116,7 +123,6 @@ def test_other_nodes_may_not_ask(tmp_path, coordinator_class, authority, model, 
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
-    from moehive.coordinator.cluster.trust import Authority
     from moehive.proto import experts_pb2_grpc
     from moehive.proto.channel import Identity, node_dns_name, open_channel
     from moehive.proto.handshake import metadata
@@ -180,6 +186,74 @@ def test_refusals_name_the_reason(tmp_path, coordinator_class, authority, model,
 
 def test_silence_is_not_forever(monkeypatch):
     """The node's heartbeat is shorter than what the coordinator calls silence."""
-    from moehive.expert_node import agent
-
     assert 2 * agent.HEARTBEAT_SECONDS < membership_module.SILENCE_SECONDS
+
+
+def test_port_in_use(tmp_path, coordinator_class, authority, model):
+    async def main():
+        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
+        taken = ("127.0.0.1", coordinator.server.cluster_port)
+        settings = Settings(
+            state=tmp_path / "a",
+            token=parse(coordinator.token()),
+            name="a",
+            memory_bytes=1 << 20,
+            threads=1,
+            listen=taken,
+        )
+        with pytest.raises(ConfigError, match="port is in use"):
+            await start(settings)
+        await coordinator.stop()
+
+    asyncio.run(main())
+
+
+def test_another_version_is_said_once_and_tried_again(
+    tmp_path, coordinator_class, authority, model, node_here, eventually, monkeypatch, caplog
+):
+    refused = 0
+
+    def old():
+        nonlocal refused
+        refused += 1
+        return (("moehive-protocol", "0"), ("moehive-version", "0.0.1"))
+
+    async def main():
+        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
+        monkeypatch.setattr(agent, "REFUSED_SECONDS", 0.01)
+        with monkeypatch.context() as patch:
+            patch.setattr(agent, "metadata", old)
+            async with node_here(tmp_path / "a", coordinator.token()):
+                await eventually(lambda: refused >= 4)
+                patch.undo()
+                await coordinator.until_ready()
+        await coordinator.stop()
+
+    asyncio.run(main())
+    said = [r.getMessage() for r in caplog.records if "0.0.1" in r.getMessage() and r.name.endswith("agent")]
+    assert len(said) == 1 and "install the same version on both" in said[0]
+
+
+def test_a_strangers_coordinator_is_not_followed(
+    tmp_path, coordinator_class, authority, model, node_here, eventually, caplog
+):
+    """At the address of the coordinator another cluster answers: the node waits for its own."""
+
+    async def main():
+        own = await coordinator_class.start(tmp_path / "c", model, authority)
+        ports = own.server.join_port, own.server.cluster_port
+        async with node_here(tmp_path / "a", own.token()) as node:
+            await own.until_ready()
+            await own.stop()
+            await eventually(lambda: not node.agent.attending)
+            stranger = await coordinator_class.start(
+                tmp_path / "c2", model, Authority.create(tmp_path / "ca2"), ports=ports
+            )
+            await eventually(lambda: "CERTIFICATE_VERIFY_FAILED" in caplog.text)
+            assert A not in stranger.membership.state.nodes
+            await stranger.stop()
+            own = await coordinator_class.start(tmp_path / "c", model, authority, ports=ports)
+            await own.until_ready()
+        await own.stop()
+
+    asyncio.run(main())

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def test_sigkill_and_restart_rejoin_from_the_cache(tmp_path, coordinator_class, 
 
 
 def test_killed_in_mid_fetch_resumes_after_restart(
-    tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch
+    tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch, eventually
 ):
     from moehive.coordinator.checkpoints import slices as slices_module
     from moehive.kernels.geometry import ExpertSpec
@@ -88,6 +89,7 @@ def test_killed_in_mid_fetch_resumes_after_restart(
     monkeypatch.setattr(slices_module, "MAX_CHUNK_BYTES", 4096)
     spec = ExpertSpec(hidden_size=64, intermediate_size=48, activation="silu", format="f32")
     model = model_class.random(spec, layers=1, experts=2)
+    state = tmp_path / "a"
 
     async def main():
         coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
@@ -107,11 +109,8 @@ def test_killed_in_mid_fetch_resumes_after_restart(
         coordinator.slices.stream = hang
         node = start_node("--token", coordinator.token(), "--name", "a")
         await asyncio.wait_for(reached.wait(), 60)
-        part = next(iter((tmp_path / "a").glob("cache/*/0-1.part")), None)
-        async with asyncio.timeout(60):
-            while part is None or part.stat().st_size < 3 * 4096:
-                await asyncio.sleep(0.01)
-                part = next(iter((tmp_path / "a").glob("cache/*/0-1.part")), None)
+        await eventually(lambda: [p for p in state.glob("cache/*/0-1.part") if p.stat().st_size >= 3 * 4096])
+        (part,) = state.glob("cache/*/0-1.part")
         node.signal(signal.SIGKILL)
         await node.wait()
         go_on.set()
@@ -144,6 +143,41 @@ def test_a_node_that_leaves_serves_until_replaced(
         request, _, _ = make_request(64, list(range(6)), tokens=6, epoch=coordinator.membership.state.epoch)
         reply = await coordinator.compute(request, "b")
         assert not reply.HasField("refusal") and reply.rows == 6
+        await coordinator.stop()
+
+    asyncio.run(main())
+
+
+def test_systemd_is_told(tmp_path, coordinator_class, authority, model, start_node):
+    """READY once the slice is held, the watchdog is fed, STOPPING at the end."""
+
+    async def main():
+        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
+        (tmp_path / "credentials").mkdir()
+        (tmp_path / "credentials/token").write_text(coordinator.token())
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.bind(str(tmp_path / "notify"))
+            manager.settimeout(60)
+            node = start_node(
+                "--name", "a",
+                NOTIFY_SOCKET=str(tmp_path / "notify"),
+                WATCHDOG_USEC="100000",
+                CREDENTIALS_DIRECTORY=str(tmp_path / "credentials"),
+            )  # fmt: skip
+            said: list[str] = []
+
+            def listen(until):
+                while until not in said:
+                    said.extend(manager.recv(4096).decode().splitlines())
+
+            await asyncio.to_thread(listen, "READY=1")
+            assert said[said.index("READY=1") + 1].startswith("STATUS=Serving 12 experts")
+            await coordinator.until_ready()
+            said.clear()
+            await asyncio.to_thread(listen, "WATCHDOG=1")
+            node.signal(signal.SIGTERM)
+            await asyncio.to_thread(listen, "STOPPING=1")
+            assert await node.wait() == 0
         await coordinator.stop()
 
     asyncio.run(main())

@@ -1,0 +1,149 @@
+"""The disk cache: what is on disk is whole, or is fetched again; a full disk is a sentence."""
+
+import asyncio
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from moehive.coordinator.types import NodeName
+from moehive.expert_node import cache as cache_module
+from moehive.expert_node.cache import CacheError, DiskCache
+from moehive.kernels.geometry import ExpertId
+
+A = NodeName("a")
+E = ExpertId(3, 17)
+DATA = bytes(range(256)) * 40
+MIB = 1 << 20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A tmpfs of 20 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """A file that leaves so many bytes of the disk free."""
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
+    return ballast
+
+
+def read(cache: DiskCache, nbytes: int = len(DATA)) -> bytes | None:
+    blob = bytearray(nbytes)
+    return bytes(blob) if cache.read(E, memoryview(blob)) else None
+
+
+def write(cache: DiskCache, data: bytes = DATA) -> None:
+    part = cache.part(E, memoryview(bytearray(len(data))))
+    part.append(data)
+    part.keep()
+
+
+def test_written_then_read_by_another_process(tmp_path):
+    assert read(DiskCache(tmp_path, "f" * 64)) is None
+    write(DiskCache(tmp_path, "f" * 64))
+    (file,) = (tmp_path / ("f" * 64)).iterdir()
+    assert file.name == f"3-17.{hashlib.sha256(DATA).hexdigest()}.expert"
+    assert E in DiskCache(tmp_path, "f" * 64) and read(DiskCache(tmp_path, "f" * 64)) == DATA
+    assert E not in DiskCache(tmp_path, "e" * 64)
+
+
+@pytest.mark.parametrize("harm", [lambda d: d[:-1], lambda d: d + b"x", lambda d: b"y" + d[1:], lambda d: b""])
+def test_a_damaged_file_is_deleted(tmp_path, harm):
+    write(DiskCache(tmp_path, "f" * 64))
+    (file,) = (tmp_path / ("f" * 64)).iterdir()
+    file.write_bytes(harm(DATA))
+    assert read(DiskCache(tmp_path, "f" * 64)) is None
+    assert not file.exists()
+
+
+def test_a_part_is_resumed_where_it_ended(tmp_path):
+    cache = DiskCache(tmp_path, "f" * 64)
+    part = cache.part(E, memoryview(bytearray(len(DATA))))
+    part.append(DATA[:1000])
+    part.close()
+    cache = DiskCache(tmp_path, "f" * 64)
+    assert E not in cache and cache.part_bytes(E, len(DATA)) == 1000
+    blob = bytearray(len(DATA))
+    part = cache.part(E, memoryview(blob))
+    assert part.offset == 1000
+    part.append(DATA[1000:])
+    assert part.sha256 == hashlib.sha256(DATA).hexdigest() and bytes(blob) == DATA
+    part.keep()
+    assert read(DiskCache(tmp_path, "f" * 64)) == DATA
+
+
+def test_a_part_that_is_too_long_starts_anew(tmp_path):
+    cache = DiskCache(tmp_path, "f" * 64)
+    (tmp_path / ("f" * 64) / "3-17.part").write_bytes(DATA)
+    assert cache.part_bytes(E, len(DATA)) == 0
+    assert cache.part(E, memoryview(bytearray(len(DATA)))).offset == 0
+
+
+def test_other_models_make_room_the_oldest_first(small_disk):
+    for age, name in ((300, "a" * 64), (100, "b" * 64), (200, "c" * 64)):
+        DiskCache(small_disk, name)
+        (small_disk / name / f"0-0.{'0' * 64}.expert").write_bytes(bytes(MIB))
+        os.utime(small_disk / name, (1e9 - age, 1e9 - age))
+    cache = DiskCache(small_disk, "d" * 64)
+
+    def names():
+        return sorted(path.name[0] for path in small_disk.iterdir())
+
+    cache.make_room(0)
+    assert names() == ["a", "b", "c", "d"]
+    cache.make_room(int(2.5 * MIB))  # 17 of 20 MiB are free, 16 stay so
+    assert names() == ["b", "d"]
+    with pytest.raises(CacheError, match="free some space"):
+        cache.make_room(5 * MIB)
+    assert names() == ["d"]
+
+
+def test_disk_full_gives_the_part_back(small_disk):
+    cache = DiskCache(small_disk, "d" * 64)
+    fill(small_disk, 64 << 10)
+    part = cache.part(E, memoryview(bytearray(MIB)))
+    with pytest.raises(CacheError, match=r"disk of .* is full: free some space"):
+        for _ in range(16):
+            part.append(bytes(MIB // 16))
+    assert list((small_disk / ("d" * 64)).iterdir()) == []
+
+
+@pytest.mark.parametrize("spare", [cache_module._SPARE_BYTES, -MIB], ids=["before", "in mid-fetch"])
+def test_disk_full_during_a_fetch(
+    small_disk, tmp_path, coordinator_class, authority, model, node_here, make_request, monkeypatch, spare
+):
+    """The node says so, lives on, and has its slice once there is room."""
+    monkeypatch.setattr(cache_module, "_SPARE_BYTES", spare)
+
+    async def main():
+        coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
+        state = small_disk / "state"
+        state.mkdir()
+        ballast = fill(small_disk, 150 << 10)  # 12 experts need some 220 KiB
+        async with node_here(state, coordinator.token()):
+            await coordinator.until(lambda s: A in s.nodes and s.nodes[A].problem != "")
+            problem = coordinator.membership.state.nodes[A].problem
+            assert "disk" in problem and "--state-dir" in problem and "free some space" in problem
+            whole = list(state.glob("cache/*/*.expert"))
+            assert all(hashlib.sha256(p.read_bytes()).hexdigest() == p.name.split(".")[1] for p in whole)
+            assert coordinator.membership.state.nodes[A].present
+            ballast.unlink()
+            await coordinator.until_ready()
+            epoch = coordinator.membership.state.epoch
+            assert (await coordinator.compute(make_request(64, [0, 5], epoch=epoch)[0])).rows == 1
+        await coordinator.stop()
+
+    asyncio.run(main())
