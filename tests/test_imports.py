@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.cli": (
         *COMMON,
         "coordinator.app",
+        "coordinator.local_cluster",
         "coordinator.serving",
         "coordinator.cluster",
         "coordinator.demo",
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
     "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
+    "coordinator.local_cluster": (*COMMON, "coordinator.app", "coordinator.cluster"),  # and node processes
     "coordinator.bench": ("coordinator", "client", "kernels", "proto"),  # measures any of them
     "coordinator.demo": (*COMMON, "coordinator.checkpoints", "kernels"),
     "coordinator.serving": (*COMMON, "coordinator.engine", "proto"),

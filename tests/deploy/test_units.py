@@ -4,11 +4,16 @@ import configparser
 import re
 import shutil
 import subprocess
+import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
+from moehive.coordinator.settings import CoordinatorSettings
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "deploy"
 UNITS = ("moehive-coordinator.service", "moehive-node.service")
 INSTALLED = "/opt/moehive/.venv/bin/moehive"
 MAX_EXPOSURE = 2.0  # of 10, as `systemd-analyze security` counts
@@ -51,6 +56,17 @@ def test_what_a_supervised_service_needs(name: str) -> None:
     assert int(service["WatchdogSec"]) >= 10
     assert service["Restart"] == "on-failure" and "StartLimitBurst" in parser["Unit"]
     state = service["StateDirectory"]
-    assert f"--state-dir %S/{state} " in service["ExecStart"]
+    assert f"--state-dir %S/{state}" in service["ExecStart"].split(" $")[0]
     if "node" in name:
         assert service["LoadCredential"].startswith("token:/")
+
+
+def test_the_settings_that_the_document_names_are_there() -> None:
+    document = (ROOT / "docs" / "systemd.md").read_text()
+    names = {name.lower() for name in re.findall(r"MOEHIVE_COORDINATOR_([A-Z_]+)", document)}
+    assert {"model", "cluster_host"} <= names <= {field.name for field in fields(CoordinatorSettings)}
+    options = re.search(r"MOEHIVE_NODE_OPTIONS=(.*)", document)
+    assert options is not None
+    command = [sys.executable, "-m", "moehive.expert_node", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd="/").stdout
+    assert set(re.findall(r"--[a-z-]+", options[1])) <= set(re.findall(r"--[a-z-]+", shown))
