@@ -125,7 +125,9 @@ def _model_class(path: Path, config: PreTrainedConfig) -> tuple[type[PreTrainedM
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
         if type(config) not in auto._model_mapping:
             continue
-        model_class = auto._model_mapping[type(config)]
+        model_class: Any = auto._model_mapping[type(config)]
+        if not model_class.can_generate():
+            break
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()
         return model_class, config

@@ -41,17 +41,16 @@ class Checkpoint:
         layers: list[LayerGeometry] = []
         for layer in architecture.experts:
             layout = layout_of(self.family, layer, architecture.dtype)
-            count = layer.module.num_experts
             parameters: dict[str, ExpertParameter] = {}
             for short in layout.names:
                 full = f"{layer.name}.{short}"
                 source = keys.sources.get(full)
                 if source is None:
                     raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
-                parameters[short] = ExpertParameter(architecture, full, count, source)
+                parameters[short] = ExpertParameter(architecture, full, source)
             self._layouts.append(layout)
             self._parameters.append(parameters)
-            layers.append(LayerGeometry(count, layer.top_k, layout.spec))
+            layers.append(LayerGeometry(layer.module.num_experts, layer.top_k, layout.spec))
         self.manifest = Manifest(name, directory.fingerprint, tuple(layers))
         self.trunk_bytes = _trunk_bytes(architecture)
         self._lock = threading.Lock()  # held while a layer that cannot be read expert by expert is converted

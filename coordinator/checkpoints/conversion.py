@@ -5,8 +5,6 @@ parameters ([experts, out, in]). Nearly all of its converters treat each expert 
 de-interleave), so they run here on a stack of one expert. The others convert a whole layer at once.
 """
 
-import re
-from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -78,134 +76,115 @@ def _targets(converter: WeightConverter, first: str) -> list[str]:
 
 
 class ExpertParameter:
-    """One fused parameter of a layer's experts, readable expert by expert."""
+    """One fused parameter of a layer's experts, [experts, ...], readable expert by expert."""
 
-    def __init__(self, architecture: Architecture, name: str, experts: int, source: Source) -> None:
-        """`name` is the parameter's full name; `experts` the size of its first dimension.
+    def __init__(self, architecture: Architecture, name: str, source: Source) -> None:
+        """`name` is the parameter's full name.
 
         Raises CoordinatorError when the checkpoint's tensors do not make up the parameter.
         """
         self.name = name
-        self._experts = experts
         self._source = source
         self._config = architecture.config
         self._parameter = architecture.model.get_parameter(name)
-        self._per_expert_lists = self._lists_of_experts()
+        self._experts = self._parameter.shape[0]
+        operations = source.converter.operations if source.converter is not None else []
+        self._one_tensor_each = bool(operations) and type(operations[0]) is MergeModulelist
         self.by_expert = self._separable()
         self._check()
 
     def read(self, expert: int) -> torch.Tensor:
         """One expert's part, [1, ...] in the parameter's dtype. Only where `by_expert`."""
         if self._source.converter is None:
-            return self._single().read(expert, expert + 1).to(self._parameter.dtype)
+            return self._cast(self._source.tensors[""][0].read(expert, expert + 1))
         return self._convert(
             {
-                pattern: [self._one(tensors, expert).to(self._parameter.dtype)]
+                pattern: [
+                    self._cast(
+                        tensors[expert].read() if self._one_tensor_each else tensors[0].read(expert, expert + 1)
+                    )
+                ]
                 for pattern, tensors in self._source.tensors.items()
-            }
+            },
+            rows=1,
         )
 
     def read_all(self) -> torch.Tensor:
-        """The whole parameter, [experts, ...] in its dtype."""
+        """The whole parameter, in its dtype."""
         if self._source.converter is None:
-            return self._single().read().to(self._parameter.dtype)
+            return self._cast(self._source.tensors[""][0].read())
         return self._convert(
-            {
-                pattern: [tensor.read().to(self._parameter.dtype) for tensor in tensors]
-                for pattern, tensors in self._source.tensors.items()
-            }
+            {pattern: [self._cast(t.read()) for t in tensors] for pattern, tensors in self._source.tensors.items()},
+            rows=self._experts,
         )
 
-    def _single(self) -> StoredTensor:
-        return self._source.tensors[""][0]
+    def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._parameter.dtype)
 
-    def _one(self, tensors: list[StoredTensor], expert: int) -> torch.Tensor:
-        return tensors[expert].read() if self._per_expert_lists else tensors[0].read(expert, expert + 1)
-
-    def _convert(self, collected: dict[str, list[torch.Tensor]]) -> torch.Tensor:
-        converter = deepcopy(self._source.converter)
-        assert converter is not None
+    def _convert(self, collected: dict[str, list[torch.Tensor]], rows: int) -> torch.Tensor:
+        converter: Any = deepcopy(self._source.converter)
         converter.collected_tensors.update(collected)
-        rows = self._experts if not self.by_expert else 1
-        result = converter.convert(
-            self._source.first_target, model=_OneExpert(self._parameter, rows), config=self._config
-        )
-        value = result[self.name]
+        model = _Shapes(self._parameter[:rows])
+        value = converter.convert(self._source.first_target, model=model, config=self._config)[self.name]
         tensor: torch.Tensor = value[0] if isinstance(value, list) else value
         return tensor
 
-    def _lists_of_experts(self) -> bool:
-        """Whether the checkpoint has a tensor of its own for each expert."""
-        converter = self._source.converter
-        return converter is not None and isinstance(converter.operations[0], MergeModulelist)
-
     def _separable(self) -> bool:
-        """Whether the conversion of one expert is that expert's part of the whole conversion."""
-        converter = self._source.converter
-        if converter is None:
+        """Whether the conversion of one expert alone is that expert's part of the whole conversion."""
+        if self._source.converter is None:
             return True
-        if converter.operations[0].__class__ is MergeModulelist and converter.operations[0].dim != 0:
+        operations: list[Any] = list(self._source.converter.operations)
+        if self._one_tensor_each and operations.pop(0).dim != 0:
             return False
-        operations = converter.operations[1:] if self._per_expert_lists else converter.operations
         if not all(_keeps_experts_apart(operation) for operation in operations):
             return False
-        counts = {len(tensors) for tensors in self._source.tensors.values()}
-        if self._per_expert_lists:
-            return counts == {self._experts}
-        shapes = [tensor.shape for tensors in self._source.tensors.values() for tensor in tensors]
-        return counts == {1} and all(shape and shape[0] == self._experts for shape in shapes)
+        stored = list(self._source.tensors.values())
+        if self._one_tensor_each:
+            return all(len(tensors) == self._experts for tensors in stored)
+        return all(len(tensors) == 1 and tensors[0].shape[:1] == (self._experts,) for tensors in stored)
 
     def _check(self) -> None:
         """Runs the conversion on shapes alone, so that a checkpoint that does not fit fails when it is opened."""
         wanted = tuple(self._parameter.shape)
-        if self._per_expert_lists:
-            for pattern, found in self._source.tensors.items():
-                if self.by_expert is False and len(found) != self._experts and len(self._targets()) == 1:
-                    raise CoordinatorError(
-                        f"The checkpoint has {len(found)} of the {self._experts} tensors {pattern} that make up"
-                        f" {self.name}; download it again."
-                    )
         if self._source.converter is None:
-            shape = self._single().shape
+            shape = self._source.tensors[""][0].shape
         else:
-            expert_only = self.by_expert
-            collected = {
-                pattern: [
-                    torch.empty(
-                        (1, *tensor.shape[1:]) if expert_only and not self._per_expert_lists else tensor.shape,
-                        device="meta",
-                    )
-                    for tensor in (tensors[:1] if expert_only else tensors)
-                ]
-                for pattern, tensors in self._source.tensors.items()
-            }
+            if self.by_expert:
+                wanted = (1, *wanted[1:])
             try:
-                shape = tuple(self._convert(collected).shape)
+                shape = tuple(self._convert(self._shapes(), rows=wanted[0]).shape)
             except (RuntimeError, ValueError, KeyError, IndexError) as error:
                 raise CoordinatorError(
                     f"The checkpoint's tensors do not make up {self.name}: {str(error).splitlines()[0]}."
                 ) from error
-            if expert_only:
-                wanted = (1, *wanted[1:])
-        if tuple(shape) != wanted:
+        if shape != wanted:
+            found = ", ".join(
+                f"{len(tensors)} of {pattern or 'it'}" for pattern, tensors in self._source.tensors.items()
+            )
             raise CoordinatorError(
-                f"The checkpoint's tensors give {self.name} the shape {tuple(shape)}; its config says {wanted}."
+                f"The checkpoint's tensors ({found}) give {self.name} the shape {list(shape)}, but its config says"
+                f" {list(wanted)}; a tensor is missing or they do not belong together."
             )
 
-    def _targets(self) -> list[str]:
-        converter = self._source.converter
-        return [] if converter is None else converter.target_patterns
+    def _shapes(self) -> dict[str, list[torch.Tensor]]:
+        """What `read` or `read_all` would convert, on the meta device."""
+        shapes: dict[str, list[torch.Tensor]] = {}
+        for pattern, tensors in self._source.tensors.items():
+            chosen = tensors[:1] if self.by_expert else tensors
+            alone = self.by_expert and not self._one_tensor_each
+            sizes = [(1, *tensor.shape[1:]) if alone else tensor.shape for tensor in chosen]
+            shapes[pattern] = [torch.empty(size, dtype=self._parameter.dtype, device="meta") for size in sizes]
+        return shapes
 
 
 @dataclass(frozen=True, slots=True)
-class _OneExpert:
+class _Shapes:
     """Stands in for the model where a conversion asks for its parameter's shape."""
 
     parameter: torch.Tensor
-    rows: int
 
     def get_parameter(self, name: str) -> torch.Tensor:
-        return self.parameter[:1] if self.rows == 1 else self.parameter
+        return self.parameter
 
 
 def _keeps_experts_apart(operation: Any) -> bool:
@@ -215,14 +194,3 @@ def _keeps_experts_apart(operation: Any) -> bool:
     if type(operation) is Transpose:
         return operation.dim0 != 0 and operation.dim1 != 0
     return False
-
-
-def missing_names(architecture: Architecture, sources: Iterable[str]) -> list[str]:
-    """The expert parameters for which the checkpoint has no tensor at all."""
-    have = set(sources)
-    return [
-        f"{layer.name}.{name}"
-        for layer in architecture.experts
-        for name, _ in layer.module.named_parameters()
-        if f"{layer.name}.{name}" not in have
-    ]

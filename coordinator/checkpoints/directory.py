@@ -46,7 +46,8 @@ def open_directory(path: Path) -> Directory:
         absent = sorted(names - found.keys())
         if absent:
             raise CoordinatorError(
-                f"{shard} lacks {absent[0]!r}{_more(absent)}, which {INDEX} says it has; download the checkpoint again."
+                f"{shard} lacks {absent[0]!r}{_more(absent)}, which {INDEX} says it has;"
+                " download the checkpoint again."
             )
         tensors |= found
         stat = shard.stat()

@@ -142,7 +142,10 @@ def _norm(family: str, module: Any) -> tuple[NormLayout, float]:
 
 
 def canonical(layout: ExpertLayout, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """One expert's tensors as `ExpertSpec.tensors` wants them, from the model's own ([1, ...] each; the norm [hidden])."""
+    """One expert's tensors as `ExpertSpec.tensors` wants them.
+
+    `parts` are the model's own, by their names in the experts module: [1, ...] each, but a norm's weight [hidden].
+    """
     result: dict[str, torch.Tensor] = {}
     for place, name in zip(layout.spec.tensors, layout.names, strict=True):
         tensor = parts[name]

@@ -3,6 +3,7 @@
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -25,11 +26,12 @@ def load_trunk(path: Path, architecture: Architecture, tensors: dict[str, Stored
     """
     model = architecture.model
     expert_names = _leave_out_experts(architecture)
+    mapping: Any = get_model_conversion_mapping(model)
     load_config = LoadStateDictConfig(
         pretrained_model_name_or_path=str(path),
         dtype=architecture.dtype,
         dtype_plan=model._get_dtype_plan(architecture.dtype),
-        weight_mapping=get_model_conversion_mapping(model),
+        weight_mapping=mapping,
     )
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -39,8 +41,8 @@ def load_trunk(path: Path, architecture: Architecture, tensors: dict[str, Stored
         if info.mismatched_keys:
             name, found, wanted = sorted(info.mismatched_keys)[0]
             raise CoordinatorError(
-                f"{path} gives {name} the shape {tuple(found)}, but its config says {tuple(wanted)}; they do not belong"
-                " together."
+                f"{path} gives {name} the shape {tuple(found)}, but its config says {tuple(wanted)};"
+                " they do not belong together."
             )
         if info.conversion_errors:
             name, reason = sorted(info.conversion_errors.items())[0]

@@ -78,7 +78,8 @@ class StoredTensor:
 
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         data = torch.empty(stop - start, dtype=torch.uint8)
-        view = memoryview(data.numpy())
+        buffer: Any = data.numpy()
+        view = memoryview(buffer)
         try:
             with self.path.open("rb", buffering=0) as file:
                 done = 0
@@ -107,7 +108,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], bytes]:
             length = int.from_bytes(first, "little")
             if len(first) < 8 or length > min(MAX_HEADER, size - 8):
                 raise CoordinatorError(
-                    f"{path} is not a complete safetensors file ({size} bytes): it is truncated or corrupt; copy it again."
+                    f"{path} is not a complete safetensors file ({size} bytes): it is truncated or corrupt;"
+                    " copy it again."
                 )
             raw = file.read(length)
     except FileNotFoundError as error:
@@ -141,8 +143,8 @@ def _tensors(path: Path, header: dict[str, Any], data_begin: int, data_size: int
             )
         if end > data_size:
             raise CoordinatorError(
-                f"{path} is truncated: {name!r} ends at byte {data_begin + end}, the file at {data_begin + data_size};"
-                " copy it again."
+                f"{path} is truncated: {name!r} ends at byte {data_begin + end}, the file at"
+                f" {data_begin + data_size}; copy it again."
             )
         tensor = StoredTensor(path, name, DTYPES[code], tuple(shape), data_begin + begin)
         if tensor.nbytes != end - begin:

@@ -5,6 +5,8 @@ arithmetic. Every family whose experts stand behind transformers' experts interf
 """
 
 import inspect
+import logging
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +15,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from . import bridge
+from . import bridge, cache_size
 from .base import ExpertBackend
-from .cache_size import CacheSize
+
+log = logging.getLogger(__name__)
 
 IMPLEMENTATION = "moehive"  # the name of our function in transformers' experts interface
 PREFILL_CHUNK = 512  # tokens; bounds how long one prompt holds the loop, and the memory of its scores
 _ORDINAL = "_moehive_layer"  # attribute of an experts module: its MoE layer's ordinal
+_PROBE = 8  # tokens run once, whole and in halves, to learn what the cache holds
 
 
 def _experts_function(
@@ -43,50 +47,95 @@ ALL_EXPERTS_FUNCTIONS[IMPLEMENTATION] = _experts_function
 class SequenceCache:
     """What one sequence keeps between forward passes. `tokens`: how many have been run."""
 
-    states: Cache
+    states: Cache | None  # None before the first pass of a family that makes a cache of its own kind
     tokens: int = 0
 
 
 class GenericTrunk:
     """`models.base.Trunk` over a transformers model whose trunk is loaded and whose experts lie on meta."""
 
-    def __init__(
-        self, model: PreTrainedModel, experts: tuple[Any, ...], family: str, vocab_size: int, context_length: int
-    ) -> None:
-        """`experts` are the model's experts modules, in the order of the MoE layers' ordinals."""
+    def __init__(self, model: PreTrainedModel, experts: tuple[Any, ...], family: str, context_length: int) -> None:
+        """`experts` are the model's experts modules, in the order of the MoE layers' ordinals.
+
+        Runs a few tokens without experts, to learn the cache's size and whether a prompt may be run in chunks.
+        """
+        text = model.config.get_text_config(decoder=True)
         self.family = family
-        self.vocab_size = vocab_size
+        self.vocab_size: int = text.vocab_size
         self.context_length = context_length
-        self._model = model
+        self._model: Any = model
+        self._config = text
         for ordinal, module in enumerate(experts):
             setattr(module, _ORDINAL, ordinal)
             module.config._experts_implementation = IMPLEMENTATION
-        self._config = model.config.get_text_config(decoder=True)
         parameters = inspect.signature(model.forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._takes_positions = "position_ids" in parameters
         self._limits_logits = "logits_to_keep" in parameters
-        self._size = CacheSize(self._config, self._new_states(), model.dtype)
-        self.prefill_chunk = context_length if self._size.recurrent else min(PREFILL_CHUNK, context_length)
+        chunks, self._size = self._probe()
+        self.prefill_chunk = min(PREFILL_CHUNK, context_length) if chunks else context_length
+        if not chunks:
+            log.info("%s runs a prompt in one pass: in chunks its logits would differ", family)
 
     def cache_bytes(self, tokens: int) -> int:
-        """Bytes of KV cache and recurrent state of a sequence of `tokens`; an upper estimate from the config."""
-        return self._size.nbytes(tokens)
+        """Bytes of KV cache and recurrent state of a sequence of `tokens`, an upper estimate."""
+        return self._size.nbytes(tokens, self.prefill_chunk)
 
     def new_cache(self) -> SequenceCache:
         """An empty cache for one sequence."""
-        return SequenceCache(self._new_states())
+        own_kind = not self._model._supports_default_dynamic_cache()
+        return SequenceCache(None if own_kind else DynamicCache(config=self._config))
 
     async def forward(
         self, tokens: torch.Tensor, cache: SequenceCache, experts: ExpertBackend, all_logits: bool = False
     ) -> torch.Tensor:
         """Runs `tokens` [T] (int64) after what `cache` holds; see `Trunk.forward`."""
-        arguments: dict[str, Any] = {"input_ids": tokens[None], self._cache_name: cache.states, "use_cache": True}
+        arguments: dict[str, Any] = {"input_ids": tokens[None], "cache": cache.states, "use_cache": True}
+        if self._takes_positions:  # some families would count them wrongly when their first layer is recurrent
+            arguments["position_ids"] = torch.arange(cache.tokens, cache.tokens + tokens.shape[0])[None]
         if self._limits_logits and not all_logits:
             arguments["logits_to_keep"] = 1
         output = await bridge.run(lambda: self._model(**arguments), experts)
+        cache.states = output.cache
         cache.tokens += tokens.shape[0]
         logits: torch.Tensor = output.logits[0]
         return logits.float() if all_logits else logits[-1].float()
 
-    def _new_states(self) -> Cache:
-        return DynamicCache(config=self._config)
+    def _probe(self) -> tuple[bool, cache_size.CacheSize]:
+        """Whether chunks give the logits of one pass, and the cache's size. Both are measured with experts of zero.
+
+        Plain keys and values may always be split. Recurrent states may where this family's layers go on from them,
+        which shows at once; what picks keys by an indexer shows only in long prompts, so it is never split.
+        """
+        tokens = torch.arange(3, 3 + _PROBE) % self.vocab_size
+        half = _PROBE // 2
+        whole, parts = self.new_cache(), self.new_cache()
+        expected = _finish(self.forward(tokens, whole, _NoExperts(), all_logits=True))[half:]
+        _finish(self.forward(tokens[:half], parts, _NoExperts()))
+        assert parts.states is not None
+        earlier = cache_size.measure(parts.states)
+        measured = _finish(self.forward(tokens[half:], parts, _NoExperts(), all_logits=True))
+        size = cache_size.CacheSize(earlier, cache_size.measure(parts.states), half, _PROBE)
+        if cache_size.plain(parts.states) or not cache_size.recurrent(parts.states):
+            return cache_size.plain(parts.states), size
+        spread = (expected - expected.mean()).norm()
+        tolerance = 1e-3 if self._model.dtype == torch.float32 else 5e-2  # rounding; a lost state gives about 1
+        return bool((measured - expected).norm() <= tolerance * spread), size
+
+
+class _NoExperts:
+    """A backend that adds nothing."""
+
+    async def compute(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        return torch.zeros_like(hidden)
+
+
+def _finish(coroutine: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+    """The result of a coroutine that never waits, outside of an event loop."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: torch.Tensor = done.value
+        return result
+    raise RuntimeError("A probe of the trunk waited for something.")
