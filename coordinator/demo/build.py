@@ -34,6 +34,11 @@ TOP_K = 2
 LAYERS_A_SHARD = 5  # about 160 MB
 DISK_BYTES = 1_150_000_000  # of a build, with some room
 STAMP = "moehive_demo.json"
+_KEPT = (  # of the dense model's configuration
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 CALIBRATION = Path(__file__).with_name("calibration.txt")
 
 Report: TypeAlias = Callable[[str, float], None]  # what is being done, and how much of all is done (0 to 1)
@@ -177,12 +182,8 @@ def _write_config(model: "LlamaForCausalLM", folder: Path) -> None:
     from transformers import GenerationConfig, MixtralConfig
 
     c = model.config
-    kept = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-        "max_position_embeddings rms_norm_eps rope_parameters bos_token_id eos_token_id pad_token_id"
-    ).split()
     config = MixtralConfig(
-        **{name: getattr(c, name) for name in kept},
+        **{name: getattr(c, name) for name in _KEPT},
         num_local_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         tie_word_embeddings=True,

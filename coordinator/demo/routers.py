@@ -64,4 +64,5 @@ def fit_router(inputs: torch.Tensor, experts: int, generator: torch.Generator) -
         empty = torch.bincount(nearest, minlength=experts) == 0
         sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
         rows = sums / sums.norm(dim=1, keepdim=True)
-    return rows * (LOGIT / inputs.norm(dim=1).mean())
+    scale: torch.Tensor = LOGIT / inputs.norm(dim=1).mean()
+    return rows * scale

@@ -1,0 +1,57 @@
+"""A local cluster on an event loop of its own thread, so that the main thread may wait for a person."""
+
+import asyncio
+import signal
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ..local_cluster import LocalCluster
+
+STOP_SECONDS = 5.0  # for a cluster to end; its nodes end with this process in any case
+
+
+@contextmanager
+def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_port: int) -> "Iterator[LocalCluster]":
+    """A cluster that answers requests, in the folder `base` or one beside it; ended when the block is left.
+
+    SIGTERM leaves the block too, as SystemExit. Raises CoordinatorError or OSError, one sentence.
+    """
+    import uvloop
+
+    from ..local_cluster import LocalCluster, own_folder
+
+    signal.signal(signal.SIGTERM, _terminate)
+    with own_folder(base) as folder:
+        loop = uvloop.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="cluster", daemon=True)
+        thread.start()
+
+        def run(work: Coroutine[Any, Any, None], seconds: float | None) -> None:
+            future = asyncio.run_coroutine_threadsafe(work, loop)
+            try:
+                future.result(seconds)
+            except BaseException:  # Ctrl-C while it starts
+                future.cancel()
+                raise
+
+        cluster = LocalCluster(model, folder, nodes, grpc_port=grpc_port, http_port=http_port)
+        try:
+            run(cluster.start(), None)
+            yield cluster
+        finally:
+            try:
+                run(cluster.stop(), STOP_SECONDS)
+            finally:
+                loop.call_soon_threadsafe(loop.stop)
+                thread.join(STOP_SECONDS)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    raise typer.Exit(128 + signal.SIGTERM)

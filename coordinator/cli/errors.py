@@ -1,0 +1,28 @@
+"""Errors as one sentence for a person, and as an exit code."""
+
+from ..settings import SettingsError
+from ..types import CoordinatorError
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in words."""
+    from moehive.client import MoehiveError
+    from moehive.kernels.geometry import GeometryError
+
+    if isinstance(error, CoordinatorError | GeometryError | MoehiveError):
+        return str(error)
+    if isinstance(error, OSError):
+        if error.errno is None:  # raised by us, with a sentence
+            return str(error)
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+    if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("moehive"):
+        return f"The package {error.name} is missing here; install it with: pip install 'moehive[coordinator]'"
+    return (
+        f"This is a bug in Moehive ({type(error).__name__}: {error}). Run it again with MOEHIVE_DEBUG=1 for the "
+        "traceback."
+    )
+
+
+def exit_code(error: Exception) -> int:
+    """2 for a setting that no restart cures, else 1."""
+    return 2 if isinstance(error, SettingsError) else 1

@@ -1,0 +1,54 @@
+"""The `moehive` command. Each command imports what it needs when it runs, so that `--help` comes at once."""
+
+import os
+import sys
+
+import typer
+
+from . import cluster, demo, serve, talk, up
+from .errors import exit_code, sentence
+
+app = typer.Typer(
+    name="moehive",
+    help="Pools the memory of several machines into one large mixture-of-experts (MoE) language model.",
+    epilog="Start here: moehive demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+keys = typer.Typer(
+    help="Makes, lists and revokes the API keys that clients on other machines need.", no_args_is_help=True
+)
+
+app.command("demo")(demo.demo)
+app.command("up")(up.up)
+app.command("chat")(talk.chat)
+app.command("status")(talk.status)
+app.command("init")(cluster.init)
+app.command("coordinator")(serve.coordinator)
+app.command(
+    "node", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
+)(serve.node)
+app.command("token")(cluster.token)
+app.add_typer(keys, name="key")
+keys.command("new")(cluster.new_key)
+keys.command("list")(cluster.list_keys)
+keys.command("revoke")(cluster.revoke_key)
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 1 failed, 2 wrong usage or settings, 130 interrupted."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:  # the last place where one can be put into words
+        if os.environ.get("MOEHIVE_DEBUG"):
+            raise
+        print(f"moehive: {sentence(error)}", file=sys.stderr)
+        sys.exit(exit_code(error))
+
+
+if __name__ == "__main__":
+    main()

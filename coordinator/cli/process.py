@@ -1,0 +1,22 @@
+"""What a process that runs a coordinator sets up before anything heavy is imported."""
+
+import logging
+import os
+import sys
+
+
+def prepare(verbose: bool) -> None:
+    """Environment of the libraries, and the log on stderr (`verbose`: more than warnings)."""
+    for name, value in (
+        # gRPC's event engine hands each message to another thread and back: half the cost of a hop.
+        ("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener"),
+        ("GRPC_VERBOSITY", "ERROR"),  # errors come as exceptions
+        # Idle OpenMP threads must sleep: spinning, they take the cores from nodes on the same machine.
+        ("OMP_WAIT_POLICY", "PASSIVE"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+    ):
+        os.environ.setdefault(name, value)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname).1s %(message)s"
+    )

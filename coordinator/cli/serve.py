@@ -1,0 +1,146 @@
+"""`moehive coordinator` and `moehive node`: one part of a cluster, in the foreground, as systemd runs it."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..settings import CLUSTER_PORT, GRPC_PORT, HTTP_PORT, JOIN_PORT, CoordinatorSettings, load_settings
+from .options import StateDir
+from .process import prepare
+
+if TYPE_CHECKING:
+    from ..app import Coordinator
+
+STATUS_SECONDS = 5.0  # between two looks at the cluster for systemd's status line
+
+
+def coordinator(
+    context: typer.Context,
+    state_dir: StateDir,
+    model: Annotated[
+        str | None, typer.Option(help="Directory of safetensors with config.json, or a hub id (org/name).")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with settings; flags and MOEHIVE_COORDINATOR_… win over it.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Where clients connect.", show_default="127.0.0.1")] = None,
+    port: Annotated[int | None, typer.Option(help="gRPC port for clients.", show_default=str(GRPC_PORT))] = None,
+    http_port: Annotated[
+        int | None, typer.Option(help="HTTP port (OpenAI's API) for clients.", show_default=str(HTTP_PORT))
+    ] = None,
+    cluster_host: Annotated[
+        str | None,
+        typer.Option(help="Where nodes connect; 0.0.0.0 for nodes elsewhere.", show_default="127.0.0.1"),
+    ] = None,
+    advertise: Annotated[
+        str | None,
+        typer.Option(help="This machine's name or address for nodes.", show_default="its host name"),
+    ] = None,
+    cluster_port: Annotated[
+        int | None, typer.Option(help="Port for nodes that are members.", show_default=str(CLUSTER_PORT))
+    ] = None,
+    join_port: Annotated[
+        int | None, typer.Option(help="Port for nodes that join.", show_default=str(JOIN_PORT))
+    ] = None,
+    min_nodes: Annotated[
+        int | None, typer.Option(help="Nodes to wait for before experts are placed.", show_default="1")
+    ] = None,
+    local_bytes: Annotated[
+        str | None,
+        typer.Option("--local-memory", help="This machine's own memory for experts, e.g. 8GiB.", show_default="0"),
+    ] = None,
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option("--kv-memory", help="Memory for KV caches.", show_default="a quarter of what is free"),
+    ] = None,
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="The same text for any placement; more bytes on the wire."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads for this part.", show_default="all cores")] = None,
+) -> None:
+    """Runs a cluster's coordinator until it is stopped: attention, routing, and the doors for clients.
+
+    Run `moehive init` first. Nodes join with `moehive token`.
+    """
+    named = context.get_parameter_source("state_dir")
+    settings = load_settings(
+        {
+            "state_dir": state_dir if named is not None and named.name == "COMMANDLINE" else None,
+            "model": model,
+            "host": host,
+            "grpc_port": port,
+            "http_port": http_port,
+            "cluster_host": cluster_host,
+            "cluster_advertise": advertise,
+            "cluster_port": cluster_port,
+            "join_port": join_port,
+            "min_nodes": min_nodes,
+            "local_bytes": local_bytes,
+            "kv_bytes": kv_bytes,
+            "deterministic": deterministic,
+            "threads": threads,
+        },
+        config,
+    )
+    prepare(verbose=True)
+    import uvloop
+
+    uvloop.run(_run(settings))
+
+
+async def _run(settings: CoordinatorSettings) -> None:
+    """Serves until SIGTERM or SIGINT, also when it is still starting."""
+    from moehive.proto.sd_notify import notify
+
+    from ..app import Coordinator
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    running = Coordinator(settings)
+    notify(status="Loading the model.")
+    starting = asyncio.create_task(running.start())
+    stopping = asyncio.create_task(stopped.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return
+    starting.result()
+    feeding = asyncio.create_task(_tell_systemd(running))
+    print(
+        f"Clients: gRPC {settings.host}:{running.grpc_port}, HTTP {settings.host}:{running.http_port}. "
+        f"Nodes: {settings.cluster_advertise}:{running.join_port} (make a token: moehive token).",
+        file=sys.stderr,
+    )
+    try:
+        await stopping
+    finally:
+        notify(stopping=True, status="Stopping.")
+        feeding.cancel()
+        await running.stop()
+
+
+async def _tell_systemd(running: "Coordinator") -> None:
+    """Ready at once, since clients are answered now; then the watchdog's food, from the loop that serves them."""
+    from moehive.proto.sd_notify import notify, watchdog_interval
+
+    pause = min(watchdog_interval() or STATUS_SECONDS, STATUS_SECONDS)
+    ready = True
+    while True:
+        status = running.status()
+        words = f"{len(status.nodes)} nodes, epoch {status.epoch}." if status.ready else status.reason
+        notify(ready=ready, watchdog=True, status=words)
+        ready = False
+        await asyncio.sleep(pause)
+
+
+def node(context: typer.Context) -> None:
+    """Runs an expert node: gives this machine's memory to a cluster. `moehive node --help` lists its flags."""
+    os.execv(sys.executable, [sys.executable, "-m", "moehive.expert_node", *context.args])

@@ -1,0 +1,118 @@
+"""`moehive chat` and `moehive status`: clients of a running coordinator."""
+
+import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
+
+if TYPE_CHECKING:
+    from moehive.client import Client
+
+HELP = "Type a message and press Enter. /new begins a new chat, /quit (or Ctrl-D) ends; Ctrl-C stops an answer."
+
+
+def chat(
+    address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Length of an answer, in tokens.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+) -> None:
+    """Chats with the model of a running coordinator, in the terminal."""
+    from moehive.client import Client
+
+    with Client(address, api_key=api_key, ca_file=ca_file) as client:
+        status = client.status()
+        print(f"{status.model}. {HELP}", file=sys.stderr)
+        converse(client, max_tokens, temperature)
+
+
+def converse(client: "Client", max_tokens: int | None, temperature: float) -> None:
+    """A chat in the terminal, until end of input. An answer that is stopped stays in the conversation as it is."""
+    import readline  # noqa: F401 - gives input() a history and arrow keys
+
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            text = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print("\n(/quit or Ctrl-D ends the chat)", file=sys.stderr)
+            continue
+        if text == "/quit":
+            return
+        if text == "/new":
+            messages = []
+        elif text == "/help":
+            print(HELP, file=sys.stderr)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            answer = _answer(client, messages, max_tokens, temperature)
+            messages.append({"role": "assistant", "content": answer})
+
+
+def _answer(client: "Client", messages: list[dict[str, str]], max_tokens: int | None, temperature: float) -> str:
+    parts: list[str] = []
+    stream = client.stream(messages=messages, max_tokens=max_tokens, temperature=temperature)
+    try:
+        for piece in stream:
+            parts.append(piece.text)
+            print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()  # has the coordinator end the generation
+    print()
+    return "".join(parts)
+
+
+def status(
+    address: Address = DEFAULT_ADDRESS, api_key: ApiKey = None, ca_file: CaFile = None, as_json: Json = False
+) -> None:
+    """Shows a running coordinator's model, its nodes, what each holds, and the load."""
+    from moehive.client import Client
+
+    with Client(address, api_key=api_key, ca_file=ca_file) as client:
+        found = client.status()
+    if as_json:
+        print(json.dumps(found.to_dict()))
+    else:
+        _show(found)
+
+
+def _show(found: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    state = "ready" if found.ready else f"not ready: {found.reason}"
+    console = Console()
+    console.print(f"[bold]{found.model}[/bold], {state}", highlight=False)
+    console.print(
+        f"{found.running} generations running, {found.waiting} waiting; KV cache {_size(found.kv_bytes_used)} of "
+        f"{_size(found.kv_bytes_limit)}; coordinator {_size(found.resident_bytes)}; up {found.uptime_seconds:,.0f} s;"
+        f" epoch {found.epoch}; moehive {found.version}",
+        highlight=False,
+    )
+    table = Table("node", "state", "experts", "holds", "of", "reads/s", "expert calls", "computed", "load", "address")
+    for node in found.nodes:
+        experts = f"{node.experts_held:,}"
+        if node.experts_held != node.experts_assigned:
+            experts += f" of {node.experts_assigned:,} ({node.load_progress:.0%})"
+        table.add_row(
+            node.name, node.state, experts, _size(node.bytes_held), _size(node.ram_bytes),
+            _size(node.read_bandwidth), f"{node.expert_calls:,}", f"{node.compute_ns / 1e9:,.1f} s",
+            f"{node.load:.1f}", node.address,
+        )  # fmt: skip
+    console.print(table)
+
+
+def _size(count: float) -> str:
+    """Bytes for a person."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"

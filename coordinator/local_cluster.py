@@ -1,0 +1,232 @@
+"""A whole cluster on this machine: the coordinator in this process, each expert node a process of its own.
+
+Nothing is special about it: nodes join with tokens, fetch their slices and are spoken to over mutual TLS, as on other
+machines. A node that ends is started again. Layout of the cluster's folder:
+
+    lock                held by the process that runs this cluster
+    ca/, coordinator.sqlite
+    nodes/node-1/       a node's own state directory; its identity is made anew at each start, because the ports may
+                        have changed, while its cache of experts stays
+    logs/node-1.log     of the latest start
+"""
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic
+from typing import IO, Any
+
+from .app import Coordinator
+from .cluster.trust import Authority
+from .settings import CoordinatorSettings, available_memory, cores
+from .types import CoordinatorError
+
+log = logging.getLogger(__name__)
+
+TOKEN_SECONDS = 600.0  # from a node's start to its joining; importing torch on a busy machine is slow
+STOP_SECONDS = 2.0  # for a node to end by itself
+BACKOFF_SECONDS = (0.5, 10.0)  # before a node is started again: at first, and at most
+STEADY_SECONDS = 30.0  # a node that has run so long starts again without delay
+START_ATTEMPTS = 3  # a node that ends so often before the cluster is ready won't start
+TAIL_LINES = 8  # of a node's log, in the error that says so
+MEMORY_SHARE = 0.8  # of what is available, for all nodes together; the trunk and its caches need the rest
+MAX_FOLDERS = 64
+
+# Runs in the new process before the node: the kernel kills it when this process ends in whatever way. (Linux only;
+# elsewhere a killed coordinator leaves nodes that wait for it.) The parent may have gone before that was set up.
+_LAUNCHER = """
+import os, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    import ctypes, signal
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != int(parent):
+        sys.exit(1)
+os.execv(command[0], command)
+"""
+
+
+def folder_name(model: str, nodes: int) -> str:
+    """The name of a model's cluster folder: for a person, then for certain. `nodes` count, as plans are kept."""
+    path = Path(model).expanduser()
+    known = str(path.resolve()) if path.exists() else model
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(known).name)[:40].strip("-.") or "model"
+    return f"{name}-{hashlib.sha256(known.encode()).hexdigest()[:8]}-{nodes}"
+
+
+@contextmanager
+def own_folder(base: Path) -> Iterator[Path]:
+    """The folder `base`, or `base-2`, `base-3`, … when other clusters run in those; ours until the block ends."""
+    for number in range(1, MAX_FOLDERS + 1):
+        folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            lock = (folder / "lock").open("w")
+        except OSError as error:
+            raise CoordinatorError(
+                f"{folder} can't be used ({error.strerror}); check who owns it or name another --state-dir."
+            ) from error
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            yield folder
+            return
+    raise CoordinatorError(f"{MAX_FOLDERS} clusters run in {base.parent} already; stop some of them.")
+
+
+class LocalCluster:
+    """`start`, then `stop`, on the event loop of one thread."""
+
+    def __init__(self, model: str, folder: Path, nodes: int, *, grpc_port: int, http_port: int) -> None:
+        """`folder` is from `own_folder`; a port may be 0, any free one."""
+        self.coordinator = Coordinator(
+            CoordinatorSettings(
+                model=model,
+                state_dir=folder,
+                grpc_port=grpc_port,
+                http_port=http_port,
+                cluster_port=0,
+                join_port=0,
+                min_nodes=nodes,
+                deterministic=True,  # a row an expert costs nothing on loopback, and texts can be compared
+            )
+        )
+        memory = int(MEMORY_SHARE * available_memory() / nodes)
+        self._nodes = [_Node(f"node-{n}", folder, memory, max(1, cores() // nodes)) for n in range(1, nodes + 1)]
+        self._folder = folder
+        self._tasks: list[asyncio.Task[None]] = []  # the coordinator's start, then one for each node
+        self._stopping = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Returns when requests are answered. Raises CoordinatorError or OSError; nothing is left running then."""
+        try:
+            if not (self._folder / "ca").exists():
+                await asyncio.to_thread(Authority.create, self._folder / "ca")
+            # Nodes start while the trunk is loaded, as soon as there is something to join.
+            starting = asyncio.create_task(self.coordinator.start())
+            self._tasks.append(starting)
+            await self._first(self.coordinator.cluster_open.wait(), starting)
+            for node in self._nodes:
+                await asyncio.to_thread(node.prepare, self.coordinator.issue_token(TOKEN_SECONDS))
+                self._tasks.append(asyncio.create_task(node.keep(), name=node.name))
+            await self._first(self._wait_ready(starting), *self._tasks[1:])
+        except BaseException:
+            await self.stop()
+            raise
+        for node in self._nodes:
+            node.may_fail = True
+
+    async def stop(self) -> None:
+        """Ends generations, then the coordinator, then the nodes: with no coordinator they leave at once."""
+        async with self._stopping:  # a second caller waits for the first
+            for task in self._tasks:
+                task.cancel()  # no node is started again
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            try:
+                await self.coordinator.stop()
+            finally:
+                await asyncio.gather(*(node.end() for node in self._nodes))
+
+    async def _wait_ready(self, starting: "asyncio.Task[None]") -> None:
+        await starting
+        await self.coordinator.wait_ready()
+
+    async def _first(self, wanted: Coroutine[Any, Any, Any], *others: "asyncio.Task[None]") -> None:
+        """Waits for `wanted`; an error of one of `others` before that is raised."""
+        task = asyncio.create_task(wanted)
+        try:
+            pending = {task, *others}
+            while not task.done():
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for ended in done:
+                    ended.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+
+class _Node:
+    """One node's process, started again whenever it ends."""
+
+    def __init__(self, name: str, folder: Path, memory_bytes: int, threads: int) -> None:
+        self.name = name
+        self.may_fail = False  # once the cluster is ready, a node that ends is only started again
+        self._state = folder / "nodes" / name
+        self._log = folder / "logs" / f"{name}.log"
+        self._token = self._state / "token"
+        node = [sys.executable, "-m", "moehive.expert_node", "--name", name, "--listen", "127.0.0.1:0"]
+        node += ["--token-file", str(self._token), "--state-dir", str(self._state)]
+        node += ["--memory", str(memory_bytes), "--threads", str(threads)]
+        self._command = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *node]
+        self._process: asyncio.subprocess.Process | None = None
+
+    def prepare(self, token: str) -> None:
+        """Makes the node's folders, forgets its former identity, and leaves it a token. Raises CoordinatorError."""
+        try:
+            self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._log.parent.mkdir(exist_ok=True)
+            shutil.rmtree(self._state / "identity", ignore_errors=True)
+            self._token.unlink(missing_ok=True)
+            descriptor = os.open(self._token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(token)
+            self._log.write_bytes(b"")
+        except OSError as error:
+            raise CoordinatorError(
+                f"{error.filename} can't be written ({error.strerror}); free some space or name another --state-dir."
+            ) from error
+
+    async def keep(self) -> None:
+        """Runs the process, again and again. Raises CoordinatorError when it can't be got to run."""
+        first, longest = BACKOFF_SECONDS
+        delay, failures = first, 0
+        while True:
+            started = monotonic()
+            with self._log.open("ab") as output:
+                code = await self._run(output)
+            failures += 1
+            if not self.may_fail and (failures >= START_ATTEMPTS or code == 2):
+                raise CoordinatorError(f"Expert {self.name} does not start (exit code {code}).{self._tail()}")
+            delay = first if monotonic() - started > STEADY_SECONDS else min(2 * delay, longest)
+            log.warning("Expert %s has ended (exit code %d); it is started again in %.1f s.", self.name, code, delay)
+            await asyncio.sleep(delay)
+
+    async def end(self) -> None:
+        """Has the process end, and makes sure of it."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+
+    async def _run(self, output: IO[bytes]) -> int:
+        # A group of its own, so that Ctrl-C in a terminal reaches this process alone, which then ends the nodes.
+        self._process = await asyncio.create_subprocess_exec(
+            *self._command,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        return await self._process.wait()
+
+    def _tail(self) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+        return f" The end of {self._log}:\n  " + "\n  ".join(lines) if lines else ""

@@ -1,0 +1,156 @@
+"""What a coordinator is started with: file < environment < flags, merged once, checked once.
+
+The file is TOML with the field names below as keys; the environment has MOEHIVE_COORDINATOR_ and the name in
+capitals. Sizes are integers (bytes) or text such as "12GiB".
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .types import CoordinatorError
+
+ENVIRONMENT = "MOEHIVE_COORDINATOR_"
+GRPC_PORT, HTTP_PORT, CLUSTER_PORT, JOIN_PORT = 7700, 7780, 7701, 7702
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+
+
+class SettingsError(CoordinatorError):
+    """A setting is unknown or wrong: a mistake of whoever started the program, exit code 2."""
+
+
+def home() -> Path:
+    """Where everything is kept unless another directory is named: $MOEHIVE_HOME, else the user's data directory."""
+    if given := os.environ.get("MOEHIVE_HOME"):
+        return Path(given).expanduser().absolute()
+    data = os.environ.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "moehive"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Bytes of memory that could be used now without swapping."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CoordinatorSettings:
+    """A coordinator's settings. Ports may be 0: any free one."""
+
+    model: str  # directory of safetensors, or a hub id
+    state_dir: Path = field(default_factory=home)  # CA, database, certificates
+    host: str = "127.0.0.1"  # of both public doors; any address but loopback needs API keys, and TLS is then used
+    grpc_port: int = GRPC_PORT
+    http_port: int = HTTP_PORT
+    cluster_host: str = "127.0.0.1"  # where nodes are let in; 0.0.0.0 for nodes on other machines
+    cluster_advertise: str = ""  # name or address by which nodes reach this machine; empty: found out
+    cluster_port: int = CLUSTER_PORT  # control and weights, mutual TLS
+    join_port: int = JOIN_PORT  # for nodes that have no certificate yet
+    min_nodes: int = 1  # the first plan is made when so many nodes are here
+    local_bytes: int = 0  # this machine's own memory for experts; 0: all of them are on nodes
+    kv_bytes: int = field(default_factory=lambda: available_memory() // 4)  # bound of all sequences' caches together
+    deterministic: bool = False  # same bits for any placement; costs a row for each expert on the wire, not a token
+    threads: int = field(default_factory=cores)  # that compute the trunk
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError."""
+        _check(bool(self.model), "model", "a directory or a hub id")
+        for name in ("grpc_port", "http_port", "cluster_port", "join_port"):
+            _check(0 <= getattr(self, name) <= 65_535, name, "0 (any free port) to 65535")
+        _check(1 <= self.min_nodes <= 1024, "min_nodes", "1 to 1024")
+        _check(self.local_bytes >= 0, "local_bytes", "0 or more bytes")
+        _check(self.kv_bytes >= 1 << 20, "kv_bytes", "at least 1MiB")
+        _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
+        if not self.cluster_advertise:
+            object.__setattr__(self, "cluster_advertise", _own_name(self.cluster_host))
+
+
+def load_settings(
+    flags: Mapping[str, Any], file: Path | None = None, environment: Mapping[str, str] = os.environ
+) -> CoordinatorSettings:
+    """Settings from a TOML file, the environment and flags (None: not given), the later ones winning.
+
+    Raises SettingsError for an unknown name, a value of the wrong kind, or a file that can't be read.
+    """
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged |= {name: _value(name, value, str(file)) for name, value in _read(file).items()}
+    for variable, text in environment.items():
+        if variable.startswith(ENVIRONMENT):
+            name = variable.removeprefix(ENVIRONMENT).lower()
+            merged[name] = _value(name, text, f"the environment ({variable})")
+    merged |= {name: _value(name, value, "the flags") for name, value in flags.items() if value is not None}
+    for known in fields(CoordinatorSettings):
+        if known.name not in merged and known.default is MISSING and known.default_factory is MISSING:
+            raise SettingsError(
+                f"The setting {known.name!r} is missing; give it as --{known.name.replace('_', '-')}."
+            )
+    return CoordinatorSettings(**merged)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size as a person writes it: `12GiB`, `800MB`, `4096`. Raises SettingsError."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise SettingsError(f"{text[:40]!r} is not a size; write for example 12GiB, 800MB or a number of bytes.")
+    number, unit, binary = match.groups()
+    base = 1024 if binary else 1000
+    return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"The settings file {file} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The settings file {file} is not valid TOML: {error}.") from error
+
+
+def _value(name: str, value: Any, source: str) -> Any:
+    """`value` as the type of the field `name`. Raises SettingsError."""
+    kinds = {known.name: known.type for known in fields(CoordinatorSettings)}
+    if name not in kinds:
+        raise SettingsError(f"{source} has an unknown setting {name!r}; the settings are {', '.join(sorted(kinds))}.")
+    kind = kinds[name]
+    if kind is bool:
+        if isinstance(value, str):
+            value = _BOOLEANS.get(value.lower(), value)
+        if isinstance(value, bool):
+            return value
+        raise SettingsError(f"{name} must be true or false, not {value!r} (from {source}).")
+    if kind is int:
+        if isinstance(value, str) and name.endswith("_bytes"):
+            return parse_size(value)
+        if isinstance(value, str) and value.isascii() and value.isdigit():
+            return int(value)
+        if type(value) is int:
+            return value
+        raise SettingsError(f"{name} must be a whole number, not {value!r} (from {source}).")
+    if not isinstance(value, str | Path):
+        raise SettingsError(f"{name} must be text, not {value!r} (from {source}).")
+    return Path(value).expanduser().absolute() if kind is Path else str(value)
+
+
+def _check(fits: bool, name: str, wanted: str) -> None:
+    if not fits:
+        raise SettingsError(f"The setting {name} must be {wanted}.")
+
+
+def _own_name(cluster_host: str) -> str:
+    """What nodes call this machine: the address it listens on, or its name when that is all of them."""
+    import socket
+
+    return socket.gethostname() if cluster_host in ("0.0.0.0", "::") else cluster_host
