@@ -45,6 +45,7 @@ class Coordinator:
     def __init__(self, settings: CoordinatorSettings) -> None:
         self.settings = settings
         self.grpc_port = self.http_port = self.cluster_port = self.join_port = 0  # real ones after `start`
+        self.cluster_open = asyncio.Event()  # set in the middle of `start`: nodes can join, tokens can be issued
         self._started = monotonic()
         self._cleanup = contextlib.AsyncExitStack()
 
@@ -146,6 +147,7 @@ class Coordinator:
         self._cleanup.push_async_callback(follower.stop)
         await self._server.start()
         self.cluster_port, self.join_port = self._server.cluster_port, self._server.join_port
+        self.cluster_open.set()
 
     async def _open_doors(self, service: GenerationService) -> None:
         settings = self.settings
