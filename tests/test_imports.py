@@ -76,6 +76,8 @@ TOUCH_MESSAGES = {
     "expert_node/service.py",
     "expert_node/uplink.py",
     "proto/bounds.py",
+    "proto/client/client.py",
+    "proto/client/messages.py",
     "proto/tensors.py",
 }
 # module → heavy packages that importing it must not bring in, directly or through others.
