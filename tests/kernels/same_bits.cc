@@ -15,7 +15,6 @@ uint32_t state = 1;
 uint32_t next() { return state = state * 1664525u + 1013904223u; }
 
 float number(Format format, const std::vector<uint8_t>& weights, int64_t i) {
-  uint32_t bits = 0;
   float result;
   if (format == Format::f32) {
     std::memcpy(&result, &weights[4 * i], 4);
@@ -23,8 +22,10 @@ float number(Format format, const std::vector<uint8_t>& weights, int64_t i) {
   }
   uint16_t half;
   std::memcpy(&half, &weights[2 * i], 2);
-  if (format == Format::f16) return std::ldexp((half & 0x8000 ? -1.0f : 1.0f) * (1024 + (half & 0x3ff)), (half >> 10 & 31) - 25);
-  bits = static_cast<uint32_t>(half) << 16;
+  if (format == Format::f16) {
+    return std::ldexp((half & 0x8000 ? -1.0f : 1.0f) * (1024 + (half & 0x3ff)), (half >> 10 & 31) - 25);
+  }
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
   std::memcpy(&result, &bits, 4);
   return result;
 }
@@ -68,7 +69,8 @@ int main() {
                 aligned[t * stride + k] = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
             }
             std::vector<float> out(rows * tokens + 1, 12345.0f);
-            kernel->multiply({format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
+            kernel->multiply(
+                {format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
             if (out.back() != 12345.0f) return 2;
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t t = 0; t < tokens; ++t) {

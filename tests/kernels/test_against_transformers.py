@@ -88,7 +88,7 @@ def muse_spark() -> Family:
 
 
 def step3p7() -> Family:
-    config = Step3p7TextConfig(hidden_size=HIDDEN, moe_intermediate_size=MIDDLE, moe_num_experts=EXPERTS)
+    config = Step3p7TextConfig(hidden_size=HIDDEN, moe_intermediate_size=MIDDLE, n_routed_experts=EXPERTS)
     module = fill(Step3p7Experts(config, swiglu_limit=1.0))
     spec = ExpertSpec(
         hidden_size=HIDDEN,

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Callable
 from typing import get_args
 
@@ -40,7 +41,7 @@ def tolerance(spec: ExpertSpec, expected: torch.Tensor) -> float:
     the order of the sums: an error in each sum of about eps * sqrt(columns) of its size, then a square at most."""
     eps = torch.finfo(torch.float32).eps
     columns = spec.hidden_size + spec.intermediate_size
-    return 8 * eps * columns**0.5 * float(expected.abs().max().clamp(min=1.0))
+    return 8.0 * eps * math.sqrt(columns) * float(expected.abs().max().clamp(min=1.0))
 
 
 def native_forward(kernel: str, threads: int, expert: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
