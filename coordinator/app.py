@@ -30,7 +30,7 @@ from .models.generic import GenericTrunk
 from .serving.doors import Tls, is_loopback
 from .serving.generation import GenerationService
 from .serving.grpc_api import GrpcDoor, serve_grpc
-from .serving.openai import HttpDoor, serve_http
+from .serving.http import HttpDoor, serve_http
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -75,20 +75,18 @@ def _answer(
     answer = client.generate(
         messages=[{"role": "user", "content": prompt}], max_tokens=max_tokens, temperature=temperature
     )
-    nodes: list[dict[str, Any]] = []
-    for node in client.status().nodes:
-        earlier = before[node.name]
-        nodes.append(
-            {
-                "name": node.name,
-                "experts": node.experts_held,
-                "expert_calls": node.expert_calls - earlier.expert_calls,
-                "compute_seconds": (node.compute_ns - earlier.compute_ns) / 1e9,
-            }
-        )
-    computed = sum(node["compute_seconds"] for node in nodes)
-    for node in nodes:  # of the time that all nodes computed
-        node["time_share"] = node["compute_seconds"] / computed if computed else 0.0
+    after = client.status().nodes
+    worked = {node.name: node.compute_ns - before[node.name].compute_ns for node in after}
+    all_work = max(1, sum(worked.values()))
+    nodes = [
+        {
+            "name": node.name,
+            "experts": node.experts_held,
+            "expert_calls": node.expert_calls - before[node.name].expert_calls,
+            "time_share": worked[node.name] / all_work,  # of the time that all nodes computed
+        }
+        for node in after
+    ]
     usage = answer.usage
     # Decoding: the first token belongs to the prompt. An answer of one token has nothing else.
     steps, seconds = usage.completion_tokens - 1, usage.decode_seconds

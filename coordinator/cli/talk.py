@@ -1,15 +1,17 @@
 """`moehive chat` and `moehive status`: clients of a running coordinator."""
 
+import contextlib
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
 
 if TYPE_CHECKING:
-    from moehive.client import Client
+    from moehive.client import Client, Status
 
 HELP = "Type a message and press Enter. /new begins a new chat, /quit (or Ctrl-D) ends; Ctrl-C stops an answer."
 
@@ -58,13 +60,10 @@ def converse(client: "Client", max_tokens: int | None, temperature: float) -> No
 
 def _answer(client: "Client", messages: list[dict[str, str]], max_tokens: int | None, temperature: float) -> str:
     parts: list[str] = []
-    stream = client.stream(messages=messages, max_tokens=max_tokens, temperature=temperature)
-    try:
-        for piece in stream:
+    with contextlib.suppress(KeyboardInterrupt):  # leaving the loop has the coordinator end the generation
+        for piece in client.stream(messages=messages, max_tokens=max_tokens, temperature=temperature):
             parts.append(piece.text)
             print(piece.text, end="", flush=True)
-    except KeyboardInterrupt:
-        stream.close()  # has the coordinator end the generation
     print()
     return "".join(parts)
 
@@ -78,12 +77,12 @@ def status(
     with Client(address, api_key=api_key, ca_file=ca_file) as client:
         found = client.status()
     if as_json:
-        print(json.dumps(found.to_dict()))
+        print(json.dumps(asdict(found)))
     else:
         _show(found)
 
 
-def _show(found: Any) -> None:
+def _show(found: "Status") -> None:
     from rich.console import Console
     from rich.table import Table
 

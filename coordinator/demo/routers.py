@@ -64,5 +64,5 @@ def fit_router(inputs: torch.Tensor, experts: int, generator: torch.Generator) -
         empty = torch.bincount(nearest, minlength=experts) == 0
         sums[empty] = points[torch.randint(len(points), (int(empty.sum()),), generator=generator)]
         rows = sums / sums.norm(dim=1, keepdim=True)
-    scale: torch.Tensor = LOGIT / inputs.norm(dim=1).mean()
-    return rows * scale
+    result: torch.Tensor = rows * (LOGIT / inputs.norm(dim=1).mean())
+    return result
