@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from moehive.proto import channel
 from moehive.proto import inference_pb2 as pb
 from moehive.proto import inference_pb2_grpc as rpc
-from moehive.proto.handshake import software_version
+from moehive.proto.handshake import VERSION_KEY, software_version
 
 from ..types import CoordinatorError, InvalidRequest, NodeUnavailable, NoRoom, NotReady
 from . import grpc_messages
@@ -24,6 +24,7 @@ from .generation import GenerationService, UnknownModel, new_request_id
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+OURS = ((VERSION_KEY, software_version()),)  # metadata by which a client knows that it was we who refused, not gRPC
 STATUS_OF_ERROR = (  # the first class that an error belongs to
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
@@ -68,13 +69,13 @@ async def errors_as_status(context: Any) -> AsyncIterator[None]:
         yield
     except CoordinatorError as error:
         code = next(code for kind, code in STATUS_OF_ERROR if isinstance(error, kind))
-        await context.abort(code, str(error))
+        await context.abort(code, str(error), OURS)
     except grpc.aio.AbortError:
         raise
     except Exception:
         log.exception("A call failed in a way that nobody foresaw.")
         await context.abort(
-            grpc.StatusCode.INTERNAL, "The coordinator failed on this request; its log has the reason."
+            grpc.StatusCode.INTERNAL, "The coordinator failed on this request; its log has the reason.", OURS
         )
 
 
@@ -124,10 +125,8 @@ def _refusing(handler: Any) -> Any:
     """A handler of the same kind that ends each call with UNAUTHENTICATED."""
 
     async def refuse(_: Any, context: Any) -> None:
-        await context.abort(
-            grpc.StatusCode.UNAUTHENTICATED,
-            "This coordinator wants an API key: send the metadata `authorization: Bearer KEY`.",
-        )
+        sentence = "This coordinator wants an API key: send the metadata `authorization: Bearer KEY`."
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, sentence, OURS)
 
     if handler.request_streaming and handler.response_streaming:
         return grpc.stream_stream_rpc_method_handler(refuse)

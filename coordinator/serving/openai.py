@@ -72,7 +72,10 @@ def openai_app(service: GenerationService, check_key: CheckKey | None = None) ->
         request_id = new_request_id()
         alternatives = (body.top_logprobs or 0) if body.logprobs else None
         form = ChatForm(request_id, model, int(time()), service.text, alternatives)
-        return await _answer(request, service.generate(body.text_request(request_id)), form, body)
+        try:
+            return await _answer(request, service.generate(body.text_request(request_id)), form, body)
+        except InvalidRequest as error:
+            raise InvalidRequest(str(error), body.spelled(error.parameter)) from error
 
     app.include_router(api)
     return app
@@ -127,12 +130,23 @@ def _parse(kind: type[Body], value: Any) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        # Of a union, pydantic's path goes on with the name of the alternative: the field is what comes before.
-        where = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or str(part).isidentifier())
+        where = _path(value, first["loc"], missing=first["type"] == "missing")
         if first["type"] == "extra_forbidden":
             raise InvalidRequest(f"Unknown field {where[:100]!r}; leave it out.", where[:100]) from error
         what = f"{where}: {first['msg']}" if where else first["msg"]
         raise InvalidRequest(f"The request is not understood: {what[:300]}.", where[:100] or None) from error
+
+
+def _path(value: Any, location: tuple[int | str, ...], missing: bool) -> str:
+    """`messages.0.role`: the part of pydantic's location that is in the JSON; after it come names of its types."""
+    found: list[str] = []
+    for part in location:
+        try:
+            value = value[part]
+        except (LookupError, TypeError):
+            return ".".join([*found, str(part)] if missing else found)
+        found.append(str(part))
+    return ".".join(found)
 
 
 def _body_schema(kind: type[BaseModel]) -> dict[str, Any]:

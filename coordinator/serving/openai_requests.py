@@ -179,3 +179,10 @@ class ChatCompletionRequest(_Generation):
             logprobs=max(self.top_logprobs or 0, 1) if self.logprobs else 0,
             ignore_eos=bool(self.ignore_eos),
         )
+
+    def spelled(self, parameter: str | None) -> str | None:
+        """This API's name of what the service calls `parameter`."""
+        names = {"prompt": "messages", "logprobs": "top_logprobs"}
+        if self.max_completion_tokens is not None:
+            names["max_tokens"] = "max_completion_tokens"
+        return None if parameter is None else names.get(parameter, parameter)
