@@ -69,17 +69,6 @@ KIMI: dict[str, Any] = LATENT | {
     "model_max_length": 1024,
 }
 MAMBA: dict[str, Any] = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2}
-INKLING: dict[str, Any] = {
-    "unpadded_vocab_size": VOCABULARY,
-    "layer_types": ["hybrid_sliding", "hybrid", "hybrid_sliding"],
-    "swa_num_attention_heads": 4,
-    "swa_num_key_value_heads": 2,
-    "swa_head_dim": 8,
-    "sliding_window_size": 6,
-    "d_rel": 4,
-    "rel_extent": 16,
-    "n_layers_per_attn_res_block": 1,
-}
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 16,
@@ -165,12 +154,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hy_v3": {},
     "hy_v4": {},
     "hy_v4_vl": {},
-    "inkling2": INKLING,
-    "inkling2_loop": INKLING,
-    "inkling2_loop_text": INKLING | {"loop_layer_index_start": 1, "loop_layer_index_end": 2, "loop_num_passes": 2,
-                                     "loop_gate_rank": 4},
-    "inkling2_text": INKLING,
-    "inkling_mm_model": {},
     "inkling_text": {},
     "jamba": MAMBA | {"mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "kimi_linear": KIMI,
@@ -199,7 +182,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": LINEAR,
     "qwen3_moe": {},
     "qwen3_next": LINEAR,
-    "qwen3_omni_moe_thinker": {},
     "qwen3_vl_moe": {},
     "qwen4_exp_text": LINEAR | {"layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
                                 "hc_lowrank": 8, "indexer_n_heads": 2, "indexer_kv_heads": 1,
