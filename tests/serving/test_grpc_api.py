@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -388,7 +389,11 @@ def test_random_oversized_and_truncated_messages(serve: Callable[..., Any]) -> N
         def fuzz(method: str, message: bytes) -> None:
             asyncio.run_coroutine_threadsafe(send(method, message), loop).result(60)
 
+        process = psutil.Process()
+        await send("Cancel", b"\x00" * (20 << 20))  # what such a message takes once
+        before = process.memory_info().rss
         await asyncio.to_thread(fuzz)
+        assert process.memory_info().rss - before < 200 << 20, "the messages are kept"
         assert (await stub.Status(pb.StatusRequest())).model == "fake-moe", "the server is still there"
 
     with_door(served, use)
