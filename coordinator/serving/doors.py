@@ -33,7 +33,7 @@ def check_may_open(host: str, tls: Tls | None, check_key: CheckKey | None) -> No
     missing = [name for name, there in (("TLS", tls), ("API keys", check_key)) if there is None]
     raise CoordinatorError(
         f"{host} can be reached from other machines, and {' and '.join(missing)} are missing: run `moehive init` for "
-        "certificates and make an API key, or listen on 127.0.0.1."
+        "certificates and `moehive key new NAME` for a key, or listen on 127.0.0.1."
     )
 
 
