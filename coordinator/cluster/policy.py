@@ -1,9 +1,9 @@
 """When to plan and when to let a node go: pure functions over the cluster's state.
 
 - The first plan is made when `min_nodes` nodes are here.
-- A node that goes away keeps its place: its experts are unavailable until it is back, with the same slice.
+- A node that goes away keeps its place for REPLACE_SECONDS, since it may only be starting again: its experts are
+  unavailable until it is back, with the same slice. After that the others take over, if they have the memory.
 - A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
-  While a node is away nothing is planned for REPLACE_SECONDS: it may only be starting again.
 - A node that leaves is released when the others have loaded its experts, or at once when they can't.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from ..types import LOCAL, NodeName
 from .state import ClusterState
 
-REPLACE_SECONDS = 30.0  # a node away for longer may lose its experts to a node that is new
+REPLACE_SECONDS = 30.0  # a node away for longer loses its experts to the others
 
 
 def usable(state: ClusterState) -> dict[NodeName, int]:
@@ -44,9 +44,9 @@ def wants_plan(
         return True
     if any(held_bytes.get(name, 0) > size for name, size in here.items()):
         return True
-    if here.keys() <= state.members:
-        return False
     absent = [name for name in state.members if not state.nodes[name].present]
+    if here.keys() <= state.members and not absent:
+        return False
     if any(away_seconds.get(name, 0.0) < REPLACE_SECONDS for name in absent):
         return False
     stuck = any(not state.nodes[name].present or state.nodes[name].problem for name in state.pending_owners)

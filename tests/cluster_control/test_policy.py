@@ -1,0 +1,59 @@
+"""When a new plan is tried: pure decisions over made-up states."""
+
+from moehive.coordinator.cluster.policy import REPLACE_SECONDS, wants_plan
+from moehive.coordinator.cluster.state import (
+    Capacity,
+    ClusterState,
+    NodeArrived,
+    NodeAway,
+    Planned,
+    SliceAssigned,
+    SliceHeld,
+    apply,
+)
+from moehive.coordinator.types import NodeName, Plan
+
+A, B, C = NodeName("a"), NodeName("b"), NodeName("c")
+
+
+def running(*names: NodeName) -> ClusterState:
+    """A cluster that serves a plan over `names`."""
+    state = ClusterState()
+    for name in names:
+        state = apply(state, NodeArrived(name, Capacity("127.0.0.1:1", 1 << 30)))
+    plan = Plan(1, (tuple((name,) for name in names),))
+    state = apply(state, Planned(plan, frozenset(names)))
+    for name in names:
+        state = apply(apply(state, SliceAssigned(name, 1)), SliceHeld(name, 1))
+    assert state.ready
+    return state
+
+
+def test_a_calm_cluster_is_left_alone() -> None:
+    assert not wants_plan(running(A, B), 2, {}, {})
+
+
+def test_the_first_plan_waits_for_enough_nodes() -> None:
+    state = apply(ClusterState(), NodeArrived(A, Capacity("127.0.0.1:1", 1 << 30)))
+    assert not wants_plan(state, 2, {}, {})
+    assert wants_plan(state, 1, {}, {})
+
+
+def test_a_newcomer_gets_its_share() -> None:
+    state = apply(running(A, B), NodeArrived(C, Capacity("127.0.0.1:1", 1 << 30)))
+    assert wants_plan(state, 2, {}, {})
+
+
+def test_a_node_away_keeps_its_place_for_a_while_and_then_loses_it() -> None:
+    state = apply(running(A, B), NodeAway(B))
+    assert not wants_plan(state, 2, {}, {B: REPLACE_SECONDS - 1})
+    assert wants_plan(state, 2, {}, {B: REPLACE_SECONDS})
+
+
+def test_nobody_is_replaced_while_another_may_only_be_starting_again() -> None:
+    state = apply(apply(running(A, B, C), NodeAway(B)), NodeAway(C))
+    assert not wants_plan(state, 2, {}, {B: REPLACE_SECONDS + 5, C: 1})
+
+
+def test_a_node_that_came_back_smaller_than_its_slice_needs_a_plan() -> None:
+    assert wants_plan(running(A, B), 2, {A: 2 << 30}, {})
