@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -21,6 +22,9 @@ _EXPERTS_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated
 
 # Names under which routers, blocks and configs keep the number of experts for a token.
 _TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+# Classes of other names generate otherwise (DiffusionGemmaForBlockDiffusion).
+_FROM_LEFT_TO_RIGHT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +66,9 @@ def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a config's class may raise anything for values it does not like
-        if "does not recognize this architecture" in str(error) or "trust_remote_code" in str(error):
+        if family not in CONFIG_MAPPING:
             raise CoordinatorError(
-                f"{path} is of the family {family!r}, which transformers does not know."
+                f"{path} is of the family {family!r}, which this version of transformers does not know."
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CoordinatorError(
@@ -126,7 +130,7 @@ def _model_class(path: Path, config: PreTrainedConfig) -> tuple[type[PreTrainedM
         if type(config) not in auto._model_mapping:
             continue
         model_class: Any = auto._model_mapping[type(config)]
-        if not model_class.can_generate():
+        if not (model_class.can_generate() and model_class.__name__.endswith(_FROM_LEFT_TO_RIGHT)):
             break
         if model_class.config_class is config.sub_configs.get("text_config"):
             config = config.get_text_config()

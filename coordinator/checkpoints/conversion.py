@@ -149,6 +149,11 @@ class ExpertParameter:
         if self._source.converter is None:
             shape = self._source.tensors[""][0].shape
         else:
+            counts = {len(tensors) for tensors in self._source.tensors.values()}
+            shared = len(self._source.converter.target_patterns) > 1  # with another parameter's experts
+            whole = len(counts) == 1 and (shared or counts == {self._experts})
+            if self._one_tensor_each and not whole:
+                raise self._misfit(f"make up {self.name} for {self._experts} experts only in part")
             if self.by_expert:
                 wanted = (1, *wanted[1:])
             try:
@@ -158,13 +163,13 @@ class ExpertParameter:
                     f"The checkpoint's tensors do not make up {self.name}: {str(error).splitlines()[0]}."
                 ) from error
         if shape != wanted:
-            found = ", ".join(
-                f"{len(tensors)} of {pattern or 'it'}" for pattern, tensors in self._source.tensors.items()
-            )
-            raise CoordinatorError(
-                f"The checkpoint's tensors ({found}) give {self.name} the shape {list(shape)}, but its config says"
-                f" {list(wanted)}; a tensor is missing or they do not belong together."
-            )
+            raise self._misfit(f"give {self.name} the shape {list(shape)}, but its config says {list(wanted)}")
+
+    def _misfit(self, what: str) -> CoordinatorError:
+        found = [f"{len(tensors)} of {pattern or 'it'}" for pattern, tensors in self._source.tensors.items()]
+        return CoordinatorError(
+            f"The checkpoint's tensors ({', '.join(found)}) {what}; a tensor is missing or is another model's."
+        )
 
     def _shapes(self) -> dict[str, list[torch.Tensor]]:
         """What `read` or `read_all` would convert, on the meta device."""

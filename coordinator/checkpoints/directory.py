@@ -30,12 +30,15 @@ def open_directory(path: Path) -> Directory:
     (nanoseconds): it changes whenever a weight may have changed, without reading the weights. Raises
     CoordinatorError, one sentence, for anything missing, unreadable or corrupt.
     """
-    if not path.exists():
-        raise CoordinatorError(
-            f"There is no model directory {path}; give a directory with config.json and safetensors."
-        )
-    if not path.is_dir():
-        raise CoordinatorError(f"{path} is not a directory; give the directory with config.json and safetensors.")
+    try:
+        if not path.exists():
+            raise CoordinatorError(
+                f"There is no model directory {path}; give a directory with config.json and safetensors."
+            )
+        if not path.is_dir():
+            raise CoordinatorError(f"{path} is not a directory; give the directory with config.json and safetensors.")
+    except OSError as error:  # a parent that may not be searched, a name too long
+        raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
     config_bytes = _read(path / "config.json")
     config = _object(path / "config.json", config_bytes)
     digest = hashlib.sha256(config_bytes)
