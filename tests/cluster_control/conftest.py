@@ -30,6 +30,7 @@ from moehive.proto.bounds import host_port
 from moehive.proto.channel import COORDINATOR_NAME, Identity, open_channel
 from moehive.proto.handshake import metadata
 from moehive.proto.join_token import JoinToken
+from moehive.proto.timing import HEARTBEAT_SECONDS
 
 DEADLINE = 20.0  # seconds that anything here may take before the test fails
 
@@ -63,6 +64,7 @@ class HandNode:
         self.channel = open_channel(address, identity, COORDINATOR_NAME)
         self.stub = cluster_pb2_grpc.ClusterStub(self.channel)  # type: ignore[no-untyped-call]
         self.call: Any = None
+        self._writing = asyncio.Lock()
 
     async def attend(self, ram_bytes: int = 1 << 30, address: str = "127.0.0.1:7") -> None:
         self.call = self.stub.Attend(metadata=metadata())
@@ -70,7 +72,8 @@ class HandNode:
         await self.say(hello=hello)
 
     async def say(self, **report: Any) -> None:
-        await self.call.write(pb.NodeReport(**report))
+        async with self._writing:  # gRPC takes one write at a time
+            await self.call.write(pb.NodeReport(**report))
 
     async def hear(self) -> Any:
         """The next directive; grpc.aio.EOF at the stream's end."""
@@ -82,7 +85,19 @@ class HandNode:
         return directive.assign  # type: ignore[no-any-return]
 
     async def obey(self) -> None:
-        """Loads whatever is assigned, at once, until the stream ends."""
+        """Loads whatever is assigned, at once, and sends heartbeats, until the stream ends."""
+        beats = asyncio.create_task(self._beat())
+        try:
+            await self._follow()
+        finally:
+            beats.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_SECONDS)
+            await self.say(heartbeat=pb.Heartbeat())
+
+    async def _follow(self) -> None:
         while (directive := await self.call.read()) is not grpc.aio.EOF:
             kind = directive.WhichOneof("directive")
             if kind == "assign":
