@@ -19,16 +19,19 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from .app import Coordinator
 from .cluster.trust import Authority
 from .settings import CoordinatorSettings, available_memory, cores
 from .types import CoordinatorError
+
+if TYPE_CHECKING:
+    from .app import Coordinator
 
 log = logging.getLogger(__name__)
 
@@ -41,17 +44,23 @@ TAIL_LINES = 8  # of a node's log, in the error that says so
 MEMORY_SHARE = 0.8  # of what is available, for all nodes together; the trunk and its caches need the rest
 MAX_FOLDERS = 64
 
-# Runs in the new process before the node: the kernel kills it when this process ends in whatever way. (Linux only;
-# elsewhere a killed coordinator leaves nodes that wait for it.) The parent may have gone before that was set up.
+# Runs in the new process before the node. The kernel kills it when this process ends in whatever way (Linux only;
+# elsewhere a killed coordinator leaves nodes that wait for it); the parent may have gone before that was set up. Then
+# it imports what takes long while the coordinator does the same, and becomes the node when its token comes.
 _LAUNCHER = """
-import os, sys
-parent, *command = sys.argv[1:]
+import os, runpy, sys
+parent, *arguments = sys.argv[1:]
 if sys.platform == "linux":
     import ctypes, signal
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(parent):
         sys.exit(1)
-os.execv(command[0], command)
+import torch
+token = sys.stdin.readline().strip()
+if not token:
+    sys.exit(1)
+sys.argv = ["moehive node", "--token", token, *arguments]
+runpy.run_module("moehive.expert_node", run_name="__main__")
 """
 
 
@@ -90,37 +99,44 @@ class LocalCluster:
 
     def __init__(self, model: str, folder: Path, nodes: int, *, grpc_port: int, http_port: int) -> None:
         """`folder` is from `own_folder`; a port may be 0, any free one."""
-        self.coordinator = Coordinator(
-            CoordinatorSettings(
-                model=model,
-                state_dir=folder,
-                grpc_port=grpc_port,
-                http_port=http_port,
-                cluster_port=0,
-                join_port=0,
-                min_nodes=nodes,
-                deterministic=True,  # a row an expert costs nothing on loopback, and texts can be compared
-            )
+        self._settings = CoordinatorSettings(
+            model=model,
+            state_dir=folder,
+            grpc_port=grpc_port,
+            http_port=http_port,
+            cluster_port=0,
+            join_port=0,
+            min_nodes=nodes,
+            deterministic=True,  # a row an expert costs little on loopback, and texts can be compared
+            threads=max(1, cores() // 2),  # more gain nothing in decoding, and nodes want cores too
         )
         memory = int(MEMORY_SHARE * available_memory() / nodes)
-        self._nodes = [_Node(f"node-{n}", folder, memory, max(1, cores() // nodes)) for n in range(1, nodes + 1)]
-        self._folder = folder
-        self._tasks: list[asyncio.Task[None]] = []  # the coordinator's start, then one for each node
+        threads = max(1, cores() // nodes)
+        self._issue: asyncio.Future[Callable[[], str]] = asyncio.Future()  # makes tokens, once nodes can join
+        self._nodes = [_Node(f"node-{n}", folder, memory, threads, self._issue) for n in range(1, nodes + 1)]
+        self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Lock()
+        self.coordinator: Coordinator  # once started
 
     async def start(self) -> None:
         """Returns when requests are answered. Raises CoordinatorError or OSError; nothing is left running then."""
         try:
-            if not (self._folder / "ca").exists():
-                await asyncio.to_thread(Authority.create, self._folder / "ca")
-            # Nodes start while the trunk is loaded, as soon as there is something to join.
+            ca = self._settings.state_dir / "ca"
+            if not ca.exists():
+                Authority.create(ca)
+            for node in self._nodes:
+                node.prepare()
+                self._tasks.append(asyncio.create_task(node.keep(), name=node.name))
+            await asyncio.sleep(0)  # the nodes' processes import torch while this one does
+            # Here and in no thread: the event loop has nothing else to do, and import locks would be shared.
+            from .app import Coordinator
+
+            self.coordinator = Coordinator(self._settings)
             starting = asyncio.create_task(self.coordinator.start())
             self._tasks.append(starting)
-            await self._first(self.coordinator.cluster_open.wait(), starting)
-            for node in self._nodes:
-                await asyncio.to_thread(node.prepare, self.coordinator.issue_token(TOKEN_SECONDS))
-                self._tasks.append(asyncio.create_task(node.keep(), name=node.name))
-            await self._first(self._wait_ready(starting), *self._tasks[1:])
+            await self._first(self.coordinator.cluster_open.wait())
+            self._issue.set_result(partial(self.coordinator.issue_token, TOKEN_SECONDS))
+            await self._first(self._wait_ready(starting))
         except BaseException:
             await self.stop()
             raise
@@ -134,7 +150,8 @@ class LocalCluster:
                 task.cancel()  # no node is started again
             await asyncio.gather(*self._tasks, return_exceptions=True)
             try:
-                await self.coordinator.stop()
+                if hasattr(self, "coordinator"):
+                    await self.coordinator.stop()
             finally:
                 await asyncio.gather(*(node.end() for node in self._nodes))
 
@@ -142,11 +159,11 @@ class LocalCluster:
         await starting
         await self.coordinator.wait_ready()
 
-    async def _first(self, wanted: Coroutine[Any, Any, Any], *others: "asyncio.Task[None]") -> None:
-        """Waits for `wanted`; an error of one of `others` before that is raised."""
+    async def _first(self, wanted: Coroutine[Any, Any, Any]) -> None:
+        """Waits for `wanted`; raises the error of any task of this cluster that fails before."""
         task = asyncio.create_task(wanted)
         try:
-            pending = {task, *others}
+            pending: set[asyncio.Task[Any]] = {task, *self._tasks}
             while not task.done():
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for ended in done:
@@ -159,28 +176,24 @@ class LocalCluster:
 class _Node:
     """One node's process, started again whenever it ends."""
 
-    def __init__(self, name: str, folder: Path, memory_bytes: int, threads: int) -> None:
+    def __init__(
+        self, name: str, folder: Path, memory_bytes: int, threads: int, issue: "asyncio.Future[Callable[[], str]]"
+    ) -> None:
         self.name = name
         self.may_fail = False  # once the cluster is ready, a node that ends is only started again
         self._state = folder / "nodes" / name
         self._log = folder / "logs" / f"{name}.log"
-        self._token = self._state / "token"
-        node = [sys.executable, "-m", "moehive.expert_node", "--name", name, "--listen", "127.0.0.1:0"]
-        node += ["--token-file", str(self._token), "--state-dir", str(self._state)]
-        node += ["--memory", str(memory_bytes), "--threads", str(threads)]
-        self._command = [sys.executable, "-S", "-E", "-c", _LAUNCHER, str(os.getpid()), *node]
+        self._command = [sys.executable, "-c", _LAUNCHER, str(os.getpid()), "--name", name, "--listen", "127.0.0.1:0"]
+        self._command += ["--state-dir", str(self._state), "--memory", str(memory_bytes), "--threads", str(threads)]
+        self._issue = issue
         self._process: asyncio.subprocess.Process | None = None
 
-    def prepare(self, token: str) -> None:
-        """Makes the node's folders, forgets its former identity, and leaves it a token. Raises CoordinatorError."""
+    def prepare(self) -> None:
+        """Makes the node's folders and forgets its former identity. Raises CoordinatorError."""
         try:
             self._state.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._log.parent.mkdir(exist_ok=True)
             shutil.rmtree(self._state / "identity", ignore_errors=True)
-            self._token.unlink(missing_ok=True)
-            descriptor = os.open(self._token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(token)
             self._log.write_bytes(b"")
         except OSError as error:
             raise CoordinatorError(
@@ -197,9 +210,14 @@ class _Node:
                 code = await self._run(output)
             failures += 1
             if not self.may_fail and (failures >= START_ATTEMPTS or code == 2):
-                raise CoordinatorError(f"Expert {self.name} does not start (exit code {code}).{self._tail()}")
+                raise CoordinatorError(
+                    f"Expert {self.name} does not start (exit code {code}).{self._tail(TAIL_LINES)}"
+                )
             delay = first if monotonic() - started > STEADY_SECONDS else min(2 * delay, longest)
-            log.warning("Expert %s has ended (exit code %d); it is started again in %.1f s.", self.name, code, delay)
+            log.warning(
+                "Expert %s has ended (exit code %d) and is started again in %.1f s.%s",
+                self.name, code, delay, self._tail(1),
+            )  # fmt: skip
             await asyncio.sleep(delay)
 
     async def end(self) -> None:
@@ -219,14 +237,17 @@ class _Node:
     async def _run(self, output: IO[bytes]) -> int:
         # A group of its own, so that Ctrl-C in a terminal reaches this process alone, which then ends the nodes.
         self._process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            *self._command, stdin=asyncio.subprocess.PIPE, stdout=output, stderr=output, start_new_session=True
         )
+        assert self._process.stdin is not None
+        issue = await asyncio.shield(self._issue)
+        with contextlib.suppress(ConnectionError):  # it has ended already; its exit code says why
+            # A new token each time: it is good for one use, and a node that is a member does not use it.
+            self._process.stdin.write(f"{issue()}\n".encode())
+            await self._process.stdin.drain()
+        self._process.stdin.close()
         return await self._process.wait()
 
-    def _tail(self) -> str:
-        lines = self._log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
+    def _tail(self, count: int) -> str:
+        lines = self._log.read_text(errors="replace").splitlines()[-count:]
         return f" The end of {self._log}:\n  " + "\n  ".join(lines) if lines else ""

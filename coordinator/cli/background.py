@@ -41,7 +41,10 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
                 future.cancel()
                 raise
 
-        cluster = LocalCluster(model, folder, nodes, grpc_port=grpc_port, http_port=http_port)
+        async def make() -> LocalCluster:
+            return LocalCluster(model, folder, nodes, grpc_port=grpc_port, http_port=http_port)
+
+        cluster = asyncio.run_coroutine_threadsafe(make(), loop).result()
         try:
             run(cluster.start(), None)
             yield cluster
