@@ -45,7 +45,8 @@ def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
         ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ("grpc.so_reuseport", 0),  # a port in use is an error, not a second server
         ("grpc.enable_retries", 0),
-        ("grpc.min_reconnect_backoff_ms", 100),
+        # Despite its name: how long one attempt to connect, TLS included, may take. Retries go by the two below it.
+        ("grpc.min_reconnect_backoff_ms", 5_000),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]

@@ -90,6 +90,34 @@ def test_a_clock_that_is_hours_behind_still_accepts_a_new_certificate(cluster, c
     asyncio.run(main())
 
 
+def test_a_slow_link_is_given_time_for_its_handshake(cluster, hand_node, csr):
+    """Every packet takes 0.3 s: a handshake takes longer than a first retry waits."""
+
+    async def pump(reader, writer):
+        while data := await reader.read(1 << 16):
+            await asyncio.sleep(0.3)
+            writer.write(data)
+        writer.close()
+
+    async def main():
+        async with cluster() as harness:
+            attic = await harness.join("attic")
+
+            async def relay(reader, writer):
+                onward = await asyncio.open_connection("127.0.0.1", harness.server.cluster_port)
+                await asyncio.gather(pump(reader, onward[1]), pump(onward[0], writer))
+
+            link = await asyncio.start_server(relay, "127.0.0.1", 0)
+            port = link.sockets[0].getsockname()[1]
+            node = hand_node("attic", attic.identity, f"127.0.0.1:{port}")
+            reply = await node.stub.Renew(pb.RenewRequest(csr_der=csr()[1]), metadata=metadata(), timeout=15.0)
+            assert reply.certificate_pem
+            await node.close()
+            link.close()
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("role", ["coordinator", "server", "two nodes"])
 def test_a_certificate_of_another_role_is_not_a_nodes(cluster, role):
     def other(harness):
