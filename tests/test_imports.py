@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
     "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
     "coordinator.local_cluster": (*COMMON, "coordinator.app", "coordinator.cluster"),  # and node processes
+    "coordinator.public_doors": (*COMMON, "coordinator.serving", "coordinator.cluster", "proto"),
     "coordinator.bench": ("coordinator", "client", "kernels", "proto"),  # measures any of them
     "coordinator.demo": (*COMMON, "coordinator.checkpoints", "kernels"),
     "coordinator.serving": (*COMMON, "coordinator.engine", "proto"),
