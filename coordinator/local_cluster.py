@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOKEN_SECONDS = 600.0  # from a node's start to its joining; importing torch on a busy machine is slow
-STOP_SECONDS = 2.0  # for a node to end by itself
+STOP_SECONDS = 3.0  # for a node to end by itself; it takes two
 BACKOFF_SECONDS = (0.5, 10.0)  # before a node is started again: at first, and at most
 STEADY_SECONDS = 30.0  # a node that has run so long starts again without delay
 START_ATTEMPTS = 3  # a node that ends so often before the cluster is ready won't start

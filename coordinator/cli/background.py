@@ -9,8 +9,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from ..local_cluster import LocalCluster
 
@@ -21,7 +19,7 @@ STOP_SECONDS = 5.0  # for a cluster to end; its nodes end with this process in a
 def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_port: int) -> "Iterator[LocalCluster]":
     """A cluster that answers requests, in the folder `base` or one beside it; ended when the block is left.
 
-    SIGTERM leaves the block too, as SystemExit. Raises CoordinatorError or OSError, one sentence.
+    SIGTERM ends the block like Ctrl-C, as KeyboardInterrupt. Raises CoordinatorError or OSError, one sentence.
     """
     import uvloop
 
@@ -57,4 +55,4 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:
-    raise typer.Exit(128 + signal.SIGTERM)
+    raise KeyboardInterrupt  # the same way out as Ctrl-C

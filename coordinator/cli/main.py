@@ -41,8 +41,6 @@ def main() -> None:
     """Runs the command line. Exit codes: 1 failed, 2 wrong usage or settings, 130 interrupted."""
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(130)
     except Exception as error:  # the last place where one can be put into words
         if os.environ.get("MOEHIVE_DEBUG"):
             raise

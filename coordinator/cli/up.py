@@ -1,5 +1,6 @@
 """`moehive up`: a whole cluster on this machine, in the foreground."""
 
+import contextlib
 import json
 import os
 import signal
@@ -42,8 +43,9 @@ def up(
             print(json.dumps(ready), flush=True)
         else:
             print(_greeting(model, nodes, grpc, http), flush=True)
-        while True:  # SIGTERM and SIGINT raise
-            signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):  # SIGTERM and Ctrl-C
+            while True:
+                signal.pause()
 
 
 def _greeting(model: str, nodes: int, grpc_port: int, http_port: int) -> str:

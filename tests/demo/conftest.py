@@ -1,0 +1,17 @@
+"""The demo model, built once for all tests of a run, or found in the folder that MOEHIVE_TEST_DEMO_DIR names."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from moehive.coordinator.demo.build import build
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint's directory; do not write to it."""
+    given = os.environ.get("MOEHIVE_TEST_DEMO_DIR")
+    out = Path(given) if given else tmp_path_factory.mktemp("demo") / "model"
+    build(out)
+    return out
