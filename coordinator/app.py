@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-import os
 from pathlib import Path
 from time import monotonic
 
@@ -11,12 +10,10 @@ import psutil
 import torch
 
 from moehive.kernels.ops import Reduction
-from moehive.proto.channel import Identity
 
 from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.hub import resolve
 from .checkpoints.slices import SliceSource
-from .cluster.keys import check_key, list_keys
 from .cluster.membership import Membership
 from .cluster.server import ClusterServer
 from .cluster.store import Store
@@ -27,14 +24,12 @@ from .dispatch.local import LocalExperts
 from .engine.engine import Engine
 from .follower import Follower
 from .models.generic import GenericTrunk
-from .serving.doors import Tls, is_loopback
+from .public_doors import PublicDoors
 from .serving.generation import GenerationService
-from .serving.grpc_api import GrpcDoor, serve_grpc
-from .serving.http import HttpDoor, serve_http
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
-from .types import LOCAL, CoordinatorError, NodeName
+from .types import LOCAL, NodeName
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +74,7 @@ class Coordinator:
         return ClusterStatus(
             ready=self._follower.reachable,
             reason=self._follower.reason(),
-            epoch=self._dispatcher.epoch,
+            epoch=self.dispatcher.epoch,
             nodes=tuple(self._node_status(name) for name in state.nodes),
             resident_bytes=psutil.Process().memory_info().rss,
             uptime_seconds=monotonic() - self._started,
@@ -92,25 +87,20 @@ class Coordinator:
         self._store = Store(settings.state_dir / "coordinator.sqlite")
         self._cleanup.callback(self._store.close)
         self._authority = Authority.load(settings.state_dir / "ca")
-        if not is_loopback(settings.host) and all(key.revoked is not None for key in list_keys(self._store)):
-            raise CoordinatorError(
-                f"{settings.host} can be reached from other machines, and there is no API key yet: make one with "
-                "`moehive key new NAME`, or listen on 127.0.0.1."
-            )
-        path = await asyncio.to_thread(resolve, settings.model)
-        checkpoint = await asyncio.to_thread(Checkpoint.open, path)
+        doors = PublicDoors(settings, self._store, self._authority)
+        path, checkpoint = await asyncio.to_thread(_open, settings.model)
         manifest = checkpoint.manifest
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
         reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM
-        self._dispatcher = Dispatcher(manifest, self._local, reduction)
+        self.dispatcher = Dispatcher(manifest, self._local, reduction)
         await self._start_cluster(checkpoint)
 
         architecture = await asyncio.to_thread(checkpoint.load_trunk)
         experts = tuple(layer.module for layer in architecture.experts)
-        trunk = await asyncio.to_thread(
+        self.trunk = trunk = await asyncio.to_thread(
             GenericTrunk, architecture.model, experts, checkpoint.family, checkpoint.context_length
         )
-        engine = Engine(trunk, self._dispatcher, settings.kv_bytes)
+        engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
         text = await asyncio.to_thread(Text.load, path)
         info = ModelInfo(
@@ -122,12 +112,14 @@ class Coordinator:
             experts_per_layer=max(layer.experts for layer in manifest.layers),
             expert_bytes=manifest.total_bytes,
         )
-        await self._open_doors(GenerationService(engine, text, info, self.status))
+        self._cleanup.push_async_callback(doors.stop)
+        await doors.start(GenerationService(engine, text, info, self.status))
+        self.grpc_port, self.http_port = doors.grpc_port, doors.http_port
 
     async def _start_cluster(self, checkpoint: Checkpoint) -> None:
         settings, manifest = self.settings, checkpoint.manifest
         # The follower is told of changes, and asks back: each needs the other, so one is named later.
-        follower = Follower(self._dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
+        follower = Follower(self.dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
         membership = Membership(
             self._store, manifest, settings.min_nodes, settings.local_bytes, on_change=follower.changed
         )
@@ -149,27 +141,11 @@ class Coordinator:
         self.cluster_port, self.join_port = self._server.cluster_port, self._server.join_port
         self.cluster_open.set()
 
-    async def _open_doors(self, service: GenerationService) -> None:
-        settings = self.settings
-        tls, keys = None, None
-        if not is_loopback(settings.host):
-            tls = await asyncio.to_thread(self._door_certificate)
-
-            def keys(key: str) -> bool:
-                return check_key(self._store, key) is not None
-
-        grpc_door: GrpcDoor = await serve_grpc(settings.host, settings.grpc_port, service, tls, keys)
-        self._cleanup.push_async_callback(grpc_door.stop)
-        self.grpc_port = grpc_door.port
-        http_door: HttpDoor = await serve_http(settings.host, settings.http_port, service, tls, keys)
-        self._cleanup.push_async_callback(http_door.stop)
-        self.http_port = http_door.port
-
     def _node_status(self, name: NodeName) -> NodeStatus:
         state = self._membership.state
         node = state.nodes[name]
         plan = state.active or state.pending
-        counters = self._dispatcher.counters.get(name, NodeCounters())
+        counters = self.dispatcher.counters.get(name, NodeCounters())
         held, nbytes = node.figures.experts_held, node.figures.bytes_held
         if name == LOCAL and self._local is not None:
             held, nbytes = self._local.count, self._local.nbytes
@@ -189,21 +165,8 @@ class Coordinator:
             load_progress=node.bytes_done / node.bytes_total if node.bytes_total else 0.0,
         )
 
-    def _door_certificate(self) -> Tls:
-        """A certificate for the public doors in the state directory, made at each start."""
-        hosts = [self.settings.cluster_advertise, "localhost", "127.0.0.1"]
-        if self.settings.host not in ("0.0.0.0", "::"):
-            hosts.append(self.settings.host)
-        identity: Identity = self._authority.issue_server(list(dict.fromkeys(hosts)))
-        folder: Path = self.settings.state_dir / "door"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        tls = Tls(folder / "chain.pem", folder / "key.pem")
-        for file, data in ((tls.chain_file, identity.chain_pem), (tls.key_file, identity.key_pem)):
-            beside = file.with_suffix(".new")
-            descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(descriptor, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(descriptor)
-            beside.replace(file)
-        return tls
+
+def _open(model: str) -> tuple[Path, Checkpoint]:
+    """A directory goes by its own name, a model from a hub by its id."""
+    path = resolve(model)
+    return path, Checkpoint.open(path, None if Path(model).expanduser().exists() else model)

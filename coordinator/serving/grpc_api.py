@@ -174,4 +174,10 @@ async def serve_grpc(
 
 
 def _credentials(tls: Tls) -> Any:
-    return grpc.ssl_server_credentials([(tls.key_file.read_bytes(), tls.chain_file.read_bytes())])
+    """Reads the files at each handshake: certificates are replaced while the door is open."""
+
+    def configuration() -> Any:
+        pair = (tls.key_file.read_bytes(), tls.chain_file.read_bytes())
+        return grpc.ssl_server_certificate_configuration([pair])
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration)

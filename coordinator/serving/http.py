@@ -119,6 +119,12 @@ class HttpDoor:
         self._task = task
         self.port = port
 
+    def show(self, tls: Tls) -> None:
+        """Shows another certificate from the next connection on; only for a door that was opened with one."""
+        context = self._server.config.ssl
+        assert context is not None
+        context.load_cert_chain(tls.chain_file, tls.key_file)
+
     async def stop(self) -> None:
         """Takes no new requests and returns when the running ones are done, or after STOP_SECONDS."""
         self._server.should_exit = True
