@@ -84,9 +84,9 @@ class Coordinator:
         settings = self.settings
         torch.set_grad_enabled(False)  # of this thread, the one that runs forward passes
         torch.set_num_threads(settings.threads)
+        self._authority = Authority.load(settings.state_dir / "ca")  # first: its error says to run `moehive init`
         self._store = Store(settings.state_dir / "coordinator.sqlite")
         self._cleanup.callback(self._store.close)
-        self._authority = Authority.load(settings.state_dir / "ca")
         doors = PublicDoors(settings, self._store, self._authority)
         path, checkpoint = await asyncio.to_thread(_open, settings.model)
         manifest = checkpoint.manifest
