@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import cluster, demo, serve, talk, up
+from . import bench, cluster, demo, serve, talk, up
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ keys = typer.Typer(
     help="Makes, lists and revokes the API keys that clients on other machines need.", no_args_is_help=True
 )
 
+benches = typer.Typer(help="Measures Moehive on this machine.", no_args_is_help=True)
+
 app.command("demo")(demo.demo)
 app.command("up")(up.up)
 app.command("chat")(talk.chat)
@@ -32,6 +34,9 @@ app.command(
 )(serve.node)
 app.command("token")(cluster.token)
 app.add_typer(keys, name="key")
+app.add_typer(benches, name="bench")
+benches.command("load")(bench.load)
+benches.command("fairness")(bench.fairness)
 keys.command("new")(cluster.new_key)
 keys.command("list")(cluster.list_keys)
 keys.command("revoke")(cluster.revoke_key)

@@ -1,7 +1,7 @@
 """A coordinator's client for programs and notebooks; it may be used from many threads."""
 
 import ipaddress
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -92,7 +92,7 @@ class Client:
         token_ids: Sequence[int] | None = None,
         timeout: float | None = None,
         **options: Unpack[Options],
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """As generate, piece by piece. Leaving the loop early cancels the generation."""
         request = generate_request(prompt, messages, token_ids, options)
         with self._errors():

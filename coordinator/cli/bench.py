@@ -1,0 +1,64 @@
+"""`moehive bench …`: measurements as commands, each a table, or one JSON object with --json."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import DEFAULT_ADDRESS, Address, Json
+
+
+def load(
+    model: Annotated[Path, typer.Argument(help="Directory of safetensors with config.json.", file_okay=False)],
+    as_json: Json = False,
+) -> None:
+    """Peak memory of loading a model: the trunk, then all experts layer by layer, as they are sent to nodes."""
+    from ..bench.load import measure_load
+
+    report = measure_load(model)
+    row = {
+        "model": str(model),
+        "trunk_bytes": report.trunk_bytes,
+        "expert_bytes": report.expert_bytes,
+        "layer_bytes": report.largest_layer_bytes,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "limit_bytes": report.limit_bytes,
+        "trunk_s": report.trunk_seconds,
+        "experts_s": report.experts_seconds,
+    }
+    _show([row], as_json)
+
+
+def fairness(
+    address: Address = DEFAULT_ADDRESS,
+    rounds: Annotated[int, typer.Option(min=1, help="Short requests, alone and beside a long one each.")] = 5,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a short request.")] = 16,
+    as_json: Json = False,
+) -> None:
+    """Two clients at once on a running coordinator: a short request alone, and beside a long generation."""
+    from ..bench.fairness import measure_fairness
+
+    report = measure_fairness(address, rounds, tokens)
+    row = {
+        "rounds": report.rounds,
+        "short_tokens": report.short_tokens,
+        "alone_s": report.alone_s,
+        "beside_s": report.beside_s,
+        "ratio": report.ratio,
+        "long_tokens_per_s": report.long_tokens_per_s,
+    }
+    _show([row], as_json)
+
+
+def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)
