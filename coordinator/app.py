@@ -90,6 +90,7 @@ class Coordinator:
         doors = PublicDoors(settings, self._store, self._authority)
         path, checkpoint = await asyncio.to_thread(_open, settings.model)
         manifest = checkpoint.manifest
+        self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
         reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM
         self.dispatcher = Dispatcher(manifest, self._local, reduction)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from moehive.proto.channel import Identity
+from moehive.proto.channel import COORDINATOR_NAME, Identity
 
 from .cluster.keys import check_key, list_keys
 from .cluster.store import Store
@@ -84,7 +84,8 @@ class PublicDoors:
     def _issue(self) -> Identity:
         """Good for the names by which clients may reach this machine."""
         settings = self._settings
-        hosts = [settings.cluster_advertise, "localhost", "127.0.0.1"]
+        # Our own client knows the coordinator by name, others by the address that they dial.
+        hosts = [COORDINATOR_NAME, settings.cluster_advertise, "localhost", "127.0.0.1"]
         if settings.host not in ("0.0.0.0", "::"):
             hosts.append(settings.host)
         return self._authority.issue_server(list(dict.fromkeys(hosts)))

@@ -42,7 +42,7 @@ def up(
         if as_json:
             print(json.dumps(ready), flush=True)
         else:
-            print(_greeting(model, nodes, grpc, http), flush=True)
+            print(_greeting(cluster.coordinator.model_name, nodes, grpc, http), flush=True)
         with contextlib.suppress(KeyboardInterrupt):  # SIGTERM and Ctrl-C
             while True:
                 signal.pause()
@@ -50,7 +50,7 @@ def up(
 
 def _greeting(model: str, nodes: int, grpc_port: int, http_port: int) -> str:
     url = f"http://127.0.0.1:{http_port}/v1/chat/completions"
-    body = '{"model": "default", "messages": [{"role": "user", "content": "Hello!"}]}'
+    body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return (
         f"{model} is up on {nodes} expert nodes. Ctrl-C ends it.\n"
         f"  chat     moehive chat --address 127.0.0.1:{grpc_port}\n"
