@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import fcntl
 import hashlib
+import importlib
 import logging
 import os
 import re
@@ -127,11 +128,9 @@ class LocalCluster:
             for node in self._nodes:
                 node.prepare()
                 self._tasks.append(asyncio.create_task(node.keep(), name=node.name))
-            await asyncio.sleep(0)  # the nodes' processes import torch while this one does
-            # Here and in no thread: the event loop has nothing else to do, and import locks would be shared.
-            from .app import Coordinator
-
-            self.coordinator = Coordinator(self._settings)
+            # Takes seconds, in which the nodes' processes import torch too, and the loop can still be told to stop.
+            app = await asyncio.to_thread(importlib.import_module, ".app", __package__)
+            self.coordinator = app.Coordinator(self._settings)
             starting = asyncio.create_task(self.coordinator.start())
             self._tasks.append(starting)
             await self._first(self.coordinator.cluster_open.wait())

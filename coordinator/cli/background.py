@@ -1,6 +1,7 @@
 """A local cluster on an event loop of its own thread, so that the main thread may wait for a person."""
 
 import asyncio
+import contextlib
 import signal
 import threading
 from collections.abc import Coroutine, Iterator
@@ -47,11 +48,10 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
             run(cluster.start(), None)
             yield cluster
         finally:
-            try:
+            with contextlib.suppress(TimeoutError):
                 run(cluster.stop(), STOP_SECONDS)
-            finally:
-                loop.call_soon_threadsafe(loop.stop)
-                thread.join(STOP_SECONDS)
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join(1.0)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

@@ -135,7 +135,7 @@ async def _tell_systemd(running: "Coordinator") -> None:
     ready = True
     while True:
         status = running.status()
-        words = f"{len(status.nodes)} nodes, epoch {status.epoch}." if status.ready else status.reason
+        words = f"Nodes: {len(status.nodes)}, epoch {status.epoch}." if status.ready else status.reason
         notify(ready=ready, watchdog=True, status=words)
         ready = False
         await asyncio.sleep(pause)

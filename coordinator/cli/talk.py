@@ -83,6 +83,7 @@ def status(
 
 
 def _show(found: "Status") -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -95,16 +96,15 @@ def _show(found: "Status") -> None:
         f" epoch {found.epoch}; moehive {found.version}",
         highlight=False,
     )
-    table = Table("node", "state", "experts", "holds", "of", "reads/s", "expert calls", "computed", "load", "address")
+    # Fits 80 columns; addresses and bandwidths are in --json.
+    table = Table("node", "state", "experts", "memory", "expert calls", "computed", "load", box=SIMPLE_HEAD)
     for node in found.nodes:
         experts = f"{node.experts_held:,}"
         if node.experts_held != node.experts_assigned:
             experts += f" of {node.experts_assigned:,} ({node.load_progress:.0%})"
-        table.add_row(
-            node.name, node.state, experts, _size(node.bytes_held), _size(node.ram_bytes),
-            _size(node.read_bandwidth), f"{node.expert_calls:,}", f"{node.compute_ns / 1e9:,.1f} s",
-            f"{node.load:.1f}", node.address,
-        )  # fmt: skip
+        memory = f"{_size(node.bytes_held)} of {_size(node.ram_bytes)}"
+        computed = f"{node.compute_ns / 1e9:,.1f} s"
+        table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
     console.print(table)
 
 
