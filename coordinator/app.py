@@ -147,7 +147,10 @@ class Coordinator:
         node = state.nodes[name]
         plan = state.active or state.pending
         counters = self.dispatcher.counters.get(name, NodeCounters())
+        assigned = sum(map(len, plan.slice_of(name))) if plan is not None else 0
         held, nbytes = node.figures.experts_held, node.figures.bytes_held
+        if plan is not None and plan.epoch in node.ready:
+            held = max(held, assigned)  # the last heartbeat may be older than the slice
         if name == LOCAL and self._local is not None:
             held, nbytes = self._local.count, self._local.nbytes
         return NodeStatus(
@@ -155,7 +158,7 @@ class Coordinator:
             state=state.phase(name).value,
             address=node.capacity.address if node.capacity else "",
             experts_held=held,
-            experts_assigned=sum(map(len, plan.slice_of(name))) if plan is not None else 0,
+            experts_assigned=assigned,
             bytes_held=nbytes,
             ram_bytes=node.capacity.ram_bytes if node.capacity else 0,
             read_bandwidth=node.capacity.read_bandwidth if node.capacity else 0.0,

@@ -85,26 +85,25 @@ class Dispatcher:
         shares = split(
             ids.to("cpu", torch.int64).numpy(), weights.to("cpu", torch.float32).numpy(), self._owners[layer]
         )
-        waiting: list[tuple[Share, asyncio.Task[torch.Tensor]]] = []
-        here: Share | None = None
         self._step += 1
-        for index, share in shares.items():
-            node = self._names[index]
-            if node == LOCAL:
-                here = share
-            else:
-                waiting.append((share, asyncio.create_task(self._remote(node, layer, host, share))))
+        waiting: list[tuple[NodeName, Share, asyncio.Future[pb.ComputeReply]]] = []
+        parts: list[tuple[Share, torch.Tensor]] = []
+        here: Share | None = None
         try:
-            parts: list[tuple[Share, torch.Tensor]] = []
+            for index, share in shares.items():
+                node = self._names[index]
+                if node == LOCAL:
+                    here = share
+                else:
+                    waiting.append((node, share, await self._send(node, layer, host, share)))
             if here is not None:
                 await asyncio.sleep(0)  # the messages leave before this thread computes
                 parts.append((here, self._here(layer, host, here)))
-            for share, task in waiting:
-                parts.append((share, await task))
-        except BaseException:
-            for _, task in waiting:
-                task.cancel()
-            raise
+            for node, share, reply in waiting:
+                parts.append((share, self._values(node, share, host, await reply)))
+        finally:
+            for _, _, reply in waiting:
+                reply.cancel()  # those that are done stay as they are
         return self._add_up(parts, host, ids.shape[1]).to(hidden.device)
 
     def _add_up(self, parts: list[tuple[Share, torch.Tensor]], hidden: torch.Tensor, k: int) -> torch.Tensor:
@@ -132,7 +131,9 @@ class Dispatcher:
         counters.compute_ns = self._local.compute_ns
         return values
 
-    async def _remote(self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share) -> torch.Tensor:
+    async def _send(
+        self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share
+    ) -> "asyncio.Future[pb.ComputeReply]":
         link = self._links.get(node)
         if link is None:
             raise NodeUnavailable(
@@ -144,7 +145,12 @@ class Dispatcher:
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
         write_request(request, _rows(hidden, share), share.routing)
-        reply = await link.compute(request)
+        return await link.send(request)
+
+    def _values(self, node: NodeName, share: Share, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
+        """The rows of a reply to `share`. Raises NodeUnavailable when the node refused or answered nonsense."""
+        if reply.HasField("refusal"):
+            raise NodeUnavailable(node, f"Node {node} refuses: {reply.refusal.sentence[:1024]}")
         rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
         try:
             values = read_values(reply, rows, hidden.shape[1], hidden.dtype)

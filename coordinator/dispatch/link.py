@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 
 import grpc
@@ -44,7 +45,7 @@ class Link:
         self._pending: dict[int, _Pending] = {}
         self._next_id = 1
         self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self._write = asyncio.Lock()
+        self._outgoing: asyncio.Queue[pb.ComputeRequest] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall[pb.ComputeRequest, pb.ComputeReply] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: str | None = None
@@ -62,39 +63,25 @@ class Link:
             ) from None
         stub = experts_pb2_grpc.ExpertsStub(self._channel)
         self._call = stub.Compute(metadata=metadata())
-        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._watch())]
+        self._tasks = [asyncio.create_task(task) for task in (self._read(), self._write(), self._watch())]
 
-    async def compute(self, request: pb.ComputeRequest) -> pb.ComputeReply:
-        """Sends one request and awaits its reply; sets the request's id.
+    async def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
+        """Puts one request on the stream, waiting only for a place among MAX_IN_FLIGHT; sets the request's id.
 
-        Raises NodeUnavailable when the node refuses, stays silent for REPLY_SECONDS or is gone.
+        The future has the reply. It raises NodeUnavailable, as this does, when the node is gone or stays silent for
+        REPLY_SECONDS. Whoever no longer wants the reply cancels the future.
         """
-        async with self._room:
-            call = self._call
-            if call is None or self._lost() is not None:
-                raise NodeUnavailable(self.node, self._lost() or f"Node {self.node} is not connected.")
-            request.id = self._next_id
-            self._next_id += 1
-            future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-            self._pending[request.id] = _Pending(future, monotonic() + REPLY_SECONDS)
-            try:
-                async with self._write:
-                    await call.write(request)
-                reply = await future
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
-                raise NodeUnavailable(self.node, self._lost() or _sentence(self.node, error)) from None
-            except asyncio.CancelledError:
-                # grpc.aio raises this in a writer whose stream was cancelled, which `close` does.
-                task = asyncio.current_task()
-                lost = self._lost()
-                if lost is None or (task is not None and task.cancelling()):
-                    raise
-                raise NodeUnavailable(self.node, lost) from None
-            finally:
-                self._pending.pop(request.id, None)
-        if reply.HasField("refusal"):
-            raise NodeUnavailable(self.node, f"Node {self.node} refuses: {reply.refusal.sentence[:1024]}")
-        return reply
+        await self._room.acquire()
+        if self._call is None or self._failure is not None:
+            self._room.release()
+            raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
+        request.id = self._next_id
+        self._next_id += 1
+        future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
+        self._pending[request.id] = _Pending(future, monotonic() + REPLY_SECONDS)
+        future.add_done_callback(partial(self._settled, request.id))
+        self._outgoing.put_nowait(request)
+        return future
 
     async def close(self, sentence: str) -> None:
         """Ends the stream; requests in flight fail with `sentence`."""
@@ -118,6 +105,18 @@ class Link:
             sentence = _sentence(self.node, error)
         self._fail(sentence)
 
+    async def _write(self) -> None:
+        """The one writer: gRPC takes one message at a time, and a sender need not wait for it."""
+        call = self._call
+        assert call is not None
+        try:
+            while True:
+                await call.write(await self._outgoing.get())
+        except grpc.aio.AioRpcError as error:
+            self._fail(_sentence(self.node, error))
+        except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:  # the stream has ended
+            self._fail(_sentence(self.node, error))
+
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(1.0)
@@ -131,15 +130,15 @@ class Link:
                     self._call.cancel()
                 return
 
-    def _lost(self) -> str | None:
-        """Why the stream has ended; None while it stands."""
-        return self._failure
+    def _settled(self, request_id: int, _: object) -> None:
+        self._pending.pop(request_id, None)
+        self._room.release()
 
     def _fail(self, sentence: str) -> None:
         if self._failure is not None:
             return
         self._failure = sentence
-        for pending in self._pending.values():
+        for pending in list(self._pending.values()):
             if not pending.reply.done():
                 pending.reply.set_exception(NodeUnavailable(self.node, sentence))
         self._on_close()

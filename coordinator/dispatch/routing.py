@@ -24,7 +24,9 @@ def split(
     Ids outside the experts mean none (some families pad their top-k). Nodes come in ascending order, tokens and
     pairs in theirs: the same input gives the same messages.
     """
-    k = ids.shape[1]
+    tokens, k = ids.shape
+    if tokens == 1:
+        return _split_one(ids[0].tolist(), weights[0], owner)
     flat = ids.reshape(-1)
     positions = np.arange(flat.size)
     valid = (flat >= 0) & (flat < owner.size)
@@ -43,4 +45,22 @@ def split(
         np.cumsum(counts, out=offsets[1:])
         experts = ids.reshape(-1)[pairs].astype(np.uint32)
         shares[int(node)] = Share(rows, pairs, Routing(offsets, experts, all_weights[pairs]))
+    return shares
+
+
+_ONE = np.zeros(1, dtype=np.int64)  # the only token of a decode step
+
+
+def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: npt.NDArray[np.int64]) -> dict[int, Share]:
+    """`split` for one token, the case of every decode step: lists are quicker than arrays of so few."""
+    places: dict[int, list[int]] = {}
+    for place, expert in enumerate(ids):
+        if 0 <= expert < owner.size:
+            places.setdefault(int(owner[expert]), []).append(place)
+    shares: dict[int, Share] = {}
+    for node in sorted(places):
+        pairs = places[node]
+        experts = np.array([ids[place] for place in pairs], dtype=np.uint32)
+        offsets = np.array([0, len(pairs)], dtype=np.uint32)
+        shares[node] = Share(_ONE, np.array(pairs, dtype=np.int64), Routing(offsets, experts, weights[pairs]))
     return shares
