@@ -5,7 +5,6 @@ is read, layer by layer, and dropped, as when it is sent to nodes.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -73,10 +72,16 @@ def _load(model: Path) -> LoadReport:
         trunk_bytes=checkpoint.trunk_bytes,
         expert_bytes=manifest.total_bytes,
         largest_layer_bytes=max(layer.experts * layer.spec.nbytes for layer in manifest.layers),
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=_peak_rss(),
         trunk_seconds=loaded - start,
         experts_seconds=done - loaded,
     )
+
+
+def _peak_rss() -> int:
+    """The largest resident size of this program, bytes. Not getrusage's: that counts the parent's before exec, too."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def main() -> None:
