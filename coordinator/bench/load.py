@@ -79,7 +79,7 @@ def _load(model: Path) -> LoadReport:
 
 
 def _peak_rss() -> int:
-    """The largest resident size of this program, bytes. Not getrusage's: that counts the parent's before exec, too."""
+    """This program's largest resident size, bytes. Not getrusage's: that counts the parent's before exec, too."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
