@@ -27,7 +27,7 @@ def load(
         "trunk_s": report.trunk_seconds,
         "experts_s": report.experts_seconds,
     }
-    _show([row], as_json)
+    _show(row, as_json)
 
 
 def fairness(
@@ -48,17 +48,19 @@ def fairness(
         "ratio": report.ratio,
         "long_tokens_per_s": report.long_tokens_per_s,
     }
-    _show([row], as_json)
+    _show(row, as_json)
 
 
-def _show(rows: list[dict[str, Any]], as_json: bool) -> None:
+def _show(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps({"rows": rows}))
+        typer.echo(json.dumps({"rows": [row]}))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    table = Table("figure", "value")
+    for name, value in row.items():
+        table.add_row(
+            name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+        )
     Console().print(table)
