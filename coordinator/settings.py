@@ -150,7 +150,18 @@ def _check(fits: bool, name: str, wanted: str) -> None:
 
 
 def _own_name(cluster_host: str) -> str:
-    """What nodes call this machine: the address it listens on, or its name when that is all of them."""
+    """What nodes call this machine: the address it listens on; of all of them, the one that leads to the network.
+
+    Home networks often resolve no host names, so a name is the last resort.
+    """
     import socket
 
-    return socket.gethostname() if cluster_host in ("0.0.0.0", "::") else cluster_host
+    if cluster_host not in ("0.0.0.0", "::"):
+        return cluster_host
+    family = socket.AF_INET6 if cluster_host == "::" else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("2001:db8::1" if cluster_host == "::" else "192.0.2.1", 9))  # only routes: sends nothing
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()

@@ -39,7 +39,7 @@ def coordinator(
     ] = None,
     advertise: Annotated[
         str | None,
-        typer.Option(help="This machine's name or address for nodes.", show_default="its host name"),
+        typer.Option(help="This machine's name or address for nodes.", show_default="its own address"),
     ] = None,
     cluster_port: Annotated[
         int | None, typer.Option(help="Port for nodes that are members.", show_default=str(CLUSTER_PORT))

@@ -52,3 +52,24 @@ def test_one_node_and_three_give_the_same_bits(
     assert summed == asyncio.run(run(1, False))
     if dtype == "float32":
         assert [tokens for tokens, _ in summed] == [tokens for tokens, _ in three]
+
+
+def test_experts_in_the_coordinators_own_memory_give_the_same_bits(
+    new_cluster: Any, checkpoint: Callable[[str], Path], ask: Callable[..., Any]
+) -> None:
+    made = new_cluster()
+
+    async def run(local_bytes: int) -> tuple[Any, dict[str, int]]:
+        async with made.coordinator(
+            checkpoint("qwen3_moe"), nodes=1, deterministic=True, local_bytes=local_bytes
+        ) as coordinator:
+            answer = await ask(
+                coordinator, lambda c: c.generate(token_ids=PROMPT, max_tokens=16, temperature=0, logprobs=1)
+            )
+            calls = {node.name: node.expert_calls for node in coordinator.status().nodes}
+            return (answer.token_ids, answer.logprobs), calls
+
+    remote, _ = asyncio.run(run(0))
+    shared, calls = asyncio.run(run(1 << 30))
+    assert shared == remote
+    assert calls["coordinator"] > 0 and calls["node-0"] > 0
