@@ -17,6 +17,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import bridge, cache_size
 from .base import ExpertBackend
+from .half_linear import multiplies_half, widen_products
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ class GenericTrunk:
         self.vocab_size: int = text.vocab_size
         self.context_length = context_length
         self._model: Any = model
+        if not multiplies_half():
+            widen_products(model)
         self._config = text
         for ordinal, module in enumerate(experts):
             setattr(module, _ORDINAL, ordinal)

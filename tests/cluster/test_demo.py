@@ -31,8 +31,11 @@ def test_kl_to_the_dense_model_and_the_text(demo_model: Path, new_cluster: Any, 
             logits = [
                 await trunk.forward(ids, trunk.new_cache(), coordinator.dispatcher, all_logits=True) for ids in rows
             ]
+            # The answer's first word is nearly a tie in this model, so the sentence is begun for it.
             chat = [{"role": "user", "content": CHATS[0][0]}]
-            text = await ask(coordinator, lambda c: c.generate(messages=chat, max_tokens=16, temperature=0).text)
+            begun = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            begun += "The capital of France is"
+            text = await ask(coordinator, lambda c: c.generate(prompt=begun, max_tokens=4, temperature=0).text)
             return logits, text
 
     found, text = asyncio.run(run())
