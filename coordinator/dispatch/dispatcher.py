@@ -5,7 +5,9 @@ bits every time; with REDUCTION_PER_EXPERT it follows the router's top-k, so eve
 """
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Awaitable, Generator
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,22 @@ class NodeCounters:
     requests: int = 0
     expert_calls: int = 0  # (token, expert) pairs
     compute_ns: int = 0  # the node's own time, as it reports it
+
+
+@dataclass(slots=True)
+class _Sent:
+    """A layer whose messages have left. Dropping it drops the replies that have not come."""
+
+    layer: int
+    hidden: torch.Tensor
+    top_k: int
+    device: torch.device
+    here: Share | None = None
+    waiting: list[tuple[NodeName, Share, "asyncio.Future[pb.ComputeReply]"]] = field(default_factory=list)
+
+    def __del__(self) -> None:
+        for _, _, reply in self.waiting:
+            reply.cancel()  # those that are done stay as they are
 
 
 class Dispatcher:
@@ -75,10 +93,10 @@ class Dispatcher:
         """The node's link, if it is connected."""
         return self._links.get(node)
 
-    async def compute(
+    def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """See ExpertBackend.compute. Raises NotReady before the first plan."""
+    ) -> Awaitable[torch.Tensor]:
+        """See ExpertBackend.submit. Raises NotReady before the first plan."""
         if self._plan is None:
             raise NotReady("The cluster does not hold the model yet; `moehive status` says what is missing.")
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
@@ -86,25 +104,23 @@ class Dispatcher:
             ids.to("cpu", torch.int64).numpy(), weights.to("cpu", torch.float32).numpy(), self._owners[layer]
         )
         self._step += 1
-        waiting: list[tuple[NodeName, Share, asyncio.Future[pb.ComputeReply]]] = []
+        sent = _Sent(layer, host, ids.shape[1], hidden.device)
+        for index, share in shares.items():
+            node = self._names[index]
+            if node == LOCAL:
+                sent.here = share
+            else:
+                sent.waiting.append((node, share, self._send(node, layer, host, share)))
+        return _Answer(self, sent)
+
+    async def _collect(self, sent: "_Sent") -> torch.Tensor:
         parts: list[tuple[Share, torch.Tensor]] = []
-        here: Share | None = None
-        try:
-            for index, share in shares.items():
-                node = self._names[index]
-                if node == LOCAL:
-                    here = share
-                else:
-                    waiting.append((node, share, await self._send(node, layer, host, share)))
-            if here is not None:
-                await asyncio.sleep(0)  # the messages leave before this thread computes
-                parts.append((here, self._here(layer, host, here)))
-            for node, share, reply in waiting:
-                parts.append((share, self._values(node, share, host, await reply)))
-        finally:
-            for _, _, reply in waiting:
-                reply.cancel()  # those that are done stay as they are
-        return self._add_up(parts, host, ids.shape[1]).to(hidden.device)
+        if sent.here is not None:
+            await asyncio.sleep(0)  # the messages leave before this thread computes
+            parts.append((sent.here, self._here(sent.layer, sent.hidden, sent.here)))
+        for node, share, reply in sent.waiting:
+            parts.append((share, self._values(node, share, sent.hidden, await reply)))
+        return self._add_up(parts, sent.hidden, sent.top_k).to(sent.device)
 
     def _add_up(self, parts: list[tuple[Share, torch.Tensor]], hidden: torch.Tensor, k: int) -> torch.Tensor:
         tokens, size = hidden.shape
@@ -131,7 +147,7 @@ class Dispatcher:
         counters.compute_ns = self._local.compute_ns
         return values
 
-    async def _send(
+    def _send(
         self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share
     ) -> "asyncio.Future[pb.ComputeReply]":
         link = self._links.get(node)
@@ -145,7 +161,7 @@ class Dispatcher:
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
         write_request(request, _rows(hidden, share), share.routing)
-        return await link.send(request)
+        return link.send(request)
 
     def _values(self, node: NodeName, share: Share, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
         """The rows of a reply to `share`. Raises NodeUnavailable when the node refused or answered nonsense."""
@@ -175,6 +191,17 @@ class Dispatcher:
 
         self._names = tuple(names)
         self._owners = [np.array([choose(nodes) for nodes in layer], dtype=np.int64) for layer in self._plan.owners]
+
+
+class _Answer:
+    """The sum that `submit` promises: awaiting it, once, collects."""
+
+    def __init__(self, dispatcher: Dispatcher, sent: _Sent) -> None:
+        self._dispatcher = dispatcher
+        self._sent = sent
+
+    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+        return self._dispatcher._collect(self._sent).__await__()
 
 
 def _rows(hidden: torch.Tensor, share: Share) -> torch.Tensor:

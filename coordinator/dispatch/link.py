@@ -1,7 +1,7 @@
 """One node's link: one persistent stream, many requests in flight, a deadline for each, bounded on both sides.
 
 Whatever ends the stream ends every request on it with NodeUnavailable, so that nobody waits for a machine that is
-gone. A new stream is opened by whoever hears that the node is back (coordinator/app.py).
+gone. A new stream is opened by whoever hears that the node is back (coordinator/follower.py).
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from ..types import NodeName, NodeUnavailable
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait their turn
+MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
 CONNECT_SECONDS = 10.0
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
 
@@ -43,6 +43,7 @@ class Link:
         self._channel = open_channel(address, identity, node_dns_name(node))
         self._on_close = on_close
         self._pending: dict[int, _Pending] = {}
+        self._sent: set[int] = set()  # of those: on the stream
         self._next_id = 1
         self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._outgoing: asyncio.Queue[pb.ComputeRequest] = asyncio.Queue()
@@ -65,15 +66,13 @@ class Link:
         self._call = stub.Compute(metadata=metadata())
         self._tasks = [asyncio.create_task(task) for task in (self._read(), self._write(), self._watch())]
 
-    async def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
-        """Puts one request on the stream, waiting only for a place among MAX_IN_FLIGHT; sets the request's id.
+    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
+        """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT; sets the request's id.
 
         The future has the reply. It raises NodeUnavailable, as this does, when the node is gone or stays silent for
         REPLY_SECONDS. Whoever no longer wants the reply cancels the future.
         """
-        await self._room.acquire()
         if self._call is None or self._failure is not None:
-            self._room.release()
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
         request.id = self._next_id
         self._next_id += 1
@@ -111,7 +110,11 @@ class Link:
         assert call is not None
         try:
             while True:
-                await call.write(await self._outgoing.get())
+                request = await self._outgoing.get()
+                if request.id in self._pending:  # else: cancelled while it was in line
+                    await self._room.acquire()
+                    self._sent.add(request.id)
+                    await call.write(request)
         except grpc.aio.AioRpcError as error:
             self._fail(_sentence(self.node, error))
         except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:  # the stream has ended
@@ -132,7 +135,9 @@ class Link:
 
     def _settled(self, request_id: int, _: object) -> None:
         self._pending.pop(request_id, None)
-        self._room.release()
+        if request_id in self._sent:
+            self._sent.discard(request_id)
+            self._room.release()
 
     def _fail(self, sentence: str) -> None:
         if self._failure is not None:

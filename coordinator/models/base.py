@@ -1,9 +1,12 @@
 """What the engine needs of a model, and what a model needs of the cluster.
 
-A trunk never sees the network: it awaits the `ExpertBackend` that it was given. The forward pass is a coroutine,
-so two sequences are two coroutines on one loop, and one computes while the other waits for its experts.
+A trunk never sees the network: it submits to the `ExpertBackend` that it was given and awaits the answer. The
+forward pass is a coroutine, so two sequences are two coroutines on one loop, and one computes while the other waits
+for its experts.
 """
 
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,16 +15,28 @@ import torch
 class ExpertBackend(Protocol):
     """Computes routed experts somewhere: in this process, on nodes, or in a test."""
 
-    async def compute(
+    def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The weighted sum of each token's experts.
+    ) -> Awaitable[torch.Tensor]:
+        """Asks for the weighted sum of each token's experts; call it on the event loop's thread.
+
+        The messages leave at once, so the caller may compute something else before it awaits the sum. Whoever does
+        not want it any more just drops what was returned.
 
         `layer` is the MoE layer's ordinal; `hidden` [tokens, hidden] f32 or bf16; `ids` [tokens, k] integers,
         where an id >= the layer's number of experts means none; `weights` [tokens, k] of any float type.
-        Returns [tokens, hidden] of hidden's dtype. Raises NodeUnavailable.
+        Gives [tokens, hidden] of hidden's dtype. Raises NodeUnavailable, here or when awaited.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SequenceInput:
+    """One sequence's part of a forward pass."""
+
+    tokens: torch.Tensor  # int64 [T], to run after what `cache` holds
+    cache: Any  # of the trunk's `new_cache`, extended in place
+    all_logits: bool = False  # logits of every token, not of the last one only
 
 
 class Trunk(Protocol):
@@ -31,6 +46,7 @@ class Trunk(Protocol):
     vocab_size: int
     context_length: int  # tokens, prompt and answer together
     prefill_chunk: int  # tokens of a prompt in one forward pass; the whole context where chunks would be wrong
+    max_sequences: int  # sequences in one forward pass
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of KV cache (and recurrent state) that a sequence of `tokens` needs."""
@@ -40,12 +56,15 @@ class Trunk(Protocol):
         """An empty cache for one sequence; `forward` extends it in place."""
         ...
 
-    async def forward(
-        self, tokens: torch.Tensor, cache: Any, experts: ExpertBackend, all_logits: bool = False
-    ) -> torch.Tensor:
-        """Runs `tokens` [T] (int64) after what `cache` holds.
+    def free_cache(self, cache: Any) -> None:
+        """Gives back what `cache` holds; it is not used any more. No forward pass with it may be running."""
+        ...
 
-        Returns f32 logits [vocab] of the last token, or [T, vocab] with `all_logits`. Raises what the backend
-        raises; the cache is then no longer usable. Cancellation takes effect at the next layer.
+    async def forward(self, batch: Sequence[SequenceInput], experts: ExpertBackend) -> list[torch.Tensor]:
+        """Runs each sequence's tokens after what its cache holds; 1 to `max_sequences` sequences of any lengths.
+
+        Returns for each sequence f32 logits [vocab] of its last token, or [T, vocab] with `all_logits`. Raises what
+        the backend raises; the caches of the batch are then no longer usable, except to be freed. Cancellation
+        takes effect at the next layer.
         """
         ...

@@ -6,7 +6,7 @@ arithmetic. Every family whose experts stand behind transformers' experts interf
 
 import inspect
 import logging
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import bridge, cache_size
-from .base import ExpertBackend
+from .base import ExpertBackend, SequenceInput
 from .half_linear import multiplies_half, widen_products
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def _experts_function(
     ids = top_k_index.reshape(hidden.shape[0], -1)
     weights = top_k_weights.reshape(hidden.shape[0], -1)
     layer = getattr(module, _ORDINAL)
-    result = bridge.await_in_forward(bridge.current().experts.compute(layer, hidden, ids, weights))
+    result = bridge.await_in_forward(bridge.current().experts.submit(layer, hidden, ids, weights))
     return result.reshape(hidden_states.shape).to(hidden_states.dtype)
 
 
@@ -62,6 +62,7 @@ class GenericTrunk:
         """
         text = model.config.get_text_config(decoder=True)
         self.family = family
+        self.max_sequences = 1
         self.vocab_size: int = text.vocab_size
         self.context_length = context_length
         self._model: Any = model
@@ -88,20 +89,24 @@ class GenericTrunk:
         own_kind = not self._model._supports_default_dynamic_cache()
         return SequenceCache(None if own_kind else DynamicCache(config=self._config))
 
-    async def forward(
-        self, tokens: torch.Tensor, cache: SequenceCache, experts: ExpertBackend, all_logits: bool = False
-    ) -> torch.Tensor:
-        """Runs `tokens` [T] (int64) after what `cache` holds; see `Trunk.forward`."""
+    def free_cache(self, cache: SequenceCache) -> None:
+        """Lets go of the tensors."""
+        cache.states = None
+
+    async def forward(self, batch: Sequence[SequenceInput], experts: ExpertBackend) -> list[torch.Tensor]:
+        """One sequence, a batch of one; see `Trunk.forward`."""
+        (one,) = batch
+        tokens, cache = one.tokens, one.cache
         arguments: dict[str, Any] = {"input_ids": tokens[None], "cache": cache.states, "use_cache": True}
         if self._takes_positions:  # some families would count them wrongly when their first layer is recurrent
             arguments["position_ids"] = torch.arange(cache.tokens, cache.tokens + tokens.shape[0])[None]
-        if self._limits_logits and not all_logits:
+        if self._limits_logits and not one.all_logits:
             arguments["logits_to_keep"] = 1
         output = await bridge.run(lambda: self._model(**arguments), experts)
         cache.states = output.cache
         cache.tokens += tokens.shape[0]
         logits: torch.Tensor = output.logits[0]
-        return logits.float() if all_logits else logits[-1].float()
+        return [logits.float() if one.all_logits else logits[-1].float()]
 
     def _probe(self) -> tuple[bool, cache_size.CacheSize]:
         """Whether chunks give the logits of one pass, and the cache's size. Both are measured with experts of zero.
@@ -112,11 +117,11 @@ class GenericTrunk:
         tokens = torch.arange(3, 3 + _PROBE) % self.vocab_size
         half = _PROBE // 2
         whole, parts = self.new_cache(), self.new_cache()
-        expected = _finish(self.forward(tokens, whole, _NoExperts(), all_logits=True))[half:]
-        _finish(self.forward(tokens[:half], parts, _NoExperts()))
+        expected = self._run_without_experts(SequenceInput(tokens, whole, all_logits=True))[half:]
+        self._run_without_experts(SequenceInput(tokens[:half], parts))
         assert parts.states is not None
         earlier = cache_size.measure(parts.states)
-        measured = _finish(self.forward(tokens[half:], parts, _NoExperts(), all_logits=True))
+        measured = self._run_without_experts(SequenceInput(tokens[half:], parts, all_logits=True))
         size = cache_size.CacheSize(earlier, cache_size.measure(parts.states), half, _PROBE)
         if cache_size.plain(parts.states) or not cache_size.recurrent(parts.states):
             return cache_size.plain(parts.states), size
@@ -124,21 +129,24 @@ class GenericTrunk:
         tolerance = 1e-3 if self._model.dtype == torch.float32 else 5e-2  # rounding; a lost state gives about 1
         return bool((measured - expected).norm() <= tolerance * spread), size
 
+    def _run_without_experts(self, one: SequenceInput) -> torch.Tensor:
+        return _finish(self.forward([one], _NoExperts()))[0]
+
 
 class _NoExperts:
     """A backend that adds nothing."""
 
-    async def compute(
+    async def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         return torch.zeros_like(hidden)
 
 
-def _finish(coroutine: Coroutine[Any, Any, torch.Tensor]) -> torch.Tensor:
+def _finish(coroutine: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Tensor]:
     """The result of a coroutine that never waits, outside of an event loop."""
     try:
         coroutine.send(None)
     except StopIteration as done:
-        result: torch.Tensor = done.value
+        result: list[torch.Tensor] = done.value
         return result
     raise RuntimeError("A probe of the trunk waited for something.")

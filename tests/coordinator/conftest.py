@@ -54,7 +54,7 @@ class ReferenceBackend:
         self._checkpoint = checkpoint
         self._experts: dict[ExpertId, dict[str, torch.Tensor]] = {}
 
-    async def compute(
+    async def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         await asyncio.sleep(0)  # other sequences run here, as they would while nodes work

@@ -4,7 +4,7 @@ import asyncio
 import gc
 import json
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models import bridge
+from moehive.coordinator.models.base import SequenceInput
 from moehive.coordinator.models.generic import GenericTrunk
 from moehive.coordinator.types import CoordinatorError, NodeUnavailable
 
@@ -27,9 +28,9 @@ def prompt(seed: int, length: int) -> torch.Tensor:
 
 async def generate(trunk: GenericTrunk, backend: Any, tokens: torch.Tensor, steps: int) -> torch.Tensor:
     cache = trunk.new_cache()
-    logits = [await trunk.forward(tokens, cache, backend)]
+    logits = await trunk.forward([SequenceInput(tokens, cache)], backend)
     for _ in range(steps):
-        logits.append(await trunk.forward(logits[-1].argmax()[None], cache, backend))
+        logits += await trunk.forward([SequenceInput(logits[-1].argmax()[None], cache)], backend)
     return torch.stack(logits)
 
 
@@ -48,9 +49,9 @@ def test_interleaved_sequences_equal_each_alone(
             super().__init__(checkpoint)
             self.sequence = sequence
 
-        async def compute(self, *arguments: Any) -> torch.Tensor:
+        def submit(self, *arguments: Any) -> Awaitable[torch.Tensor]:
             order.append(self.sequence)
-            return await super().compute(*arguments)  # type: ignore[no-any-return]
+            return super().submit(*arguments)  # type: ignore[no-any-return]
 
     order: list[int] = []
     alone = [asyncio.run(generate(trunk, Counting(0), *item)) for item in work]
@@ -76,7 +77,7 @@ def test_cancellation_unwinds_the_pass_and_leaks_nothing(
         waiting = asyncio.Event()
 
         class Hanging:
-            async def compute(self, *_: Any) -> torch.Tensor:
+            async def submit(self, *_: Any) -> torch.Tensor:
                 waiting.set()
                 await asyncio.Event().wait()
                 raise AssertionError("never reached")
@@ -84,11 +85,11 @@ def test_cancellation_unwinds_the_pass_and_leaks_nothing(
         class Watching:
             """Keeps a weak reference to the greenlet that is given to each call."""
 
-            def compute(self, *arguments: Any) -> Any:
+            def submit(self, *arguments: Any) -> Any:
                 passes.append(weakref.ref(bridge.current()))
-                return Hanging().compute(*arguments)
+                return Hanging().submit(*arguments)
 
-        task = asyncio.create_task(trunk.forward(prompt(1, 4), trunk.new_cache(), Watching()))
+        task = asyncio.create_task(trunk.forward([SequenceInput(prompt(1, 4), trunk.new_cache())], Watching()))
         await asyncio.wait_for(waiting.wait(), DEADLINE)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -109,13 +110,13 @@ def test_a_node_that_fails_ends_the_pass_with_its_error(
     trunk = make_trunk(checkpoint)
 
     class Failing(reference_backend):  # type: ignore[misc]
-        async def compute(self, layer: int, *arguments: Any) -> torch.Tensor:
+        def submit(self, layer: int, *arguments: Any) -> Awaitable[torch.Tensor]:
             if layer == 1:
                 raise NodeUnavailable("attic", "The node attic is away; start it again.")
-            return await super().compute(layer, *arguments)  # type: ignore[no-any-return]
+            return super().submit(layer, *arguments)  # type: ignore[no-any-return]
 
     with pytest.raises(NodeUnavailable, match="attic"):
-        asyncio.run(trunk.forward(prompt(1, 4), trunk.new_cache(), Failing(checkpoint)))
+        asyncio.run(trunk.forward([SequenceInput(prompt(1, 4), trunk.new_cache())], Failing(checkpoint)))
     # Another sequence, with a cache of its own, is not touched by it.
     assert torch.isfinite(asyncio.run(generate(trunk, reference_backend(checkpoint), prompt(1, 4), 1))).all()
 
@@ -166,7 +167,8 @@ def test_bf16_keeps_to_transformers(
     assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"bf16"}
     trunk = make_trunk(checkpoint)
     tokens = prompt(4, 10)
-    ours = asyncio.run(trunk.forward(tokens, trunk.new_cache(), reference_backend(checkpoint), all_logits=True))
+    batch = [SequenceInput(tokens, trunk.new_cache(), all_logits=True)]
+    (ours,) = asyncio.run(trunk.forward(batch, reference_backend(checkpoint)))
     assert ours.dtype == torch.float32
     with torch.no_grad():
         theirs = model(input_ids=tokens[None]).logits[0].float()

@@ -38,7 +38,7 @@ class FakeLink:
         self.change = change
         self._ops = ExpertOps(1)
 
-    async def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
+    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
         message = pb.ComputeRequest.FromString(request.SerializeToString())
         hidden, routing = read_request(message)
         held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
@@ -72,6 +72,14 @@ def inputs(tokens: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tenso
     return torch.randn(tokens, HIDDEN, generator=generator).to(dtype), ids, torch.rand(tokens, TOP_K)
 
 
+async def _ask(dispatcher: Dispatcher, *arguments: Any) -> torch.Tensor:
+    return await dispatcher.submit(*arguments)
+
+
+def ask(dispatcher: Dispatcher, *arguments: Any) -> torch.Tensor:
+    return asyncio.run(_ask(dispatcher, *arguments))
+
+
 PLACEMENTS = [["a"] * 7, ["a", "b", "c", "a", "b", "c", "a"], [LOCAL, "b", LOCAL, "b", "c", "c", "c"], [LOCAL] * 7]
 
 
@@ -80,7 +88,7 @@ PLACEMENTS = [["a"] * 7, ["a", "b", "c", "a", "b", "c", "a"], [LOCAL, "b", LOCAL
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_the_sum_is_the_reference_for_any_placement(owners: list[str], reduction: Reduction, tokens: int) -> None:
     hidden, ids, weights = inputs(tokens)
-    out = asyncio.run(cluster(owners, reduction).compute(1, hidden, ids, weights))
+    out = ask(cluster(owners, reduction), 1, hidden, ids, weights)
     wanted = torch.zeros_like(hidden)
     for t in range(tokens):
         for j in range(TOP_K):
@@ -92,14 +100,14 @@ def test_the_sum_is_the_reference_for_any_placement(owners: list[str], reduction
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_per_expert_has_the_same_bits_for_any_placement(dtype: torch.dtype) -> None:
     hidden, ids, weights = inputs(11, dtype)
-    outs = [asyncio.run(cluster(o, Reduction.PER_EXPERT).compute(0, hidden, ids, weights)) for o in PLACEMENTS]
+    outs = [ask(cluster(o, Reduction.PER_EXPERT), 0, hidden, ids, weights) for o in PLACEMENTS]
     assert all(torch.equal(outs[0], out) for out in outs[1:]) and outs[0].dtype == dtype
 
 
 def test_ids_beyond_the_experts_mean_none() -> None:
     hidden, _, weights = inputs(2)
     ids = torch.full((2, TOP_K), EXPERTS)
-    out = asyncio.run(cluster(["a"] * 7, Reduction.PARTIAL_SUM).compute(0, hidden, ids, weights))
+    out = ask(cluster(["a"] * 7, Reduction.PARTIAL_SUM), 0, hidden, ids, weights)
     assert torch.equal(out, torch.zeros_like(hidden))
 
 
@@ -107,10 +115,10 @@ def test_no_plan_is_not_ready_and_a_missing_node_is_named() -> None:
     hidden, ids, weights = inputs(3)
     bare = Dispatcher(MANIFEST, None, Reduction.PARTIAL_SUM)
     with pytest.raises(NotReady):
-        asyncio.run(bare.compute(0, hidden, ids, weights))
+        ask(bare, 0, hidden, ids, weights)
     bare.follow(plan(["gone"] * 7))
     with pytest.raises(NodeUnavailable, match="gone") as caught:
-        asyncio.run(bare.compute(0, hidden, ids, weights))
+        ask(bare, 0, hidden, ids, weights)
     assert caught.value.node == "gone"
 
 
@@ -123,23 +131,23 @@ def test_a_reply_of_the_wrong_size_is_that_nodes_fault() -> None:
 
     dispatcher.connect(cast(Link, FakeLink("b", lie)))
     with pytest.raises(NodeUnavailable, match="Node b answered"):
-        asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+        ask(dispatcher, 0, hidden, ids, weights)
 
 
 def test_a_replica_takes_over_when_the_first_owner_is_away() -> None:
     hidden, ids, weights = inputs(4)
     dispatcher = cluster(["a"] * 7, Reduction.PARTIAL_SUM)
-    alone = asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+    alone = ask(dispatcher, 0, hidden, ids, weights)
     both = tuple((NodeName("away"), NodeName("a")) for _ in range(EXPERTS))
     dispatcher.follow(Plan(2, (both, both)))
-    assert torch.equal(asyncio.run(dispatcher.compute(0, hidden, ids, weights)), alone)
+    assert torch.equal(ask(dispatcher, 0, hidden, ids, weights), alone)
     assert dispatcher.epoch == 2 and dispatcher.counters[NodeName("a")].expert_calls == 2 * 4 * TOP_K
 
 
 def test_counters_tell_who_did_what() -> None:
     hidden, ids, weights = inputs(5)
     dispatcher = cluster([LOCAL, "b"] * 3 + ["b"], Reduction.PARTIAL_SUM)
-    asyncio.run(dispatcher.compute(0, hidden, ids, weights))
+    ask(dispatcher, 0, hidden, ids, weights)
     here = int(np.isin(ids.numpy(), [0, 2, 4]).sum())
     counted: Any = {name: c.expert_calls for name, c in dispatcher.counters.items()}
     assert counted == {LOCAL: here, "b": 5 * TOP_K - here}

@@ -25,7 +25,7 @@ class FakeExperts:
         self.gate.set()
         self.fail_at: dict[int, Exception] = {}  # number of the call → what it raises
 
-    async def compute(
+    async def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         number = self.calls
@@ -76,7 +76,7 @@ class FakeTrunk:
         assert tokens.dtype == torch.int64 and 1 <= len(tokens) <= self.prefill_chunk and not all_logits
         for layer in range(self.layers):
             routing = torch.zeros(len(tokens), 1)
-            await experts.compute(layer, torch.zeros(len(tokens), HIDDEN), routing.long(), routing)
+            await experts.submit(layer, torch.zeros(len(tokens), HIDDEN), routing.long(), routing)
         cache.extend(tokens.tolist())
         assert len(cache) <= self.context_length
         self.steps.append(tuple(tokens.tolist()))

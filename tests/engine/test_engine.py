@@ -140,7 +140,7 @@ def test_a_long_generation_does_not_starve_a_short_one(fakes: ModuleType) -> Non
 def test_a_long_prompt_does_not_starve_a_running_generation(fakes: ModuleType) -> None:
     async def run() -> None:
         class Instant(fakes.FakeExperts):  # type: ignore[name-defined, misc]
-            async def compute(self, layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
+            async def submit(self, layer: int, hidden: Any, ids: Any, weights: Any) -> Any:
                 return hidden  # never gives the loop away itself
 
         trunk = fakes.FakeTrunk(context_length=4096, prefill_chunk=4)
