@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from time import monotonic
 
-from ..models.base import ExpertBackend, Trunk
+from ..models.base import ExpertBackend, SequenceInput, Trunk
 from ..types import CoordinatorError, FinishReason, GenerationRequest, InvalidRequest, NotReady
 from .kvcache import KVBudget
 from .sampler import Sampler
@@ -118,7 +118,7 @@ class Engine:
     async def step(self, sequence: Sequence) -> None:
         """The next piece of the prompt, or the last token → forward → sample → publish."""
         tokens = sequence.next_input(self._trunk.prefill_chunk)
-        logits = await self._trunk.forward(tokens, sequence.cache, self._experts)
+        (logits,) = await self._trunk.forward([SequenceInput(tokens, sequence.cache)], self._experts)
         if sequence.prompt_left:
             return
         sequence.publish(sequence.sampler.next(logits))
@@ -142,7 +142,9 @@ class Engine:
                     return sequence.finished(reason)
                 await asyncio.sleep(0)  # a backend that never waits must not keep the loop
         finally:
-            sequence.cache = None
+            if sequence.cache is not None:
+                self._trunk.free_cache(sequence.cache)
+                sequence.cache = None
             self._scheduler.leave(sequence.id)
 
     def _has_room(self, sequence: Sequence) -> bool:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from moehive.coordinator.demo import dense, package
+from moehive.coordinator.models.base import SequenceInput
 
 MAX_KL = 0.01  # nats a token; the experts are the dense layer in bf16, so only rounding is left
 CHATS = (
@@ -28,9 +29,10 @@ def test_kl_to_the_dense_model_and_the_text(demo_model: Path, new_cluster: Any, 
     async def run() -> tuple[list[torch.Tensor], str]:
         async with new_cluster().coordinator(demo_model, nodes=3) as coordinator:
             trunk = coordinator.trunk
-            logits = [
-                await trunk.forward(ids, trunk.new_cache(), coordinator.dispatcher, all_logits=True) for ids in rows
-            ]
+            logits: list[torch.Tensor] = []
+            for ids in rows:
+                batch = [SequenceInput(ids, trunk.new_cache(), all_logits=True)]
+                logits += await trunk.forward(batch, coordinator.dispatcher)
             # The answer's first word is nearly a tie in this model, so the sentence is begun for it.
             chat = [{"role": "user", "content": CHATS[0][0]}]
             begun = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)

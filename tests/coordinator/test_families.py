@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.models.base import SequenceInput
 from moehive.coordinator.models.generic import GenericTrunk, SequenceCache
 
 _spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
@@ -41,13 +42,13 @@ async def greedy(
 ) -> tuple[list[int], torch.Tensor, SequenceCache]:
     cache = trunk.new_cache()
     for part in prompt.split(chunk):
-        logits = await trunk.forward(part, cache, backend)
+        (logits,) = await trunk.forward([SequenceInput(part, cache)], backend)
     tokens: list[int] = []
     steps: list[torch.Tensor] = []
     for _ in range(STEPS):
         steps.append(logits)
         tokens.append(int(logits.argmax()))
-        logits = await trunk.forward(torch.tensor(tokens[-1:]), cache, backend)
+        (logits,) = await trunk.forward([SequenceInput(torch.tensor(tokens[-1:]), cache)], backend)
     return tokens, torch.stack(steps), cache
 
 
@@ -94,7 +95,8 @@ def test_family_equals_transformers(
     ours, ours_steps, cache = asyncio.run(greedy(trunk, backend, prompt, PROMPT))
     assert ours == tokens
     torch.testing.assert_close(logprobs(ours_steps), logprobs(steps), rtol=0, atol=TOLERANCE)
-    every = asyncio.run(trunk.forward(prompt, trunk.new_cache(), backend, all_logits=True))
+    batch = [SequenceInput(prompt, trunk.new_cache(), all_logits=True)]
+    (every,) = asyncio.run(trunk.forward(batch, backend))
     torch.testing.assert_close(logprobs(every), logprobs(whole), rtol=0, atol=TOLERANCE)
 
     length = PROMPT + STEPS

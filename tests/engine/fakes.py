@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from moehive.coordinator.models.base import SequenceInput
+
 HIDDEN = 4
 
 
@@ -55,28 +57,47 @@ class FakeTrunk:
         prefill_chunk: int = 8,
         layers: int = 3,
         choose: Callable[[History], int] | None = None,
+        max_sequences: int = 1,
     ) -> None:
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.prefill_chunk = prefill_chunk
         self.layers = layers
         self.choose = choose
-        self.steps: list[tuple[int, ...]] = []  # the tokens of each forward pass, in the order of their ends
+        self.max_sequences = max_sequences
+        self.caches: set[int] = set()  # those not freed
+        self.batches: list[int] = []  # sequences of each forward pass, in the order of their ends
+        self.steps: list[tuple[int, ...]] = []  # the tokens of each sequence's part of them
         self.nan_after: int | None = None  # history this long gives NaN
 
     def cache_bytes(self, tokens: int) -> int:
         return 100 * tokens
 
     def new_cache(self) -> History:
-        return History()
+        cache = History()
+        self.caches.add(id(cache))
+        return cache
 
-    async def forward(
-        self, tokens: torch.Tensor, cache: History, experts: FakeExperts, all_logits: bool = False
-    ) -> torch.Tensor:
-        assert tokens.dtype == torch.int64 and 1 <= len(tokens) <= self.prefill_chunk and not all_logits
+    def free_cache(self, cache: History) -> None:
+        self.caches.remove(id(cache))  # given twice, or never made, is an error
+
+    async def forward(self, batch: Sequence[SequenceInput], experts: FakeExperts) -> list[torch.Tensor]:
+        assert 1 <= len(batch) <= self.max_sequences
+        for one in batch:
+            assert id(one.cache) in self.caches, "a cache that was freed"
+            assert (
+                one.tokens.dtype == torch.int64 and 1 <= len(one.tokens) <= self.prefill_chunk and not one.all_logits
+            )
+        tokens = torch.cat([one.tokens for one in batch])
+        routing = torch.zeros(len(tokens), 1)
         for layer in range(self.layers):
-            routing = torch.zeros(len(tokens), 1)
-            await experts.submit(layer, torch.zeros(len(tokens), HIDDEN), routing.long(), routing)
+            hidden = (tokens * self.layers + layer).float()[:, None].expand(-1, HIDDEN)
+            back = await experts.submit(layer, hidden, routing.long(), routing)
+            assert torch.equal(back, hidden), "another batch's rows"
+        self.batches.append(len(batch))
+        return [self._end(one.tokens, one.cache) for one in batch]
+
+    def _end(self, tokens: torch.Tensor, cache: History) -> torch.Tensor:
         cache.extend(tokens.tolist())
         assert len(cache) <= self.context_length
         self.steps.append(tuple(tokens.tolist()))

@@ -46,6 +46,8 @@ def greedy(fakes: ModuleType, prompt: tuple[int, ...], count: int, vocab_size: i
 
 def assert_empty(engine: Engine) -> None:
     engine.check_integrity()
+    trunk: Any = engine._trunk
+    assert not trunk.caches, "caches that nobody has freed"
     load = engine.load()
     assert (load.running, load.waiting, load.kv_bytes_used) == (0, 0, 0)
 
