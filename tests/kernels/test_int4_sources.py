@@ -1,0 +1,129 @@
+"""The int4 layouts of checkpoints, packed here word by word as each project publishes it, then unpacked by us."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.kernels.formats.int4_sources import Int4Weights, from_awq, from_compressed_tensors, from_gptq
+from moehive.kernels.geometry import GeometryError
+
+SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**31))
+
+
+def numbers(rows: int, groups: int, group: int, seed: int, dtype: torch.dtype = torch.float16) -> Int4Weights:
+    g = torch.Generator().manual_seed(seed)
+    return Int4Weights(
+        torch.randint(0, 16, (rows, groups * group), generator=g, dtype=torch.uint8),
+        torch.rand(rows, groups, generator=g).to(dtype).float(),
+        torch.randint(0, 16, (rows, groups), generator=g, dtype=torch.uint8),
+        group,
+    )
+
+
+def word(nibbles: list[int]) -> int:
+    """Eight codes, the first in the lowest bits, as a signed 32-bit number."""
+    total = sum(code << 4 * place for place, code in enumerate(nibbles))
+    return total - 2**32 if total >= 2**31 else total
+
+
+def words(matrix: list[list[int]], order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """Packs along the rows of `matrix`; `order[j]` is the column that place j holds."""
+    return torch.tensor(
+        [[word([(row + [0] * 8)[at + j] for j in order]) for at in range(0, len(row), 8)] for row in matrix],
+        dtype=torch.int32,
+    )
+
+
+def expected(weights: Int4Weights) -> torch.Tensor:
+    rows, columns = weights.values.shape
+    out = torch.empty(rows, columns)
+    for column in range(columns):
+        at = column // weights.group
+        codes = weights.values[:, column].float() - weights.zeros[:, at].float()
+        out[:, column] = codes * weights.scales[:, at]
+    return out
+
+
+def same(found: Int4Weights, wanted: Int4Weights) -> None:
+    assert found.group == wanted.group
+    assert torch.equal(found.values, wanted.values)
+    assert torch.equal(found.zeros, wanted.zeros)
+    assert torch.equal(found.scales, wanted.scales)
+    assert torch.equal(found.decode(), expected(wanted))
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.booleans())
+def test_gptq(shape: tuple[int, int, int, int], first_version: bool) -> None:
+    octets, groups, group, seed = shape
+    wanted = numbers(8 * octets, groups, group, seed)
+    stored_zeros = (wanted.zeros.int() - 1) % 16 if first_version else wanted.zeros
+    found = from_gptq(
+        words(wanted.values.tolist()).T,
+        words(stored_zeros.T.tolist()),
+        wanted.scales.T.half(),
+        torch.arange(groups * group, dtype=torch.int32) // group,
+        zeros_are_minus_one=first_version,
+    )
+    same(found, wanted)
+
+
+def test_gptq_out_of_order_is_refused() -> None:
+    wanted = numbers(8, 2, 32, 0)
+    g_idx = (torch.arange(64, dtype=torch.int32) // 32).flip(0)
+    with pytest.raises(GeometryError, match="desc_act"):
+        from_gptq(words(wanted.values.tolist()).T, words(wanted.zeros.T.tolist()), wanted.scales.T.half(), g_idx)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES)
+def test_awq(shape: tuple[int, int, int, int]) -> None:
+    octets, groups, group, seed = shape
+    wanted = numbers(8 * octets, groups, group, seed)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    found = from_awq(
+        words(wanted.values.T.tolist(), order), words(wanted.zeros.T.tolist(), order), wanted.scales.T.half()
+    )
+    same(found, wanted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(1, 30), st.booleans())
+def test_compressed_tensors(shape: tuple[int, int, int, int], rows: int, symmetric: bool) -> None:
+    _, groups, group, seed = shape
+    wanted = numbers(rows, groups, group, seed, torch.bfloat16)
+    if symmetric:
+        wanted.zeros.fill_(8)
+    found = from_compressed_tensors(
+        words(wanted.values.tolist()),
+        wanted.scales.bfloat16(),
+        (rows, groups * group),
+        None if symmetric else words(wanted.zeros.T.tolist()).T,
+    )
+    same(found, wanted)
+
+
+def test_compressed_tensors_own_packing() -> None:
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    wanted = numbers(20, 3, 32, 1, torch.bfloat16)
+    found = from_compressed_tensors(
+        helpers.pack_to_int32((wanted.values.int() - 8).to(torch.int8), 4),
+        wanted.scales.bfloat16(),
+        (20, 96),
+        helpers.pack_to_int32((wanted.zeros.int() - 8).to(torch.int8), 4, packed_dim=0).contiguous(),
+    )
+    same(found, wanted)
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    wanted = numbers(16, 2, 32, 0)
+    packed, zeros, scales = words(wanted.values.T.tolist()), words(wanted.zeros.T.tolist()), wanted.scales.T.half()
+    with pytest.raises(GeometryError, match="scales"):
+        from_awq(packed, zeros, scales[:, :8])
+    with pytest.raises(GeometryError, match="qzeros"):
+        from_awq(packed, zeros[:1], scales)
+    with pytest.raises(GeometryError, match="int32"):
+        from_awq(packed.long(), zeros, scales)
+    with pytest.raises(GeometryError, match="can't hold"):
+        from_compressed_tensors(words(wanted.values.tolist()), wanted.scales, (16, 128))
