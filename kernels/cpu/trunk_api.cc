@@ -1,0 +1,129 @@
+// The C interface of the trunk's arithmetic, for ctypes (kernels/trunk_ops.py), and its schedule over threads.
+#include <cmath>
+#include <cstring>
+#include <exception>
+#include <vector>
+
+#include "trunk.h"
+#include "trunk_threads.h"
+
+#define MOEHIVE_API extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace moehive;
+
+const TrunkKernel& best() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return __builtin_cpu_supports("avx512f") ? kTrunkAvx512 : kTrunkAvx2;
+#endif
+  return kTrunkPlain;
+}
+
+bool sound(const MoehiveAttention& a) {
+  return a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0 && a.head_dim <= kMaxHead &&
+         a.rotary >= 0 && a.rotary <= a.head_dim && a.rotary % 2 == 0 && a.window >= 0;
+}
+
+int64_t keys_seen(const MoehiveAttention& a, int64_t position) {
+  return a.window && a.window < position + 1 ? a.window : position + 1;
+}
+
+}  // namespace
+
+// Raised with every change of this file's functions or of trunk.h's structs.
+MOEHIVE_API int32_t moehive_trunk_abi() { return 1; }
+
+// Null without memory or threads. To be freed by moehive_trunk_destroy.
+MOEHIVE_API void* moehive_trunk_create(int32_t threads) {
+  try {
+    return threads < 1 ? nullptr : new Trunk(best(), threads);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
+MOEHIVE_API void moehive_trunk_destroy(void* trunk) { delete static_cast<Trunk*>(trunk); }
+
+// See AddNorm in trunk.h. Any of add, more, gate, norm (with out), half_out may be null.
+MOEHIVE_API void moehive_trunk_add_norm(void* trunk, int64_t tokens, int64_t width, float* hidden, const void* add,
+                                        int32_t add_half, const float* more, const float* gate, int64_t gate_stride,
+                                        const float* norm, float eps, float* out, uint16_t* half_out) {
+  Trunk& self = *static_cast<Trunk*>(trunk);
+  const AddNorm p{tokens, width, hidden, add, more, gate, norm, out, half_out, gate_stride, eps, add_half};
+  self.each(tokens, tokens * width, [&](int64_t token) { self.kernel().add_norm(p, token); });
+}
+
+// cos and sin [tokens, half] of position * inverse[i], times `scaling`, as transformers computes them in f32.
+MOEHIVE_API void moehive_trunk_rope(const int64_t* positions, int64_t tokens, const float* inverse, int64_t half,
+                                    float scaling, float* cos, float* sin) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions[t]) * inverse[i];
+      cos[t * half + i] = std::cos(angle) * scaling;
+      sin[t * half + i] = std::sin(angle) * scaling;
+    }
+}
+
+// Norms and turns queries and keys of `rows` (see MoehiveAttention), appends keys and values to the sequences' pages
+// and attends: out [tokens, heads * head_dim]. Returns 0; 1 if an argument can't be; 2 without memory.
+MOEHIVE_API int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer, float* rows,
+                                         const MoehiveSequence* sequences, int64_t count, const float* cos,
+                                         const float* sin, float* out) {
+  if (!trunk || !layer || !sound(*layer)) return 1;
+  Trunk& self = *static_cast<Trunk*>(trunk);
+  const MoehiveAttention& a = *layer;
+  const Attend p{a, rows, cos, sin, out};
+  const int64_t group = a.heads / a.kv_heads, heads = group < kMaxQueries ? group : kMaxQueries;
+  const int64_t tokens = kMaxQueries / heads;
+  try {
+    thread_local std::vector<AttendPart> parts;
+    parts.clear();
+    int64_t work = 0;
+    for (int64_t s = 0; s < count; ++s) {
+      const MoehiveSequence& sequence = sequences[s];
+      self.each(sequence.tokens, sequence.tokens * a.row,
+                [&](int64_t token) { self.kernel().prepare(p, sequence, token); });
+      for (int64_t token = 0; token < sequence.tokens; token += tokens)
+        for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
+          for (int64_t head = 0; head < group; head += heads)
+            parts.push_back({&sequence, token, tokens < sequence.tokens - token ? tokens : sequence.tokens - token,
+                             kv_head * group + head, heads < group - head ? heads : group - head});
+      work += sequence.tokens * a.heads * a.head_dim * keys_seen(a, sequence.start + sequence.tokens - 1);
+    }
+    const AttendPart* list = parts.data();  // of this thread: the others must not look for their own
+    self.each(static_cast<int64_t>(parts.size()), work, [&](int64_t i) { self.kernel().attend(p, list[i]); });
+  } catch (const std::exception&) {
+    return 2;
+  }
+  return 0;
+}
+
+// out[t] = activation(in[t][0 .. middle]) * in[t][middle .. 2 middle], rows of `in` `stride` apart.
+MOEHIVE_API void moehive_trunk_gate(void* trunk, const float* in, int64_t tokens, int64_t middle, int64_t stride,
+                                    int32_t activation, float* out) {
+  Trunk& self = *static_cast<Trunk*>(trunk);
+  self.each(tokens, tokens * middle * 8,
+            [&](int64_t t) { self.kernel().gate(in + t * stride, middle, activation, out + t * middle); });
+}
+
+// The experts of each token: ids and weights [tokens, top_k], likeliest first. Returns 0; 1 if an argument can't be;
+// 2 without memory.
+MOEHIVE_API int32_t moehive_trunk_route(void* trunk, const MoehiveRouter* router, const float* logits, int64_t tokens,
+                                        int64_t* ids, float* weights) {
+  const MoehiveRouter& r = *router;
+  if (r.top_k < 1 || r.top_k > r.experts || r.groups < 1 || r.experts % r.groups || r.top_groups > r.groups ||
+      r.top_k > r.experts / r.groups * r.top_groups)
+    return 1;
+  Trunk& self = *static_cast<Trunk*>(trunk);
+  try {
+    thread_local std::vector<float> scratch;
+    scratch.resize(2 * r.experts + r.groups);
+    for (int64_t t = 0; t < tokens; ++t)
+      self.kernel().route(r, logits + t * r.experts, scratch.data(), ids + t * r.top_k, weights + t * r.top_k);
+  } catch (const std::exception&) {
+    return 2;
+  }
+  return 0;
+}

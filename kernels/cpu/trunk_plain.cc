@@ -1,0 +1,12 @@
+// The trunk's arithmetic for what every processor of this architecture has (on aarch64: NEON).
+namespace moehive {
+namespace {
+constexpr int kWidth = 4;
+}
+}  // namespace moehive
+
+#include "trunk-inl.h"
+
+namespace moehive {
+extern const TrunkKernel kTrunkPlain{add_norm, prepare, attend, gate, route};
+}  // namespace moehive
