@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
@@ -29,6 +30,8 @@ class Pool {
 
  private:
   bool run_one();
+  void learn_gap();
+  bool watch();
   void serve();
   void stop();
 
@@ -40,6 +43,9 @@ class Pool {
   uint32_t items_ = 0;
   void (*work_)(void*, uint32_t) = nullptr;
   void* context_ = nullptr;
+
+  std::atomic<int64_t> watch_us_;  // how long a thread without work stays awake, in microseconds
+  std::chrono::steady_clock::time_point last_end_{};  // of the job before
 
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
