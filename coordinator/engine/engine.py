@@ -1,7 +1,7 @@
 """Many generations at once over one trunk.
 
-Each sequence is a task on the loop that runs its own steps. A forward pass awaits its experts at every MoE layer,
-and there the other sequences go on: they interleave layer by layer, and one computes while another waits.
+Each sequence is a task on the loop that runs its own steps; `batches.py` puts the steps that are ready at the same
+time into one forward pass. A pass awaits its experts at every MoE layer, and there the other passes go on.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from time import monotonic
 
 from ..models.base import ExpertBackend, SequenceInput, Trunk
 from ..types import CoordinatorError, FinishReason, GenerationRequest, InvalidRequest, NotReady
+from .batches import Batches
 from .kvcache import KVBudget
 from .sampler import Sampler
 from .scheduler import Scheduler
@@ -42,7 +43,7 @@ class Engine:
     ) -> None:
         """`kv_limit_bytes` bounds all sequences' caches together; `max_waiting` those in line for room there."""
         self._trunk = trunk
-        self._experts = experts
+        self._batches = Batches(trunk, experts)
         self._scheduler = Scheduler(KVBudget(kv_limit_bytes), max_waiting)
         self._sequences: dict[str, tuple[Sequence, asyncio.Task[Finished]]] = {}
         self._closed = False
@@ -118,7 +119,7 @@ class Engine:
     async def step(self, sequence: Sequence) -> None:
         """The next piece of the prompt, or the last token → forward → sample → publish."""
         tokens = sequence.next_input(self._trunk.prefill_chunk)
-        (logits,) = await self._trunk.forward([SequenceInput(tokens, sequence.cache)], self._experts)
+        logits = await self._batches.forward(SequenceInput(tokens, sequence.cache))
         if sequence.prompt_left:
             return
         sequence.publish(sequence.sampler.next(logits))
@@ -140,7 +141,6 @@ class Engine:
                     reason = FinishReason.LENGTH
                 if reason is not None:
                     return sequence.finished(reason)
-                await asyncio.sleep(0)  # a backend that never waits must not keep the loop
         finally:
             if sequence.cache is not None:
                 self._trunk.free_cache(sequence.cache)

@@ -339,12 +339,13 @@ def test_an_open_ended_request_grows_while_there_is_room(fakes: ModuleType) -> N
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("seed", range(4))
-def test_random_cancels_leak_nothing(fakes: ModuleType, seed: int) -> None:
+def test_random_cancels_leak_nothing(fakes: ModuleType, seed: int, most: int) -> None:
     async def run() -> None:
         chance = random.Random(seed)
         experts = fakes.FakeExperts()
-        engine = Engine(fakes.FakeTrunk(prefill_chunk=3), experts, 100 * 90, max_waiting=12)
+        engine = Engine(fakes.FakeTrunk(prefill_chunk=3, max_sequences=most), experts, 100 * 90, max_waiting=12)
 
         async def client(n: int) -> None:
             for _ in range(chance.randrange(60)):
