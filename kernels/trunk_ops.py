@@ -158,7 +158,8 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def native_trunk() -> ctypes.CDLL:
+    """The native library's part for trunks. Raises NativeLibraryError."""
     path = files("moehive.kernels") / "libmoehive_kernels.so"
     try:
         library = ctypes.CDLL(str(path))
@@ -196,11 +197,11 @@ class TrunkOps:
 
     def __init__(self, threads: int) -> None:
         """`threads`: cores to use, at least 1. Raises NativeLibraryError."""
-        library = _library()
-        self._handle = library.moehive_trunk_create(threads)
-        if not self._handle:
+        library = native_trunk()
+        self.handle = library.moehive_trunk_create(threads)
+        if not self.handle:
             raise NativeLibraryError(f"The native library can't start the trunk's {threads} threads.")
-        weakref.finalize(self, library.moehive_trunk_destroy, self._handle)
+        weakref.finalize(self, library.moehive_trunk_destroy, self.handle)
         self._add_norm = library.moehive_trunk_add_norm
         self._rope = library.moehive_trunk_rope
         self._attend = library.moehive_trunk_attend
@@ -224,7 +225,7 @@ class TrunkOps:
         """
         tokens, width = hidden.shape
         self._add_norm(
-            self._handle,
+            self.handle,
             tokens,
             width,
             hidden.data_ptr(),
@@ -265,7 +266,7 @@ class TrunkOps:
         Raises MemoryError, NativeLibraryError.
         """
         status = self._attend(
-            self._handle,
+            self.handle,
             ctypes.addressof(layer),
             rows.data_ptr(),
             ctypes.addressof(batch),
@@ -281,7 +282,7 @@ class TrunkOps:
         """`out` [T, n] = activation(rows[:, :n]) * rows[:, n : 2 * n]; `rows` may have more columns."""
         tokens, middle = out.shape
         self._gate(
-            self._handle, rows.data_ptr(), tokens, middle, rows.stride(0), _ACTIVATIONS[activation], out.data_ptr()
+            self.handle, rows.data_ptr(), tokens, middle, rows.stride(0), _ACTIVATIONS[activation], out.data_ptr()
         )
 
     def route(self, router: _Router, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
@@ -290,7 +291,7 @@ class TrunkOps:
         Raises MemoryError, NativeLibraryError.
         """
         status = self._route(
-            self._handle, ctypes.addressof(router), logits.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr()
+            self.handle, ctypes.addressof(router), logits.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr()
         )
         if status:
             _raise(status)

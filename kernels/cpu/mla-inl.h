@@ -1,0 +1,250 @@
+// The arithmetic of mla.h, compiled for each instruction set by the including file.
+#pragma once
+
+#include "mla.h"
+#include "vec8-inl.h"
+
+namespace moehive {
+namespace {
+
+// Rotates `n` numbers by n / 2 angles; the result is in halves, whichever way the pairs lie.
+inline void rotate(float* to, const float* from, const float* cos, const float* sin, int64_t n, bool interleaved) {
+  const int64_t half = n / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float x = interleaved ? from[2 * i] : from[i], y = interleaved ? from[2 * i + 1] : from[i + half];
+    to[i] = x * cos[i] - y * sin[i];
+    to[i + half] = y * cos[i] + x * sin[i];
+  }
+}
+
+// to[t][0 .. 8 * kWide) = sum over n of x[t][n] * rows[n][...], for kTokens tokens: kWide * kTokens sums in registers.
+template <int kWide, int kTokens, class Stored>
+inline void combine(const Stored* rows, int64_t stride, int64_t count, const float* const* x, float* const* to) {
+  F8 sums[kTokens][kWide] = {};
+  for (int64_t n = 0; n < count; ++n) {
+    F8 wide[kWide];
+#pragma GCC unroll 8
+    for (int w = 0; w < kWide; ++w) wide[w] = load8(rows + n * stride + w * kEight);
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+      const F8 factor = all8(x[t][n]);
+#pragma GCC unroll 8
+      for (int w = 0; w < kWide; ++w) sums[t][w] = fma8(factor, wide[w], sums[t][w]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t)
+#pragma GCC unroll 8
+    for (int w = 0; w < kWide; ++w) store8(to[t] + w * kEight, sums[t][w]);
+}
+
+inline float widen(float x) { return x; }
+inline float widen(uint16_t bf16) {
+  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
+  float x;
+  memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// Queries of one head into the latent space: absorbed = query * W_uk.
+template <class Stored>
+void absorb_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
+  constexpr int kWide = 2, kFour = 4;
+  const int64_t query = layer.nope + layer.rope, full = layer.rank + layer.rope, rank = layer.rank;
+  const Stored* rows = static_cast<const Stored*>(layer.up) + head * (layer.nope + layer.value) * rank;
+  const float* x[kFour];
+  float* to[kFour];
+  for (int64_t t = 0; t < tokens; t += kFour) {
+    const int64_t here = tokens - t < kFour ? tokens - t : kFour;
+    for (int64_t i = 0; i < kFour; ++i) {
+      const int64_t at = (token + t + (i < here ? i : here - 1)) * layer.heads + head;
+      x[i] = call.queries + at * query;
+      to[i] = call.absorbed + at * full;
+    }
+    int64_t c = 0;
+    for (; c + kWide * kEight <= rank; c += kWide * kEight) {
+      float* shifted[kFour] = {to[0] + c, to[1] + c, to[2] + c, to[3] + c};
+      if (here == 1) {
+        combine<kWide, 1>(rows + c, rank, layer.nope, x, shifted);
+      } else {
+        combine<kWide, kFour>(rows + c, rank, layer.nope, x, shifted);
+      }
+    }
+    for (; c < rank; ++c) {
+      for (int64_t i = 0; i < here; ++i) {
+        float sum = 0.0f;
+        for (int64_t n = 0; n < layer.nope; ++n) sum += x[i][n] * widen(rows[n * rank + c]);
+        to[i][c] = sum;
+      }
+    }
+    for (int64_t i = 0; i < here; ++i) {
+      const int64_t angle = (token + t + i) * (layer.rope / 2);
+      rotate(to[i] + rank, x[i] + layer.nope, call.cos + angle, call.sin + angle, layer.rope, layer.interleaved);
+    }
+  }
+}
+
+void absorb(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
+  return layer.half_up ? absorb_as<uint16_t>(layer, call, head, token, tokens)
+                    : absorb_as<float>(layer, call, head, token, tokens);
+}
+
+template <class Stored>
+inline Stored* cached_row(const MoehiveMla& layer, const MoehiveSequence& sequence, int64_t position) {
+  const uint64_t page = sequence.pages[position / kPage] + layer.page_at;
+  return reinterpret_cast<Stored*>(page) + position % kPage * (layer.rank + layer.rope);
+}
+
+inline void put(float* at, float x) { *at = x; }
+inline void put(uint16_t* at, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  *at = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+template <class Stored>
+void append_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token) {
+  const int64_t row = sequence.first + token, rank = layer.rank, angle = row * (layer.rope / 2);
+  const float* from = call.compressed + row * call.compressed_row;
+  float turned[kMaxRope];
+  rotate(turned, from + rank, call.cos + angle, call.sin + angle, layer.rope, layer.interleaved);
+  Stored* to = cached_row<Stored>(layer, sequence, sequence.start + token);
+  const float scale = 1.0f / sqrtf(dot(from, from, rank) / static_cast<float>(rank) + layer.norm_eps);
+  for (int64_t i = 0; i < rank; ++i) put(to + i, from[i] * scale * layer.norm[i]);
+  for (int64_t i = 0; i < layer.rope; ++i) put(to + rank + i, turned[i]);
+}
+
+// Writes a token to its sequence's cache: the latent normed, the rotary key rotated.
+void append(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token) {
+  return layer.half ? append_as<uint16_t>(layer, call, sequence, token)
+                    : append_as<float>(layer, call, sequence, token);
+}
+
+// scores[h][key] for four queries with two keys: eight sums in registers.
+template <class Stored>
+inline void score_pair(const float* const* query, const Stored* first, const Stored* second, int64_t n, float scale,
+                       float (*scores)[kPage], int64_t key) {
+  F8 sums[kHeadsTogether][2] = {};
+  int64_t i = 0;
+  for (; i + kEight <= n; i += kEight) {
+    const F8 one = load8(first + i), two = load8(second + i);
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeadsTogether; ++h) {
+      const F8 q = load8(query[h] + i);
+      sums[h][0] = fma8(q, one, sums[h][0]);
+      sums[h][1] = fma8(q, two, sums[h][1]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeadsTogether; ++h) {
+    float one = sum8(sums[h][0]), two = sum8(sums[h][1]);
+    for (int64_t rest = i; rest < n; ++rest) {
+      one += query[h][rest] * widen(first[rest]);
+      two += query[h][rest] * widen(second[rest]);
+    }
+    scores[h][key] = one * scale;
+    scores[h][key + 1] = two * scale;
+  }
+}
+
+// sums[h] = sums[h] * fade[h] + the latents weighted by scores[h].
+template <class Stored>
+inline void weigh(float (*sums)[kMaxRank], const float* fade, const float (*scores)[kPage],
+                  const Stored* const* latents, int64_t keys, int64_t rank) {
+  int64_t c = 0;
+  for (; c + kEight <= rank; c += kEight) {
+    F8 total[kHeadsTogether];
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeadsTogether; ++h) total[h] = load8(sums[h] + c) * fade[h];
+    for (int64_t key = 0; key < keys; ++key) {
+      const F8 latent = load8(latents[key] + c);
+#pragma GCC unroll 4
+      for (int h = 0; h < kHeadsTogether; ++h) total[h] = fma8(all8(scores[h][key]), latent, total[h]);
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < kHeadsTogether; ++h) store8(sums[h] + c, total[h]);
+  }
+  for (; c < rank; ++c) {
+    for (int h = 0; h < kHeadsTogether; ++h) {
+      float total = sums[h][c] * fade[h];
+      for (int64_t key = 0; key < keys; ++key) total += scores[h][key] * widen(latents[key][c]);
+      sums[h][c] = total;
+    }
+  }
+}
+
+template <class Stored>
+void attend_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token,
+               int64_t head) {
+  const int64_t full = layer.rank + layer.rope, left = layer.heads - head, seen = sequence.start + token + 1;
+  const int64_t heads = left < kHeadsTogether ? left : kHeadsTogether;
+  const int64_t first_query = (sequence.first + token) * layer.heads + head;
+  const float* query[kHeadsTogether];
+  for (int64_t h = 0; h < kHeadsTogether; ++h) {  // what is missing repeats the last, and is thrown away
+    query[h] = call.absorbed + (first_query + (h < heads ? h : heads - 1)) * full;
+  }
+  alignas(64) float sums[kHeadsTogether][kMaxRank] = {};
+  float top[kHeadsTogether], total[kHeadsTogether] = {}, fade[kHeadsTogether];
+  for (float& value : top) value = -INFINITY;
+
+  for (int64_t first = 0; first < seen; first += kPage) {
+    const int64_t keys = seen - first < kPage ? seen - first : kPage;
+    const Stored* latents[kPage];
+    for (int64_t key = 0; key < kPage; ++key) {
+      latents[key] = key < keys ? cached_row<Stored>(layer, sequence, first + key) : latents[keys - 1];
+    }
+    alignas(64) float scores[kHeadsTogether][kPage];
+    const int64_t even = (keys + 1) / 2 * 2;
+    for (int64_t key = 0; key < even; key += 2) {
+      score_pair(query, latents[key], latents[key + 1], full, layer.scale, scores, key);
+    }
+    for (int h = 0; h < kHeadsTogether; ++h) {
+      float highest = top[h];
+      for (int64_t key = 0; key < keys; ++key) highest = scores[h][key] > highest ? scores[h][key] : highest;
+      for (int64_t key = keys; key < kPage; ++key) scores[h][key] = -INFINITY;
+      fade[h] = expf(top[h] - highest);
+      top[h] = highest;
+      F8 added = {};
+      for (int64_t key = 0; key < kPage; key += kEight) {
+        const F8 weight = exp8(load8(scores[h] + key) - highest);
+        store8(scores[h] + key, weight);
+        added += weight;
+      }
+      for (int64_t key = keys; key < kPage; ++key) added[key % kEight] -= scores[h][key];
+      total[h] = total[h] * fade[h] + sum8(added);
+    }
+    weigh(sums, fade, scores, latents, keys, layer.rank);
+  }
+  for (int64_t h = 0; h < heads; ++h) {
+    float* to = call.absorbed + (first_query + h) * full;
+    for (int64_t i = 0; i < layer.rank; ++i) to[i] = sums[h][i] / total[h];
+  }
+}
+
+// Four heads of one token attend; what they sum takes the place of their absorbed queries.
+void attend(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token,
+            int64_t head) {
+  return layer.half ? attend_as<uint16_t>(layer, call, sequence, token, head)
+                    : attend_as<float>(layer, call, sequence, token, head);
+}
+
+// One head's weighted latents to its values: out = W_uv * latent.
+template <class Stored>
+void expand_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
+  const int64_t full = layer.rank + layer.rope, rank = layer.rank;
+  const Stored* rows = static_cast<const Stored*>(layer.up) + (head * (layer.nope + layer.value) + layer.nope) * rank;
+  for (int64_t r = 0; r < layer.value; ++r) {
+    for (int64_t t = token; t < token + tokens; ++t) {
+      const int64_t at = t * layer.heads + head;
+      call.out[at * layer.value + r] = dot(rows + r * rank, call.absorbed + at * full, rank);
+    }
+  }
+}
+
+void expand(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
+  return layer.half_up ? expand_as<uint16_t>(layer, call, head, token, tokens)
+                    : expand_as<float>(layer, call, head, token, tokens);
+}
+
+}  // namespace
+}  // namespace moehive

@@ -1,0 +1,61 @@
+// The schedule of latent attention over sequences, heads and threads; and its C interface.
+#include "mla.h"
+
+#include <algorithm>
+
+#include "trunk_threads.h"
+
+namespace {
+
+using namespace moehive;
+
+// A thread takes one head of this many tokens: its matrix is read once for them, from the second cache.
+constexpr int64_t kTokens = 16;
+
+const MlaKernel& best() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kMlaAvx2;
+#endif
+  return kMlaPlain;
+}
+
+bool sound(const MoehiveMla& layer) {
+  return layer.heads > 0 && layer.nope > 0 && layer.rope > 0 && layer.rope % 2 == 0 && layer.rope <= kMaxRope &&
+         layer.rank > 0 && layer.rank <= kMaxRank && layer.value > 0;
+}
+
+}  // namespace
+
+// Attention between the projections; the new tokens are written to the sequences' pages. `trunk` is a handle of
+// moehive_trunk_create. Returns 0; 1 if an argument can't be.
+extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer,
+                                                                            const MoehiveMlaCall* call) {
+  if (!trunk || !sound(*layer)) return 1;
+  Trunk& self = *static_cast<Trunk*>(trunk);
+  const MlaKernel& kernel = best();
+  const int64_t heads = layer->heads, rank = layer->rank;
+  int64_t tokens = 0, seen = 0;
+  for (int64_t s = 0; s < call->count; ++s) {
+    const MoehiveSequence& sequence = call->sequences[s];
+    tokens += sequence.tokens;
+    seen += sequence.tokens * (sequence.start + sequence.tokens);
+    for (int64_t token = 0; token < sequence.tokens; ++token) kernel.append(*layer, *call, sequence, token);
+  }
+  const int64_t groups = (tokens + kTokens - 1) / kTokens;
+  const auto here = [&](int64_t item) { return std::min(kTokens, tokens - item % groups * kTokens); };
+
+  self.each(heads * groups, tokens * heads * layer->nope * rank, [&](int64_t item) {
+    kernel.absorb(*layer, *call, item / groups, item % groups * kTokens, here(item));
+  });
+  const int64_t fours = (heads + kHeadsTogether - 1) / kHeadsTogether;
+  self.each(tokens * fours, seen * heads * (2 * rank + layer->rope), [&](int64_t item) {
+    const MoehiveSequence* sequence = call->sequences;
+    int64_t token = item / fours;
+    for (; token >= sequence->tokens; ++sequence) token -= sequence->tokens;
+    kernel.attend(*layer, *call, *sequence, token, item % fours * kHeadsTogether);
+  });
+  self.each(heads * groups, tokens * heads * layer->value * rank, [&](int64_t item) {
+    kernel.expand(*layer, *call, item / groups, item % groups * kTokens, here(item));
+  });
+  return 0;
+}

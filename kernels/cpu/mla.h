@@ -1,0 +1,56 @@
+// Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434) over its compressed cache, in absorbed form: a query is
+// taken into the latent space by its head's key matrix, scored against the latents themselves, and the weighted latent
+// is taken out by the head's value matrix. No key or value is ever expanded.
+#pragma once
+
+#include <cstdint>
+
+#include "trunk.h"
+
+// One layer, as Python hands it over (kernels/mla.py has the same fields in the same order).
+struct MoehiveMla {
+  int64_t heads, nope, rope, rank, value;  // dimensions of one head's query parts, of the latent, of one head's value
+  int64_t page_at;    // where this layer's part lies in a page, in bytes: kPage rows of rank + rope numbers
+  const void* up;     // [heads][nope + value][rank]: kv_b_proj
+  const float* norm;  // [rank]
+  float norm_eps;
+  float scale;          // of the scores
+  int32_t half_up;      // `up` is bf16, else f32
+  int32_t half;         // the cache is bf16, else f32
+  int32_t interleaved;  // rotary pairs are neighbours (2i, 2i + 1), not halves (i, i + rope / 2)
+};
+
+// Tokens of several sequences, each attending to its own cache and to itself.
+struct MoehiveMlaCall {
+  const float* queries;     // [tokens][heads][nope + rope]
+  const float* compressed;  // [tokens] rows of rank + rope floats: latent and rotary key, neither normed nor rotated
+  int64_t compressed_row;   // floats from one of them to the next
+  const float* cos;         // [tokens][rope / 2]
+  const float* sin;         // [tokens][rope / 2]
+  const MoehiveSequence* sequences;
+  int64_t count;
+  float* absorbed;  // [tokens][heads][rank + rope] to work in
+  float* out;       // [tokens][heads][value]
+};
+
+namespace moehive {
+
+constexpr int64_t kHeadsTogether = 4;  // heads of one token that share each latent that is read
+constexpr int64_t kMaxRank = 1024;
+constexpr int64_t kMaxRope = 256;
+
+
+// What one instruction set contributes; see mla-inl.h.
+struct MlaKernel {
+  void (*absorb)(const MoehiveMla&, const MoehiveMlaCall&, int64_t head, int64_t token, int64_t tokens);
+  void (*append)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token);
+  void (*attend)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token, int64_t head);
+  void (*expand)(const MoehiveMla&, const MoehiveMlaCall&, int64_t head, int64_t token, int64_t tokens);
+};
+
+extern const MlaKernel kMlaPlain;
+#if defined(__x86_64__) || defined(_M_X64)
+extern const MlaKernel kMlaAvx2;
+#endif
+
+}  // namespace moehive
