@@ -15,7 +15,12 @@ FOLDERS = ("coordinator", "expert_node", "kernels", "proto")
 
 # part → what it may import of ours, besides itself. A part is a top-level folder; `proto/client`, which installs as
 # moehive.client; or a folder or file of coordinator/.
-COMMON = ("coordinator.types", "coordinator.settings", "kernels.geometry")  # for all of coordinator/
+COMMON = (
+    "coordinator.types",
+    "coordinator.settings",
+    "coordinator.timeline",
+    "kernels.geometry",
+)  # for all of coordinator/
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "proto": (),
@@ -23,6 +28,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "expert_node": ("kernels", "proto"),
     "coordinator.types": ("kernels.geometry",),
     "coordinator.settings": COMMON,
+    "coordinator.timeline": (),
     "coordinator.cli": (
         *COMMON,
         "coordinator.app",
@@ -51,7 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "kernels.manifest",  # the geometry's bytes on the wire
         "proto",
     ),
-    "coordinator.checkpoints": (*COMMON, "kernels", "proto"),
+    "coordinator.checkpoints": (*COMMON, "coordinator.models.tensors", "kernels", "proto"),
     "coordinator.placement": COMMON,
 }
 # part → packages of others that it must not import, even inside a function.

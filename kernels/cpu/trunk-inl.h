@@ -277,7 +277,8 @@ void attend_as(const Attend& p, const AttendPart& part) {
     for (r = 0; r < rows; ++r) {
       const int64_t position = begin + r / part.heads;
       const int64_t low = a.window ? most(0, position - a.window + 1 - base) : 0;
-      soften(scores[r], least(low, kPage), least(kPage, position + 1 - base), top[r], total[r], sums[r], width);
+      const int64_t high = most(0, least(kPage, position + 1 - base));
+      soften(scores[r], least(low, kPage), high, top[r], total[r], sums[r], width);
     }
     const int64_t low = most(0, first - base), high = least(kPage, end - base);
     for (r = 0; r + kTile <= rows; r += kTile) gather<kTile>(scores + r, values, low, high, width, sums + r);

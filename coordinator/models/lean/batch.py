@@ -1,0 +1,68 @@
+"""One forward pass: the tokens of its sequences in a row, and what every layer needs to know of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from moehive.kernels.linear import LinearOps
+from moehive.kernels.trunk_ops import TrunkOps, sequences
+
+from ..base import SequenceInput
+from .cache import SequenceCache
+from .rope import Rope
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """The arithmetic of this machine."""
+
+    linear: LinearOps
+    trunk: TrunkOps
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A sequence's tokens in the batch: rows `first` to `first + tokens`, positions from `start`."""
+
+    cache: SequenceCache
+    first: int
+    tokens: int
+    start: int
+
+
+class Batch:
+    """The tokens of some sequences, [T] in all, one sequence after the other."""
+
+    def __init__(self, inputs: Sequence[SequenceInput], rope: Rope | None, ops: Ops) -> None:
+        """Makes room for the tokens in the sequences' caches."""
+        self.spans: list[Span] = []
+        first = 0
+        for one in inputs:
+            cache: SequenceCache = one.cache
+            count = len(one.tokens)
+            self.spans.append(Span(cache, first, count, cache.tokens))
+            for table in cache.tables:
+                table.extend(cache.tokens + count)
+            first += count
+        self.tokens = first
+        self.ids = inputs[0].tokens if len(inputs) == 1 else torch.cat([one.tokens for one in inputs])
+        self.tables = [
+            sequences([(s.first, s.tokens, s.start, s.cache.tables[group].address) for s in self.spans])
+            for group in range(len(self.spans[0].cache.tables))
+        ]  # for each group of layers, as the native operations take them
+        # The same for operations that need no pages.
+        self.sequences = sequences([(s.first, s.tokens, s.start, 0) for s in self.spans])
+        self.cos = self.sin = torch.empty(0)
+        if rope is not None:
+            positions = [torch.arange(s.start, s.start + s.tokens) for s in self.spans]
+            self.cos, self.sin = ops.trunk.rope(
+                positions[0] if len(positions) == 1 else torch.cat(positions), rope.inverse, rope.scaling
+            )
+
+    def finish(self) -> None:
+        """The sequences' caches now hold these tokens."""
+        for span in self.spans:
+            span.cache.tokens = span.start + span.tokens
+            for table in span.cache.tables:
+                table.drop_behind(span.cache.tokens)

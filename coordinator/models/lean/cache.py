@@ -1,0 +1,137 @@
+"""The lean trunk's memory of each sequence: a KV cache in pages, and states of a fixed size.
+
+A page holds the keys and values of `PAGE` tokens in all layers of a group. Layers with the same sliding window are a
+group; a group with a window gives back the pages that fell behind it. Layers of other kinds keep states instead
+(recurrent, convolution), whose size does not depend on the sequence's length.
+"""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from moehive.kernels.trunk_ops import PAGE
+
+_KEPT_BYTES = 64 << 20  # of free pages in a pool; more go back to the system
+
+
+@dataclass(slots=True)
+class PagePool:
+    """The pages of one group of layers."""
+
+    window: int | None  # keys that a query sees, itself included; None: all
+    page_bytes: int = 0  # grows while layers are added
+    free: list[torch.Tensor] = field(default_factory=list)
+
+    def take(self) -> torch.Tensor:
+        """A page, uint8 [page_bytes] aligned to 64; what it holds is undefined."""
+        return self.free.pop() if self.free else torch.empty(self.page_bytes, dtype=torch.uint8)
+
+    def give(self, page: torch.Tensor) -> None:
+        """Takes a page back."""
+        if (len(self.free) + 1) * self.page_bytes <= _KEPT_BYTES:
+            self.free.append(page)
+
+    def pages(self, tokens: int, chunk: int) -> int:
+        """Pages that a sequence of `tokens`, run at most `chunk` at a time, holds at its most."""
+        if self.window is not None:
+            tokens = min(tokens, self.window + chunk + PAGE)
+        return -(-tokens // PAGE)
+
+
+class PageTable:
+    """One sequence's pages in one pool."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._pages: list[torch.Tensor | None] = []
+        self._addresses = (ctypes.c_uint64 * 8)()
+        self._behind = 0  # pages that were given back
+
+    @property
+    def address(self) -> int:
+        """Of the pages' addresses; until the next `extend`."""
+        return ctypes.addressof(self._addresses)
+
+    def extend(self, tokens: int) -> None:
+        """Room for `tokens` in all."""
+        wanted = -(-tokens // PAGE)
+        if wanted > len(self._addresses):
+            larger = (ctypes.c_uint64 * (2 * wanted))()
+            ctypes.memmove(larger, self._addresses, ctypes.sizeof(self._addresses))
+            self._addresses = larger
+        while len(self._pages) < wanted:
+            page = self._pool.take()
+            self._addresses[len(self._pages)] = page.data_ptr()
+            self._pages.append(page)
+
+    def drop_behind(self, tokens: int) -> None:
+        """Gives back what no token from position `tokens` on sees."""
+        if self._pool.window is None:
+            return
+        seen = max(0, tokens - self._pool.window + 1) // PAGE
+        self._give_back(min(seen, len(self._pages)))
+
+    def clear(self) -> None:
+        """Gives all pages back."""
+        self._give_back(len(self._pages))
+        self._pages = []
+        self._behind = 0
+
+    def _give_back(self, before: int) -> None:
+        for index in range(self._behind, before):
+            page = self._pages[index]
+            assert page is not None
+            self._pages[index] = None
+            self._addresses[index] = 0
+            self._pool.give(page)
+        self._behind = max(self._behind, before)
+
+
+@dataclass(slots=True, eq=False)
+class SequenceCache:
+    """What one sequence keeps between forward passes. `tokens`: how many have been run."""
+
+    tables: list[PageTable]
+    states: list[torch.Tensor]
+    tokens: int = 0
+
+
+class CacheLayout:
+    """What all layers keep of a sequence; each says its part while the trunk is built."""
+
+    def __init__(self) -> None:
+        self.pools: list[PagePool] = []
+        self._states: list[Callable[[], torch.Tensor]] = []
+        self._state_bytes = 0
+
+    def group(self, window: int | None) -> int:
+        """The index of the pool (and of the sequences' tables) for layers with this window."""
+        for index, pool in enumerate(self.pools):
+            if pool.window == window:
+                return index
+        self.pools.append(PagePool(window))
+        return len(self.pools) - 1
+
+    def page_end(self, group: int) -> int:
+        """Where the next part of a group's pages begins, in bytes; a multiple of 64."""
+        return self.pools[group].page_bytes
+
+    def add_to_page(self, group: int, nbytes: int) -> None:
+        """Reserves a part of each of a group's pages, at `page_end`."""
+        self.pools[group].page_bytes += -(-nbytes // 64) * 64
+
+    def add_state(self, *shape: int, dtype: torch.dtype = torch.float32) -> int:
+        """Reserves a tensor of zeros for each sequence; its index in `SequenceCache.states`."""
+        self._states.append(lambda: torch.zeros(shape, dtype=dtype))
+        self._state_bytes += torch.Size(shape).numel() * dtype.itemsize
+        return len(self._states) - 1
+
+    def new(self) -> SequenceCache:
+        """An empty cache."""
+        return SequenceCache([PageTable(pool) for pool in self.pools], [make() for make in self._states])
+
+    def nbytes(self, tokens: int, chunk: int) -> int:
+        """Bytes of a sequence of `tokens`, run at most `chunk` at a time."""
+        return self._state_bytes + sum(pool.pages(tokens, chunk) * pool.page_bytes for pool in self.pools)

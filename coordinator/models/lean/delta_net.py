@@ -1,0 +1,40 @@
+"""Gated DeltaNet as a layer of the lean trunk: its projections around the native recurrence."""
+
+import torch
+
+from moehive.kernels.delta_net import DeltaNet, DeltaNetLayer, DeltaNetState
+from moehive.kernels.linear import LinearWeights
+
+from .batch import Batch, Ops
+from .cache import CacheLayout
+
+
+class DeltaNetAttention:
+    """See Attention. Keeps two states of a fixed size for each sequence, whatever its length."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        layer: DeltaNetLayer,
+        cache: CacheLayout,
+        projections: list[LinearWeights],
+        output: LinearWeights,
+    ) -> None:
+        """`projections`: those whose outputs, one after the other, are a row as `layer` says."""
+        self._ops = ops
+        self._net = DeltaNet(ops.trunk, layer)
+        self._conv = cache.add_state(*layer.conv_shape)
+        self._recurrent = cache.add_state(*layer.recurrent_shape)
+        self._projections = projections
+        self._output = output
+
+    def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
+        """See Attention."""
+        linear = self._ops.linear
+        rows = linear.linears(self._projections, x)
+        out = torch.empty(batch.tokens, self._output.columns)
+        states = [
+            DeltaNetState(span.cache.states[self._conv], span.cache.states[self._recurrent]) for span in batch.spans
+        ]
+        self._net(rows, batch.sequences, states, out)
+        return linear.linear(self._output, out)

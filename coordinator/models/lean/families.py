@@ -1,0 +1,157 @@
+"""The families that have a lean trunk: what of their configs is known, and how their layers are put together."""
+
+from collections.abc import Callable
+from typing import Any
+
+from moehive.kernels.trunk_ops import MAX_HEAD, RouterLayer
+
+from ..tensors import TensorSource
+from .batch import Ops
+from .builder import ACTIVATIONS, Builder, head_dim_of
+from .deepseek import deepseek_v3
+from .qwen_hybrid import qwen3_5_moe, qwen3_next
+from .rope import KNOWN, Rope
+from .trunk import Layer, LeanTrunk, Parts
+
+Build = Callable[[Builder], tuple[list[Layer], Rope]]
+
+
+def unknown(config: Any) -> str | None:
+    """Why there is no lean trunk for a config (transformers' own object), in a few words; None if there is one."""
+    family = config.model_type
+    if family not in FAMILIES:
+        return f"there is none for the family {family}"
+    if config.hidden_act not in ACTIVATIONS:
+        return f"its activation {config.hidden_act} is not known"
+    rope_type = (config.rope_parameters or {}).get("rope_type")
+    if rope_type not in KNOWN:
+        return f"its rope type {rope_type} is not known"
+    if head_dim_of(config) > MAX_HEAD:
+        return f"heads of {head_dim_of(config)} numbers are too large"
+    kinds = {"full_attention", "sliding_attention"} | ({"linear_attention"} if family in HYBRID else set())
+    if len(set(getattr(config, "layer_types", None) or ()) - kinds):
+        return "it has layers of another kind"
+    return None
+
+
+def build(config: Any, tensors: TensorSource, ops: Ops) -> LeanTrunk:
+    """The trunk of a config for which `unknown` says nothing. Raises CoordinatorError for missing tensors."""
+    # A model that also sees keeps its language model one level deeper.
+    inner = "model.language_model."
+    prefix = inner if f"{inner}embed_tokens.weight" in tensors else "model."
+    builder = Builder(config, tensors, ops, prefix)
+    layers, rope = FAMILIES[config.model_type](builder)
+    embedding, head = builder.embedding_and_head()
+    parts = Parts(
+        family=config.model_type,
+        context_length=config.max_position_embeddings,
+        embedding=embedding,
+        layers=layers,
+        norm=builder.norm("norm"),
+        head=head,
+        eps=config.rms_norm_eps,
+        rope=rope,
+        cache=builder.cache,
+        dtype=tensors.dtype,
+    )
+    return LeanTrunk(parts, ops)
+
+
+def _mixtral(b: Builder) -> tuple[list[Layer], Rope]:
+    config, rope = b.config, b.rope()
+    router = RouterLayer(
+        experts=config.num_local_experts, top_k=config.num_experts_per_tok, scores="softmax", renormalize=True
+    )
+    layers = [
+        Layer(
+            b.norm(f"layers.{n}.input_layernorm"),
+            b.attention(f"layers.{n}.self_attn", rope.rotary, config.sliding_window),
+            b.norm(f"layers.{n}.post_attention_layernorm"),
+            b.moe(router, f"layers.{n}.mlp.gate"),
+        )
+        for n in range(config.num_hidden_layers)
+    ]
+    return layers, rope
+
+
+def _qwen3_moe(b: Builder) -> tuple[list[Layer], Rope]:
+    config, rope = b.config, b.rope()
+    router = RouterLayer(
+        experts=config.num_experts,
+        top_k=config.num_experts_per_tok,
+        scores="softmax",
+        renormalize=config.norm_topk_prob,
+    )
+
+    def mlp(n: int) -> Any:
+        sparse = n not in config.mlp_only_layers and (n + 1) % config.decoder_sparse_step == 0
+        return b.moe(router, f"layers.{n}.mlp.gate") if sparse else b.dense(f"layers.{n}.mlp")
+
+    layers = [
+        Layer(
+            b.norm(f"layers.{n}.input_layernorm"),
+            b.attention(f"layers.{n}.self_attn", rope.rotary, config.sliding_window, norms=True),
+            b.norm(f"layers.{n}.post_attention_layernorm"),
+            mlp(n),
+        )
+        for n in range(config.num_hidden_layers)
+    ]
+    return layers, rope
+
+
+def _glm4_moe(b: Builder) -> tuple[list[Layer], Rope]:
+    config, rope = b.config, b.rope()
+
+    def mlp(n: int) -> Any:
+        name = f"layers.{n}.mlp"
+        if n < config.first_k_dense_replace:
+            return b.dense(name)
+        return b.moe(b.sigmoid_router(f"{name}.gate"), f"{name}.gate", f"{name}.shared_experts")
+
+    layers = [
+        Layer(
+            b.norm(f"layers.{n}.input_layernorm"),
+            b.attention(f"layers.{n}.self_attn", rope.rotary, norms=config.use_qk_norm),
+            b.norm(f"layers.{n}.post_attention_layernorm"),
+            mlp(n),
+        )
+        for n in range(config.num_hidden_layers)
+    ]
+    return layers, rope
+
+
+def _gpt_oss(b: Builder) -> tuple[list[Layer], Rope]:
+    config, rope = b.config, b.rope()
+    router = RouterLayer(
+        experts=config.num_local_experts,
+        top_k=config.num_experts_per_tok,
+        scores="chosen_softmax",
+        renormalize=True,
+    )
+    layers = [
+        Layer(
+            b.norm(f"layers.{n}.input_layernorm"),
+            b.attention(
+                f"layers.{n}.self_attn",
+                rope.rotary,
+                config.sliding_window if kind == "sliding_attention" else None,
+                sinks=True,
+            ),
+            b.norm(f"layers.{n}.post_attention_layernorm"),
+            b.moe(router, f"layers.{n}.mlp.router"),
+        )
+        for n, kind in enumerate(config.layer_types)
+    ]
+    return layers, rope
+
+
+HYBRID = ("qwen3_next", "qwen3_5_moe_text")  # the families with recurrent layers that we know
+FAMILIES: dict[str, Build] = {
+    "mixtral": _mixtral,
+    "qwen3_moe": _qwen3_moe,
+    "glm4_moe": _glm4_moe,
+    "gpt_oss": _gpt_oss,
+    "qwen3_next": qwen3_next,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "deepseek_v3": deepseek_v3,
+}

@@ -1,0 +1,76 @@
+"""Qwen3-Next and Qwen3.5-MoE: Gated DeltaNet in most layers, gated softmax attention in the others.
+
+Their norms are stored as the difference from one. The two differ in how DeltaNet's projections are joined.
+"""
+
+from typing import Any
+
+from moehive.kernels.delta_net import DeltaNetLayer
+from moehive.kernels.trunk_ops import RouterLayer
+
+from .attention import Attention
+from .builder import Builder
+from .delta_net import DeltaNetAttention
+from .mlp import Mlp
+from .rope import Rope
+from .trunk import Layer
+
+
+def _delta_net(b: Builder, name: str, projections: list[str]) -> DeltaNetAttention:
+    config = b.config
+    layer = DeltaNetLayer(
+        key_heads=config.linear_num_key_heads,
+        value_heads=config.linear_num_value_heads,
+        key_dim=config.linear_key_head_dim,
+        value_dim=config.linear_value_head_dim,
+        grouped=len(projections) == 2,
+        conv=b.tensor(f"{name}.conv1d.weight").squeeze(1).T.contiguous(),
+        decay=-b.tensor(f"{name}.A_log").exp(),
+        dt_bias=b.tensor(f"{name}.dt_bias"),
+        norm=b.tensor(f"{name}.norm.weight"),
+        norm_eps=config.rms_norm_eps,
+    )
+    inputs = [b.linear(f"{name}.{projection}") for projection in projections]
+    return DeltaNetAttention(b.ops, layer, b.cache, inputs, b.linear(f"{name}.out_proj"))
+
+
+def _layers(b: Builder, projections: list[str], renormalize: bool) -> tuple[list[Layer], Rope]:
+    config, rope = b.config, b.rope()
+    b.norm_offset = 1.0
+    router = RouterLayer(
+        experts=config.num_experts, top_k=config.num_experts_per_tok, scores="softmax", renormalize=renormalize
+    )
+    dense: Any = getattr(config, "mlp_only_layers", ())
+    step: int = getattr(config, "decoder_sparse_step", 1)
+
+    def attention(n: int, kind: str) -> Attention:
+        if kind == "linear_attention":
+            return _delta_net(b, f"layers.{n}.linear_attn", projections)
+        return b.attention(f"layers.{n}.self_attn", rope.rotary, gated=True, norms=True)
+
+    def mlp(n: int) -> Mlp:
+        name = f"layers.{n}.mlp"
+        if n in dense or (n + 1) % step:
+            return b.dense(name)
+        return b.moe(router, f"{name}.gate", f"{name}.shared_expert", f"{name}.shared_expert_gate")
+
+    layers = [
+        Layer(
+            b.norm(f"layers.{n}.input_layernorm"),
+            attention(n, kind),
+            b.norm(f"layers.{n}.post_attention_layernorm"),
+            mlp(n),
+        )
+        for n, kind in enumerate(config.layer_types)
+    ]
+    return layers, rope
+
+
+def qwen3_next(b: Builder) -> tuple[list[Layer], Rope]:
+    """The layers of Qwen3-Next."""
+    return _layers(b, ["in_proj_qkvz", "in_proj_ba"], b.config.norm_topk_prob)
+
+
+def qwen3_5_moe(b: Builder) -> tuple[list[Layer], Rope]:
+    """The layers of Qwen3.5-MoE's language model."""
+    return _layers(b, ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"], True)

@@ -1,0 +1,32 @@
+"""Rotary position embedding as the config says it: the frequencies, by transformers' own functions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+KNOWN = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence's length
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rope:
+    """`inverse` f32 [n / 2]: the angle of a pair at position 1; `scaling` times cosine and sine."""
+
+    inverse: torch.Tensor
+    scaling: float
+
+    @property
+    def rotary(self) -> int:
+        """Numbers of a head that are turned."""
+        return 2 * len(self.inverse)
+
+
+def rope_of(config: Any, head_dim: int) -> Rope:
+    """The embedding of a text config whose rope_type is one of `KNOWN`; `head_dim` before any partial factor."""
+    parameters = config.rope_parameters
+    if parameters["rope_type"] == "default":
+        size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        return Rope(1.0 / (parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0)
+    inverse, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, device=torch.device("cpu"))
+    return Rope(inverse.float().contiguous(), float(scaling))
