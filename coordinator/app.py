@@ -23,12 +23,12 @@ from .dispatch.dispatcher import Dispatcher, NodeCounters
 from .dispatch.local import LocalExperts
 from .engine.engine import Engine
 from .follower import Follower
-from .models.generic import GenericTrunk
 from .public_doors import PublicDoors
 from .serving.generation import GenerationService
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
+from .trunk import load_trunk
 from .types import LOCAL, NodeName
 
 log = logging.getLogger(__name__)
@@ -96,11 +96,7 @@ class Coordinator:
         self.dispatcher = Dispatcher(manifest, self._local, reduction)
         await self._start_cluster(checkpoint)
 
-        architecture = await asyncio.to_thread(checkpoint.load_trunk)
-        experts = tuple(layer.module for layer in architecture.experts)
-        self.trunk = trunk = await asyncio.to_thread(
-            GenericTrunk, architecture.model, experts, checkpoint.family, checkpoint.context_length
-        )
+        self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
         engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
         text = await asyncio.to_thread(Text.load, path)

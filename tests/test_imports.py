@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "proto",
     ),
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
+    "coordinator.trunk": (*COMMON, "coordinator.checkpoints", "coordinator.models", "kernels"),
     "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
     "coordinator.local_cluster": (*COMMON, "coordinator.app", "coordinator.cluster"),  # and node processes
     "coordinator.public_doors": (*COMMON, "coordinator.serving", "coordinator.cluster", "proto"),

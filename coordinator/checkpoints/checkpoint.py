@@ -18,6 +18,7 @@ from .conversion import ExpertParameter, KeyMap, map_keys
 from .directory import Directory, open_directory
 from .experts import ExpertLayout, canonical, layout_of
 from .loading import load_trunk
+from .trunk_tensors import SafetensorsTrunk
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -89,6 +90,10 @@ class Checkpoint:
         architecture = arch.build(self.path, self.config, self.dtype)
         load_trunk(self.path, architecture, self._keys.trunk)
         return architecture
+
+    def trunk_tensors(self) -> SafetensorsTrunk:
+        """The trunk's tensors for a lean trunk, each read when it is asked for."""
+        return SafetensorsTrunk(self.path, self.dtype, self._keys.sources)
 
     def _parts(self, expert: ExpertId) -> dict[str, torch.Tensor]:
         parameters = self._parameters[expert.layer]

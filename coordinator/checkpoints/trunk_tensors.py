@@ -1,5 +1,7 @@
 """A safetensors checkpoint's trunk as a lean trunk takes it: tensor by tensor, in the formats that are stored."""
 
+from pathlib import Path
+
 import torch
 
 from moehive.kernels.blob import empty_blob
@@ -15,7 +17,7 @@ from .safetensors_file import StoredTensor
 class SafetensorsTrunk:
     """`models.tensors.TensorSource` of a checkpoint in f32, bf16 or f16."""
 
-    def __init__(self, path: object, dtype: torch.dtype, sources: dict[str, Source]) -> None:
+    def __init__(self, path: Path, dtype: torch.dtype, sources: dict[str, Source]) -> None:
         """`sources` by transformers' parameter names; `dtype` is the checkpoint's. `path` is for errors."""
         self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._path = path

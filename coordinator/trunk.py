@@ -1,0 +1,36 @@
+"""Which trunk runs a checkpoint: a lean one where its config holds nothing unknown, else transformers' own model."""
+
+import logging
+
+from moehive.kernels.linear import LinearOps
+from moehive.kernels.native import NativeLibraryError
+from moehive.kernels.trunk_ops import TrunkOps
+
+from .checkpoints.checkpoint import Checkpoint
+from .models.base import Trunk
+from .models.generic import GenericTrunk
+from .models.lean import families
+from .models.lean.batch import Ops
+
+log = logging.getLogger(__name__)
+
+
+def load_trunk(checkpoint: Checkpoint, threads: int) -> Trunk:
+    """The trunk with its weights in memory; `threads`: cores for its native operations, at least 1.
+
+    Raises CoordinatorError for tensors that are missing or do not fit.
+    """
+    config = checkpoint.config.get_text_config(decoder=True)
+    reason = families.unknown(config)
+    if reason is None:
+        try:
+            ops = Ops(LinearOps(threads), TrunkOps(threads))
+        except NativeLibraryError as error:
+            reason = str(error)
+        else:
+            log.info("The lean trunk runs %s", checkpoint.family)
+            return families.build(config, checkpoint.trunk_tensors(), ops)
+    log.info("Transformers' own model runs %s, slower than a lean trunk: %s", checkpoint.family, reason)
+    architecture = checkpoint.load_trunk()
+    experts = tuple(layer.module for layer in architecture.experts)
+    return GenericTrunk(architecture.model, experts, checkpoint.family, checkpoint.context_length)
