@@ -62,6 +62,12 @@ void absorb_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head
       to[i] = call.absorbed + at * full;
     }
     int64_t c = 0;
+    if (here == 1) {  // the rows come from memory: longer pieces of them
+      for (; c + 8 * kEight <= rank; c += 8 * kEight) {
+        float* shifted = to[0] + c;
+        combine<8, 1>(rows + c, rank, layer.nope, x, &shifted);
+      }
+    }
     for (; c + kWide * kEight <= rank; c += kWide * kEight) {
       float* shifted[kFour] = {to[0] + c, to[1] + c, to[2] + c, to[3] + c};
       if (here == 1) {
@@ -152,17 +158,27 @@ template <class Stored>
 inline void weigh(float (*sums)[kMaxRank], const float* fade, const float (*scores)[kPage],
                   const Stored* const* latents, int64_t keys, int64_t rank) {
   int64_t c = 0;
-  for (; c + kEight <= rank; c += kEight) {
-    F8 total[kHeadsTogether];
+  for (; c + 2 * kEight <= rank; c += 2 * kEight) {
+    F8 total[kHeadsTogether][2];
 #pragma GCC unroll 4
-    for (int h = 0; h < kHeadsTogether; ++h) total[h] = load8(sums[h] + c) * fade[h];
+    for (int h = 0; h < kHeadsTogether; ++h) {
+      total[h][0] = load8(sums[h] + c) * fade[h];
+      total[h][1] = load8(sums[h] + c + kEight) * fade[h];
+    }
     for (int64_t key = 0; key < keys; ++key) {
-      const F8 latent = load8(latents[key] + c);
+      const F8 low = load8(latents[key] + c), high = load8(latents[key] + c + kEight);
 #pragma GCC unroll 4
-      for (int h = 0; h < kHeadsTogether; ++h) total[h] = fma8(all8(scores[h][key]), latent, total[h]);
+      for (int h = 0; h < kHeadsTogether; ++h) {
+        const F8 score = all8(scores[h][key]);
+        total[h][0] = fma8(score, low, total[h][0]);
+        total[h][1] = fma8(score, high, total[h][1]);
+      }
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < kHeadsTogether; ++h) store8(sums[h] + c, total[h]);
+    for (int h = 0; h < kHeadsTogether; ++h) {
+      store8(sums[h] + c, total[h][0]);
+      store8(sums[h] + c + kEight, total[h][1]);
+    }
   }
   for (; c < rank; ++c) {
     for (int h = 0; h < kHeadsTogether; ++h) {

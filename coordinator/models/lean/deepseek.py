@@ -1,7 +1,6 @@
 """DeepSeek-V3, and Kimi K2 whose language model is the same: latent attention, dense first layers, grouped router."""
 
 from moehive.kernels.mla import MlaLayer
-from moehive.kernels.trunk_ops import RouterLayer
 
 from .builder import Builder
 from .latent import LATENT_EPS, LatentAttention, latent_scale
