@@ -51,6 +51,24 @@ def fairness(
     _show(row, as_json)
 
 
+def experts(
+    quick: Annotated[bool, typer.Option("--quick", help="One shape, fewer batches and repetitions.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The expert MLP in every format: its share of the memory's bandwidth, and torch's bf16 beside it."""
+    from ..bench.experts import measure_experts
+
+    rows = measure_experts(quick)
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+
+    from ..bench.experts_table import experts_table
+
+    Console().print(experts_table(rows))
+
+
 def _show(row: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"rows": [row]}))

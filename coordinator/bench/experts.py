@@ -1,0 +1,196 @@
+"""`moehive bench experts`: the expert MLP of every format beside the machine's own limits, measured in one run.
+
+One token goes to eight experts, as in a node's part of a layer; more tokens go to one. Call after call walks over a
+set of experts far larger than the caches. Beside each call, alternating with it, as many threads read memory, and
+torch multiplies the same tokens with bf16 weights of the same shape.
+"""
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from moehive.kernels.blob import empty_blob, tensor_views
+from moehive.kernels.formats.registry import FORMATS
+from moehive.kernels.geometry import ExpertSpec, Format
+from moehive.kernels.memory import read_memory
+from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
+
+_TOP_K = 8
+_READ_BYTES = 512 << 20  # of plain memory; the largest last-level caches have about as much
+
+
+class Shape(NamedTuple):
+    """Hidden and intermediate size of one expert."""
+
+    name: str
+    hidden: int
+    intermediate: int
+
+
+SHAPES = (Shape("qwen3.5-35b", 2048, 512), Shape("qwen3.5-397b", 4096, 1024))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsRow:
+    """One measurement. `batch` tokens in a call, with eight experts if it is 1, else all with the same one.
+
+    `bytes` of weights that a call reads; `seconds` a call takes; `bandwidth` and `read_bandwidth` in bytes a second,
+    of the call and of a plain read in the same run; `ratio` the first by the second; `torch_seconds` the time of
+    torch's bf16 products with the same number of tokens and experts.
+    """
+
+    format: str
+    batch: int
+    kernel: str
+    threads: int
+    shape: str
+    bytes: int
+    seconds: float
+    bandwidth: float
+    read_bandwidth: float
+    ratio: float
+    torch_seconds: float
+
+
+def measure_experts(quick: bool) -> list[dict[str, object]]:
+    """All formats and shapes, one thread and all; with `quick` the smaller shape, fewer batches and repetitions.
+
+    Raises NativeLibraryError without the native library.
+    """
+    cores = len(os.sched_getaffinity(0))
+    threads = (1, cores) if cores > 1 else (1,)
+    batches, set_bytes, repeats = ((1, 64), 128 << 20, 3) if quick else ((1, 8, 64, 512), 512 << 20, 7)
+    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    rows: list[ExpertsRow] = []
+    for shape in SHAPES[:1] if quick else SHAPES:
+        for fmt in get_args(Format):
+            if fmt not in FORMATS:
+                continue
+            spec = ExpertSpec(
+                hidden_size=shape.hidden, intermediate_size=shape.intermediate, activation="silu", format=fmt
+            )
+            experts = _random_experts(spec, max(2 * _TOP_K, set_bytes // spec.nbytes))
+            for count in threads:
+                with _torch_threads(count):
+                    ops = ExpertOps(count)
+                    for batch in batches:
+                        rows.append(_measure(ops, spec, experts, memory, shape.name, batch, count, repeats))
+            del experts
+    return [asdict(row) for row in rows]
+
+
+def _measure(
+    ops: ExpertOps,
+    spec: ExpertSpec,
+    experts: list[ExpertWeights],
+    memory: torch.Tensor,
+    shape: str,
+    batch: int,
+    threads: int,
+    repeats: int,
+) -> ExpertsRow:
+    used = _TOP_K if batch == 1 else 1
+    hidden = torch.randn(batch, spec.hidden_size)
+    offsets = np.arange(batch + 1, dtype=np.uint32) * np.uint32(used)
+    weights = np.full(batch * used, 1 / used, dtype=np.float32)
+    numbers = _walk(len(experts), used)
+    held = dict(enumerate(experts))
+
+    def call() -> None:
+        chosen = np.tile(next(numbers), batch).astype(np.uint32)
+        ops.moe_layer(spec, held, hidden, offsets, chosen, weights, Reduction.PARTIAL_SUM)
+
+    products = _torch_products(spec, batch, used)
+    # At batch 1 the whole set is walked once in each repetition, so that one is long enough to compare with a read.
+    calls = max(1, len(experts) // used) if batch == 1 else 1
+    times: tuple[list[float], list[float], list[float]] = ([], [], [])
+    call()
+    products()
+    slice_bytes = min(_READ_BYTES, max(64 << 20, calls * used * spec.nbytes))
+    for _ in range(repeats):
+        times[0].append(_seconds(call, calls))
+        times[1].append(_seconds(lambda: read_memory(memory[:slice_bytes], threads), 1))
+        times[2].append(_seconds(products, 1))
+    seconds, read_seconds, torch_seconds = (statistics.median(series) for series in times)
+    nbytes = used * spec.nbytes
+    bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / read_seconds
+    return ExpertsRow(
+        format=spec.format,
+        batch=batch,
+        kernel=ops.kernel,
+        threads=threads,
+        shape=shape,
+        bytes=nbytes,
+        seconds=seconds / calls,
+        bandwidth=bandwidth,
+        read_bandwidth=read_bandwidth,
+        ratio=bandwidth / read_bandwidth,
+        torch_seconds=torch_seconds,
+    )
+
+
+def _walk(experts: int, used: int) -> Iterator[list[int]]:
+    """Experts of call after call, each in turn, so that an expert comes again only after all others."""
+    at = 0
+    while True:
+        yield [(at + i) % experts for i in range(used)]
+        at = (at + used) % experts
+
+
+def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], None]:
+    """The same experts in torch, bf16, the products alone; a set that the caches do not hold at batch 1."""
+    sets = 1 if batch > 1 else 8
+    up = torch.randn(sets * used, spec.projected_size, spec.hidden_size).bfloat16()
+    down = torch.randn(sets * used, spec.hidden_size, spec.intermediate_size).bfloat16()
+    x = torch.randn(batch, spec.hidden_size).bfloat16()
+    at = 0
+
+    def run() -> None:
+        nonlocal at
+        for expert in range(at, at + used):
+            gate, value = F.linear(x, up[expert]).chunk(2, dim=-1)
+            F.linear(F.silu(gate) * value, down[expert])
+        at = (at + used) % (sets * used)
+
+    return run
+
+
+def _random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
+    """Experts of random bytes that mean finite numbers: one is encoded from numbers, the others copy it."""
+    blob = empty_blob(spec.nbytes)
+    blob.zero_()
+    for place in spec.tensors:
+        numbers = torch.randn(place.shape) / place.shape[-1] ** 0.5
+        FORMATS[place.format].encode(numbers, blob[place.offset : place.offset + place.nbytes])
+    tensor_views(spec, blob)
+    experts = []
+    for _ in range(count):
+        copy = empty_blob(spec.nbytes)
+        copy.copy_(blob)
+        experts.append(load_expert(spec, copy))
+    return experts
+
+
+def _seconds(work: Callable[[], None], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
