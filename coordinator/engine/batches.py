@@ -15,6 +15,7 @@ from functools import partial
 
 import torch
 
+from .. import timeline
 from ..models.base import ExpertBackend, SequenceInput, Trunk
 from .micro_batches import MicroBatches
 
@@ -49,7 +50,7 @@ class Batches:
         When it is cancelled, the other sequences of the pass go on; it returns once no pass uses the cache any more.
         """
         if self._trunk.max_sequences == 1:
-            (logits,) = await self._trunk.forward([one], self._experts)
+            (logits,) = await self._pass([one])
             await asyncio.sleep(0)  # experts that never wait must not keep the loop
             return logits
         asked = _Asked(one)
@@ -60,6 +61,13 @@ class Batches:
         except asyncio.CancelledError:
             await self._leave(asked)
             raise
+
+    async def _pass(self, batch: list[SequenceInput]) -> list[torch.Tensor]:
+        if not timeline.current.on:
+            return await self._trunk.forward(batch, self._experts)
+        tokens = sum(len(one.tokens) for one in batch)
+        with timeline.current.track(f"{len(batch)} sequences, {tokens} tokens"):
+            return await self._trunk.forward(batch, self._experts)
 
     async def _leave(self, asked: _Asked) -> None:
         """Returns once `asked` is neither in line nor in a pass that runs."""
@@ -108,7 +116,7 @@ class Batches:
         return batch
 
     def _start(self, passes: list[list[_Asked]], batch: list[_Asked]) -> None:
-        task = asyncio.create_task(self._trunk.forward([asked.input for asked in batch], self._experts))
+        task = asyncio.create_task(self._pass([asked.input for asked in batch]))
         for asked in batch:
             asked.running = task
         passes.append(batch)

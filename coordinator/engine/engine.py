@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from time import monotonic
 
+from .. import timeline
 from ..models.base import ExpertBackend, SequenceInput, Trunk
 from ..types import CoordinatorError, FinishReason, GenerationRequest, InvalidRequest, NotReady
 from .batches import Batches
@@ -122,7 +123,9 @@ class Engine:
         logits = await self._batches.forward(SequenceInput(tokens, sequence.cache))
         if sequence.prompt_left:
             return
-        sequence.publish(sequence.sampler.next(logits))
+        with timeline.current.span("sample"):
+            token = sequence.sampler.next(logits)
+        sequence.publish(token)
         self._generated_tokens += 1
 
     async def _run(self, sequence: Sequence) -> Finished:

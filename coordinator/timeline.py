@@ -1,0 +1,226 @@
+"""Where the microseconds of a token go: spans of time, written as a Chrome trace that Perfetto opens.
+
+`current` is what every part calls; it does nothing until `recording` puts a Recorder there:
+
+    with timeline.current.span("router"):        # some synchronous or awaited piece of work
+        ...
+    timeline.current.hop(node, reply, lambda reply: reply.compute_ns)   # a message to a node, answered by a future
+
+Call it through the module (`timeline.current`), never `from … import current`. When nothing is recorded a span costs
+three calls that do nothing (0.2 to 0.4 µs), so it may stand in each layer, not in each element of a loop; what would
+cost more asks `timeline.current.on` first.
+
+Names in use: `attention` (with its norms), `router`, `submit` (split and send), `shared expert`, `wait` (for the
+slowest node), `add up`, `lm head`, `sample`. A trunk that computes in one native call says so in one span.
+
+A track is a row of the trace, in which spans lie inside each other. Passes that take turns need one each: `track`
+takes a free one for as long as the block runs. Replies have tracks by pass and node: a round trip as the coordinator
+saw it, and in its middle the time that the node says it computed (clocks of two machines do not agree to the
+microsecond, so the way there and back are drawn equally long).
+"""
+
+import asyncio
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from time import perf_counter_ns
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+T = TypeVar("T")
+
+MAX_SPANS = 1_000_000  # about 200 MB in memory and 100 MB written; later ones are counted only
+COORDINATOR = "coordinator"
+ENGINE = 0  # the track of what belongs to no pass
+
+
+class Timeline(Protocol):
+    """What parts of the hot path may call; see the module's text."""
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is recorded."""
+        ...
+
+    def span(self, name: str) -> AbstractContextManager[None]:
+        """Records the block's time under `name`, on the track of the pass that runs."""
+        ...
+
+    def track(self, name: str) -> AbstractContextManager[None]:
+        """As `span`, and the block, awaits included, has a track of its own."""
+        ...
+
+    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
+        """Records a message to `node`, sent now and answered when `reply` is; `compute_ns` reads the node's time."""
+        ...
+
+
+class _Nothing:
+    """A block that is not recorded."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+_NOTHING = _Nothing()
+
+
+class Off:
+    """The Timeline that records nothing."""
+
+    on = False
+
+    def span(self, name: str) -> _Nothing:
+        """Nothing."""
+        return _NOTHING
+
+    track = span
+
+    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
+        """Nothing."""
+
+
+class Span(NamedTuple):
+    """One recorded piece of time, nanoseconds of `perf_counter_ns`."""
+
+    process: str  # COORDINATOR or a node's name
+    track: int
+    name: str
+    start: int
+    end: int
+
+
+class Recorder:
+    """The Timeline that records, for one event loop and its thread."""
+
+    on = True
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.dropped = 0  # spans after MAX_SPANS
+        self._track: ContextVar[int] = ContextVar("track", default=ENGINE)
+        self._taken: set[int] = set()
+
+    def span(self, name: str) -> "_Running":
+        """See Timeline.span."""
+        return _Running(self, self._track.get(), name)
+
+    @contextmanager
+    def track(self, name: str) -> Iterator[None]:
+        """See Timeline.track."""
+        number = next(n for n in range(ENGINE + 1, len(self._taken) + ENGINE + 2) if n not in self._taken)
+        self._taken.add(number)
+        token = self._track.set(number)
+        try:
+            with _Running(self, number, name):
+                yield
+        finally:
+            self._track.reset(token)
+            self._taken.remove(number)
+
+    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
+        """See Timeline.hop."""
+        start, track = perf_counter_ns(), self._track.get()
+
+        def answered(reply: "asyncio.Future[T]") -> None:
+            if reply.cancelled() or reply.exception() is not None:
+                return
+            end = perf_counter_ns()
+            computed = min(compute_ns(reply.result()), end - start)
+            begun = start + (end - start - computed) // 2
+            self.add(node, track, "round trip", start, end)
+            self.add(node, track, "compute", begun, begun + computed)
+
+        reply.add_done_callback(answered)
+
+    def add(self, process: str, track: int, name: str, start: int, end: int) -> None:
+        """Records one span, unless there are MAX_SPANS."""
+        if len(self.spans) < MAX_SPANS:
+            self.spans.append(Span(process, track, name, start, end))
+        else:
+            self.dropped += 1
+
+    def seconds(self) -> dict[tuple[str, str], float]:
+        """Time under each (process, name), added up; spans inside others count under both names."""
+        total: dict[tuple[str, str], float] = {}
+        for span in self.spans:
+            key = span.process, span.name
+            total[key] = total.get(key, 0.0) + (span.end - span.start) / 1e9
+        return total
+
+    def write(self, path: Path) -> None:
+        """Writes the Chrome trace (JSON object format) beside `path` and renames it. Raises OSError."""
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with beside.open("w") as file:
+                json.dump({"traceEvents": self._events(), "otherData": {"dropped": self.dropped}}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    def _events(self) -> list[dict[str, Any]]:
+        """Metadata, then complete events; times in microseconds from the first span's start."""
+        names = [COORDINATOR, *sorted({span.process for span in self.spans} - {COORDINATOR})]
+        process = {name: number for number, name in enumerate(names, 1)}
+        zero = min((span.start for span in self.spans), default=0)
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", "pid": number, "args": {"name": name}}
+            for name, number in process.items()
+        ]
+        for name, track in sorted({(span.process, span.track) for span in self.spans}):
+            title = f"pass {track}" if track != ENGINE else "engine"
+            events.append(
+                {"ph": "M", "name": "thread_name", "pid": process[name], "tid": track, "args": {"name": title}}
+            )
+        for span in self.spans:
+            events.append(
+                {
+                    "ph": "X",
+                    "name": span.name,
+                    "pid": process[span.process],
+                    "tid": span.track,
+                    "ts": (span.start - zero) / 1000,
+                    "dur": (span.end - span.start) / 1000,
+                }
+            )
+        return events
+
+
+class _Running:
+    """A span between its start and its end."""
+
+    __slots__ = ("_name", "_recorder", "_start", "_track")
+
+    def __init__(self, recorder: Recorder, track: int, name: str) -> None:
+        self._recorder, self._track, self._name = recorder, track, name
+
+    def __enter__(self) -> None:
+        self._start = perf_counter_ns()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._recorder.add(COORDINATOR, self._track, self._name, self._start, perf_counter_ns())
+
+
+current: Timeline = Off()  # replaced only by `recording`
+
+
+@contextmanager
+def recording() -> Iterator[Recorder]:
+    """Records all that happens in this process during the block, for `Recorder.write` or `Recorder.seconds`."""
+    global current  # one a process: parts need not pass it on to each other
+    before, recorder = current, Recorder()
+    current = recorder
+    try:
+        yield recorder
+    finally:
+        current = before
