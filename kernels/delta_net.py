@@ -79,18 +79,14 @@ class DeltaNetLayer:
         return self.channels + self.value_heads * (self.value_dim + 2)
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of one sequence's state."""
-        blocks = -(-self.value_dim // _BLOCK)
-        return 4 * ((len(self.conv) - 1) * self.channels + self.value_heads * blocks * self.key_dim * _BLOCK)
+    def conv_shape(self) -> tuple[int, int]:
+        """Of DeltaNetState.conv."""
+        return len(self.conv) - 1, self.channels
 
-    def new_state(self) -> DeltaNetState:
-        """The state of a sequence that has not begun."""
-        blocks = -(-self.value_dim // _BLOCK)
-        return DeltaNetState(
-            torch.zeros(len(self.conv) - 1, self.channels),
-            torch.zeros(self.value_heads, blocks, self.key_dim, _BLOCK),
-        )
+    @property
+    def recurrent_shape(self) -> tuple[int, int, int, int]:
+        """Of DeltaNetState.recurrent."""
+        return self.value_heads, -(-self.value_dim // _BLOCK), self.key_dim, _BLOCK
 
 
 def _places(layer: DeltaNetLayer) -> tuple[list[int], list[int], list[int], list[int]]:

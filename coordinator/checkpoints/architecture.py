@@ -23,6 +23,9 @@ _EXPERTS_ATTRIBUTES = ("has_gate", "has_bias", "is_transposed", "is_concatenated
 # Names under which routers, blocks and configs keep the number of experts for a token.
 _TOP_K = ("top_k", "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
+# Families that transformers knows under another name: Kimi K2's code is DeepSeek-V3's.
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+
 # Classes of other names generate otherwise (DiffusionGemmaForBlockDiffusion).
 _FROM_LEFT_TO_RIGHT = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -64,6 +67,9 @@ def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             " give a checkpoint in bf16, f16 or f32."
         )
     try:
+        if family in _KNOWN_AS:
+            same = _KNOWN_AS[family]
+            return CONFIG_MAPPING[same].from_dict(raw | {"model_type": same})
         config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a config's class may raise anything for values it does not like
         if family not in CONFIG_MAPPING:

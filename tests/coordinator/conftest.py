@@ -33,6 +33,12 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def families_module() -> ModuleType:
+    """The module families.py, to make a tiny checkpoint with a config of one's own."""
+    return families
+
+
+@pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Gives the directory of a family's tiny f32 checkpoint, made once a session; do not write to it."""
     made: dict[str, Path] = {}

@@ -156,6 +156,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hy_v4_vl": {},
     "inkling_text": {},
     "jamba": MAMBA | {"mamba_dt_rank": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "kimi_k25": LATENT,
     "kimi_linear": KIMI,
     "kolibri1": {},
     "laguna": {},
@@ -195,10 +196,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 FAMILIES = sorted(OVERRIDES)
 
 
-def make_config(family: str) -> Any:
-    """A small config of `family`."""
+def make_config(family: str, **changes: Any) -> Any:
+    """A small config of `family`; `changes` to its text part come last."""
     config_class = CONFIG_MAPPING[family]
-    values = {name: value for name, value in (COMMON | OVERRIDES[family]).items() if value is not None}
+    values = {name: value for name, value in (COMMON | OVERRIDES[family]).items() if value is not None} | changes
     if "text_config" not in config_class.sub_configs:
         return config_class(**values)
     parts: dict[str, Any] = {"text_config": values}
@@ -212,10 +213,10 @@ def make_config(family: str) -> Any:
     return config_class(**parts, dtype="float32")
 
 
-def make_checkpoint(family: str, folder: Path) -> None:
+def make_checkpoint(family: str, folder: Path, **changes: Any) -> None:
     """Writes a random f32 checkpoint of `family` to `folder` with `save_pretrained`; the same weights each time."""
     torch.manual_seed(20)
-    config = make_config(family)
+    config = make_config(family, **changes)
     auto = (
         AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
     )
