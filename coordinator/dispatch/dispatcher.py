@@ -18,6 +18,7 @@ from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import WireError, read_values, write_request
 
+from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable, NotReady, Plan
 from .link import Link
 from .local import LocalExperts
@@ -99,6 +100,10 @@ class Dispatcher:
         """See ExpertBackend.submit. Raises NotReady before the first plan."""
         if self._plan is None:
             raise NotReady("The cluster does not hold the model yet; `moehive status` says what is missing.")
+        with timeline.current.span("submit"):
+            return _Answer(self, self._submit(layer, hidden, ids, weights))
+
+    def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> "_Sent":
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
         shares = split(
             ids.to("cpu", torch.int64).numpy(), weights.to("cpu", torch.float32).numpy(), self._owners[layer]
@@ -111,16 +116,21 @@ class Dispatcher:
                 sent.here = share
             else:
                 sent.waiting.append((node, share, self._send(node, layer, host, share)))
-        return _Answer(self, sent)
+        return sent
 
     async def _collect(self, sent: "_Sent") -> torch.Tensor:
         parts: list[tuple[Share, torch.Tensor]] = []
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
-            parts.append((sent.here, self._here(sent.layer, sent.hidden, sent.here)))
+            with timeline.current.span("local experts"):
+                parts.append((sent.here, self._here(sent.layer, sent.hidden, sent.here)))
         for node, share, reply in sent.waiting:
-            parts.append((share, self._values(node, share, sent.hidden, await reply)))
-        return self._add_up(parts, sent.hidden, sent.top_k).to(sent.device)
+            with timeline.current.span("wait"):
+                answer = await reply
+            with timeline.current.span("read"):
+                parts.append((share, self._values(node, share, sent.hidden, answer)))
+        with timeline.current.span("add up"):
+            return self._add_up(parts, sent.hidden, sent.top_k).to(sent.device)
 
     def _add_up(self, parts: list[tuple[Share, torch.Tensor]], hidden: torch.Tensor, k: int) -> torch.Tensor:
         tokens, size = hidden.shape
@@ -130,8 +140,12 @@ class Dispatcher:
                 pairs[torch.from_numpy(share.pairs)] = values.float()
             total = pairs.view(tokens, k, size).sum(dim=1)
         else:
-            total = torch.zeros((tokens, size), dtype=torch.float32)
-            for share, values in parts:
+            rest = iter(parts)
+            if parts and len(parts[0][0].tokens) == tokens:
+                total = next(rest)[1].to(torch.float32, copy=True)  # a reply's own rows are not to be written to
+            else:
+                total = torch.zeros((tokens, size), dtype=torch.float32)
+            for share, values in rest:
                 if len(share.tokens) == tokens:
                     total += values
                 else:
@@ -161,7 +175,9 @@ class Dispatcher:
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
         write_request(request, _rows(hidden, share), share.routing)
-        return link.send(request)
+        reply = link.send(request)
+        timeline.current.hop(node, reply, _compute_ns)
+        return reply
 
     def _values(self, node: NodeName, share: Share, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
         """The rows of a reply to `share`. Raises NodeUnavailable when the node refused or answered nonsense."""
@@ -202,6 +218,10 @@ class _Answer:
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._dispatcher._collect(self._sent).__await__()
+
+
+def _compute_ns(reply: pb.ComputeReply) -> int:
+    return reply.compute_ns
 
 
 def _rows(hidden: torch.Tensor, share: Share) -> torch.Tensor:

@@ -1,9 +1,11 @@
 """Continuous batching: which sequences' next tokens go through the trunk together, and when.
 
 A sequence asks for one forward pass of its own (`forward`) and gets its logits; here those that ask at the same
-time become one pass. Sequences that decode share passes with each other. Pieces of prompts have passes of their own,
-which run at the same time: a pass waits for its experts at each layer, and there the others go on, so a long prompt
-delays a decoder by one layer's computation at a time, and never by a whole piece.
+time become one pass. Sequences that decode share passes with each other. Each piece of a prompt has a pass of its
+own, which runs at the same time: a pass waits for its experts at each layer, and there the others go on, so a long
+prompt delays a decoder by one layer's computation at a time, and never by a whole piece. (Not in one pass with
+others: products of many rows are the fastest library's, whose bits depend on how many there are, and a text shall not
+depend on who else asks. Alone, a prompt's pieces are always the same.)
 
 A trunk that takes one sequence at a time has nothing to batch: its passes interleave layer by layer.
 """
@@ -95,7 +97,7 @@ class Batches:
     def _form(self) -> None:
         self._woken = False
         while self._prompts and len(self._reading) < PROMPT_PASSES:
-            self._start(self._reading, self._next_prompts())
+            self._start(self._reading, [self._prompts.popleft()])
         while self._decoders:
             sequences = self._sequences()
             passes = self._micro_batches.passes(sequences)
@@ -103,17 +105,6 @@ class Batches:
                 return
             share = min(-(-sequences // passes), len(self._decoders), self._trunk.max_sequences)
             self._start(self._decoding, [self._decoders.popleft() for _ in range(share)])
-
-    def _next_prompts(self) -> list[_Asked]:
-        """The first in line, and those behind it that fit into a pass of the same length."""
-        batch = [self._prompts.popleft()]
-        room = self._trunk.prefill_chunk - len(batch[0].input.tokens)
-        while self._prompts and len(batch) < self._trunk.max_sequences:
-            room -= len(self._prompts[0].input.tokens)
-            if room < 0:
-                break
-            batch.append(self._prompts.popleft())
-        return batch
 
     def _start(self, passes: list[list[_Asked]], batch: list[_Asked]) -> None:
         task = asyncio.create_task(self._pass([asked.input for asked in batch]))

@@ -8,6 +8,7 @@ from moehive.kernels.geometry import Activation
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import RouterLayer
 
+from ... import timeline
 from ..base import ExpertBackend
 from .batch import Ops
 
@@ -47,7 +48,8 @@ class DenseMlp:
 
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""
-        return Addend(self.compute(x))
+        with timeline.current.span("dense"):
+            return Addend(self.compute(x))
 
 
 class MoeMlp:
@@ -76,11 +78,13 @@ class MoeMlp:
         linear = self._ops.linear
         shape = len(x), self._router.top_k
         ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        self._ops.trunk.route(self._native, linear.linear(self._router_weights, x), ids, weights)
+        with timeline.current.span("router"):
+            self._ops.trunk.route(self._native, linear.linear(self._router_weights, x), ids, weights)
         pending = experts.submit(self._ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:
-            more = self._shared.compute(x)
-            if self._shared_gate is not None:
-                gate = linear.linear(self._shared_gate, x)[:, 0]
+            with timeline.current.span("shared expert"):
+                more = self._shared.compute(x)
+                if self._shared_gate is not None:
+                    gate = linear.linear(self._shared_gate, x)[:, 0]
         return Addend(await pending, more, gate)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 import torch
 
-from moehive.kernels.linear import LinearWeights
+from moehive.kernels.linear import FEW_TOKENS, LinearWeights
 
+from ... import timeline
 from ..base import ExpertBackend, SequenceInput
 from ..tensors import Embedding
 from .attention import Attention
@@ -16,7 +17,8 @@ from .mlp import Mlp
 from .rope import Rope
 
 PREFILL_CHUNK = 512  # tokens; bounds how long one prompt holds the loop
-MAX_SEQUENCES = 64
+# Up to here a decode step's products, the experts' too, are native, and a row's bits do not depend on the others.
+MAX_SEQUENCES = FEW_TOKENS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -84,12 +86,14 @@ class LeanTrunk:
         sent = x if half is None else half
         add_norm(hidden, norm=parts.layers[0].attention_norm, eps=eps, out=x)
         for layer, next_norm in zip(parts.layers, self._next_norms, strict=True):
-            mixed = layer.attention.forward(run, x)
-            add_norm(hidden, mixed, norm=layer.mlp_norm, eps=eps, out=x, half_out=half)
+            with timeline.current.span("attention"):
+                mixed = layer.attention.forward(run, x)
+                add_norm(hidden, mixed, norm=layer.mlp_norm, eps=eps, out=x, half_out=half)
             add, more, gate = await layer.mlp.forward(x, sent, experts)
             add_norm(hidden, add, more, gate, norm=next_norm, eps=eps, out=x)
         run.finish()
-        return self._logits(batch, run, hidden)
+        with timeline.current.span("lm head"):
+            return self._logits(batch, run, hidden)
 
     def _logits(self, batch: Sequence[SequenceInput], run: Batch, hidden: torch.Tensor) -> list[torch.Tensor]:
         rows = [
