@@ -20,7 +20,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -98,8 +98,26 @@ def own_folder(base: Path) -> Iterator[Path]:
 class LocalCluster:
     """`start`, then `stop`, on the event loop of one thread."""
 
-    def __init__(self, model: str, folder: Path, nodes: int, *, grpc_port: int, http_port: int) -> None:
-        """`folder` is from `own_folder`; a port may be 0, any free one."""
+    def __init__(
+        self,
+        model: str,
+        folder: Path,
+        nodes: int,
+        *,
+        grpc_port: int,
+        http_port: int,
+        deterministic: bool = True,
+        threads: int | None = None,
+        node_threads: int | None = None,
+        doors: Sequence[tuple[int, int]] | None = None,
+    ) -> None:
+        """`folder` is from `own_folder`; a port may be 0, any free one.
+
+        `deterministic`: as in CoordinatorSettings; a row an expert costs little on loopback, and texts can be compared.
+        `threads` of the trunk, by default half the cores: more gain nothing in decoding, and nodes want cores too.
+        `node_threads` of each node, by default its share of the cores. `doors`: for each node the port that it
+        listens on and the one that leads there, when something stands between.
+        """
         self._settings = CoordinatorSettings(
             model=model,
             state_dir=folder,
@@ -108,16 +126,24 @@ class LocalCluster:
             cluster_port=0,
             join_port=0,
             min_nodes=nodes,
-            deterministic=True,  # a row an expert costs little on loopback, and texts can be compared
-            threads=max(1, cores() // 2),  # more gain nothing in decoding, and nodes want cores too
+            deterministic=deterministic,
+            threads=threads or max(1, cores() // 2),
         )
         memory = int(MEMORY_SHARE * available_memory() / nodes)
-        threads = max(1, cores() // nodes)
+        node_threads = node_threads or max(1, cores() // nodes)
         self._issue: asyncio.Future[Callable[[], str]] = asyncio.Future()  # makes tokens, once nodes can join
-        self._nodes = [_Node(f"node-{n}", folder, memory, threads, self._issue) for n in range(1, nodes + 1)]
+        self._nodes = [
+            _Node(f"node-{n + 1}", folder, memory, node_threads, doors[n] if doors else None, self._issue)
+            for n in range(nodes)
+        ]
         self._tasks: list[asyncio.Task[None]] = []
         self._stopping = asyncio.Lock()
         self.coordinator: Coordinator  # once started
+
+    @property
+    def node_pids(self) -> dict[str, int]:
+        """The processes of the nodes that run, by name."""
+        return {node.name: node.pid for node in self._nodes if node.pid is not None}
 
     async def start(self) -> None:
         """Returns when requests are answered. Raises CoordinatorError or OSError; nothing is left running then."""
@@ -176,16 +202,32 @@ class _Node:
     """One node's process, started again whenever it ends."""
 
     def __init__(
-        self, name: str, folder: Path, memory_bytes: int, threads: int, issue: "asyncio.Future[Callable[[], str]]"
+        self,
+        name: str,
+        folder: Path,
+        memory_bytes: int,
+        threads: int,
+        door: tuple[int, int] | None,
+        issue: "asyncio.Future[Callable[[], str]]",
     ) -> None:
         self.name = name
         self.may_fail = False  # once the cluster is ready, a node that ends is only started again
         self._state = folder / "nodes" / name
         self._log = folder / "logs" / f"{name}.log"
-        self._command = [sys.executable, "-c", _LAUNCHER, str(os.getpid()), "--name", name, "--listen", "127.0.0.1:0"]
+        self._command = [sys.executable, "-c", _LAUNCHER, str(os.getpid()), "--name", name]
+        listen, advertise = door or (0, None)
+        self._command += ["--listen", f"127.0.0.1:{listen}"]
+        if advertise is not None:
+            self._command += ["--advertise", f"127.0.0.1:{advertise}"]
         self._command += ["--state-dir", str(self._state), "--memory", str(memory_bytes), "--threads", str(threads)]
         self._issue = issue
         self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the process, unless there is none."""
+        process = self._process
+        return process.pid if process is not None and process.returncode is None else None
 
     def prepare(self) -> None:
         """Makes the node's folders and forgets its former identity. Raises CoordinatorError."""
