@@ -1,0 +1,174 @@
+"""Each lean family: logits, cache, chunks and batches as transformers gives them on the same checkpoint."""
+
+import asyncio
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.models.base import SequenceInput
+from moehive.coordinator.models.lean.trunk import LeanTrunk
+from moehive.coordinator.trunk import load_trunk
+
+_spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
+assert _spec is not None and _spec.loader is not None
+_families = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_families)
+
+TOLERANCE = 1e-4
+LENGTH = 110  # tokens: four pages, many windows
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+}
+
+# name → family, what is changed in its tiny config
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("mixtral", {}),
+    "mixtral, window, tied, one key head": (
+        "mixtral",
+        {"sliding_window": 40, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    ),
+    "mixtral, llama3 rope, 24 heads of 6": (
+        "mixtral",
+        {"rope_parameters": LLAMA3, "num_attention_heads": 24, "num_key_value_heads": 1, "head_dim": 6},
+    ),
+    "qwen3_moe": ("qwen3_moe", {}),
+    "qwen3_moe, a dense layer, biases, normed top-k, linear rope": (
+        "qwen3_moe",
+        {
+            "mlp_only_layers": [1],
+            "attention_bias": True,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    ),
+    "glm4_moe": ("glm4_moe", {"use_qk_norm": True}),
+    "glm4_moe, groups, half rotary": (
+        "glm4_moe",
+        {
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "norm_topk_prob": True,
+            "head_dim": 16,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": YARN}),
+    "gpt_oss, window over pages": ("gpt_oss", {"sliding_window": 33, "num_key_value_heads": 4}),
+}
+
+
+def make(family: str, changes: dict[str, Any], folder: Path) -> None:
+    """As families.make_checkpoint, with a changed config."""
+    kept = _families.OVERRIDES[family]
+    _families.OVERRIDES[family] = kept | changes
+    try:
+        _families.make_checkpoint(family, folder)
+    finally:
+        _families.OVERRIDES[family] = kept
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, reference_backend: Any
+) -> tuple[LeanTrunk, Any, torch.Tensor, torch.Tensor]:
+    """A trunk, its experts, tokens [LENGTH] and transformers' logits of them [LENGTH, vocab]."""
+    folder = tmp_path_factory.mktemp("lean")
+    make(*CASES[request.param], folder)
+    tokens = torch.randint(3, _families.VOCABULARY, (LENGTH,), generator=torch.Generator().manual_seed(4))
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager").eval()
+    with torch.no_grad():
+        expected = model(input_ids=tokens[None]).logits[0]
+    assert expected.std() > 0.1
+    checkpoint = Checkpoint.open(folder)
+    trunk = load_trunk(checkpoint, threads=2)
+    assert isinstance(trunk, LeanTrunk)
+    return trunk, reference_backend(checkpoint), tokens, expected
+
+
+def run(trunk: LeanTrunk, backend: Any, tokens: torch.Tensor, cuts: list[int]) -> torch.Tensor:
+    """All logits of one sequence whose passes end at `cuts`."""
+    cache = trunk.new_cache()
+
+    async def passes() -> list[torch.Tensor]:
+        parts = torch.tensor_split(tokens, cuts)
+        return [(await trunk.forward([SequenceInput(part, cache, all_logits=True)], backend))[0] for part in parts]
+
+    result = torch.cat(asyncio.run(passes()))
+    trunk.free_cache(cache)
+    return result
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=TOLERANCE)
+
+
+def test_one_pass(case: Any) -> None:
+    trunk, backend, tokens, expected = case
+    assert_close(run(trunk, backend, tokens, []), expected)
+
+
+@pytest.mark.parametrize(
+    "cuts", [[31], [33, 64, 70], list(range(40, LENGTH))], ids=["page", "chunks", "token by token"]
+)
+def test_chunks(case: Any, cuts: list[int]) -> None:
+    trunk, backend, tokens, expected = case
+    assert_close(run(trunk, backend, tokens, cuts), expected)
+
+
+def test_batches_of_unequal_lengths(case: Any) -> None:
+    """Sequences at different places, one of them only beginning; each equals transformers and itself alone."""
+    trunk, backend, tokens, expected = case
+    starts, counts = (0, 31, 64, 90), (45, 1, 33, 1)
+    caches = [trunk.new_cache() for _ in starts]
+
+    async def passes() -> list[torch.Tensor]:
+        for start, cache in zip(starts, caches, strict=True):
+            if start:
+                await trunk.forward([SequenceInput(tokens[:start], cache)], backend)
+        batch = [
+            SequenceInput(tokens[start : start + count], cache, all_logits=True)
+            for start, count, cache in zip(starts, counts, caches, strict=True)
+        ]
+        return await trunk.forward(batch, backend)
+
+    together = asyncio.run(passes())
+    for logits, start, count in zip(together, starts, counts, strict=True):
+        assert_close(logits, expected[start : start + count])
+    for cache in caches:
+        trunk.free_cache(cache)
+
+
+def test_the_last_token_s_logits_alone(case: Any) -> None:
+    trunk, backend, tokens, expected = case
+    inputs = [SequenceInput(tokens[:50], trunk.new_cache()), SequenceInput(tokens[:7], trunk.new_cache())]
+    first, second = asyncio.run(trunk.forward(inputs, backend))
+    assert_close(first, expected[49])
+    assert_close(second, expected[6])
+
+
+def test_pages_are_counted_given_back_and_used_again(case: Any) -> None:
+    trunk, backend, tokens, _ = case
+    run(trunk, backend, tokens, [40])
+    pools = trunk._parts.cache.pools
+    free = [len(pool.free) for pool in pools]
+    cache = trunk.new_cache()
+    for start in range(0, LENGTH, 10):
+        asyncio.run(trunk.forward([SequenceInput(tokens[start : start + 10], cache)], backend))
+        held = sum(page.nbytes for table in cache.tables for page in table._pages if page is not None) + sum(
+            state.nbytes for state in cache.states
+        )
+        assert held <= trunk.cache_bytes(start + 10)
+    trunk.free_cache(cache)
+    assert [len(pool.free) for pool in pools] == free
