@@ -141,7 +141,8 @@ def test_batches_of_unequal_lengths(case: Any) -> None:
             SequenceInput(tokens[start : start + count], cache, all_logits=True)
             for start, count, cache in zip(starts, counts, caches, strict=True)
         ]
-        return await trunk.forward(batch, backend)
+        logits: list[torch.Tensor] = await trunk.forward(batch, backend)
+        return logits
 
     together = asyncio.run(passes())
     for logits, start, count in zip(together, starts, counts, strict=True):
