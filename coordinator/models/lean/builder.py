@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from moehive.kernels.geometry import FORMAT_BYTES, Activation
+from moehive.kernels.geometry import Activation
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
 
@@ -134,8 +134,8 @@ class Builder:
         if "lm_head.weight" in self.tensors and not self.config.tie_word_embeddings:
             return self.tensors.embedding(name), self.tensors.linear("lm_head.weight")
         head = self.tensors.linear(name)
-        if head.format not in _PLAIN:
+        dtype = _PLAIN.get(head.format)
+        if dtype is None:
             return self.tensors.embedding(name), head
-        size = head.rows * head.columns * FORMAT_BYTES[head.format]
-        table = head.blob[:size].view(_PLAIN[head.format]).view(head.rows, head.columns)
+        table = head.blob[: head.rows * head.columns * dtype.itemsize].view(dtype).view(head.rows, head.columns)
         return PlainEmbedding(table), head
