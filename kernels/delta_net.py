@@ -24,7 +24,7 @@ class _DeltaNet(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("key_heads", "value_heads", "key_dim", "value_dim")),
         *((name, ctypes.c_int64) for name in ("taps", "row", "segments")),
-        *((name, ctypes.c_void_p) for name in ("channels", "z", "b", "a")),
+        *((name, ctypes.c_void_p) for name in ("channels", "z", "b", "a", "to")),
         *((name, ctypes.c_void_p) for name in ("conv", "decay", "dt_bias", "norm")),
         ("norm_eps", ctypes.c_float),
     )
@@ -67,6 +67,7 @@ class DeltaNetLayer:
     dt_bias: torch.Tensor  # f32 [value_heads]
     norm: torch.Tensor  # f32 [value_dim]
     norm_eps: float
+    out_order: tuple[int, ...] | None = None  # at which place each value head's output lies; None: as they are
 
     @property
     def channels(self) -> int:
@@ -132,7 +133,8 @@ class DeltaNet:
                 f"at most {MAX_KEY_DIM} and {MAX_TAPS} are."
             )
         channels, z, b, a = _places(layer)
-        self._kept = [(ctypes.c_int64 * len(places))(*places) for places in (channels, z, b, a)]
+        to = [place * layer.value_dim for place in layer.out_order or range(layer.value_heads)]
+        self._kept = [(ctypes.c_int64 * len(places))(*places) for places in (channels, z, b, a, to)]
         self._structure = _DeltaNet(
             key_heads=layer.key_heads,
             value_heads=layer.value_heads,
@@ -145,6 +147,7 @@ class DeltaNet:
             z=ctypes.addressof(self._kept[1]),
             b=ctypes.addressof(self._kept[2]),
             a=ctypes.addressof(self._kept[3]),
+            to=ctypes.addressof(self._kept[4]),
             conv=layer.conv.data_ptr(),
             decay=layer.decay.data_ptr(),
             dt_bias=layer.dt_bias.data_ptr(),

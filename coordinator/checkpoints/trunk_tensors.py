@@ -40,6 +40,10 @@ class SafetensorsTrunk:
         bias = f"{name.removesuffix('weight')}bias"
         return LinearWeights(format, *stored.shape, blob, self.tensor(bias) if bias in self else None)
 
+    def column_order(self, name: str) -> torch.Tensor | None:
+        """See TensorSource."""
+        return None
+
     def tensor(self, name: str) -> torch.Tensor:
         """See TensorSource."""
         return self._stored(name).read().float().contiguous()

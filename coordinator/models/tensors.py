@@ -35,6 +35,13 @@ class TensorSource(Protocol):
         """The matrix `name` (ending in `.weight`) in its own format, with the bias beside it if there is one."""
         ...
 
+    def column_order(self, name: str) -> torch.Tensor | None:
+        """int64 [columns]: where `linear(name)` has each of transformers' columns; None: they are in its order.
+
+        Only DeltaNet's out_proj may be in another, by whole value heads: quantized columns can't be moved.
+        """
+        ...
+
     def tensor(self, name: str) -> torch.Tensor:
         """Any tensor, as f32: norms, biases, states."""
         ...

@@ -107,6 +107,7 @@ void head(const MoehiveDeltaNet& layer, const MoehiveDeltaNetCall& call, int64_t
   const int64_t blocks = (values + kBlock - 1) / kBlock, outs = layer.value_heads * values;
   const int64_t group = number / (layer.value_heads / layer.key_heads);
   const float scale = 1.0f / sqrtf(static_cast<float>(keys));
+  float* to = call.out + layer.to[number];
   float* state = call.recurrent[sequence] + number * blocks * keys * kBlock;
   alignas(64) float query[kTogether][kMaxHeadDim], key[kTogether][kMaxHeadDim];
   Step steps[kTogether];
@@ -137,7 +138,7 @@ void head(const MoehiveDeltaNet& layer, const MoehiveDeltaNetCall& call, int64_t
           delta[half] = (load8(value + half * kEight) - reads.key[half] * step.decay) * step.beta;
           store8(out + half * kEight, fma8(delta[half], all8(step.key_query), reads.query[half] * step.decay));
         }
-        memcpy(call.out + (first + t) * outs + number * values + at, out, width * sizeof(float));
+        memcpy(to + (first + t) * outs + at, out, width * sizeof(float));
         if (t + 1 < tokens) {
           reads = pass<true, true>(block, keys, step.decay, key[t], delta, key[t + 1], query[t + 1]);
         } else {
@@ -147,7 +148,7 @@ void head(const MoehiveDeltaNet& layer, const MoehiveDeltaNetCall& call, int64_t
     }
     for (int64_t t = 0; t < tokens; ++t) {
       const float* z = call.rows + (first + t) * layer.row + layer.z[number];
-      gated_norm(call.out + (first + t) * outs + number * values, z, layer);
+      gated_norm(to + (first + t) * outs, z, layer);
     }
   }
 }

@@ -18,6 +18,7 @@ struct MoehiveDeltaNet {
   const int64_t* z;         // [value_heads] where each head's gate starts in the row
   const int64_t* b;         // [value_heads] where its write strength is
   const int64_t* a;         // [value_heads] where its decay is
+  const int64_t* to;        // [value_heads] where its values go in a row of `out`
   const float* conv;        // [taps][channels], the oldest tap first
   const float* decay;       // [value_heads] -exp(A_log)
   const float* dt_bias;     // [value_heads]

@@ -1,5 +1,6 @@
 """The native Gated DeltaNet against transformers' own functions."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,6 +135,14 @@ def test_batches_and_chunks_do_not_change_a_bit(ops: TrunkOps, grouped: bool) ->
             at[i] += len(part)
     for ours, one_pass in zip(outs, whole, strict=True):
         assert torch.equal(torch.cat(ours), one_pass)
+
+
+def test_outputs_in_another_order_of_heads(ops: TrunkOps) -> None:
+    layer = layer_of(SHAPES[0], False)
+    rows = torch.randn(5, layer.row)
+    (plain,) = run(DeltaNet(ops, layer), [rows], [new_state(layer)])
+    (moved,) = run(DeltaNet(ops, replace(layer, out_order=(0, 2, 1, 3))), [rows], [new_state(layer)])
+    assert torch.equal(moved.view(5, 4, -1), plain.view(5, 4, -1)[:, [0, 2, 1, 3]])
 
 
 def test_what_there_is_no_room_for_is_refused(ops: TrunkOps) -> None:

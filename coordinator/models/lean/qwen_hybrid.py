@@ -18,17 +18,20 @@ from .trunk import Layer
 
 def _delta_net(b: Builder, name: str, projections: list[str]) -> DeltaNetAttention:
     config = b.config
+    columns = b.tensors.column_order(f"{b.prefix}{name}.out_proj.weight")
+    size = config.linear_value_head_dim
     layer = DeltaNetLayer(
         key_heads=config.linear_num_key_heads,
         value_heads=config.linear_num_value_heads,
         key_dim=config.linear_key_head_dim,
-        value_dim=config.linear_value_head_dim,
+        value_dim=size,
         grouped=len(projections) == 2,
         conv=b.tensor(f"{name}.conv1d.weight").squeeze(1).T.contiguous(),
         decay=-b.tensor(f"{name}.A_log").exp(),
         dt_bias=b.tensor(f"{name}.dt_bias"),
         norm=b.tensor(f"{name}.norm.weight"),
         norm_eps=config.rms_norm_eps,
+        out_order=None if columns is None else tuple((columns[::size] // size).tolist()),
     )
     inputs = [b.linear(f"{name}.{projection}") for projection in projections]
     return DeltaNetAttention(b.ops, layer, b.cache, inputs, b.linear(f"{name}.out_proj"))
