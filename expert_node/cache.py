@@ -4,13 +4,15 @@
     <state>/cache/<fingerprint of the model>/<layer>-<expert>.part         an expert on its way
 
 A file is written as `.part`, fsynced, and renamed once its hash is known to be right; the name then says what the
-content must be. Other models' folders stay until their room is needed, the oldest goes first.
+content must be. Whole files are mapped, so the kernel's page cache is the one copy in memory. Other models' folders
+stay until their room is needed, the oldest goes first.
 All methods block on the disk: call them in a thread.
 """
 
 import errno
 import hashlib
 import logging
+import mmap
 import os
 import re
 import shutil
@@ -18,6 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
+
+import torch
 
 from moehive.kernels.geometry import ExpertId
 
@@ -51,62 +55,80 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         raise CacheError(f"Cannot use the disk cache in {folder}: {error.strerror or error}.") from error
 
 
-def _read_into(path: Path, blob: memoryview, digest: _Hash) -> int:
-    """Reads a file into the front of `blob` and into the hash; returns the bytes read, at most the blob's."""
+def _read_into(path: Path, digest: _Hash, nbytes: int) -> int:
+    """Reads a file into the hash; returns the bytes read, at most `nbytes`."""
+    piece = memoryview(bytearray(min(_READ_BYTES, nbytes)))
     done = 0
     with path.open("rb", buffering=0) as file:
-        while done < len(blob):
-            count = file.readinto(blob[done : done + _READ_BYTES])
+        while done < nbytes:
+            count = file.readinto(piece[: nbytes - done])
             if not count:
                 break
-            digest.update(blob[done : done + count])
+            digest.update(piece[:count])
             done += count
     return done
 
 
-class PartFile:
-    """One expert on its way to the disk; `offset` bytes of it are in `blob` and hashed."""
+def _mapped(path: Path, nbytes: int) -> torch.Tensor:
+    """The file as uint8 [nbytes], aligned to a page; its pages are in memory now. Raises CacheError."""
+    try:
+        # Not Python's mmap: it keeps a descriptor for each file, and a slice has thousands.
+        blob = torch.from_file(str(path), shared=False, size=nbytes, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise CacheError(f"Cannot map {path} into memory: {str(error).splitlines()[0]}") from error
+    blob[:: mmap.PAGESIZE].max()  # looks at each page, or the first request would wait for them
+    return blob
 
-    def __init__(self, path: Path, blob: memoryview) -> None:
+
+class PartFile:
+    """One expert of `nbytes` on its way to the disk; `offset` bytes of it are there and hashed."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
         self._path = path
-        self._blob = blob
+        self._nbytes = nbytes
         self._digest: _Hash = hashlib.sha256()
         with _disk_errors(path.parent):
             path.touch()
-            self.offset = _read_into(path, blob, self._digest)
+            self.offset = _read_into(path, self._digest, nbytes)
             os.truncate(path, self.offset)  # a longer one is of another build
             self._file = path.open("ab", buffering=0)
 
     def append(self, data: bytes) -> None:
-        """Adds the next bytes to file, blob and hash. Raises CacheError; the part is then gone."""
-        end = self.offset + len(data)
-        self._blob[self.offset : end] = data
-        self._digest.update(self._blob[self.offset : end])
+        """Adds the next bytes to file and hash, at most up to `nbytes`. Raises CacheError; the part is then gone."""
+        view = memoryview(data)
+        if self.offset + len(view) > self._nbytes:
+            raise ValueError("These are more bytes than the expert has.")
+        self._digest.update(view)
         try:
             with _disk_errors(self._path.parent):
                 written = 0
-                while written < len(data):
-                    written += self._file.write(memoryview(data)[written:])
+                while written < len(view):
+                    written += self._file.write(view[written:])
         except CacheError:
             self.discard()  # gives the room back
             raise
-        self.offset = end
+        self.offset += len(view)
 
     @property
     def sha256(self) -> str:
         """Of the bytes so far, hexadecimal."""
         return self._digest.hexdigest()
 
-    def keep(self) -> None:
-        """Makes the whole and checked file durable under its final name. Raises CacheError."""
+    def keep(self) -> torch.Tensor:
+        """Makes the whole and checked file durable under its final name; returns it mapped, uint8 [nbytes].
+
+        Raises CacheError.
+        """
+        final = self._path.with_name(f"{self._path.stem}.{self.sha256}.expert")
         try:
             with _disk_errors(self._path.parent):
                 os.fsync(self._file.fileno())
                 self._file.close()
-                self._path.rename(self._path.with_name(f"{self._path.stem}.{self.sha256}.expert"))
+                self._path.rename(final)
         except CacheError:
             self.discard()
             raise
+        return _mapped(final, self._nbytes)
 
     def close(self) -> None:
         """Leaves the part for a later resume."""
@@ -135,28 +157,31 @@ class DiskCache:
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._files
 
-    def read(self, expert: ExpertId, blob: memoryview) -> bool:
-        """Fills `blob` with a cached expert; False when there is none or it was damaged (it is then deleted)."""
+    def load(self, expert: ExpertId, nbytes: int) -> torch.Tensor | None:
+        """A cached expert, mapped: uint8 [nbytes]. None when there is none or it was damaged (it is then deleted).
+
+        Raises CacheError.
+        """
         path = self._files.get(expert)
         if path is None:
-            return False
+            return None
         digest = hashlib.sha256()
         try:
-            whole = path.stat().st_size == len(blob) and _read_into(path, blob, digest) == len(blob)
+            whole = path.stat().st_size == nbytes and _read_into(path, digest, nbytes) == nbytes
         except OSError as error:
             log.warning("Cannot read %s (%s); the expert is fetched again.", path, error.strerror)
             whole = False
         if whole and digest.hexdigest() == path.name.split(".")[1]:
-            return True
+            return _mapped(path, nbytes)
         log.warning("%s is damaged: deleted, the expert is fetched again.", path)
         del self._files[expert]
         with _disk_errors(self._folder):
             path.unlink(missing_ok=True)
-        return False
+        return None
 
-    def part(self, expert: ExpertId, blob: memoryview) -> PartFile:
-        """Starts or resumes an expert's file; what was there is read into `blob`. Raises CacheError."""
-        return PartFile(self._part(expert), blob)
+    def part(self, expert: ExpertId, nbytes: int) -> PartFile:
+        """Starts or resumes the file of an expert of `nbytes`. Raises CacheError."""
+        return PartFile(self._part(expert), nbytes)
 
     def part_bytes(self, expert: ExpertId, nbytes: int) -> int:
         """How many of an expert's `nbytes` an earlier, cut fetch has left here; always fewer than `nbytes`."""

@@ -1,7 +1,7 @@
 """Brings a slice into the store: from the disk cache where it is whole, else from the coordinator.
 
-Each expert is checked, written to the cache and put into its RAM blob in one pass; no second expert is held on the
-way. A cut is resumed at the byte where it happened, for as long as the assignment stands.
+Each expert is checked and written to the cache in one pass, and mapped from there: memory holds it once. A cut is
+resumed at the byte where it happened, for as long as the assignment stands.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from typing import ParamSpec, TypeVar
 
 import grpc
 import grpc.aio
+import torch
 
-from moehive.kernels.blob import empty_blob
 from moehive.kernels.geometry import ExpertId, GeometryError, Manifest
 from moehive.kernels.manifest import from_bytes
 from moehive.kernels.ops import ExpertWeights, load_expert
@@ -175,8 +175,7 @@ class SliceLoader:
         try:
             for expert, offset in zip(wanted, offsets, strict=True):
                 spec = manifest.layers[expert.layer].spec
-                blob = empty_blob(spec.nbytes)
-                part = await _in_thread(cache.part, expert, blob.numpy().data)
+                part = await _in_thread(cache.part, expert, spec.nbytes)
                 try:
                     if part.offset != offset:
                         raise BadAnswer(
@@ -186,8 +185,8 @@ class SliceLoader:
                         chunk = await asyncio.wait_for(call.read(), CHUNK_SECONDS)
                         if chunk is grpc.aio.EOF:
                             raise BadAnswer("The coordinator ended the slice before the last expert.")
-                        await _in_thread(_take, part, expert, spec.nbytes, chunk)
-                        if part.offset == spec.nbytes:
+                        blob = await _in_thread(_take, part, expert, spec.nbytes, chunk)
+                        if blob is not None:
                             self._store.add(expert, load_expert(spec, blob))
                         yield expert, part.offset
                 finally:
@@ -206,8 +205,11 @@ async def _in_thread(function: Callable[P, T], *arguments: P.args, **keywords: P
         raise
 
 
-def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -> None:
-    """Checks the next chunk and appends it; the last one makes the file final. Raises BadAnswer and CacheError."""
+def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -> torch.Tensor | None:
+    """Checks the next chunk and appends it; the last one makes the file final and returns the blob.
+
+    Raises BadAnswer and CacheError.
+    """
     who = f"expert {expert.expert} of layer {expert.layer}"
     if (chunk.layer, chunk.expert, chunk.offset, chunk.total_bytes) != (*expert, part.offset, nbytes):
         raise BadAnswer(f"The coordinator did not send the bytes of {who} that were asked for.")
@@ -224,13 +226,14 @@ def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -
         if part.sha256 != chunk.expert_sha256.hex():
             part.discard()
             raise BadAnswer(f"The bytes of {who} do not have the hash that the coordinator names.")
-        part.keep()
+        return part.keep()
+    return None
 
 
 def _from_cache(cache: DiskCache, manifest: Manifest, expert: ExpertId) -> ExpertWeights | None:
     spec = manifest.layers[expert.layer].spec
-    blob = empty_blob(spec.nbytes)
-    return load_expert(spec, blob) if cache.read(expert, blob.numpy().data) else None
+    blob = cache.load(expert, spec.nbytes)
+    return None if blob is None else load_expert(spec, blob)
 
 
 def _part_bytes(cache: DiskCache, manifest: Manifest, experts: list[ExpertId]) -> list[int]:

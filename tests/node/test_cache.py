@@ -41,12 +41,12 @@ def fill(folder: Path, leave: int) -> Path:
 
 
 def read(cache: DiskCache, nbytes: int = len(DATA)) -> bytes | None:
-    blob = bytearray(nbytes)
-    return bytes(blob) if cache.read(E, memoryview(blob)) else None
+    blob = cache.load(E, nbytes)
+    return None if blob is None else blob.numpy().tobytes()
 
 
 def write(cache: DiskCache, data: bytes = DATA) -> None:
-    part = cache.part(E, memoryview(bytearray(len(data))))
+    part = cache.part(E, len(data))
     part.append(data)
     part.keep()
 
@@ -71,25 +71,48 @@ def test_a_damaged_file_is_deleted(tmp_path, harm):
 
 def test_a_part_is_resumed_where_it_ended(tmp_path):
     cache = DiskCache(tmp_path, "f" * 64)
-    part = cache.part(E, memoryview(bytearray(len(DATA))))
+    part = cache.part(E, len(DATA))
     part.append(DATA[:1000])
     part.close()
     cache = DiskCache(tmp_path, "f" * 64)
     assert E not in cache and cache.part_bytes(E, len(DATA)) == 1000
-    blob = bytearray(len(DATA))
-    part = cache.part(E, memoryview(blob))
+    part = cache.part(E, len(DATA))
     assert part.offset == 1000
     part.append(DATA[1000:])
-    assert part.sha256 == hashlib.sha256(DATA).hexdigest() and bytes(blob) == DATA
-    part.keep()
+    assert part.sha256 == hashlib.sha256(DATA).hexdigest()
+    assert part.keep().numpy().tobytes() == DATA
     assert read(DiskCache(tmp_path, "f" * 64)) == DATA
+
+
+def test_an_expert_is_mapped_and_no_file_stays_open(tmp_path):
+    nbytes = 8 * MIB
+    write(DiskCache(tmp_path, "f" * 64), os.urandom(nbytes))
+    opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    blob = DiskCache(tmp_path, "f" * 64).load(E, nbytes)
+    assert blob is not None and blob.data_ptr() % 64 == 0
+    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) == opened  # a slice has thousands of experts
+    (file,) = (tmp_path / ("f" * 64)).iterdir()
+    begin = f"{blob.data_ptr():x}-"
+    entry = next(line for line in Path("/proc/self/maps").read_text().splitlines() if line.startswith(begin))
+    assert entry.endswith(str(file))
+    data = file.read_bytes()
+    file.unlink()  # what is mapped stays
+    assert blob.numpy().tobytes() == data
+
+
+def test_a_part_takes_no_more_than_the_expert_has(tmp_path):
+    part = DiskCache(tmp_path, "f" * 64).part(E, len(DATA))
+    part.append(DATA[:-1])
+    with pytest.raises(ValueError, match="more bytes"):
+        part.append(b"xy")
+    part.close()
 
 
 def test_a_part_that_is_too_long_starts_anew(tmp_path):
     cache = DiskCache(tmp_path, "f" * 64)
     (tmp_path / ("f" * 64) / "3-17.part").write_bytes(DATA)
     assert cache.part_bytes(E, len(DATA)) == 0
-    assert cache.part(E, memoryview(bytearray(len(DATA)))).offset == 0
+    assert cache.part(E, len(DATA)).offset == 0
 
 
 def test_other_models_make_room_the_oldest_first(small_disk):
@@ -114,7 +137,7 @@ def test_other_models_make_room_the_oldest_first(small_disk):
 def test_disk_full_gives_the_part_back(small_disk):
     cache = DiskCache(small_disk, "d" * 64)
     fill(small_disk, 64 << 10)
-    part = cache.part(E, memoryview(bytearray(MIB)))
+    part = cache.part(E, MIB)
     with pytest.raises(CacheError, match=r"disk of .* is full: free some space"):
         for _ in range(16):
             part.append(bytes(MIB // 16))
