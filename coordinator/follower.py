@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from moehive.kernels.geometry import ExpertId
-from moehive.proto.channel import Identity
+from moehive.proto.channel import Identity, node_dns_name, open_channel
 
 from .cluster.membership import Membership
 from .cluster.state import ClusterState
@@ -124,7 +124,8 @@ class Follower:
         said = ""
         while True:
             lost = asyncio.Event()
-            link = Link(name, address, self._identity(), on_close=lost.set)
+            channel = open_channel(address, self._identity(), node_dns_name(name))
+            link = Link(name, address, channel, on_close=lost.set)
             try:
                 await link.open()
                 said = ""

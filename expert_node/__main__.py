@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+from moehive.proto.malloc import keep_freed_memory
+
 from .settings import Settings, default_state, parse_listen, parse_size, read_token
 from .types import ConfigError, NodeError
 
@@ -75,6 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
         import uvloop
 
+        keep_freed_memory()
         from .node import run
 
         uvloop.run(run(settings))

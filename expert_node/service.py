@@ -49,7 +49,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     async def Compute(self, request_iterator: Any, context: Context) -> None:
         """Serves one stream until the coordinator ends it. Raises WireError and DecodeError (see `serve`)."""
-        if COORDINATOR_NAME not in peer_names(context):
+        if not self.may_ask(context):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, "Only the coordinator may ask an expert node to compute."
             )
@@ -76,6 +76,10 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         finally:
             for task in tasks:
                 task.cancel()
+
+    def may_ask(self, context: Context) -> bool:
+        """Whether the caller may have experts computed: the coordinator, by its certificate."""
+        return COORDINATOR_NAME in peer_names(context)
 
     async def close(self) -> None:
         """Waits for the worker's request in hand and drops those that wait for it."""

@@ -1,6 +1,9 @@
 """Requests and replies of the hop as tensors: raw little-endian bytes, every size checked before use; no pickle."""
 
+import struct
 import sys
+import warnings
+from math import isfinite
 from typing import NamedTuple
 
 import numpy as np
@@ -40,14 +43,17 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
+# Tensors below are views of a message's bytes, which nobody else holds and which are only read. Torch has no such
+# kind of tensor and says so once.
+warnings.filterwarnings("ignore", "The given (buffer|NumPy array) is not writable", UserWarning)
+
+
 def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str) -> torch.Tensor:
     if rows * columns * dtype.itemsize != len(data):
         raise WireError(f"{what} has {len(data)} bytes where [{rows}, {columns}] of {dtype} was announced.")
-    # One copy: the message's bytes are immutable and need not be aligned, what computes wants both.
-    tensor = torch.empty((rows, columns), dtype=dtype)
-    if data:
-        tensor.view(torch.uint8).numpy().reshape(-1)[:] = np.frombuffer(data, dtype=np.uint8)
-    return tensor
+    if not data:  # a reply of no rows
+        return torch.empty((rows, columns), dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).view(rows, columns)  # CPython's bytes are aligned to 16
 
 
 def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
@@ -64,18 +70,29 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
         raise WireError(f"[{tokens}, {hidden}] of {dtype} is over {MAX_TENSOR_BYTES} bytes.")
     if len(request.offsets) != 4 * (tokens + 1):
         raise WireError(f"offsets has {len(request.offsets)} bytes for {tokens} tokens.")
-    offsets = np.frombuffer(request.offsets, dtype="<u4")
-    pairs = int(offsets[-1])
-    if offsets[0] != 0 or np.any(offsets[1:] < offsets[:-1]) or pairs > MAX_PAIRS_PER_TOKEN * tokens:
+    offset_bytes, expert_bytes, weight_bytes = request.offsets, request.experts, request.weights
+    offsets = np.frombuffer(offset_bytes, dtype="<u4")
+    if tokens == 1:  # the case of every decode step: plain numbers are quicker than arrays of so few
+        first, pairs = struct.unpack("<2I", offset_bytes)
+        rising = pairs >= first
+    else:
+        first, pairs = int(offsets[0]), int(offsets[-1])
+        rising = bool((offsets[1:] >= offsets[:-1]).all())
+    if first != 0 or not rising or pairs > MAX_PAIRS_PER_TOKEN * tokens:
         raise WireError("offsets must start at 0, never decrease and list at most 64 experts a token.")
-    if len(request.experts) != 4 * pairs or len(request.weights) != 4 * pairs:
+    if len(expert_bytes) != 4 * pairs or len(weight_bytes) != 4 * pairs:
         raise WireError(f"experts and weights must have {pairs} entries, as offsets says.")
     rows = pairs if request.reduction == pb.REDUCTION_PER_EXPERT else tokens
     if rows * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
         raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
-    experts = np.frombuffer(request.experts, dtype="<u4")
-    weights = np.frombuffer(request.weights, dtype="<f4").copy()  # torch wants arrays that may be written
-    if pairs and (int(experts.max()) > MAX_EXPERT or not bool(np.isfinite(weights).all())):
+    experts = np.frombuffer(expert_bytes, dtype="<u4")
+    weights = np.frombuffer(weight_bytes, dtype="<f4")
+    if tokens == 1:
+        valid = max(struct.unpack(f"<{pairs}I", expert_bytes), default=0) <= MAX_EXPERT
+        valid = valid and all(map(isfinite, struct.unpack(f"<{pairs}f", weight_bytes)))
+    else:
+        valid = pairs == 0 or (int(experts.max()) <= MAX_EXPERT and bool(np.isfinite(weights).all()))
+    if not valid:
         raise WireError("An expert's number is over 65,535 or a weight is not finite.")
     states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
     return states, Routing(offsets, experts, weights)

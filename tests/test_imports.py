@@ -78,6 +78,7 @@ TOUCH_MESSAGES = {
     "coordinator/serving/grpc_api.py",
     "coordinator/serving/grpc_messages.py",
     "expert_node/agent.py",
+    "expert_node/bench_node.py",
     "expert_node/fetch.py",
     "expert_node/identity.py",
     "expert_node/node.py",

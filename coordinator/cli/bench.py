@@ -51,6 +51,31 @@ def fairness(
     _show(row, as_json)
 
 
+def hop(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """One layer's way to the nodes and back, beside an echo of the same bytes over TCP and over plain gRPC."""
+    from ..bench.hop import measure_hop
+
+    rows = [row.figures() for row in measure_hop(quick)]
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(
+            *(
+                f"{v:,.2f}" if isinstance(v, float) and v < 10 else f"{v:,.0f}" if isinstance(v, float) else str(v)
+                for v in row.values()
+            )
+        )
+    Console().print(table)
+
+
 def experts(
     quick: Annotated[bool, typer.Option("--quick", help="One shape, fewer batches and repetitions.")] = False,
     as_json: Json = False,

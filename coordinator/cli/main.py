@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import bench, cluster, demo, serve, talk, up
+from . import bench, bench_decode, cluster, demo, serve, talk, up
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -38,6 +38,8 @@ app.add_typer(benches, name="bench")
 benches.command("load")(bench.load)
 benches.command("fairness")(bench.fairness)
 benches.command("experts")(bench.experts)
+benches.command("hop")(bench.hop)
+benches.command("decode")(bench_decode.decode)
 keys.command("new")(cluster.new_key)
 keys.command("list")(cluster.list_keys)
 keys.command("revoke")(cluster.revoke_key)

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from moehive.proto.malloc import keep_freed_memory
+
 
 def prepare(verbose: bool) -> None:
     """Environment of the libraries, and the log on stderr (`verbose`: more than warnings)."""
@@ -17,6 +19,7 @@ def prepare(verbose: bool) -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
     ):
         os.environ.setdefault(name, value)
+    keep_freed_memory()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname).1s %(message)s"
     )

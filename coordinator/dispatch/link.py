@@ -6,17 +6,18 @@ gone. A new stream is opened by whoever hears that the node is back (coordinator
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
-from moehive.proto.channel import Identity, node_dns_name, open_channel
 from moehive.proto.handshake import metadata
 
 from ..types import NodeName, NodeUnavailable
@@ -37,16 +38,17 @@ class _Pending:
 class Link:
     """The stream to one node. Use it on the event loop that opened it."""
 
-    def __init__(self, node: NodeName, address: str, identity: Identity, on_close: Callable[[], None]) -> None:
+    def __init__(self, node: NodeName, address: str, channel: grpc.aio.Channel, on_close: Callable[[], None]) -> None:
+        """`channel` leads to the node's service at `address` (for messages to persons); the link closes it."""
         self.node = node
         self.address = address
-        self._channel = open_channel(address, identity, node_dns_name(node))
+        self._channel = channel
         self._on_close = on_close
         self._pending: dict[int, _Pending] = {}
-        self._sent: set[int] = set()  # of those: on the stream
+        self._on_stream: set[int] = set()  # ids of those that were sent
+        self._line: deque[pb.ComputeRequest] = deque()  # those that were not
+        self._writing = False
         self._next_id = 1
-        self._room = asyncio.Semaphore(MAX_IN_FLIGHT)
-        self._outgoing: asyncio.Queue[pb.ComputeRequest] = asyncio.Queue()
         self._call: grpc.aio.StreamStreamCall[pb.ComputeRequest, pb.ComputeReply] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: str | None = None
@@ -64,13 +66,13 @@ class Link:
             ) from None
         stub = experts_pb2_grpc.ExpertsStub(self._channel)
         self._call = stub.Compute(metadata=metadata())
-        self._tasks = [asyncio.create_task(task) for task in (self._read(), self._write(), self._watch())]
+        self._tasks = [asyncio.create_task(task) for task in (self._read(), self._watch())]
 
     def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
         """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT; sets the request's id.
 
-        The future has the reply. It raises NodeUnavailable, as this does, when the node is gone or stays silent for
-        REPLY_SECONDS. Whoever no longer wants the reply cancels the future.
+        An idle stream takes it before this returns. The future has the reply. It raises NodeUnavailable, as this
+        does, when the node is gone or stays silent for REPLY_SECONDS. Whoever no longer wants the reply cancels it.
         """
         if self._call is None or self._failure is not None:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
@@ -79,7 +81,8 @@ class Link:
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
         self._pending[request.id] = _Pending(future, monotonic() + REPLY_SECONDS)
         future.add_done_callback(partial(self._settled, request.id))
-        self._outgoing.put_nowait(request)
+        self._line.append(request)
+        self._write()
         return future
 
     async def close(self, sentence: str) -> None:
@@ -104,21 +107,35 @@ class Link:
             sentence = _sentence(self.node, error)
         self._fail(sentence)
 
-    async def _write(self) -> None:
-        """The one writer: gRPC takes one message at a time, and a sender need not wait for it."""
-        call = self._call
-        assert call is not None
+    def _write(self) -> None:
+        """Puts the next request in line on the stream: gRPC takes one message at a time."""
+        while self._line and not self._writing and len(self._on_stream) < MAX_IN_FLIGHT:
+            request = self._line.popleft()
+            if request.id in self._pending:  # else: cancelled while it was in line
+                assert self._call is not None
+                self._on_stream.add(request.id)
+                self._writing = True
+                self._step(self._call.write(request))
+
+    def _step(self, write: Coroutine[Any, Any, None], waited: "asyncio.Future[Any] | None" = None) -> None:
+        """Runs `write` until it waits, as a task would, but now: a task would begin in the loop's next turn."""
         try:
-            while True:
-                request = await self._outgoing.get()
-                if request.id in self._pending:  # else: cancelled while it was in line
-                    await self._room.acquire()
-                    self._sent.add(request.id)
-                    await call.write(request)
-        except grpc.aio.AioRpcError as error:
+            waited = write.send(None)
+        except StopIteration:
+            self._writing = False
+            self._write()
+        except (
+            grpc.aio.AioRpcError,
+            asyncio.InvalidStateError,
+            grpc.aio.UsageError,
+        ) as error:  # the stream has ended
             self._fail(_sentence(self.node, error))
-        except (asyncio.InvalidStateError, grpc.aio.UsageError) as error:  # the stream has ended
-            self._fail(_sentence(self.node, error))
+        except asyncio.CancelledError:
+            self._fail(f"Node {self.node} is unavailable; the request can be sent again once it is back.")
+        else:
+            assert waited is not None
+            waited._asyncio_future_blocking = False  # the protocol between a coroutine and what runs it
+            waited.add_done_callback(partial(self._step, write))
 
     async def _watch(self) -> None:
         while True:
@@ -135,14 +152,15 @@ class Link:
 
     def _settled(self, request_id: int, _: object) -> None:
         self._pending.pop(request_id, None)
-        if request_id in self._sent:
-            self._sent.discard(request_id)
-            self._room.release()
+        self._on_stream.discard(request_id)
+        if self._line:
+            self._write()
 
     def _fail(self, sentence: str) -> None:
         if self._failure is not None:
             return
         self._failure = sentence
+        self._line.clear()
         for pending in list(self._pending.values()):
             if not pending.reply.done():
                 pending.reply.set_exception(NodeUnavailable(self.node, sentence))

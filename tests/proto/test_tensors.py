@@ -44,14 +44,6 @@ def test_a_request_comes_back_bit_for_bit(counts: list[int], dtype: torch.dtype)
     assert routing.weights.tobytes() == np.linspace(-2, 2, sum(counts), dtype=np.float32).tobytes()
 
 
-def test_what_was_read_is_writable_and_apart_from_the_message() -> None:
-    request = make(2, 8, [1, 1])
-    before = request.hidden_states
-    states, _ = read_request(request)
-    states.zero_()
-    assert request.hidden_states == before
-
-
 def test_columns_that_are_not_contiguous_are_sent_in_order() -> None:
     states = torch.arange(12, dtype=torch.float32).reshape(3, 4)
     assert tensor_bytes(states.T) == states.T.contiguous().numpy().tobytes()
@@ -122,7 +114,7 @@ hostile = st.fixed_dictionaries(
 
 
 def read_with_accounts(request: pb.ComputeRequest) -> None:
-    """Reads it; only WireError may come, and no more may be allocated than the message itself brought."""
+    """Reads it; only WireError may come, and nothing of the message's announced size may be allocated."""
     real = torch.empty
     allocated: list[int] = []
 
@@ -138,7 +130,7 @@ def read_with_accounts(request: pb.ComputeRequest) -> None:
             assert len(str(error)) < 300
             assert allocated == []
             return
-    assert allocated == [len(request.hidden_states)]
+    assert allocated == []
     assert states.shape == (request.tokens, request.hidden_size)
     assert len(routing.experts) == len(routing.weights) == routing.offsets[-1]
 

@@ -1,0 +1,153 @@
+"""What one layer's way to the nodes and back costs: `moehive bench hop` runs this.
+
+A node's real service and the coordinator's real dispatcher, in processes of their own, with experts so small that
+the hop is what is measured. Every row is measured in rounds, and in each round all ways take their turn: ours, an
+echo of as many bytes over blocking TCP, and over a bare grpc.aio stream. On a noisy machine only the ratios of one
+run say something.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from ..cluster.trust import Authority
+from .peers import Peer
+from .slow_link import Cable, LinkSpeed, SlowLinks
+
+HIDDEN = 1024  # f32: 4 KiB a token
+PAYLOADS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
+NODES = (1, 2, 4)
+LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e9)
+
+
+@dataclass(slots=True)
+class HopRow:
+    """One combination. `payload_bytes`: hidden states to each node, and as many bytes of rows back from each."""
+
+    nodes: int
+    payload_bytes: int
+    tls: bool
+    link: str
+    ours: list[float] = field(default_factory=list)  # seconds
+    raw: list[float] = field(default_factory=list)  # one blocking TCP echo of payload_bytes
+    plain: list[float] = field(default_factory=list)  # one grpc.aio echo of payload_bytes
+
+    def figures(self) -> dict[str, Any]:
+        """The row as it is printed; times in microseconds."""
+        ours, raw, plain = (statistics.median(times) * 1e6 for times in (self.ours, self.raw, self.plain))
+        ranked = sorted(self.ours)
+        return {
+            "nodes": self.nodes,
+            "payload_bytes": self.payload_bytes,
+            "tls": self.tls,
+            "link": self.link,
+            "p50_us": ours,
+            "p99_us": ranked[min(math.ceil(0.99 * len(ranked)), len(ranked)) - 1] * 1e6,
+            "raw_p50_us": raw,
+            "plain_p50_us": plain,
+            "plain_ratio": ours / plain,
+        }
+
+
+def measure_hop(quick: bool) -> list[HopRow]:
+    """All rows; `quick`: fewer sizes, nodes and rounds. Raises CoordinatorError."""
+    payloads = (PAYLOADS[0], PAYLOADS[-1]) if quick else PAYLOADS
+    nodes = (1, 4) if quick else NODES
+    rounds = 3 if quick else 10
+    rows = [
+        HopRow(count, payload, tls, link)
+        for link in ("loopback", str(LINK))
+        for count in nodes
+        for payload in payloads
+        for tls in ((True, False) if link == "loopback" else (True,))
+    ]
+    with ExitStack() as stack:
+        bench = _Bench(stack, max(nodes))
+        for row in rows:
+            bench.measure(row, 3)
+            for times in (row.ours, row.raw, row.plain):
+                times.clear()  # that was to warm up
+        for _ in range(rounds):
+            for row in rows:
+                bench.measure(row, max(5, min(50, (4 << 20) // row.payload_bytes // row.nodes)))
+    return rows
+
+
+class _Bench:
+    """The processes, until `stack` closes."""
+
+    def __init__(self, stack: ExitStack, nodes: int) -> None:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        layers = [
+            {
+                "hidden_size": HIDDEN,
+                "intermediate_size": 1,
+                "activation": "silu",
+                "format": "f32",
+                "experts": nodes,
+            }
+        ]
+        _certificates(folder, nodes)
+        ports: dict[str, list[int]] = {"tls": [], "open": []}
+        cables = []
+        for node in range(nodes):
+            config = {"layers": layers, "held": list(range(nodes)), "threads": 1, "tls": str(folder / f"n{node}")}
+            peer = _start(stack, "moehive.expert_node.bench_node", json.dumps(config))
+            for kind, port in peer.greeting.items():
+                ports[kind].append(port)
+                cables.append(Cable("coordinator", f"n{node}", port))
+        self._echo_ports = {"loopback": _start(stack, "moehive.coordinator.bench.echo", "serve").greeting}
+        for port in self._echo_ports["loopback"].values():
+            cables.append(Cable("coordinator", "n0", port))
+        slow = stack.enter_context(SlowLinks(cables, LINK)).ports
+        self._echo_ports[str(LINK)] = dict(zip(self._echo_ports["loopback"], slow[2 * nodes :], strict=True))
+        local = {kind: [f"127.0.0.1:{port}" for port in numbers] for kind, numbers in ports.items()}
+        far = {kind: [f"127.0.0.1:{port}" for port in slow[i : 2 * nodes : 2]] for i, kind in enumerate(ports)}
+        order = {
+            "addresses": {"loopback": local, str(LINK): far},
+            "tls": str(folder / "coordinator"),
+            "layers": layers,
+        }
+        self._ours = _start(stack, "moehive.coordinator.bench.hop_client", json.dumps(order))
+        self._echo = _start(stack, "moehive.coordinator.bench.echo", "ask")
+
+    def measure(self, row: HopRow, count: int) -> None:
+        """Adds `count` exchanges of each way."""
+        ask = {"tokens": row.payload_bytes // (4 * HIDDEN), "nodes": row.nodes, "tls": row.tls, "kind": row.link}
+        row.ours += self._ours.ask({**ask, "count": count})
+        for way, times in (("raw", row.raw), ("plain", row.plain)):
+            port = self._echo_ports[row.link][way]
+            times += self._echo.ask({"way": way, "port": port, "payload_bytes": row.payload_bytes, "count": count})
+
+
+def _start(stack: ExitStack, module: str, *arguments: str) -> Peer:
+    peer = Peer(module, *arguments)
+    stack.callback(peer.end)
+    return peer
+
+
+def _certificates(folder: Path, nodes: int) -> None:
+    """A cluster's certificates: `folder`/coordinator and `folder`/n0, n1, … with key.pem, chain.pem and ca.pem."""
+    authority = Authority.create(folder / "authority")
+    coordinator = authority.issue_coordinator()
+    made = {"coordinator": (coordinator.key_pem, coordinator.chain_pem)}
+    for node in range(nodes):
+        key = ec.generate_private_key(ec.SECP256R1())
+        csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+        chain, _ = authority.issue_node(f"n{node}", csr.public_bytes(serialization.Encoding.DER))
+        encryption = serialization.NoEncryption()
+        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
+        made[f"n{node}"] = (pem, chain)
+    for name, (key_pem, chain_pem) in made.items():
+        (folder / name).mkdir()
+        for file, data in (("key.pem", key_pem), ("chain.pem", chain_pem), ("ca.pem", authority.ca_pem)):
+            (folder / name / file).write_bytes(data)

@@ -1,0 +1,84 @@
+"""The coordinator's side of a measured hop, in a process of its own: the dispatcher and its links, nothing made up.
+
+Argument: JSON with `addresses` (by link kind, then by node: host:port), `tls` (a folder with key.pem, chain.pem and
+ca.pem of a coordinator, or none) and `layers` as bench_node.py takes them. Each line of stdin is a measurement.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+async def _run(config: dict[str, Any]) -> None:
+    import grpc.aio
+    import torch
+
+    from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
+    from moehive.kernels.ops import Reduction
+    from moehive.proto.channel import Identity, node_dns_name, open_channel, options
+
+    from ..dispatch.dispatcher import Dispatcher
+    from ..dispatch.link import Link
+    from ..types import NodeName, Plan
+
+    torch.set_num_threads(1)
+    layers = []
+    for layer in config["layers"]:
+        experts = layer.pop("experts")
+        layers.append(LayerGeometry(experts, 1, ExpertSpec(**layer)))
+    manifest = Manifest("bench", "0" * 64, tuple(layers))
+    folder = Path(config["tls"])
+    identity = Identity(*((folder / name).read_bytes() for name in ("key.pem", "chain.pem", "ca.pem")))
+
+    async def connect(kind: str, tls: bool, nodes: int) -> Dispatcher:
+        dispatcher = Dispatcher(manifest, None, Reduction.PARTIAL_SUM)
+        for number in range(nodes):
+            name = NodeName(f"n{number}")
+            address = config["addresses"][kind]["tls" if tls else "open"][number]
+            channel = (
+                open_channel(address, identity, node_dns_name(name))
+                if tls
+                else grpc.aio.insecure_channel(address, options=options())
+            )
+            link = Link(name, address, channel, on_close=lambda: None)
+            await link.open()
+            dispatcher.connect(link)
+        owners = tuple((NodeName(f"n{e % nodes}"),) for e in range(layers[0].experts))
+        dispatcher.follow(Plan(1, (owners,) * len(layers)))
+        return dispatcher
+
+    dispatchers: dict[tuple[str, bool, int], Dispatcher] = {}
+    print(json.dumps("ready"), flush=True)
+    while line := sys.stdin.readline():  # between measurements nothing needs the loop
+        order = json.loads(line)
+        key = order["kind"], order["tls"], order["nodes"]
+        if key not in dispatchers:
+            dispatchers[key] = await connect(*key)
+        tokens, top_k = order["tokens"], order["nodes"]
+        hidden = torch.randn(tokens, layers[0].spec.hidden_size)
+        ids = torch.arange(top_k)[None].expand(tokens, top_k)
+        weights = torch.ones(tokens, top_k)
+        times = []
+        for _ in range(order["count"]):
+            start = time.perf_counter()
+            await dispatchers[key].submit(0, hidden, ids, weights)
+            times.append(time.perf_counter() - start)
+        print(json.dumps(times), flush=True)
+    os._exit(0)
+
+
+def main() -> None:
+    """The process; gRPC is set up as in a coordinator's."""
+    from ..cli.process import prepare
+
+    prepare(verbose=False)
+    import uvloop
+
+    uvloop.run(_run(json.loads(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()
