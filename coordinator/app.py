@@ -29,7 +29,7 @@ from .serving.status import ClusterStatus, ModelInfo, NodeStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
 from .trunk import load_trunk
-from .types import LOCAL, NodeName
+from .types import LOCAL, NodeName, Plan
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Coordinator:
         token = create_token(self._store, self._server.join_address, self._authority.fingerprint, ttl_seconds)
         return str(token)
 
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in force, once there is one."""
+        return self._membership.state.active
+
     def status(self) -> ClusterStatus:
         """The nodes and whether requests can be served, as of now."""
         state = self._membership.state
@@ -89,7 +94,7 @@ class Coordinator:
         self._cleanup.callback(self._store.close)
         doors = PublicDoors(settings, self._store, self._authority)
         path, checkpoint = await asyncio.to_thread(_open, settings.model)
-        manifest = checkpoint.manifest
+        self.manifest = manifest = checkpoint.manifest
         self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
         reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM

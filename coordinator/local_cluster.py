@@ -113,7 +113,7 @@ class LocalCluster:
     ) -> None:
         """`folder` is from `own_folder`; a port may be 0, any free one.
 
-        `deterministic`: as in CoordinatorSettings; a row an expert costs little on loopback, and texts can be compared.
+        `deterministic`: see CoordinatorSettings; a row an expert costs little on loopback, and texts can be compared.
         `threads` of the trunk, by default half the cores: more gain nothing in decoding, and nodes want cores too.
         `node_threads` of each node, by default its share of the cores. `doors`: for each node the port that it
         listens on and the one that leads there, when something stands between.
