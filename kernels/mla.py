@@ -13,7 +13,7 @@ import torch
 from .native import NativeLibraryError
 from .trunk_ops import PAGE, TrunkOps, native_trunk
 
-MAX_RANK, MAX_ROPE = 1024, 256  # what the native library has room for
+MAX_RANK, MAX_HEAD_PART = 1024, 256  # what the native library has room for
 
 
 class _Mla(ctypes.Structure):
@@ -72,10 +72,10 @@ class Mla:
         self._run = native_trunk().moehive_trunk_mla
         self._run.argtypes = (ctypes.c_void_p,) * 3
         self._run.restype = ctypes.c_int32
-        if layer.rank > MAX_RANK or layer.rope > MAX_ROPE or layer.rope % 2:
+        if layer.rank > MAX_RANK or max(layer.nope, layer.rope) > MAX_HEAD_PART or layer.rope % 2:
             raise NativeLibraryError(
-                f"Latent attention of rank {layer.rank} with {layer.rope} rotary numbers is not supported; at most "
-                f"{MAX_RANK} and {MAX_ROPE}, even, are."
+                f"Latent attention of rank {layer.rank} with heads of {layer.nope} and {layer.rope} numbers is "
+                f"not supported; a rank of {MAX_RANK} and {MAX_HEAD_PART} each, even, are."
             )
         self._structure = _Mla(
             heads=layer.heads,

@@ -46,47 +46,57 @@ inline float widen(uint16_t bf16) {
   return x;
 }
 
-// Queries of one head into the latent space: absorbed = query * W_uk.
+// Columns column .. column + 8 * kWide of a head's matrix, for tokens that share it: first all of these columns become
+// floats that lie together, since rows that are a power of two apart would throw each other out of the first cache.
+template <int kWide, class Stored>
+inline void combine_panel(const Stored* rows, int64_t stride, int64_t count, const float* const* x, float* const* to,
+                          int64_t tokens, int64_t column) {
+  alignas(64) float panel[kMaxNope * kWide * kEight];
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t w = 0; w < kWide; ++w)
+      store8(panel + (n * kWide + w) * kEight, load8(rows + n * stride + column + w * kEight));
+  for (int64_t t = 0; t < tokens; t += 4) {
+    const float* from[4];
+    float* out[4];
+    for (int64_t i = 0; i < 4; ++i) {  // what is missing repeats the last
+      const int64_t at = t + i < tokens ? t + i : tokens - 1;
+      from[i] = x[at];
+      out[i] = to[at] + column;
+    }
+    combine<kWide, 4>(panel, kWide * kEight, count, from, out);
+  }
+}
+
+// Queries of one head into the latent space: absorbed = query * W_uk. At most kMlaTokens tokens.
 template <class Stored>
 void absorb_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
-  constexpr int kWide = 2, kFour = 4;
   const int64_t query = layer.nope + layer.rope, full = layer.rank + layer.rope, rank = layer.rank;
   const Stored* rows = static_cast<const Stored*>(layer.up) + head * (layer.nope + layer.value) * rank;
-  const float* x[kFour];
-  float* to[kFour];
-  for (int64_t t = 0; t < tokens; t += kFour) {
-    const int64_t here = tokens - t < kFour ? tokens - t : kFour;
-    for (int64_t i = 0; i < kFour; ++i) {
-      const int64_t at = (token + t + (i < here ? i : here - 1)) * layer.heads + head;
-      x[i] = call.queries + at * query;
-      to[i] = call.absorbed + at * full;
+  const float* x[kMlaTokens];
+  float* to[kMlaTokens];
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t at = (token + t) * layer.heads + head;
+    x[t] = call.queries + at * query;
+    to[t] = call.absorbed + at * full;
+  }
+  int64_t c = 0;
+  if (tokens == 1) {  // the rows come from memory: longer pieces of them
+    for (; c + 8 * kEight <= rank; c += 8 * kEight) {
+      float* shifted = to[0] + c;
+      combine<8, 1>(rows + c, rank, layer.nope, x, &shifted);
     }
-    int64_t c = 0;
-    if (here == 1) {  // the rows come from memory: longer pieces of them
-      for (; c + 8 * kEight <= rank; c += 8 * kEight) {
-        float* shifted = to[0] + c;
-        combine<8, 1>(rows + c, rank, layer.nope, x, &shifted);
-      }
+  }
+  for (; c + 2 * kEight <= rank; c += 2 * kEight) combine_panel<2>(rows, rank, layer.nope, x, to, tokens, c);
+  for (; c < rank; ++c) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      float sum = 0.0f;
+      for (int64_t n = 0; n < layer.nope; ++n) sum += x[t][n] * widen(rows[n * rank + c]);
+      to[t][c] = sum;
     }
-    for (; c + kWide * kEight <= rank; c += kWide * kEight) {
-      float* shifted[kFour] = {to[0] + c, to[1] + c, to[2] + c, to[3] + c};
-      if (here == 1) {
-        combine<kWide, 1>(rows + c, rank, layer.nope, x, shifted);
-      } else {
-        combine<kWide, kFour>(rows + c, rank, layer.nope, x, shifted);
-      }
-    }
-    for (; c < rank; ++c) {
-      for (int64_t i = 0; i < here; ++i) {
-        float sum = 0.0f;
-        for (int64_t n = 0; n < layer.nope; ++n) sum += x[i][n] * widen(rows[n * rank + c]);
-        to[i][c] = sum;
-      }
-    }
-    for (int64_t i = 0; i < here; ++i) {
-      const int64_t angle = (token + t + i) * (layer.rope / 2);
-      rotate(to[i] + rank, x[i] + layer.nope, call.cos + angle, call.sin + angle, layer.rope, layer.interleaved);
-    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const int64_t angle = (token + t) * (layer.rope / 2);
+    rotate(to[t] + rank, x[t] + layer.nope, call.cos + angle, call.sin + angle, layer.rope, layer.interleaved);
   }
 }
 
@@ -126,30 +136,30 @@ void append(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSe
                     : append_as<float>(layer, call, sequence, token);
 }
 
-// scores[h][key] for four queries with two keys: eight sums in registers.
-template <class Stored>
+// scores[q][key] for up to four queries with two keys: eight sums in registers. A score's bits depend on nothing else.
+template <int kQueries, class Stored>
 inline void score_pair(const float* const* query, const Stored* first, const Stored* second, int64_t n, float scale,
                        float (*scores)[kPage], int64_t key) {
-  F8 sums[kHeadsTogether][2] = {};
+  F8 sums[kQueries][2] = {};
   int64_t i = 0;
   for (; i + kEight <= n; i += kEight) {
     const F8 one = load8(first + i), two = load8(second + i);
 #pragma GCC unroll 4
-    for (int h = 0; h < kHeadsTogether; ++h) {
-      const F8 q = load8(query[h] + i);
-      sums[h][0] = fma8(q, one, sums[h][0]);
-      sums[h][1] = fma8(q, two, sums[h][1]);
+    for (int q = 0; q < kQueries; ++q) {
+      const F8 part = load8(query[q] + i);
+      sums[q][0] = fma8(part, one, sums[q][0]);
+      sums[q][1] = fma8(part, two, sums[q][1]);
     }
   }
 #pragma GCC unroll 4
-  for (int h = 0; h < kHeadsTogether; ++h) {
-    float one = sum8(sums[h][0]), two = sum8(sums[h][1]);
+  for (int q = 0; q < kQueries; ++q) {
+    float one = sum8(sums[q][0]), two = sum8(sums[q][1]);
     for (int64_t rest = i; rest < n; ++rest) {
-      one += query[h][rest] * widen(first[rest]);
-      two += query[h][rest] * widen(second[rest]);
+      one += query[q][rest] * widen(first[rest]);
+      two += query[q][rest] * widen(second[rest]);
     }
-    scores[h][key] = one * scale;
-    scores[h][key + 1] = two * scale;
+    scores[q][key] = one * scale;
+    scores[q][key + 1] = two * scale;
   }
 }
 
@@ -212,7 +222,7 @@ void attend_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const Moehiv
     alignas(64) float scores[kHeadsTogether][kPage];
     const int64_t even = (keys + 1) / 2 * 2;
     for (int64_t key = 0; key < even; key += 2) {
-      score_pair(query, latents[key], latents[key + 1], full, layer.scale, scores, key);
+      score_pair<kHeadsTogether>(query, latents[key], latents[key + 1], full, layer.scale, scores, key);
     }
     for (int h = 0; h < kHeadsTogether; ++h) {
       float highest = top[h];
@@ -249,10 +259,25 @@ template <class Stored>
 void expand_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, int64_t token, int64_t tokens) {
   const int64_t full = layer.rank + layer.rope, rank = layer.rank;
   const Stored* rows = static_cast<const Stored*>(layer.up) + (head * (layer.nope + layer.value) + layer.nope) * rank;
-  for (int64_t r = 0; r < layer.value; ++r) {
-    for (int64_t t = token; t < token + tokens; ++t) {
-      const int64_t at = t * layer.heads + head;
-      call.out[at * layer.value + r] = dot(rows + r * rank, call.absorbed + at * full, rank);
+  const auto latent = [&](int64_t t) { return call.absorbed + ((token + t) * layer.heads + head) * full; };
+  const auto out = [&](int64_t t) { return call.out + ((token + t) * layer.heads + head) * layer.value; };
+  for (int64_t r = 0; r < layer.value; r += 2) {
+    const int64_t second = r + 1 < layer.value ? r + 1 : r;
+    const Stored *one = rows + r * rank, *two = rows + second * rank;
+    for (int64_t t = 0; t < tokens; t += kHeadsTogether) {
+      const int64_t here = tokens - t < kHeadsTogether ? tokens - t : kHeadsTogether;
+      const float* from[kHeadsTogether];
+      float products[kHeadsTogether][kPage];
+      for (int64_t i = 0; i < kHeadsTogether; ++i) from[i] = latent(t + (i < here ? i : here - 1));
+      if (here == 1) {
+        score_pair<1>(from, one, two, rank, 1.0f, products, 0);
+      } else {
+        score_pair<kHeadsTogether>(from, one, two, rank, 1.0f, products, 0);
+      }
+      for (int64_t i = 0; i < here; ++i) {
+        out(t + i)[second] = products[i][1];
+        out(t + i)[r] = products[i][0];
+      }
     }
   }
 }

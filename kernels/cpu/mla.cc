@@ -9,9 +9,6 @@ namespace {
 
 using namespace moehive;
 
-// A thread takes one head of this many tokens: its matrix is read once for them, from the second cache.
-constexpr int64_t kTokens = 16;
-
 const MlaKernel& best() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kMlaAvx2;
@@ -20,7 +17,7 @@ const MlaKernel& best() {
 }
 
 bool sound(const MoehiveMla& layer) {
-  return layer.heads > 0 && layer.nope > 0 && layer.rope > 0 && layer.rope % 2 == 0 && layer.rope <= kMaxRope &&
+  return layer.heads > 0 && layer.nope > 0 && layer.nope <= kMaxNope && layer.rope > 0 && layer.rope % 2 == 0 && layer.rope <= kMaxRope &&
          layer.rank > 0 && layer.rank <= kMaxRank && layer.value > 0;
 }
 
@@ -41,11 +38,11 @@ extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void
     seen += sequence.tokens * (sequence.start + sequence.tokens);
     for (int64_t token = 0; token < sequence.tokens; ++token) kernel.append(*layer, *call, sequence, token);
   }
-  const int64_t groups = (tokens + kTokens - 1) / kTokens;
-  const auto here = [&](int64_t item) { return std::min(kTokens, tokens - item % groups * kTokens); };
+  const int64_t groups = (tokens + kMlaTokens - 1) / kMlaTokens;
+  const auto here = [&](int64_t item) { return std::min(kMlaTokens, tokens - item % groups * kMlaTokens); };
 
   self.each(heads * groups, tokens * heads * layer->nope * rank, [&](int64_t item) {
-    kernel.absorb(*layer, *call, item / groups, item % groups * kTokens, here(item));
+    kernel.absorb(*layer, *call, item / groups, item % groups * kMlaTokens, here(item));
   });
   const int64_t fours = (heads + kHeadsTogether - 1) / kHeadsTogether;
   self.each(tokens * fours, seen * heads * (2 * rank + layer->rope), [&](int64_t item) {
@@ -55,7 +52,7 @@ extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void
     kernel.attend(*layer, *call, *sequence, token, item % fours * kHeadsTogether);
   });
   self.each(heads * groups, tokens * heads * layer->value * rank, [&](int64_t item) {
-    kernel.expand(*layer, *call, item / groups, item % groups * kTokens, here(item));
+    kernel.expand(*layer, *call, item / groups, item % groups * kMlaTokens, here(item));
   });
   return 0;
 }

@@ -38,10 +38,13 @@ namespace moehive {
 constexpr int64_t kHeadsTogether = 4;  // heads of one token that share each latent that is read
 constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxRope = 256;
+constexpr int64_t kMaxNope = 256;
+constexpr int64_t kMlaTokens = 16;  // that a thread takes with one head: its matrix is read once for them
 
 
 // What one instruction set contributes; see mla-inl.h.
 struct MlaKernel {
+  // At most kMlaTokens tokens of one head.
   void (*absorb)(const MoehiveMla&, const MoehiveMlaCall&, int64_t head, int64_t token, int64_t tokens);
   void (*append)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token);
   void (*attend)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token, int64_t head);

@@ -71,7 +71,8 @@ void mla(const MlaKernel& kernel, bool half) {
   const MoehiveMlaCall call{queries.data(), compressed.data(), full,           angles.data(), sin,
                             &sequence,      1,                 absorbed.data(), out.data()};
   for (int64_t t = 0; t < tokens; ++t) kernel.append(layer, call, sequence, t);
-  for (int64_t h = 0; h < layer.heads; ++h) kernel.absorb(layer, call, h, 0, tokens);
+  for (int64_t h = 0; h < layer.heads; ++h)
+    for (int64_t t = 0; t < tokens; t += 13) kernel.absorb(layer, call, h, t, t + 13 < tokens ? 13 : tokens - t);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t h = 0; h < layer.heads; h += kHeadsTogether) kernel.attend(layer, call, sequence, t, h);
   for (int64_t h = 0; h < layer.heads; ++h) kernel.expand(layer, call, h, 0, tokens);
