@@ -54,7 +54,7 @@ def decode(
     if (geometry is None) == (model is None):
         raise CoordinatorError("Say either --geometry or --model.")
     prepare(verbose=False)
-    speed = _link(link)
+    speed = None if link is None else parse_link(link)
     if model is None:
         from ..bench.random_model import RandomModel, random_model
 
@@ -85,9 +85,8 @@ def decode(
         _show(row)
 
 
-def _link(text: str | None) -> "LinkSpeed | None":
-    if text is None:
-        return None
+def parse_link(text: str) -> "LinkSpeed":
+    """A link as a person writes it: milliseconds one way, Gbit/s in each direction. Raises CoordinatorError."""
     from ..bench.slow_link import LinkSpeed
 
     match = _LINK.fullmatch(text.replace(" ", ""))
