@@ -17,7 +17,7 @@ from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
-from moehive.proto.tensors import Routing, read_request, tensor_bytes
+from moehive.proto.tensors import Routing, read_request, write_values
 
 from .executor import CannotCompute, Executor
 
@@ -125,7 +125,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         except (RuntimeError, MemoryError) as error:  # torch and the native library
             log.error("Layer %d of epoch %d failed: %s", request.layer, request.epoch, error)
             return _refusal(request, pb.Refusal.REASON_FAILED, f"The arithmetic failed on this node: {error}"[:1024])
-        return pb.ComputeReply(id=request.id, compute_ns=elapsed, rows=rows.shape[0], values=tensor_bytes(rows))
+        reply = pb.ComputeReply(id=request.id, compute_ns=elapsed)
+        write_values(reply, rows, request.dtype)
+        return reply
 
 
 def _refusal(request: pb.ComputeRequest, reason: pb.Refusal.Reason, sentence: str) -> pb.ComputeReply:

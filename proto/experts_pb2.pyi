@@ -11,6 +11,7 @@ class Dtype(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     DTYPE_UNSPECIFIED: _ClassVar[Dtype]
     DTYPE_F32: _ClassVar[Dtype]
     DTYPE_BF16: _ClassVar[Dtype]
+    DTYPE_INT8: _ClassVar[Dtype]
 
 class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -20,12 +21,13 @@ class Reduction(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
 DTYPE_UNSPECIFIED: Dtype
 DTYPE_F32: Dtype
 DTYPE_BF16: Dtype
+DTYPE_INT8: Dtype
 REDUCTION_UNSPECIFIED: Reduction
 REDUCTION_PARTIAL_SUM: Reduction
 REDUCTION_PER_EXPERT: Reduction
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("id", "epoch", "step", "layer", "tokens", "hidden_size", "dtype", "reduction", "hidden_states", "offsets", "experts", "weights")
+    __slots__ = ("id", "epoch", "step", "layer", "tokens", "hidden_size", "dtype", "reduction", "hidden_states", "offsets", "experts", "weights", "scales")
     ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +40,7 @@ class ComputeRequest(_message.Message):
     OFFSETS_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     id: int
     epoch: int
     step: int
@@ -50,21 +53,24 @@ class ComputeRequest(_message.Message):
     offsets: bytes
     experts: bytes
     weights: bytes
-    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
+    scales: bytes
+    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "compute_ns", "rows", "values", "refusal")
+    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales")
     ID_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    SCALES_FIELD_NUMBER: _ClassVar[int]
     id: int
     compute_ns: int
     rows: int
     values: bytes
     refusal: Refusal
-    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ...) -> None: ...
+    scales: bytes
+    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "sentence")

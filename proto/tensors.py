@@ -18,7 +18,12 @@ MAX_TENSOR_BYTES = 64 << 20
 MAX_PAIRS_PER_TOKEN = 64
 MAX_EXPERT = 65_535
 
-DTYPES: dict[pb.Dtype, torch.dtype] = {pb.DTYPE_F32: torch.float32, pb.DTYPE_BF16: torch.bfloat16}
+# Of the bytes on the wire. int8 rows come with a scale each and are f32 once read.
+DTYPES: dict[pb.Dtype, torch.dtype] = {
+    pb.DTYPE_F32: torch.float32,
+    pb.DTYPE_BF16: torch.bfloat16,
+    pb.DTYPE_INT8: torch.int8,
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 if sys.byteorder != "little":
@@ -56,8 +61,27 @@ def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str)
     return torch.frombuffer(data, dtype=dtype).view(rows, columns)  # CPython's bytes are aligned to 16
 
 
+def _to_int8(tensor: torch.Tensor) -> tuple[bytes, bytes]:
+    """Rows [rows, columns] as int8 bytes, and f32 scale bytes [rows]: a row's largest magnitude becomes 127.
+
+    A row with a value that is not finite gets a scale that is not, so the other side refuses it.
+    """
+    values = tensor.float()
+    scales = values.abs().amax(dim=1).div_(127) if values.shape[1] else values.new_zeros(len(values))
+    steps = values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    return tensor_bytes(steps.round_().to(torch.int8)), tensor_bytes(scales)
+
+
+def _from_int8(data: bytes, scales: bytes, rows: int, columns: int, what: str) -> torch.Tensor:
+    steps = _tensor(data, torch.int8, rows, columns, what)
+    factors = _tensor(scales, torch.float32, rows, 1, f"scales of {what}")
+    if not bool(torch.isfinite(factors).all()):
+        raise WireError(f"A scale of {what} is not finite.")
+    return steps * factors
+
+
 def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
-    """Hidden states [tokens, hidden] and routing of a request. Raises WireError."""
+    """Hidden states [tokens, hidden], f32 or bf16, and routing of a request. Raises WireError."""
     tokens, hidden = request.tokens, request.hidden_size
     if not 1 <= tokens <= MAX_TOKENS or not 1 <= hidden <= MAX_HIDDEN or request.layer > MAX_LAYER:
         raise WireError(f"tokens ({tokens}), hidden_size ({hidden}) or layer ({request.layer}) is out of bounds.")
@@ -66,7 +90,10 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     dtype = DTYPES.get(request.dtype)
     if dtype is None:
         raise WireError(f"Unknown dtype {request.dtype}.")
-    if tokens * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
+    if dtype is torch.int8 and request.reduction == pb.REDUCTION_PER_EXPERT:
+        raise WireError("8-bit hidden states have no exact rows: REDUCTION_PER_EXPERT needs another dtype.")
+    size = 4 if dtype is torch.int8 else dtype.itemsize  # what it is once read
+    if tokens * hidden * size > MAX_TENSOR_BYTES:
         raise WireError(f"[{tokens}, {hidden}] of {dtype} is over {MAX_TENSOR_BYTES} bytes.")
     if len(request.offsets) != 4 * (tokens + 1):
         raise WireError(f"offsets has {len(request.offsets)} bytes for {tokens} tokens.")
@@ -83,7 +110,7 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     if len(expert_bytes) != 4 * pairs or len(weight_bytes) != 4 * pairs:
         raise WireError(f"experts and weights must have {pairs} entries, as offsets says.")
     rows = pairs if request.reduction == pb.REDUCTION_PER_EXPERT else tokens
-    if rows * hidden * dtype.itemsize > MAX_TENSOR_BYTES:
+    if rows * hidden * size > MAX_TENSOR_BYTES:
         raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
     experts = np.frombuffer(expert_bytes, dtype="<u4")
     weights = np.frombuffer(weight_bytes, dtype="<f4")
@@ -94,22 +121,45 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
         valid = pairs == 0 or (int(experts.max()) <= MAX_EXPERT and bool(np.isfinite(weights).all()))
     if not valid:
         raise WireError("An expert's number is over 65,535 or a weight is not finite.")
-    states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
+    if dtype is torch.int8:
+        states = _from_int8(request.hidden_states, request.scales, tokens, hidden, "hidden_states")
+    else:
+        states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
     return states, Routing(offsets, experts, weights)
 
 
-def write_request(request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing) -> None:
-    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU."""
+def write_request(
+    request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, eight_bit: bool = False
+) -> None:
+    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU; `eight_bit`: rounds it."""
     request.tokens, request.hidden_size = hidden.shape
-    request.dtype = CODES[hidden.dtype]
-    request.hidden_states = tensor_bytes(hidden)
+    if eight_bit:
+        request.dtype = pb.DTYPE_INT8
+        request.hidden_states, request.scales = _to_int8(hidden)
+    else:
+        request.dtype = CODES[hidden.dtype]
+        request.hidden_states = tensor_bytes(hidden)
     request.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
     request.experts = routing.experts.astype("<u4", copy=False).tobytes()
     request.weights = routing.weights.astype("<f4", copy=False).tobytes()
 
 
+def write_values(reply: pb.ComputeReply, rows: torch.Tensor, dtype: pb.Dtype) -> None:
+    """Fills a reply's rows [rows, hidden], of the request's `dtype`."""
+    reply.rows = rows.shape[0]
+    if dtype == pb.DTYPE_INT8:
+        reply.values, reply.scales = _to_int8(rows)
+    else:
+        reply.values = tensor_bytes(rows)
+
+
 def read_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    """A reply's rows [rows, hidden]. Raises WireError when it does not answer what was asked."""
+    """A reply's rows [rows, hidden], of `dtype`, or f32 where they came in 8 bits.
+
+    Raises WireError when it does not answer what was asked.
+    """
     if reply.rows != rows:
         raise WireError(f"The reply has {reply.rows} rows where {rows} were asked for.")
+    if scales := reply.scales:
+        return _from_int8(reply.values, scales, rows, hidden, "values")
     return _tensor(reply.values, dtype, rows, hidden, "values")

@@ -33,8 +33,10 @@ async def _run(config: dict[str, Any]) -> None:
     folder = Path(config["tls"])
     identity = Identity(*((folder / name).read_bytes() for name in ("key.pem", "chain.pem", "ca.pem")))
 
-    async def connect(kind: str, tls: bool, nodes: int) -> Dispatcher:
-        dispatcher = Dispatcher(manifest, None, Reduction.PARTIAL_SUM)
+    async def connect(kind: str, tls: bool, nodes: int, exact: bool) -> Dispatcher:
+        # A token has one expert on each node here: both ways give as many rows, but only one may round them.
+        reduction = Reduction.PER_EXPERT if exact else Reduction.PARTIAL_SUM
+        dispatcher = Dispatcher(manifest, None, reduction)
         for number in range(nodes):
             name = NodeName(f"n{number}")
             address = config["addresses"][kind]["tls" if tls else "open"][number]
@@ -50,11 +52,11 @@ async def _run(config: dict[str, Any]) -> None:
         dispatcher.follow(Plan(1, (owners,) * len(layers)))
         return dispatcher
 
-    dispatchers: dict[tuple[str, bool, int], Dispatcher] = {}
+    dispatchers: dict[tuple[str, bool, int, bool], Dispatcher] = {}
     print(json.dumps("ready"), flush=True)
     while line := sys.stdin.readline():  # between measurements nothing needs the loop
         order = json.loads(line)
-        key = order["kind"], order["tls"], order["nodes"]
+        key = order["kind"], order["tls"], order["nodes"], order["exact"]
         if key not in dispatchers:
             dispatchers[key] = await connect(*key)
         tokens, top_k = order["tokens"], order["nodes"]

@@ -1,7 +1,8 @@
 """One layer over the cluster: tokens by node, one message to each node that is needed, the partial sums added up.
 
 The order of addition is fixed. With REDUCTION_PARTIAL_SUM it follows the nodes' names, so a placement gives the same
-bits every time; with REDUCTION_PER_EXPERT it follows the router's top-k, so every placement gives the same bits.
+bits every time while no link is so slow that hidden states travel in 8 bits; with REDUCTION_PER_EXPERT it follows the
+router's top-k, so every placement gives the same bits.
 """
 
 import asyncio
@@ -174,7 +175,10 @@ class Dispatcher:
         request = pb.ComputeRequest(
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
-        write_request(request, _rows(hidden, share), share.routing)
+        rows = _rows(hidden, share)
+        # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
+        eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(rows.nbytes)
+        write_request(request, rows, share.routing, eight_bit)
         reply = link.send(request)
         timeline.current.hop(node, reply, _compute_ns)
         return reply

@@ -15,24 +15,30 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
+import torch
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.handshake import metadata
+from moehive.proto.tensors import MAX_LAYER, Routing, write_request
 
 from ..types import NodeName, NodeUnavailable
+from .speed import LinkSpeed
 
 log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
 CONNECT_SECONDS = 10.0
+PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with when it opens
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
 
 
 @dataclass(slots=True)
 class _Pending:
     reply: "asyncio.Future[pb.ComputeReply]"
-    deadline: float  # seconds, monotonic clock
+    sent_at: float  # seconds, monotonic clock
+    nbytes: int  # of the hidden states
 
 
 class Link:
@@ -44,6 +50,7 @@ class Link:
         self.address = address
         self._channel = channel
         self._on_close = on_close
+        self.speed = LinkSpeed()
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[pb.ComputeRequest] = deque()  # those that were not
@@ -67,6 +74,21 @@ class Link:
         stub = experts_pb2_grpc.ExpertsStub(self._channel)
         self._call = stub.Compute(metadata=metadata())
         self._tasks = [asyncio.create_task(task) for task in (self._read(), self._watch())]
+        try:
+            await asyncio.wait_for(self._measure(), CONNECT_SECONDS)
+        except TimeoutError:
+            raise NodeUnavailable(
+                self.node,
+                f"Node {self.node} is connected but silent for {CONNECT_SECONDS:.0f} s; it is tried again.",
+            ) from None
+
+    async def _measure(self) -> None:
+        """Sends requests that a node refuses at once (epoch 0 is of no model), small and large."""
+        for tokens in PROBES:
+            routing = Routing(np.zeros(tokens + 1, "<u4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
+            request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
+            write_request(request, torch.zeros(tokens, 1024), routing)
+            await self.send(request)
 
     def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
         """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT; sets the request's id.
@@ -79,7 +101,7 @@ class Link:
         request.id = self._next_id
         self._next_id += 1
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = _Pending(future, monotonic() + REPLY_SECONDS)
+        self._pending[request.id] = _Pending(future, monotonic(), len(request.hidden_states))
         future.add_done_callback(partial(self._settled, request.id))
         self._line.append(request)
         self._write()
@@ -102,6 +124,11 @@ class Link:
                 pending = self._pending.get(reply.id)
                 if pending is not None and not pending.reply.done():  # else: its request was cancelled
                     pending.reply.set_result(reply)
+                    if len(self._pending) == 1:  # others would share the link, and the time would say nothing
+                        seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
+                        self.speed.note(
+                            max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds
+                        )
             sentence = f"Node {self.node} ended the connection; the request can be sent again once it is back."
         except grpc.aio.AioRpcError as error:
             sentence = _sentence(self.node, error)
@@ -141,7 +168,7 @@ class Link:
         while True:
             await asyncio.sleep(1.0)
             now = monotonic()
-            if any(pending.deadline < now for pending in self._pending.values()):
+            if any(pending.sent_at + REPLY_SECONDS < now for pending in self._pending.values()):
                 self._fail(
                     f"Node {self.node} did not answer within {REPLY_SECONDS:.0f} s; it is taken for lost until it "
                     "joins again."

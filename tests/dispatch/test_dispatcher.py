@@ -11,13 +11,14 @@ import torch
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.link import Link
 from moehive.coordinator.dispatch.local import LocalExperts
+from moehive.coordinator.dispatch.speed import LARGE_BYTES, LinkSpeed
 from moehive.coordinator.types import LOCAL, NodeName, NodeUnavailable, NotReady, Plan
 from moehive.kernels.blob import build_blob, tensor_views
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.kernels.reference import expert_forward
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import read_request, tensor_bytes
+from moehive.proto.tensors import read_request, write_values
 
 EXPERTS, TOP_K, HIDDEN = 7, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -36,6 +37,7 @@ class FakeLink:
     def __init__(self, node: str, change: Callable[[pb.ComputeReply], None] = lambda reply: None) -> None:
         self.node = NodeName(node)
         self.change = change
+        self.speed = LinkSpeed()
         self._ops = ExpertOps(1)
 
     def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
@@ -44,7 +46,8 @@ class FakeLink:
         held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
         reduction = REDUCTIONS[message.reduction]
         rows = self._ops.moe_layer(SPEC, held, hidden, routing.offsets, routing.experts, routing.weights, reduction)
-        reply = pb.ComputeReply(rows=rows.shape[0], values=tensor_bytes(rows), compute_ns=5)
+        reply = pb.ComputeReply(compute_ns=5)
+        write_values(reply, rows, message.dtype)
         self.change(reply)
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
         future.set_result(reply)
@@ -151,3 +154,34 @@ def test_counters_tell_who_did_what() -> None:
     here = int(np.isin(ids.numpy(), [0, 2, 4]).sum())
     counted: Any = {name: c.expert_calls for name, c in dispatcher.counters.items()}
     assert counted == {LOCAL: here, "b": 5 * TOP_K - here}
+
+
+def test_on_a_slow_link_rows_travel_in_8_bits_but_never_where_bits_count() -> None:
+    hidden, ids, weights = inputs(9)
+    outs = {}
+    for reduction in Reduction:
+        for slow in (False, True):
+            dispatcher = cluster(["a", "b"] * 3 + ["a"], reduction)
+            for name in ("a", "b"):
+                link = cast(FakeLink, dispatcher.link(NodeName(name)))
+                if slow:
+                    link.speed.note(LARGE_BYTES, 2 * LARGE_BYTES, 1.0)
+            outs[reduction, slow] = ask(dispatcher, 0, hidden, ids, weights)
+    exact, rounded = outs[Reduction.PARTIAL_SUM, False], outs[Reduction.PARTIAL_SUM, True]
+    assert torch.equal(outs[Reduction.PER_EXPERT, False], outs[Reduction.PER_EXPERT, True])
+    assert not torch.equal(exact, rounded)
+    assert (exact - rounded).norm() < 0.03 * exact.norm()  # 7 bits and a sign, twice
+
+
+def test_a_link_is_slow_by_its_best_exchange_and_stays_so_in_between() -> None:
+    speed = LinkSpeed()
+    assert not speed.eight_bit(1 << 30)
+    for seconds_a_byte, slow in ((4e-9, False), (8e-9, False)):  # the best counts
+        speed.note(LARGE_BYTES, LARGE_BYTES, LARGE_BYTES * seconds_a_byte)
+        assert speed.eight_bit(LARGE_BYTES) is slow
+    speed = LinkSpeed()
+    speed.note(4096, 8192, 1e-3)
+    for seconds_a_byte, slow in ((8e-9, True), (4e-9, True), (1e-9, False), (4e-9, False)):
+        speed.note(LARGE_BYTES, LARGE_BYTES, 1e-3 + LARGE_BYTES * seconds_a_byte)
+        assert speed.eight_bit(1 << 20) is slow
+    assert not speed.eight_bit(4096)

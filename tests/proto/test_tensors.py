@@ -179,3 +179,39 @@ def test_a_reply_comes_back() -> None:
     values = torch.randn(3, 5)
     reply = pb.ComputeReply(rows=3, values=tensor_bytes(values))
     assert torch.equal(read_values(reply, 3, 5, torch.float32), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_8_bit_rows_come_back_within_half_a_step(dtype: torch.dtype) -> None:
+    states = torch.randn(5, 24, generator=torch.Generator().manual_seed(1)).to(dtype) * torch.tensor(
+        [[0], [1e-30], [1], [1e3], [1e30]]
+    )
+    states = states.to(dtype)
+    routing = Routing(np.zeros(6, np.uint32), np.empty(0, np.uint32), np.empty(0, np.float32))
+    request = pb.ComputeRequest(reduction=pb.REDUCTION_PARTIAL_SUM)
+    write_request(request, states, routing, eight_bit=True)
+    assert len(request.hidden_states) == states.numel()
+    back, _ = read_request(pb.ComputeRequest.FromString(request.SerializeToString()))
+    reply = pb.ComputeReply()
+    tensors.write_values(reply, states, pb.DTYPE_INT8)
+    for got in (back, read_values(reply, 5, 24, dtype)):
+        assert got.dtype == torch.float32
+        step = states.float().abs().amax(1, keepdim=True) / 127
+        assert ((got - states.float()).abs() <= step * 0.501).all()
+
+
+def test_hostile_8_bit_rows_are_refused() -> None:
+    request = make(2, 8, [1, 1])
+    write_request(request, torch.tensor([[torch.inf] * 8, [1.0] * 8]), read_request(request)[1], eight_bit=True)
+    with pytest.raises(WireError, match="not finite"):
+        read_request(request)
+    write_request(request, torch.ones(2, 8), Routing(*read_request(make(2, 8, [1, 1]))[1]), eight_bit=True)
+    request.reduction = pb.REDUCTION_PER_EXPERT
+    with pytest.raises(WireError, match="PER_EXPERT"):
+        read_request(request)
+    request.reduction = pb.REDUCTION_PARTIAL_SUM
+    request.scales = request.scales[:-1]
+    with pytest.raises(WireError, match="scales of hidden_states has 7 bytes"):
+        read_request(request)
+    with pytest.raises(WireError, match="scales of values"):
+        read_values(pb.ComputeReply(rows=1, values=bytes(8), scales=bytes(5)), 1, 8, torch.float32)
