@@ -181,14 +181,14 @@ void prepare(const Attend& p, const MoehiveSequence& sequence, int64_t token) {
 
 // scores[r][t] = queries[r] . keys[.][t] for R rows and a page's tokens.
 template <int R, class Stored>
-inline void score(const float (*queries)[kMaxHead], const Stored* keys, int64_t n, float (*scores)[kPage]) {
+inline void score(const float* queries, int64_t stride, const Stored* keys, int64_t n, float (*scores)[kPage]) {
   for (int64_t t = 0; t < kPage; t += 2 * kWidth) {
     V sums[R][2] = {};
     for (int64_t i = 0; i < n; ++i) {
       const V left = load(keys + i * kPage + t), right = load(keys + i * kPage + t + kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
-        const V q = same(queries[r][i]);
+        const V q = same(queries[r * stride + i]);
         sums[r][0] += q * left;
         sums[r][1] += q * right;
       }
@@ -204,18 +204,46 @@ inline void score(const float (*queries)[kMaxHead], const Stored* keys, int64_t 
 // sums[r] += sum over t of chances[r][t] * values[t], for R rows and the tokens low .. high of a page.
 template <int R, class Stored>
 inline void gather(const float (*chances)[kPage], const Stored* values, int64_t low, int64_t high, int64_t width,
-                   float (*sums)[kMaxHead]) {
-  for (int64_t i = 0; i < width; i += kWidth) {
-    V total[R];
+                   float* sums, int64_t stride) {
+  constexpr int kParts = 16 / kWidth < 2 ? 1 : 2;  // `width` is a multiple of 16
+  for (int64_t i = 0; i < width; i += kParts * kWidth) {
+    V total[R][kParts];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) total[r] = load(&sums[r][i]);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts; ++k) total[r][k] = load(sums + r * stride + i + k * kWidth);
     for (int64_t t = low; t < high; ++t) {
-      const V value = load(values + t * width + i);
+      V value[kParts];
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts; ++k) value[k] = load(values + t * width + i + k * kWidth);
 #pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) total[r] += same(chances[r][t]) * value;
+      for (int r = 0; r < R; ++r) {
+        const V chance = same(chances[r][t]);
+#pragma GCC unroll 2
+        for (int k = 0; k < kParts; ++k) total[r][k] += chance * value[k];
+      }
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(&sums[r][i], total[r]);
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+      for (int k = 0; k < kParts; ++k) store(sums + r * stride + i + k * kWidth, total[r][k]);
+  }
+}
+
+// Calls work(rows as a constant, first row) for tiles of at most kTile rows.
+template <int R>
+struct Rows {
+  static constexpr int value = R;
+};
+template <class Work>
+inline void for_tiles(int64_t rows, Work&& work) {
+  int64_t r = 0;
+  for (; r + kTile <= rows; r += kTile) work(Rows<kTile>{}, r);
+  switch (rows - r) {
+    case 3: return work(Rows<3>{}, r);
+    case 2: return work(Rows<2>{}, r);
+    case 1: return work(Rows<1>{}, r);
+    default: return;
   }
 }
 
@@ -255,13 +283,15 @@ void attend_as(const Attend& p, const AttendPart& part) {
   const MoehiveSequence& sequence = *part.sequence;
   const int64_t rows = part.tokens * part.heads, n = a.head_dim, width = padded_head(n);
   const int64_t kv_head = part.head / (a.heads / a.kv_heads);
-  alignas(64) float queries[kMaxQueries][kMaxHead], sums[kMaxQueries][kMaxHead], scores[kMaxQueries][kPage];
+  const int64_t stride = width + 16;  // a power of two would put all rows into a few lines of the first cache
+  alignas(64) float queries[kMaxQueries * (kMaxHead + 16)], sums[kMaxQueries * (kMaxHead + 16)];
+  alignas(64) float scores[kMaxQueries][kPage];
   float top[kMaxQueries], total[kMaxQueries];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = part.token + r / part.heads, head = part.head + r % part.heads;
     const float* query = p.rows + (sequence.first + token) * a.row + head * a.query_stride;
-    for (int64_t i = 0; i < n; ++i) queries[r][i] = query[i] * a.scale;
-    for (int64_t i = 0; i < width; ++i) sums[r][i] = 0.0f;
+    for (int64_t i = 0; i < n; ++i) queries[r * stride + i] = query[i] * a.scale;
+    for (int64_t i = 0; i < width; ++i) sums[r * stride + i] = 0.0f;
     top[r] = a.sinks ? a.sinks[head] : kNone;
     total[r] = a.sinks ? 1.0f : 0.0f;
   }
@@ -271,28 +301,29 @@ void attend_as(const Attend& p, const AttendPart& part) {
     const int64_t base = page * kPage;
     const Stored* keys = keys_of<Stored>(a, sequence.pages[page], kv_head);
     const Stored* values = values_of<Stored>(a, sequence.pages[page], kv_head);
-    int64_t r = 0;
-    for (; r + kTile <= rows; r += kTile) score<kTile>(queries + r, keys, n, scores + r);
-    for (; r < rows; ++r) score<1>(queries + r, keys, n, scores + r);
-    for (r = 0; r < rows; ++r) {
+    for_tiles(rows, [&](auto tile, int64_t r) {
+      score<decltype(tile)::value>(queries + r * stride, stride, keys, n, scores + r);
+    });
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = begin + r / part.heads;
       const int64_t low = a.window ? most(0, position - a.window + 1 - base) : 0;
       const int64_t high = most(0, least(kPage, position + 1 - base));
-      soften(scores[r], least(low, kPage), high, top[r], total[r], sums[r], width);
+      soften(scores[r], least(low, kPage), high, top[r], total[r], sums + r * stride, width);
     }
     const int64_t low = most(0, first - base), high = least(kPage, end - base);
-    for (r = 0; r + kTile <= rows; r += kTile) gather<kTile>(scores + r, values, low, high, width, sums + r);
-    for (; r < rows; ++r) gather<1>(scores + r, values, low, high, width, sums + r);
+    for_tiles(rows, [&](auto tile, int64_t r) {
+      gather<decltype(tile)::value>(scores + r, values, low, high, width, sums + r * stride, stride);
+    });
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = sequence.first + part.token + r / part.heads, head = part.head + r % part.heads;
     float* out = p.out + (token * a.heads + head) * n;
     const float factor = 1.0f / total[r];
     if (a.gate_at < 0) {
-      for (int64_t i = 0; i < n; ++i) out[i] = sums[r][i] * factor;
+      for (int64_t i = 0; i < n; ++i) out[i] = sums[r * stride + i] * factor;
     } else {
       const float* gate = p.rows + token * a.row + head * a.query_stride + a.gate_at;
-      for (int64_t i = 0; i < n; ++i) out[i] = sums[r][i] * factor * sigmoid(gate[i]);
+      for (int64_t i = 0; i < n; ++i) out[i] = sums[r * stride + i] * factor * sigmoid(gate[i]);
     }
   }
 }
