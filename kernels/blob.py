@@ -1,11 +1,12 @@
 """An expert's blob: one block of bytes with all its tensors, laid out as `ExpertSpec.tensors` says."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from .formats.blocks import BLOCK_FORMATS
 from .formats.registry import FORMATS
-from .geometry import ALIGNMENT, ExpertSpec, GeometryError
+from .geometry import ALIGNMENT, ExpertSpec, GeometryError, TensorPlace
 
 
 def empty_blob(nbytes: int) -> torch.Tensor:
@@ -37,9 +38,48 @@ def build_blob(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor]) -> torch.T
             )
         blob[end : place.offset].zero_()
         end = place.offset + place.nbytes
-        FORMATS[place.format].encode(tensor.detach(), blob[place.offset : end])
+        encode_tensor(place, tensor.detach(), blob[place.offset : end])
     blob[end:].zero_()
     return blob
+
+
+def encode_tensor(place: TensorPlace, tensor: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes numbers, shaped as `place` says, into `out` (uint8 [place.nbytes]) in its format."""
+    step = place.nbytes // place.matrices
+    for number, matrix in enumerate(tensor.chunk(place.matrices)):
+        FORMATS[place.format].encode(matrix, out[number * step : (number + 1) * step])
+
+
+def pack_blob(
+    spec: ExpertSpec, rows: Mapping[str, Sequence[torch.Tensor]], floats: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """Lays an expert out whose projections come as a file's block rows.
+
+    `rows` has `up` (gate and up, or up alone) and `down`: uint8 [rows, bytes of a row] for each matrix, in the formats
+    that `spec` names; a projection in a plain format is among `floats` instead, with biases and norm. Returns uint8
+    [spec.nbytes], aligned to 64. Raises GeometryError for another shape.
+    """
+    blob = empty_blob(spec.nbytes).zero_()
+    for place in spec.tensors:
+        out = blob[place.offset : place.offset + place.nbytes]
+        if place.name not in rows:
+            encode_tensor(place, floats[place.name], out)
+            continue
+        step = place.nbytes // place.matrices
+        for number, matrix in enumerate(rows[place.name]):
+            if len(matrix) != place.shape[0] // place.matrices:
+                raise GeometryError(f"The expert's matrix {place.name} has {len(matrix)} rows; it can't.")
+            BLOCK_FORMATS[place.format].pack(matrix, place.shape[1], out[number * step : (number + 1) * step])
+    return blob
+
+
+def decode_tensor(place: TensorPlace, stored: torch.Tensor) -> torch.Tensor:
+    """The f32 numbers, shaped as `place` says, that a tensor of `tensor_views` means."""
+    if place.matrices == 1:
+        return FORMATS[place.format].decode(stored, place.shape)
+    rows, columns = place.shape
+    shape = (rows // place.matrices, columns)
+    return torch.cat([FORMATS[place.format].decode(part, shape) for part in stored.chunk(place.matrices)])
 
 
 def tensor_views(spec: ExpertSpec, blob: torch.Tensor) -> dict[str, torch.Tensor]:

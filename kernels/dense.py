@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from .formats.registry import FORMATS
-from .geometry import ExpertSpec
+from .blob import decode_tensor
+from .geometry import PLAIN_BYTES, ExpertSpec, TensorPlace
 from .reference import intermediate, post_norm
 
 # f32 bytes of weights widened at once: stays in the last-level cache, and bounds the memory beside the blob.
@@ -15,18 +15,18 @@ _WIDENED_BYTES = 4 << 20
 
 def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """What `reference.expert_forward` returns, f32 [tokens, hidden], for `x` f32 [tokens, hidden]."""
-    projected = _linear(spec.format, x, tensors["up"], tensors.get("up_bias"))
-    y = _linear(spec.format, intermediate(spec, projected), tensors["down"], tensors.get("down_bias"))
+    places = {place.name: place for place in spec.tensors}
+    projected = _linear(places["up"], x, tensors["up"], tensors.get("up_bias"))
+    y = _linear(places["down"], intermediate(spec, projected), tensors["down"], tensors.get("down_bias"))
     return post_norm(spec, tensors, y)
 
 
-def _linear(fmt: str, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if fmt == "f32":
-        return F.linear(x, stored, bias)
+def _linear(place: TensorPlace, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if place.format == "f32" or place.format not in PLAIN_BYTES:
+        return F.linear(x, decode_tensor(place, stored), bias)
     rows, columns = stored.shape
     step = max(1, _WIDENED_BYTES // (4 * columns))
     out = torch.empty(len(x), rows)
     for first in range(0, rows, step):
-        weights = FORMATS[fmt].decode(stored[first : first + step])
-        out[:, first : first + step] = x @ weights.T
+        out[:, first : first + step] = x @ stored[first : first + step].float().T
     return out if bias is None else out.add_(bias)

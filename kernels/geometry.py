@@ -9,6 +9,9 @@ little-endian: the projection into the intermediate size (gate's rows first, the
 back, its bias, the norm's weight. Projections are [out, in] in the spec's format; biases and norms are f32,
 which holds every 16-bit source exactly. Transposed or interleaved checkpoints are laid out like this while they
 are read (coordinator/checkpoints), so that kernels know one layout.
+
+Block formats (kernels/cpu/blocks.h) keep the bits of a file's blocks, with 16 rows side by side, rows padded to 16
+and columns to whole blocks; gate and up are then two matrices, each padded.
 """
 
 import math
@@ -16,10 +19,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
-Format = Literal["f32", "bf16", "f16"]
+Format = Literal[
+    "f32", "bf16", "f16",
+    "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
+]  # fmt: skip
 
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
-FORMAT_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2}
+PLAIN_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2}  # of one number
+# Columns that share scales, and the bytes that they take in one row.
+BLOCKS: dict[str, tuple[int, int]] = {
+    "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "iq4_nl": (32, 18),
+    "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
+    "iq4_xs": (256, 136),
+}  # fmt: skip
+GROUP_ROWS = 16  # that lie side by side in a block format
 
 # Bounds on what a manifest may claim, checked before anything is allocated.
 MAX_LAYERS = 1024
@@ -32,6 +45,14 @@ class GeometryError(ValueError):
     """A description of experts that cannot be; its text is one sentence for a person."""
 
 
+def tensor_bytes(fmt: str, rows: int, columns: int) -> int:
+    """Bytes of a projection [rows, columns] in a format, padding of rows and columns included."""
+    if fmt in PLAIN_BYTES:
+        return rows * columns * PLAIN_BYTES[fmt]
+    block, nbytes = BLOCKS[fmt]
+    return -(-rows // GROUP_ROWS) * GROUP_ROWS * -(-columns // block) * nbytes
+
+
 class ExpertId(NamedTuple):
     """One routed expert: the ordinal of its MoE layer (not of the decoder layer), its number in that layer."""
 
@@ -40,13 +61,17 @@ class ExpertId(NamedTuple):
 
 
 class TensorPlace(NamedTuple):
-    """Where one tensor lies in an expert's blob: offset and size in bytes, both of the tensor itself."""
+    """Where one tensor lies in an expert's blob: offset and size in bytes, both of the tensor itself.
+
+    A block format's tensor is `matrices` of equal shape, one after the other.
+    """
 
     name: str
     shape: tuple[int, ...]
     format: Format
     offset: int
     nbytes: int
+    matrices: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +95,8 @@ class ExpertSpec:
     up_offset: float = 0.0
     bias: bool = False
     post_norm_eps: float | None = None
-    format: Format = "bf16"
+    format: Format = "bf16"  # of the projection into the intermediate size, and of the one back unless:
+    down_format: Format | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "intermediate_size"):
@@ -80,8 +106,9 @@ class ExpertSpec:
         if self.activation not in get_args(Activation):
             choices = ", ".join(get_args(Activation))
             raise GeometryError(f"Unknown activation {self.activation!r}; known are {choices}.")
-        if self.format not in FORMAT_BYTES:
-            raise GeometryError(f"Unknown format {self.format!r}; known are {', '.join(FORMAT_BYTES)}.")
+        for fmt in (self.format, self.back_format):
+            if fmt not in get_args(Format):
+                raise GeometryError(f"Unknown format {fmt!r}; known are {', '.join(get_args(Format))}.")
         numbers = [self.alpha, self.up_offset]
         numbers += [n for n in (self.limit, self.post_norm_eps) if n is not None]
         if not all(math.isfinite(n) for n in numbers):
@@ -92,6 +119,11 @@ class ExpertSpec:
             raise GeometryError(f"An expert's post_norm_eps must not be below 0, as {self.post_norm_eps!r} is.")
         if self.alpha != 1.0 and self.activation != "silu":
             raise GeometryError(f"alpha belongs to silu; {self.activation} has none.")
+
+    @property
+    def back_format(self) -> Format:
+        """The format of the projection back to the hidden size."""
+        return self.down_format or self.format
 
     @property
     def projected_size(self) -> int:
@@ -106,7 +138,7 @@ class ExpertSpec:
         ]
         if self.bias:
             wanted.append(("up_bias", (self.projected_size,), "f32"))
-        wanted.append(("down", (self.hidden_size, self.intermediate_size), self.format))
+        wanted.append(("down", (self.hidden_size, self.intermediate_size), self.back_format))
         if self.bias:
             wanted.append(("down_bias", (self.hidden_size,), "f32"))
         if self.post_norm_eps is not None:
@@ -114,8 +146,12 @@ class ExpertSpec:
         places: list[TensorPlace] = []
         offset = 0
         for name, shape, fmt in wanted:
-            nbytes = math.prod(shape) * FORMAT_BYTES[fmt]
-            places.append(TensorPlace(name, shape, fmt, offset, nbytes))
+            if fmt in PLAIN_BYTES:
+                nbytes, matrices = math.prod(shape) * PLAIN_BYTES[fmt], 1
+            else:
+                matrices = 2 if name == "up" and self.gated else 1
+                nbytes = matrices * tensor_bytes(fmt, shape[0] // matrices, shape[1])
+            places.append(TensorPlace(name, shape, fmt, offset, nbytes, matrices))
             offset += -(-nbytes // ALIGNMENT) * ALIGNMENT
         return tuple(places)
 

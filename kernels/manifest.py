@@ -7,7 +7,7 @@ import msgpack
 
 from .geometry import ExpertSpec, GeometryError, LayerGeometry, Manifest
 
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 4 << 20
 
 
@@ -62,11 +62,11 @@ def _layer(packed: dict[str, Any]) -> LayerGeometry:
     wanted = {
         "hidden_size": "int", "intermediate_size": "int", "activation": "str", "gated": "bool",
         "alpha": "float", "limit": "float", "limit_after_activation": "bool", "up_offset": "float",
-        "bias": "bool", "post_norm_eps": "float", "format": "str",
+        "bias": "bool", "post_norm_eps": "float", "format": "str", "down_format": "str",
     }  # fmt: skip
     for name, kind in wanted.items():
         value = spec[name]
-        optional = value is None and name in ("limit", "post_norm_eps")
+        optional = value is None and name in ("limit", "post_norm_eps", "down_format")
         if not optional and (type(value) not in kinds[kind]):
             raise GeometryError(f"The manifest's {name} must be of type {kind}, not {value!r}.")
     if type(packed["experts"]) is not int or type(packed["top_k"]) is not int:

@@ -10,10 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .geometry import Activation, ExpertSpec
+from .geometry import Activation, ExpertSpec, Format
 
-_ABI = 2
-_FORMATS = ("f32", "bf16", "f16")  # in the order of the C side's enums
+_ABI = 3
+# Both in the order of the C side's enums.
+FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
@@ -27,7 +28,7 @@ class _Spec(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("hidden_size", "intermediate_size")),
         *((name, ctypes.c_int64) for name in ("up", "up_bias", "down", "down_bias", "post_norm")),
-        *((name, ctypes.c_int32) for name in ("format", "activation", "gated", "has_limit")),
+        *((name, ctypes.c_int32) for name in ("up_format", "down_format", "activation", "gated", "has_limit")),
         ("limit_after_activation", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("alpha", "limit", "up_offset", "post_norm_eps")),
     )
@@ -40,7 +41,8 @@ def _describe(spec: ExpertSpec) -> _Spec:
         hidden_size=spec.hidden_size,
         intermediate_size=spec.intermediate_size,
         **{name: offsets.get(name, -1) for name in ("up", "up_bias", "down", "down_bias", "post_norm")},
-        format=_FORMATS.index(spec.format),
+        up_format=FORMAT_NUMBERS[spec.format],
+        down_format=FORMAT_NUMBERS[spec.back_format],
         activation=_ACTIVATIONS.index(spec.activation),
         gated=spec.gated,
         has_limit=spec.limit is not None,

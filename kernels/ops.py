@@ -17,7 +17,7 @@ import torch
 
 from . import dense
 from .blob import tensor_views
-from .geometry import ExpertSpec, GeometryError
+from .geometry import PLAIN_BYTES, ExpertSpec, GeometryError
 from .native import NativeExperts, NativeLibraryError, kernels
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class ExpertOps:
                 raise GeometryError(f"Expert {number} was loaded with another description than the layer's.")
         x = hidden.float().contiguous()
         pairs = torch.empty(len(numbers), spec.hidden_size)
-        many = self._many(numbers, used)
+        many = self._many(spec, numbers, used)
         if self._native is not None and len(many) < len(used):
             addresses = np.array([0 if n in many else used[n].address for n in numbers], dtype=np.uint64)
             self._native.pairs(spec, x, offsets, addresses, pair_weights, pairs)
@@ -121,10 +121,12 @@ class ExpertOps:
         sums = _sum_pairs(pairs, offsets) if self._native is None else self._native.sum_pairs(pairs, offsets)
         return sums.to(hidden.dtype)
 
-    def _many(self, numbers: list[int], used: Mapping[int, ExpertWeights]) -> set[int]:
-        """The experts that torch computes: those with many tokens, or all without the native library."""
+    def _many(self, spec: ExpertSpec, numbers: list[int], used: Mapping[int, ExpertWeights]) -> set[int]:
+        """The experts that torch computes: plain ones with many tokens, or all without the native library."""
         if self._native is None:
             return set(used)
+        if spec.format not in PLAIN_BYTES or spec.back_format not in PLAIN_BYTES:
+            return set()  # torch would have to expand the weights
         if len(numbers) <= FEW_TOKENS:  # so nobody has more; the usual case of decoding
             return set()
         return {number for number, tokens in Counter(numbers).items() if tokens > FEW_TOKENS}

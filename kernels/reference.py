@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn import functional as F
 
-from .formats.registry import FORMATS
+from .blob import decode_tensor
 from .geometry import ExpertSpec
 
 
@@ -14,9 +14,9 @@ def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: tor
 
     `tensors` are stored forms as `blob.tensor_views` returns them.
     """
-    weights = FORMATS[spec.format]
-    projected = F.linear(x.float(), weights.decode(tensors["up"]), tensors.get("up_bias"))
-    y = F.linear(intermediate(spec, projected), weights.decode(tensors["down"]), tensors.get("down_bias"))
+    weights = {place.name: decode_tensor(place, tensors[place.name]) for place in spec.tensors}
+    projected = F.linear(x.float(), weights["up"], weights.get("up_bias"))
+    y = F.linear(intermediate(spec, projected), weights["down"], weights.get("down_bias"))
     return post_norm(spec, tensors, y)
 
 

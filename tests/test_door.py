@@ -108,7 +108,7 @@ def test_not_enough_disk_space(checkout: Path, tools: Path) -> None:
     patched_python(tools, "import shutil\nshutil.disk_usage = lambda p: type('Usage', (), {'free': 1_200_000_000})\n")
     script(tools / "c++", "exit 0")
     sentence = one_sentence(start(checkout / "run", tools))
-    assert "1.2 GB of free disk space" in sentence and "needs about 3.5 GB" in sentence
+    assert "1.2 GB of free disk space" in sentence and "needs about 4.7 GB" in sentence
 
 
 def test_no_registry(checkout: Path, tools: Path) -> None:

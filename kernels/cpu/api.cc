@@ -16,7 +16,9 @@ const Kernel* usable(int place) {
 #if defined(__x86_64__)
   // Every processor with AVX2 and FMA has F16C too.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && place-- == 0) return &kAvx512;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  if (avx512 && __builtin_cpu_supports("avx512vnni") && place-- == 0) return &kAvx512Vnni;
+  if (avx512 && place-- == 0) return &kAvx512;
   if (avx2 && place-- == 0) return &kAvx2;
 #elif defined(__aarch64__)
   if (place-- == 0) return &kNeon;
@@ -24,9 +26,11 @@ const Kernel* usable(int place) {
   return place == 0 ? &kScalar : nullptr;
 }
 
+bool known(int32_t format) { return format >= 0 && format <= static_cast<int32_t>(Format::iq4_xs); }
+
 bool sound(const MoehiveSpec& spec) {
-  return spec.hidden_size > 0 && spec.intermediate_size > 0 && spec.up >= 0 && spec.down >= 0 && spec.format >= 0 &&
-         spec.format <= 2 && spec.activation >= 0 && spec.activation <= 4;
+  return spec.hidden_size > 0 && spec.intermediate_size > 0 && spec.up >= 0 && spec.down >= 0 &&
+         known(spec.up_format) && known(spec.down_format) && spec.activation >= 0 && spec.activation <= 4;
 }
 
 bool sound(const uint32_t* offsets, int64_t tokens) {
@@ -39,7 +43,7 @@ bool sound(const uint32_t* offsets, int64_t tokens) {
 }  // namespace
 
 // Raised with every change of this file's functions or of MoehiveSpec.
-MOEHIVE_API int32_t moehive_abi() { return 2; }
+MOEHIVE_API int32_t moehive_abi() { return 3; }
 
 // Names of the kernels that this machine can run, best first; null after the last.
 MOEHIVE_API const char* moehive_kernel(int32_t place) {

@@ -6,8 +6,81 @@
 namespace moehive {
 namespace {
 
+// Integer operations for the block formats; see block-inl.h.
+struct Int8 {
+  struct Bytes {
+    __m256i lo, hi;  // rows 0 to 7, rows 8 to 15
+  };
+  struct Sums {
+    __m256i lo, hi;
+  };
+  struct Wide {
+    __m256i lo, hi;  // 16 bits, two for each row
+  };
+  static constexpr bool kNarrow = true;
+
+  static inline Bytes load(const uint8_t* at) {
+    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)),
+            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32))};
+  }
+  template <int Shift, int Mask>
+  static inline Bytes field(Bytes b) {
+    const __m256i mask = _mm256_set1_epi8(Mask);
+    if constexpr (Shift == 0) return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
+    return {_mm256_and_si256(_mm256_srli_epi16(b.lo, Shift), mask),
+            _mm256_and_si256(_mm256_srli_epi16(b.hi, Shift), mask)};
+  }
+  template <int Shift>
+  static inline Bytes join(Bytes a, Bytes b) {
+    return {_mm256_or_si256(a.lo, _mm256_slli_epi16(b.lo, Shift)),
+            _mm256_or_si256(a.hi, _mm256_slli_epi16(b.hi, Shift))};
+  }
+  static inline Bytes lookup(Bytes codes, const int8_t* table) {
+    const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(values, codes.lo), _mm256_shuffle_epi8(values, codes.hi)};
+  }
+  static inline Sums splat(int32_t n) { return {_mm256_set1_epi32(n), _mm256_set1_epi32(n)}; }
+  static inline Wide zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  template <bool Signed>
+  static inline Wide add(Wide w, Bytes b, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    const __m256i xs = _mm256_set1_epi32(four);
+    return {_mm256_add_epi16(w.lo, pairs<Signed>(b.lo, xs)), _mm256_add_epi16(w.hi, pairs<Signed>(b.hi, xs))};
+  }
+  static inline Sums flush(Sums s, Wide w) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(s.lo, _mm256_madd_epi16(w.lo, ones)),
+            _mm256_add_epi32(s.hi, _mm256_madd_epi16(w.hi, ones))};
+  }
+
+ private:
+  template <bool Signed>
+  static inline __m256i pairs(__m256i b, __m256i x) {
+    if constexpr (Signed) return _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(x, b));
+    return _mm256_maddubs_epi16(b, x);
+  }
+};
+
 struct Vec {
   __m256 lo, hi;
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  static inline Vec splat(float n) { return {_mm256_set1_ps(n), _mm256_set1_ps(n)}; }
+  static inline Vec mul(Vec a, Vec b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static inline Vec from_ints(Int8::Sums s) { return {_mm256_cvtepi32_ps(s.lo), _mm256_cvtepi32_ps(s.hi)}; }
+  static inline Vec from_u8(Octets o) {
+    const __m128i all = reinterpret_cast<__m128i>(o);
+    return from_ints({_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(all, all))});
+  }
+  static inline Vec from_i8(Octets o) {
+    const __m128i all = reinterpret_cast<__m128i>(o);
+    return from_ints({_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(all, all))});
+  }
+  static inline void store(float* to, Vec v) {
+    _mm256_storeu_ps(to, v.lo);
+    _mm256_storeu_ps(to + 8, v.hi);
+  }
 
   static inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static inline Vec load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
@@ -35,6 +108,8 @@ struct Vec {
 
 // 16 registers: 12 for sums, 4 for two rows' weights; vectors come as memory operands.
 constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3;
+// Block formats: 4 registers a token for sums, 2 for the numbers, 1 for x.
+constexpr int kBlockTokens = 3;
 
 }  // namespace
 }  // namespace moehive
@@ -42,5 +117,5 @@ constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kAvx2{"avx2", multiply};
+extern const Kernel kAvx2{"avx2", multiply, quantize};
 }  // namespace moehive

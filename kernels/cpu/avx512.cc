@@ -1,4 +1,5 @@
-// AVX-512 F: 16 floats in one register. Compiled with -mavx512f.
+// AVX-512 F and BW: 16 floats or 64 bytes in one register. Compiled twice: with -mavx512vnni, as kAvx512Vnni, and
+// without.
 //
 // The instruction for bf16 products (dpbf16) is left alone: it needs bf16 activations, and f32 ones are as fast,
 // since the memory decides.
@@ -9,8 +10,75 @@
 namespace moehive {
 namespace {
 
+// Integer operations for the block formats; see block-inl.h.
+struct Int8 {
+  struct Bytes {
+    __m512i all;
+  };
+  struct Sums {
+    __m512i all;
+  };
+#if defined(__AVX512VNNI__)
+  using Wide = Sums;  // products of four are added in 32 bits by one instruction
+  static constexpr bool kNarrow = false;
+#else
+  struct Wide {
+    __m512i all;  // 16 bits, two for each row
+  };
+  static constexpr bool kNarrow = true;
+#endif
+
+  static inline Bytes load(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
+  template <int Shift, int Mask>
+  static inline Bytes field(Bytes b) {
+    if constexpr (Shift == 0) return {_mm512_and_si512(b.all, _mm512_set1_epi8(Mask))};
+    return {_mm512_and_si512(_mm512_srli_epi16(b.all, Shift), _mm512_set1_epi8(Mask))};
+  }
+  template <int Shift>
+  static inline Bytes join(Bytes a, Bytes b) {
+    return {_mm512_or_si512(a.all, _mm512_slli_epi16(b.all, Shift))};
+  }
+  static inline Bytes lookup(Bytes codes, const int8_t* table) {
+    const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
+    return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.all)};
+  }
+  static inline Sums splat(int32_t n) { return {_mm512_set1_epi32(n)}; }
+  static inline Wide zero() { return {_mm512_setzero_si512()}; }
+  template <bool Signed>
+  static inline Wide add(Wide w, Bytes b, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    __m512i xs = _mm512_set1_epi32(four), numbers = b.all;
+    if constexpr (Signed) {  // |b| * (x with b's sign)
+      const __mmask64 negative = _mm512_movepi8_mask(numbers);
+      numbers = _mm512_abs_epi8(numbers);
+      xs = _mm512_mask_sub_epi8(xs, negative, _mm512_setzero_si512(), xs);
+    }
+#if defined(__AVX512VNNI__)
+    return {_mm512_dpbusd_epi32(w.all, numbers, xs)};
+#else
+    return {_mm512_add_epi16(w.all, _mm512_maddubs_epi16(numbers, xs))};
+#endif
+  }
+  static inline Sums flush(Sums s, Wide w) {
+#if defined(__AVX512VNNI__)
+    return {_mm512_add_epi32(s.all, w.all)};
+#else
+    return {_mm512_add_epi32(s.all, _mm512_madd_epi16(w.all, _mm512_set1_epi16(1)))};
+#endif
+  }
+};
+
 struct Vec {
   __m512 all;
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  static inline Vec splat(float n) { return {_mm512_set1_ps(n)}; }
+  static inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.all, b.all)}; }
+  static inline Vec from_ints(Int8::Sums s) { return {_mm512_cvtepi32_ps(s.all)}; }
+  static inline Vec from_u8(Octets o) { return from_ints({_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o))}); }
+  static inline Vec from_i8(Octets o) { return from_ints({_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(o))}); }
+  static inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v.all); }
 
   static inline Vec zero() { return {_mm512_setzero_ps()}; }
   static inline Vec load(const float* at) { return {_mm512_loadu_ps(at)}; }
@@ -32,7 +100,7 @@ struct Vec {
 };
 
 // 32 registers: 16 for sums, 4 for four rows' weights, 4 for the vectors.
-constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4;
+constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4, kBlockTokens = 4;
 
 }  // namespace
 }  // namespace moehive
@@ -40,5 +108,9 @@ constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kAvx512{"avx512", multiply};
+#if defined(__AVX512VNNI__)
+extern const Kernel kAvx512Vnni{"avx512_vnni", multiply, quantize};
+#else
+extern const Kernel kAvx512{"avx512", multiply, quantize};
+#endif
 }  // namespace moehive

@@ -29,8 +29,8 @@ struct Group {
   int64_t first, last;
 };
 
-int64_t piece_rows(const MoehiveSpec& spec, int64_t columns) {
-  const int64_t row = columns * weight_bytes(static_cast<Format>(spec.format));
+int64_t piece_rows(Format format, int64_t columns) {
+  const int64_t row = std::max<int64_t>(1, rows_bytes(format, kGroupRows, columns) / kGroupRows);
   return std::clamp(kPieceBytes / row / 16 * 16, int64_t{16}, kMaxRows);
 }
 
@@ -82,7 +82,7 @@ void Experts::run(const Layer& layer) {
   const MoehiveSpec& spec = layer.spec;
   const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
   const int64_t hidden_stride = padded(hidden), middle_stride = padded(middle);
-  const Format format = static_cast<Format>(spec.format);
+  const Format up_format = static_cast<Format>(spec.up_format), down_format = static_cast<Format>(spec.down_format);
 
   std::vector<Pair> pairs;
   for (int64_t token = 0; token < layer.tokens; ++token)
@@ -106,28 +106,54 @@ void Experts::run(const Layer& layer) {
     std::fill(to + hidden, to + hidden_stride, 0.0f);
   }
   float* middles = middles_.floats(count * middle_stride);
-  std::vector<const float*> input_of(count), middle_of(count);
+  std::vector<const void*> input_of(count), middle_of(count);
   for (int64_t i = 0; i < count; ++i) {
     input_of[i] = inputs + pairs[i].token * hidden_stride;
     middle_of[i] = middles + i * middle_stride;
     std::fill(middles + i * middle_stride + middle, middles + (i + 1) * middle_stride, 0.0f);
   }
+  // Vectors in 8 bits, for block formats: of the tokens, then of the pairs.
+  const int64_t input_bytes = is_block(up_format) ? quantized_bytes(hidden) : 0;
+  const int64_t middle_bytes = is_block(down_format) ? quantized_bytes(middle) : 0;
+  char* quantized = reinterpret_cast<char*>(
+      quantized_.floats((layer.tokens * input_bytes + count * middle_bytes) / static_cast<int64_t>(sizeof(float))));
+  char* quantized_middles = quantized + layer.tokens * input_bytes;
+  std::vector<Quantized> input_views, middle_views;
+  if (input_bytes) {
+    for (int64_t token = 0; token < layer.tokens; ++token) {
+      input_views.push_back(quantized_at(quantized + token * input_bytes, hidden));
+      if (layer.offsets[token] < layer.offsets[token + 1])
+        kernel_.quantize(layer.hidden + token * hidden, hidden, quantized + token * input_bytes);
+    }
+    for (int64_t i = 0; i < count; ++i) input_of[i] = &input_views[pairs[i].token];
+  }
+  if (middle_bytes) {
+    for (int64_t i = 0; i < count; ++i)
+      middle_views.push_back(quantized_at(quantized_middles + i * middle_bytes, middle));
+    for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
+  }
 
   // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
-  const int64_t up_step = piece_rows(spec, hidden), up_pieces = (middle + up_step - 1) / up_step;
+  const int64_t up_step = piece_rows(up_format, hidden), up_pieces = (middle + up_step - 1) / up_step;
   pool_.run(static_cast<int64_t>(groups.size()) * up_pieces, [&](uint32_t item) {
     for_piece(groups, item, up_pieces, up_step, middle,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
-                const auto at = [&](int64_t from) { return blob + spec.up + from * hidden * weight_bytes(format); };
-                const auto project = [&](int64_t from, float* out, int64_t next) {
-                  kernel_.multiply(
-                      {format, at(from), rows, hidden, &input_of[first], tokens, out, tokens, at(next)});
-                  if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + from, rows, tokens);
+                // Two matrices, gate and up, where the expert is gated.
+                const char* matrices[2] = {blob + spec.up, blob + spec.up + rows_bytes(up_format, middle, hidden)};
+                const auto at = [&](int matrix, int64_t from) {
+                  return matrices[matrix] + rows_bytes(up_format, from, hidden);
                 };
-                project(row, gate, spec.gated ? middle + row : row + rows);
+                const auto project = [&](int matrix, float* out, const char* next) {
+                  kernel_.multiply(
+                      {up_format, at(matrix, row), rows, hidden, &input_of[first], tokens, out, tokens, next});
+                  if (spec.up_bias >= 0)
+                    add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
+                };
+                const char* next = row + rows < middle ? at(0, row + rows) : blob + spec.down;
+                project(0, gate, spec.gated ? at(1, row) : next);
                 if (spec.gated) {
-                  project(middle + row, up, row + rows);
+                  project(1, up, next);
                   join_gate(spec, gate, up, rows * tokens);
                 } else {
                   activate(spec, gate, rows * tokens);
@@ -138,15 +164,23 @@ void Experts::run(const Layer& layer) {
               });
   });
 
+  if (middle_bytes) {
+    pool_.run(count, [&](uint32_t i) {
+      kernel_.quantize(middles + i * middle_stride, middle, quantized_middles + i * middle_bytes);
+    });
+  }
+
   // intermediate → hidden
-  const int64_t down_step = piece_rows(spec, middle), down_pieces = (hidden + down_step - 1) / down_step;
+  const int64_t down_step = piece_rows(down_format, middle), down_pieces = (hidden + down_step - 1) / down_step;
   pool_.run(static_cast<int64_t>(groups.size()) * down_pieces, [&](uint32_t item) {
     for_piece(groups, item, down_pieces, down_step, hidden,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float out[kMaxRows * kMaxTokens];
-                const auto at = [&](int64_t from) { return blob + spec.down + from * middle * weight_bytes(format); };
+                const auto at = [&](int64_t from) {
+                  return blob + spec.down + rows_bytes(down_format, from, middle);
+                };
                 kernel_.multiply(
-                    {format, at(row), rows, middle, &middle_of[first], tokens, out, tokens, at(row + rows)});
+                    {down_format, at(row), rows, middle, &middle_of[first], tokens, out, tokens, at(row + rows)});
                 if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
                 for (int64_t t = 0; t < tokens; ++t) {
                   const uint32_t pair = pairs[first + t].pair;

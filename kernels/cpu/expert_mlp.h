@@ -13,7 +13,8 @@ struct MoehiveSpec {
   int64_t hidden_size;
   int64_t intermediate_size;
   int64_t up, up_bias, down, down_bias, post_norm;
-  int32_t format;      // moehive::Format
+  int32_t up_format;   // moehive::Format
+  int32_t down_format;
   int32_t activation;  // moehive::Activation
   int32_t gated;
   int32_t has_limit;
@@ -62,7 +63,7 @@ class Experts {
   const Kernel& kernel_;
   Pool pool_;
   std::mutex mutex_;
-  Scratch inputs_, middles_;
+  Scratch inputs_, middles_, quantized_;
 };
 
 }  // namespace moehive

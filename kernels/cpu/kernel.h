@@ -3,11 +3,19 @@
 
 #include <cstdint>
 
+#include "blocks.h"
+
 namespace moehive {
 
-enum class Format : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
-
+// Of the formats that store each number by itself.
 inline int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 2; }
+
+// Bytes of `rows` rows; a multiple of 16 for the block formats, or the last ones.
+inline int64_t rows_bytes(Format format, int64_t rows, int64_t columns) {
+  if (!is_block(format)) return rows * columns * weight_bytes(format);
+  const Layout layout = layout_of(format);
+  return (rows + kGroupRows - 1) / kGroupRows * ((columns + layout.columns() - 1) / layout.columns()) * layout.bytes();
+}
 
 // Numbers are summed in 16 lanes: lane l takes the columns l, l + 16, l + 32, ..., each by one fused multiply-add.
 // Then lanes l and l + 8 are added, l and l + 4, l and l + 2, the last two. The order is the same on every
@@ -18,14 +26,15 @@ constexpr int64_t kLanes = 16;
 inline int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
 
 // out[r * out_stride + t] = sum over k of weights[r, k] * x[t][k], for r < rows and t < tokens.
-// `weights` are rows of `columns` numbers without padding, of any alignment. Each x[t] has padded(columns)
-// floats, zeros at the end, and is aligned to 64 bytes.
+// Plain formats: `weights` are rows of `columns` numbers without padding, of any alignment; each x[t] has
+// padded(columns) floats, zeros at the end, and is aligned to 64 bytes. Block formats: `weights` are groups of 16 rows
+// (blocks.h), and x[t] points to a Quantized.
 struct Product {
   Format format;
   const void* weights;
   int64_t rows;
   int64_t columns;
-  const float* const* x;
+  const void* const* x;
   int64_t tokens;
   float* out;
   int64_t out_stride;
@@ -35,12 +44,15 @@ struct Product {
 struct Kernel {
   const char* name;
   void (*multiply)(const Product&);
+  // x [columns] in 8 bits, into the arrays of quantized_at(memory, columns).
+  void (*quantize)(const float* x, int64_t columns, void* memory);
 };
 
 extern const Kernel kScalar;
 #if defined(__x86_64__) || defined(_M_X64)
 extern const Kernel kAvx2;
 extern const Kernel kAvx512;
+extern const Kernel kAvx512Vnni;
 #elif defined(__aarch64__)
 extern const Kernel kNeon;
 #endif

@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "block-inl.h"
 #include "kernel.h"
 
 namespace moehive {
@@ -51,7 +52,7 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
   }
   const float* x[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) x[t] = p.x[token + t];
+  for (int t = 0; t < T; ++t) x[t] = static_cast<const float*>(p.x[token + t]);
   Vec sums[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -112,6 +113,7 @@ void multiply(const Product& p) {
     case Format::f32: return multiply_as<F32>(p);
     case Format::bf16: return multiply_as<Bf16>(p);
     case Format::f16: return multiply_as<F16>(p);
+    default: return multiply_blocks(p);
   }
 }
 

@@ -6,8 +6,93 @@
 namespace moehive {
 namespace {
 
+// Integer operations for the block formats; see block-inl.h.
+struct Int8 {
+  struct Bytes {
+    uint8x16_t q[4];  // four rows each
+  };
+  struct Sums {
+    int32x4_t q[4];
+  };
+  using Wide = Sums;
+  static constexpr bool kNarrow = false;
+
+  static inline Bytes load(const uint8_t* at) {
+    return {{vld1q_u8(at), vld1q_u8(at + 16), vld1q_u8(at + 32), vld1q_u8(at + 48)}};
+  }
+  template <int Shift, int Mask>
+  static inline Bytes field(Bytes b) {
+    for (auto& q : b.q) {
+      if constexpr (Shift != 0) q = vshrq_n_u8(q, Shift);
+      q = vandq_u8(q, vdupq_n_u8(Mask));
+    }
+    return b;
+  }
+  template <int Shift>
+  static inline Bytes join(Bytes a, Bytes b) {
+    for (int i = 0; i < 4; ++i) a.q[i] = vorrq_u8(a.q[i], vshlq_n_u8(b.q[i], Shift));
+    return a;
+  }
+  static inline Bytes lookup(Bytes codes, const int8_t* table) {
+    const uint8x16_t values = vreinterpretq_u8_s8(vld1q_s8(table));
+    for (auto& q : codes.q) q = vqtbl1q_u8(values, q);
+    return codes;
+  }
+  static inline Sums splat(int32_t n) {
+    const int32x4_t all = vdupq_n_s32(n);
+    return {{all, all, all, all}};
+  }
+  static inline Wide zero() { return splat(0); }
+  // Numbers that are not signed are below 64 and so the same as signed ones.
+  template <bool Signed>
+  static inline Wide add(Wide w, Bytes b, const int8_t* x) {
+    int32_t four;
+    __builtin_memcpy(&four, x, 4);
+    const int8x16_t xs = vreinterpretq_s8_s32(vdupq_n_s32(four));
+    for (int i = 0; i < 4; ++i) {
+      const int8x16_t numbers = vreinterpretq_s8_u8(b.q[i]);
+      const int16x8_t low = vmull_s8(vget_low_s8(numbers), vget_low_s8(xs));
+      const int16x8_t high = vmull_high_s8(numbers, xs);
+      w.q[i] = vaddq_s32(w.q[i], vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high)));
+    }
+    return w;
+  }
+  static inline Sums flush(Sums s, Wide w) {
+    for (int i = 0; i < 4; ++i) s.q[i] = vaddq_s32(s.q[i], w.q[i]);
+    return s;
+  }
+};
+
 struct Vec {
   float32x4_t q[4];
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  static inline Vec splat(float n) {
+    const float32x4_t all = vdupq_n_f32(n);
+    return {{all, all, all, all}};
+  }
+  static inline Vec mul(Vec a, Vec b) {
+    for (int i = 0; i < 4; ++i) a.q[i] = vmulq_f32(a.q[i], b.q[i]);
+    return a;
+  }
+  static inline Vec from_ints(Int8::Sums s) {
+    return {{vcvtq_f32_s32(s.q[0]), vcvtq_f32_s32(s.q[1]), vcvtq_f32_s32(s.q[2]), vcvtq_f32_s32(s.q[3])}};
+  }
+  static inline Vec from_u8(Octets o) {
+    const uint8x16_t all = reinterpret_cast<uint8x16_t>(o);
+    const uint16x8_t low = vmovl_u8(vget_low_u8(all)), high = vmovl_high_u8(all);
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
+             vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))}};
+  }
+  static inline Vec from_i8(Octets o) {
+    const int8x16_t all = reinterpret_cast<int8x16_t>(o);
+    const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_high_s8(all);
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+  }
+  static inline void store(float* to, Vec v) {
+    for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, v.q[i]);
+  }
 
   static inline Vec zero() {
     const float32x4_t none = vdupq_n_f32(0.0f);
@@ -41,7 +126,7 @@ struct Vec {
 };
 
 // 32 registers: 24 for sums, the rest for weights and vectors.
-constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3;
+constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3, kBlockTokens = 3;
 
 }  // namespace
 }  // namespace moehive
@@ -49,5 +134,5 @@ constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kNeon{"neon", multiply};
+extern const Kernel kNeon{"neon", multiply, quantize};
 }  // namespace moehive

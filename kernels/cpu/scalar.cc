@@ -19,8 +19,86 @@ inline float from_f16(uint16_t half) {
   return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
 }
 
+// Integer operations for the block formats; see block-inl.h.
+struct Int8 {
+  struct Bytes {
+    uint8_t v[64];
+  };
+  struct Sums {
+    int32_t v[kLanes];
+  };
+  using Wide = Sums;
+  static constexpr bool kNarrow = false;
+
+  static inline Bytes load(const uint8_t* at) {
+    Bytes to;
+    memcpy(to.v, at, 64);
+    return to;
+  }
+  template <int Shift, int Mask>
+  static inline Bytes field(Bytes b) {
+    for (int i = 0; i < 64; ++i) b.v[i] = (b.v[i] >> Shift) & Mask;
+    return b;
+  }
+  template <int Shift>
+  static inline Bytes join(Bytes a, const Bytes& b) {
+    for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i] << Shift;
+    return a;
+  }
+  static inline Bytes lookup(Bytes codes, const int8_t* table) {
+    for (int i = 0; i < 64; ++i) codes.v[i] = static_cast<uint8_t>(table[codes.v[i]]);
+    return codes;
+  }
+  static inline Sums splat(int32_t n) {
+    Sums to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = n;
+    return to;
+  }
+  static inline Wide zero() { return {}; }
+  template <bool Signed>
+  static inline Wide add(Wide w, const Bytes& b, const int8_t* x) {
+    for (int row = 0; row < kLanes; ++row)
+      for (int k = 0; k < 4; ++k) {
+        const int32_t number = Signed ? static_cast<int8_t>(b.v[4 * row + k]) : b.v[4 * row + k];
+        w.v[row] += number * x[k];
+      }
+    return w;
+  }
+  static inline Sums flush(Sums s, const Wide& w) {
+    for (int i = 0; i < kLanes; ++i) s.v[i] += w.v[i];
+    return s;
+  }
+};
+
 struct Vec {
   float v[kLanes];
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  static inline Vec splat(float n) {
+    Vec to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = n;
+    return to;
+  }
+  static inline Vec mul(Vec a, const Vec& b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
+    return a;
+  }
+  static inline Vec from_ints(const Int8::Sums& s) {
+    Vec to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = static_cast<float>(s.v[i]);
+    return to;
+  }
+  static inline Vec from_u8(Octets o) {
+    Vec to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = o[i];
+    return to;
+  }
+  static inline Vec from_i8(Octets o) {
+    Vec to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = static_cast<int8_t>(o[i]);
+    return to;
+  }
+  static inline void store(float* to, const Vec& v) { memcpy(to, v.v, sizeof v.v); }
 
   static inline Vec zero() { return {}; }
   static inline Vec load(const float* at) {
@@ -49,7 +127,7 @@ struct Vec {
   }
 };
 
-constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2;
+constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2, kBlockTokens = 2;
 
 }  // namespace
 }  // namespace moehive
@@ -57,5 +135,5 @@ constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kScalar{"scalar", multiply};
+extern const Kernel kScalar{"scalar", multiply, quantize};
 }  // namespace moehive

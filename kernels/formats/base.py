@@ -3,9 +3,8 @@
 A format is one object beside the others in this folder, entered in `registry.py`. Three parties use it: the
 checkpoint reader encodes, `blob.py` lays out, and the torch path and the tests decode. A native kernel computes
 in the format's own bits and needs only its layout. How many bytes a weight takes stands in geometry.py, whose
-readers plan with it and import no torch. A quantized format fills the same methods: its `view` returns whatever
-tensor names its raw bytes without copying (uint8 blocks, for instance), and `decode` is the one place that says
-which f32 numbers these bytes mean.
+readers plan with it and import no torch. A block format's `view` is its raw bytes, and it has `pack` for
+a file's own rows (blocks.py).
 """
 
 from typing import Protocol
@@ -29,6 +28,6 @@ class WeightFormat(Protocol):
         """The stored form of `raw` (uint8 [bytes]) as a tensor that shares its memory."""
         ...
 
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """The f32 numbers, [out, in], that a `view` holds; may be the view itself."""
+    def decode(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        """The f32 numbers, of `shape`, that a `view` holds; may be the view itself."""
         ...

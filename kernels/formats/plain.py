@@ -26,5 +26,5 @@ class PlainFormat:
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw.view(self.dtype).view(shape)
 
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+    def decode(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return stored.float()

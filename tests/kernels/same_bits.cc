@@ -30,6 +30,43 @@ float number(Format format, const std::vector<uint8_t>& weights, int64_t i) {
   return result;
 }
 
+// Random blocks, whose f16 factors are numbers of 2^-9 to 2^-8, with random vectors.
+uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
+  const Layout layout = layout_of(format);
+  uint64_t hash = static_cast<uint64_t>(format);
+  for (int64_t columns : {32, 256, 300, 768})
+    for (int64_t rows : {1, 16, 40})
+      for (int64_t tokens : {1, 2, 3, 4, 5, 7}) {
+        std::vector<uint8_t> weights(rows_bytes(format, rows, columns));
+        for (uint8_t& byte : weights) byte = next() >> 24;
+        for (size_t at = 0; at < weights.size(); at += layout.bytes())
+          for (int64_t i = 0; i < (layout.minimum ? 32 : 16); ++i) {
+            const uint16_t factor = (next() >> 16 & 0x83ffu) | 0x1800u;
+            std::memcpy(&weights[at + 2 * i], &factor, 2);
+          }
+        std::vector<Quantized> vectors;
+        std::vector<std::vector<float>> memory(tokens);
+        for (int64_t t = 0; t < tokens; ++t) {
+          std::vector<float> numbers(columns);
+          for (float& number : numbers) number = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
+          memory[t].resize(quantized_bytes(columns) / sizeof(float));
+          kernel.quantize(numbers.data(), columns, memory[t].data());
+          vectors.push_back(quantized_at(memory[t].data(), columns));
+        }
+        std::vector<const void*> x;
+        for (const Quantized& vector : vectors) x.push_back(&vector);
+        std::vector<float> out(rows * tokens);
+        kernel.multiply(
+            {format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
+        for (const float found : out) {
+          uint32_t bits;
+          std::memcpy(&bits, &found, 4);
+          hash = (hash ^ bits) * 1099511628211ull;
+        }
+      }
+  return hash;
+}
+
 }  // namespace
 
 int main() {
@@ -37,7 +74,8 @@ int main() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     all.push_back(&kAvx2);
-    if (__builtin_cpu_supports("avx512f")) all.push_back(&kAvx512);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) all.push_back(&kAvx512);
+    if (__builtin_cpu_supports("avx512vnni")) all.push_back(&kAvx512Vnni);
   }
 #elif defined(__aarch64__)
   all.push_back(&kNeon);
@@ -62,7 +100,7 @@ int main() {
             const int64_t stride = padded(columns);
             std::vector<float> memory(tokens * stride + 16);
             float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-            std::vector<const float*> x(tokens);
+            std::vector<const void*> x(tokens);
             for (int64_t t = 0; t < tokens; ++t) {
               x[t] = aligned + t * stride;
               for (int64_t k = 0; k < columns; ++k)
@@ -76,7 +114,7 @@ int main() {
               for (int64_t t = 0; t < tokens; ++t) {
                 double sum = 0.0;
                 for (int64_t k = 0; k < columns; ++k)
-                  sum += static_cast<double>(number(format, weights, r * columns + k)) * x[t][k];
+                  sum += static_cast<double>(number(format, weights, r * columns + k)) * aligned[t * stride + k];
                 const float found = out[r * tokens + t];
                 if (!(std::fabs(found - sum) < 1e-5)) return 1;
                 uint32_t bits;
@@ -84,6 +122,8 @@ int main() {
                 hash = (hash ^ bits) * 1099511628211ull;
               }
           }
+    for (int number = static_cast<int>(Format::q8_0); number <= static_cast<int>(Format::iq4_xs); ++number)
+      hash = (hash ^ hash_of_blocks(*kernel, static_cast<Format>(number))) * 1099511628211ull;
     std::printf("%s %016llx\n", kernel->name, static_cast<unsigned long long>(hash));
   }
 }

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from moehive.kernels.blob import build_blob, empty_blob, tensor_views
 from moehive.kernels.formats.registry import FORMATS
-from moehive.kernels.geometry import ALIGNMENT, FORMAT_BYTES, ExpertSpec, Format, GeometryError
+from moehive.kernels.geometry import ALIGNMENT, BLOCKS, PLAIN_BYTES, ExpertSpec, Format, GeometryError
 from moehive.kernels.ops import load_expert
 
 SPEC = ExpertSpec(
@@ -23,41 +23,38 @@ def tensors_of(spec: ExpertSpec) -> dict[str, torch.Tensor]:
 
 
 def test_every_format_of_the_geometry_has_its_code() -> None:
-    assert set(FORMATS) == set(FORMAT_BYTES) == set(get_args(Format))
+    assert set(FORMATS) == set(PLAIN_BYTES) | set(BLOCKS) == set(get_args(Format))
     for name, fmt in FORMATS.items():
         assert fmt.name == name
-        stored = fmt.view(empty_blob(6 * FORMAT_BYTES[name]), (2, 3))
-        assert stored.shape == (2, 3) and stored.nbytes == 6 * FORMAT_BYTES[name]
+        if name in PLAIN_BYTES:
+            stored = fmt.view(empty_blob(6 * PLAIN_BYTES[name]), (2, 3))
+            assert stored.shape == (2, 3) and stored.nbytes == 6 * PLAIN_BYTES[name]
 
 
 @pytest.mark.parametrize("name", ["bf16", "f16"])
 def test_each_16_bit_code_decodes_and_encodes_to_itself(name: str) -> None:
     codes = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.uint8)
-    numbers = FORMATS[name].decode(FORMATS[name].view(codes, (256, 256)))
+    numbers = FORMATS[name].decode(FORMATS[name].view(codes, (256, 256)), (256, 256))
     again = empty_blob(2 * 65536)
     FORMATS[name].encode(numbers, again)
     finite = ~numbers.isnan().flatten()
     assert torch.equal(again.view(torch.uint16)[finite], codes.view(torch.uint16)[finite])
-    assert FORMATS[name].decode(FORMATS[name].view(again, (65536,)))[~finite].isnan().all()
+    assert FORMATS[name].decode(FORMATS[name].view(again, (65536,)), (65536,))[~finite].isnan().all()
     assert int((~finite).sum()) == {"bf16": 254, "f16": 2046}[name]
 
 
 @pytest.mark.parametrize(("name", "step"), [("f32", 0.0), ("bf16", 2**-8), ("f16", 2**-11)])
 @given(number=st.floats(2**-14, 65504, width=32))
 def test_encoding_rounds_to_nearest(name: str, step: float, number: float) -> None:
-    raw = empty_blob(FORMAT_BYTES[name])
+    raw = empty_blob(PLAIN_BYTES[name])
     FORMATS[name].encode(
-        torch.tensor(
-            [
-                number,
-            ]
-        ),
+        torch.tensor([number]),
         raw,
     )
-    assert abs(FORMATS[name].decode(FORMATS[name].view(raw, (1,))).item() - number) <= step * number
+    assert abs(FORMATS[name].decode(FORMATS[name].view(raw, (1,)), (1,)).item() - number) <= step * number
 
 
-@pytest.mark.parametrize("fmt", get_args(Format))
+@pytest.mark.parametrize("fmt", PLAIN_BYTES)
 def test_a_blob_holds_its_tensors_where_the_spec_says(fmt: Format) -> None:
     spec = ExpertSpec(
         hidden_size=65, intermediate_size=33, activation="silu", bias=True, post_norm_eps=1e-5, format=fmt

@@ -116,5 +116,5 @@ def test_too_many_bytes_are_refused_before_they_are_read() -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(GeometryError, match=r"version 7; this build reads 1\. Update the older side"):
+    with pytest.raises(GeometryError, match=r"version 7; this build reads 2\. Update the older side"):
         codec.from_bytes(msgpack.packb({"version": 7}))

@@ -14,7 +14,13 @@ import pytest
 HERE = Path(__file__).parent
 CPU = HERE.parent.parent / "kernels" / "cpu"
 FLAGS = ["-std=c++17", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
-X86 = {"scalar": [], "avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": ["-mavx512f", "-mavx2", "-mfma", "-mf16c"]}
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx2", "-mfma", "-mf16c"]
+X86 = {
+    "scalar": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_vnni": ["-mavx512vnni", *AVX512],
+}
 ARM: dict[str, list[str]] = {"scalar": [], "neon": []}
 
 

@@ -1,0 +1,136 @@
+// Linear layers, for ctypes (kernels/linear.py): the experts' products.
+#include <cstring>
+#include <exception>
+#include <new>
+
+#include "expert_mlp.h"
+#include "kernel.h"
+#include "trunk_threads.h"
+
+#define MOEHIVE_API extern "C" __attribute__((visibility("default")))
+
+// One matrix [rows, columns], as Python hands it over, laid out as in an expert's blob; bias [rows] or null.
+struct MoehiveMatrix {
+  const void* weights;
+  const float* bias;
+  int64_t rows, columns;
+  int32_t format;  // moehive::Format
+};
+
+namespace {
+
+using namespace moehive;
+
+constexpr int64_t kPieceBytes = 64 << 10;  // as in expert_mlp.cc
+constexpr int64_t kMaxRows = 64, kMaxTokens = 32;
+
+const Kernel& best() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kScalar;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return kAvx2;
+  return __builtin_cpu_supports("avx512vnni") ? kAvx512Vnni : kAvx512;
+#elif defined(__aarch64__)
+  return kNeon;
+#else
+  return kScalar;
+#endif
+}
+
+int64_t piece_rows(const MoehiveMatrix& m) {
+  const int64_t group = rows_bytes(static_cast<Format>(m.format), kGroupRows, m.columns);
+  const int64_t rows = kPieceBytes / group * kGroupRows;
+  return rows < 16 ? 16 : rows > kMaxRows ? kMaxRows : rows;
+}
+
+// The inputs of a call, in the forms that its matrices want.
+class Inputs {
+ public:
+  Inputs(const Kernel& kernel, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized)
+      : tokens_(tokens) {
+    thread_local Scratch scratch;
+    const int64_t stride = floats ? padded(columns) : 0;
+    const int64_t bytes = quantized ? quantized_bytes(columns) : 0;
+    const int64_t float_bytes = tokens * stride * static_cast<int64_t>(sizeof(float));
+    char* memory = reinterpret_cast<char*>(
+        scratch.floats((float_bytes + tokens * bytes) / static_cast<int64_t>(sizeof(float)) + 1));
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (floats) {
+        float* to = reinterpret_cast<float*>(memory) + t * stride;
+        std::memcpy(to, x + t * columns, columns * sizeof(float));
+        for (int64_t i = columns; i < stride; ++i) to[i] = 0.0f;
+        floats_[t] = to;
+      }
+      if (quantized) {
+        char* to = memory + float_bytes + t * bytes;
+        kernel.quantize(x + t * columns, columns, to);
+        views_[t] = quantized_at(to, columns);
+        quantized_[t] = &views_[t];
+      }
+    }
+  }
+
+  int64_t tokens() const { return tokens_; }
+  const void* const* of(Format format) const { return is_block(format) ? quantized_ : floats_; }
+
+ private:
+  int64_t tokens_;
+  const void* floats_[kMaxTokens];
+  const void* quantized_[kMaxTokens];
+  Quantized views_[kMaxTokens];
+};
+
+// One piece of one matrix: rows of it, for all tokens.
+void multiply_piece(const Kernel& kernel, const MoehiveMatrix& m, int64_t row, const Inputs& inputs, float* out,
+                    int64_t out_stride) {
+  const int64_t step = piece_rows(m), rows = step < m.rows - row ? step : m.rows - row, tokens = inputs.tokens();
+  const Format format = static_cast<Format>(m.format);
+  const char* weights = static_cast<const char*>(m.weights) + rows_bytes(format, row, m.columns);
+  float* to = out + row;
+  alignas(64) float buffer[kMaxRows * kMaxTokens];
+  float* products = tokens == 1 ? to : buffer;
+  kernel.multiply({format, weights, rows, m.columns, inputs.of(format), tokens, products, tokens,
+                   weights + rows_bytes(format, rows, m.columns)});
+  if (tokens > 1)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < rows; ++r) to[t * out_stride + r] = buffer[r * tokens + t];
+  if (m.bias)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < rows; ++r) to[t * out_stride + r] += m.bias[row + r];
+}
+
+}  // namespace
+
+// out[t][...] = the products of x[t] with each of `count` matrices of the same columns, one after the other, plus
+// their biases: x [tokens, columns], out [tokens, all rows]. `trunk` is moehive_trunk_create's.
+// Returns 0; 1 if an argument can't be; 2 without memory.
+MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count, const float* x,
+                                   int64_t tokens, float* out) {
+  if (!trunk || tokens < 0 || count < 1) return 1;
+  const int64_t columns = matrices[0].columns;
+  int64_t all_rows = 0, pieces = 0;
+  bool floats = false, quantized = false;
+  for (int64_t m = 0; m < count; ++m) {
+    const int32_t format = matrices[m].format;
+    if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::iq4_xs))
+      return 1;
+    (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
+    all_rows += matrices[m].rows;
+    pieces += (matrices[m].rows + piece_rows(matrices[m]) - 1) / piece_rows(matrices[m]);
+  }
+  try {
+    const Kernel& kernel = best();
+    for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
+      const Inputs inputs(kernel, x, tokens < kMaxTokens ? tokens : kMaxTokens, columns, floats, quantized);
+      static_cast<Trunk*>(trunk)->each(pieces, inputs.tokens() * all_rows * columns, [&](int64_t item) {
+        const MoehiveMatrix* m = matrices;
+        int64_t first = 0;
+        for (int64_t here; item >= (here = (m->rows + piece_rows(*m) - 1) / piece_rows(*m)); item -= here)
+          first += m++->rows;
+        multiply_piece(kernel, *m, item * piece_rows(*m), inputs, out + first, all_rows);
+      });
+    }
+  } catch (const std::exception&) {
+    return 2;
+  }
+  return 0;
+}

@@ -1,0 +1,191 @@
+"""How a projection [rows, columns] lies in a GPU's memory: a few planes, each row after row.
+
+A GPU reads best what many threads can load side by side, so the parts of a format's blocks are separated into planes:
+the values, their scales, their minimums. The values keep their bits; six-bit scales of K-quants take a byte. Columns
+are padded to whole blocks with zeros.
+
+    f32, bf16, f16   values
+    fp8_block        values e4m3 [rows, columns]; scales f32 [rows/128, columns/128]
+    int4_g*          nibbles; scales f32 [rows, columns/group]; zeros f32, the same shape
+    mxfp4            nibbles (e2m1); scales uint8, powers of two [rows, columns/32]
+    q8_0             values int8; scales f16 [rows, columns/32]
+    q4_0             nibbles; scales f16 [rows, columns/32]
+    q4_k             nibbles; scales and minimums uint8 [rows, columns/32]; their two factors f16 [rows, columns/256]
+    q6_k             nibbles; upper two bits; scales int8 [rows, columns/16]; their factor f16 [rows, columns/256]
+
+Nibbles: byte j of each 16 holds column j of 32 in its lower half and column j + 16 in its upper half. Upper bits of
+q6_k: byte j of each 16 holds columns j, j + 16, j + 32, j + 48 of 64, two bits each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+ALIGNMENT: Final = 128  # bytes; what one warp loads at once
+
+_PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_GROUP = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
+# Columns of one block: a row is padded to whole blocks, and a kernel's step is a multiple of the smaller ones.
+BLOCK_COLUMNS: Final = {
+    **dict.fromkeys(_PLAIN, 1),
+    **_GROUP,
+    "fp8_block": 128,
+    "mxfp4": 32,
+    "q8_0": 32,
+    "q4_0": 32,
+    "q4_k": 256,
+    "q6_k": 256,
+}
+
+
+class PlanesError(ValueError):
+    """Weights that can't be laid out for a GPU; the text is one sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planes:
+    """Where the planes of a projection lie, from its first byte; `columns` is padded, `offsets` are in bytes."""
+
+    format: str
+    rows: int
+    columns: int
+    offsets: tuple[int, int, int, int]  # values, scales, second (minimums, zeros, upper bits), factors; 0 if absent
+    nbytes: int
+
+
+def planes(fmt: str, rows: int, columns: int) -> Planes:
+    """The layout of a projection [rows, columns]. Raises PlanesError for a format without a GPU kernel."""
+    if fmt not in BLOCK_COLUMNS:
+        known = ", ".join(BLOCK_COLUMNS)
+        raise PlanesError(f"There is no GPU kernel for weights in {fmt}; a GPU computes {known}.")
+    block = BLOCK_COLUMNS[fmt]
+    padded = -(-columns // block) * block
+    offsets = [0, 0, 0, 0]
+    end = 0
+    for place, nbytes in enumerate(_plane_bytes(fmt, rows, padded)):
+        if nbytes:
+            offsets[place] = end
+            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return Planes(fmt, rows, padded, (offsets[0], offsets[1], offsets[2], offsets[3]), end)
+
+
+def _plane_bytes(fmt: str, rows: int, columns: int) -> tuple[int, int, int, int]:
+    numbers = rows * columns
+    if fmt in _PLAIN:
+        return numbers * _PLAIN[fmt].itemsize, 0, 0, 0
+    if fmt in _GROUP:
+        groups = 4 * numbers // _GROUP[fmt]
+        return numbers // 2, groups, groups, 0
+    match fmt:
+        case "fp8_block":
+            return numbers, 4 * -(-rows // 128) * (columns // 128), 0, 0
+        case "mxfp4":
+            return numbers // 2, numbers // 32, 0, 0
+        case "q8_0":
+            return numbers, numbers // 16, 0, 0
+        case "q4_0":
+            return numbers // 2, numbers // 16, 0, 0
+        case "q4_k":
+            return numbers // 2, numbers // 32, numbers // 32, numbers // 64
+        case _:
+            return numbers // 2, numbers // 16, numbers // 4, numbers // 128
+
+
+def lay_out(fmt: str, source: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
+    """Writes a projection into `out` (uint8 [planes.nbytes], any device), from the form in which it comes.
+
+    `source` holds, for f32, bf16, f16: `values` [rows, columns]; fp8_block: `values` (float8_e4m3fn) and `scales` f32
+    [rows/128, columns/128], rounded up; int4: `values` uint8 [rows, columns] of 0..15, `scales` and `zeros` f32
+    [rows, groups]; mxfp4: `values` uint8 [rows, columns] of 0..15 and `scales` uint8 [rows, columns/32]; GGUF types:
+    `rows`, uint8 [rows, bytes of a row], as they lie in a file. Raises PlanesError for another size.
+    """
+    shape = source["rows"].shape if "rows" in source else source["values"].shape
+    columns = _file_columns(fmt, shape[1]) if "rows" in source else shape[1]
+    place = planes(fmt, shape[0], columns)
+    if out.numel() != place.nbytes or out.dtype != torch.uint8:
+        raise PlanesError(f"A projection in {fmt} of {list(shape)} takes {place.nbytes} bytes, not {out.numel()}.")
+    out.zero_()
+    for offset, plane in zip(place.offsets, _split(fmt, source, place), strict=True):
+        if plane is not None:
+            raw = plane.contiguous().view(torch.uint8).reshape(-1)
+            out[offset : offset + raw.numel()].copy_(raw)
+
+
+_Four = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def _split(fmt: str, source: Mapping[str, torch.Tensor], place: Planes) -> _Four:
+    if fmt in _PLAIN:
+        return source["values"].to(_PLAIN[fmt]), None, None, None
+    if "rows" in source:
+        return _FILE_TYPES[fmt](source["rows"])
+    values = source["values"]
+    if fmt == "fp8_block":
+        return _pad(values.view(torch.uint8), place.columns), source["scales"].float(), None, None
+    nibbles = _pack_nibbles(_pad(values, place.columns))
+    if fmt == "mxfp4":
+        return nibbles, source["scales"], None, None
+    return nibbles, source["scales"].float(), source["zeros"].float(), None
+
+
+def _pad(values: torch.Tensor, columns: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values, (0, columns - values.shape[1]))
+
+
+def _pack_nibbles(values: torch.Tensor) -> torch.Tensor:
+    """uint8 [rows, columns] of 0..15 → [rows, columns / 2]."""
+    halves = values.reshape(values.shape[0], -1, 2, 16)
+    return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(values.shape[0], -1)
+
+
+# Bytes and columns of a block in a file (ggml-common.h).
+_FILE_BLOCKS = {"q8_0": (34, 32), "q4_0": (18, 32), "q4_k": (144, 256), "q6_k": (210, 256)}
+
+
+def _file_columns(fmt: str, nbytes: int) -> int:
+    block, columns = _FILE_BLOCKS[fmt]
+    if nbytes % block:
+        raise PlanesError(f"A row in {fmt} has a multiple of {block} bytes, not {nbytes}.")
+    return nbytes // block * columns
+
+
+def _blocks(fmt: str, rows: torch.Tensor) -> torch.Tensor:
+    return rows.reshape(rows.shape[0], -1, _FILE_BLOCKS[fmt][0])
+
+
+def _q8_0(rows: torch.Tensor) -> _Four:
+    blocks = _blocks("q8_0", rows)
+    return blocks[:, :, 2:], blocks[:, :, :2], None, None
+
+
+def _q4_0(rows: torch.Tensor) -> _Four:
+    blocks = _blocks("q4_0", rows)
+    return blocks[:, :, 2:], blocks[:, :, :2], None, None
+
+
+def _q4_k(rows: torch.Tensor) -> _Four:
+    blocks = _blocks("q4_k", rows)
+    count = len(rows)
+    packed = blocks[:, :, 4:16]
+    low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = torch.cat([low & 63, (high & 15) | (low >> 6) << 4], -1)
+    minimums = torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], -1)
+    pairs = blocks[:, :, 16:].reshape(count, -1, 4, 1, 32)  # of 64 columns: lower halves first, then upper ones
+    values = torch.cat([pairs & 15, pairs >> 4], 3).reshape(count, -1)
+    return _pack_nibbles(values), scales, minimums, blocks[:, :, :4]
+
+
+def _q6_k(rows: torch.Tensor) -> _Four:
+    blocks = _blocks("q6_k", rows)
+    count = len(rows)
+    low = blocks[:, :, :128].reshape(count, -1, 2, 1, 64)  # of 128 columns: 64 in lower halves, then 64 in upper ones
+    values = torch.cat([low & 15, low >> 4], 3).reshape(count, -1)
+    high = blocks[:, :, 128:192].reshape(count, -1, 2, 1, 32)  # of 128 columns: two bits for each 32
+    upper = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 3).reshape(count, -1, 4, 16)
+    bits = upper[:, :, 0] | upper[:, :, 1] << 2 | upper[:, :, 2] << 4 | upper[:, :, 3] << 6
+    return _pack_nibbles(values), blocks[:, :, 192:208], bits, blocks[:, :, 208:]
+
+
+_FILE_TYPES = {"q8_0": _q8_0, "q4_0": _q4_0, "q4_k": _q4_k, "q6_k": _q6_k}

@@ -1,0 +1,199 @@
+"""Block formats: the layout against gguf's own dequantization, products against torch on the same numbers."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.kernels.blob import pack_blob
+from moehive.kernels.formats.blocks import BLOCK_FORMATS
+from moehive.kernels.geometry import BLOCKS, ExpertSpec, Format, GeometryError, tensor_bytes
+from moehive.kernels.linear import LinearOps, LinearWeights
+from moehive.kernels.ops import ExpertOps, Reduction, load_expert
+from moehive.kernels.reference import intermediate
+
+# Where a block's f16 factors stand; all other bytes may be anything.
+FACTORS = {
+    "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_k": (80, 82),
+    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,),
+}  # fmt: skip
+every_format = pytest.mark.parametrize("name", BLOCKS)
+
+
+def random_rows(name: str, rows: int, columns: int, seed: int) -> torch.Tensor:
+    """A file's rows with random codes and factors of about 0.01, uint8 [rows, bytes of a row]."""
+    block, nbytes = BLOCKS[name]
+    rng = np.random.default_rng(seed)
+    data = rng.integers(0, 256, (rows, -(-columns // block), nbytes), dtype=np.uint8)
+    for at in FACTORS[name]:
+        factors = rng.uniform(-0.01, 0.01, data.shape[:2]).astype(np.float16)
+        data[:, :, at : at + 2] = factors[:, :, None].view(np.uint8)
+    return torch.from_numpy(data.reshape(rows, -1))
+
+
+def meant(name: str, rows: torch.Tensor) -> torch.Tensor:
+    """What gguf says that a file's rows mean, f32."""
+    return torch.from_numpy(gguf.dequantize(rows.numpy(), gguf.GGMLQuantizationType[name.upper()]))
+
+
+def pack(name: str, rows: torch.Tensor, columns: int) -> torch.Tensor:
+    out = torch.empty(tensor_bytes(name, len(rows), columns), dtype=torch.uint8)
+    BLOCK_FORMATS[name].pack(rows, columns, out)
+    return out
+
+
+def in_eight_bits(x: torch.Tensor) -> torch.Tensor:
+    """What the kernels make of a vector: each 32 numbers in steps of their largest / 127."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    step = padded.abs().amax(2, keepdim=True) / 127
+    codes = torch.where(step > 0, padded * (127 / padded.abs().amax(2, keepdim=True)), 0).round()
+    return (codes * step).flatten(1)[:, : x.shape[1]]
+
+
+def close(found: torch.Tensor, weights: torch.Tensor, x: torch.Tensor) -> None:
+    """`found` is x @ weights.T: exactly for x in 8 bits, but for f32 sums; and as near to x as 8 bits are."""
+    eight = in_eight_bits(x).double()
+    terms = eight.abs() @ weights.double().abs().T
+    assert ((found - eight @ weights.double().T).abs() <= 1e-5 * terms + 1e-6).all()
+    half_step = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32)).abs().amax(2) / 254
+    bound = half_step.repeat_interleave(32, 1)[:, : x.shape[1]].double() @ weights.double().abs().T
+    assert ((found - x.double() @ weights.double().T).abs() <= 1.001 * bound + 1e-5 * terms + 1e-6).all()
+
+
+@every_format
+@pytest.mark.parametrize("rows", [1, 16, 37])
+def test_decoding_has_the_bits_of_gguf(name: str, rows: int) -> None:
+    columns = 3 * BLOCKS[name][0]
+    source = random_rows(name, rows, columns, seed=rows)
+    numbers = BLOCK_FORMATS[name].decode(pack(name, source, columns), (rows, columns))
+    assert torch.equal(numbers, meant(name, source))
+
+
+@every_format
+def test_a_row_of_other_bytes_is_refused(name: str) -> None:
+    columns = BLOCKS[name][0]
+    with pytest.raises(GeometryError, match=f"in {name} has"):
+        pack(name, random_rows(name, 2, columns, 0)[:, 1:], columns)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"])
+def test_encoding_is_that_of_gguf(name: str) -> None:
+    numbers = torch.randn(20, 64)
+    out = torch.empty(tensor_bytes(name, 20, 64), dtype=torch.uint8)
+    BLOCK_FORMATS[name].encode(numbers, out)
+    wanted = torch.from_numpy(gguf.quantize(numbers.numpy(), gguf.GGMLQuantizationType[name.upper()]))
+    assert torch.equal(out, pack(name, wanted, 64))
+
+
+@every_format
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 70), blocks=st.integers(1, 9), tokens=st.integers(0, 9), seed=st.integers(0, 99))
+def test_linear(name: str, rows: int, blocks: int, tokens: int, seed: int) -> None:
+    columns = blocks * BLOCKS[name][0]
+    source = random_rows(name, rows, columns, seed)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
+    weights = LinearWeights(name, rows, columns, pack(name, source, columns))  # type: ignore[arg-type]
+    close(LinearOps(2).linear(weights, x), meant(name, source), x)
+
+
+@every_format
+def test_no_token_depends_on_its_company(name: str) -> None:
+    source = random_rows(name, 150, 512, 1)
+    weights = LinearWeights(name, 150, 512, pack(name, source, 512))  # type: ignore[arg-type]
+    x = torch.randn(70, 512)
+    ops = LinearOps(2)
+    together = ops.linear(weights, x)
+    assert torch.equal(together, torch.cat([ops.linear(weights, row[None]) for row in x]))
+    close(together, meant(name, source), x)
+
+
+def test_matrices_of_different_formats_share_an_input() -> None:
+    kinds: tuple[Format, ...] = ("q4_0", "f32", "q6_k")
+    x, ops = torch.randn(3, 256), LinearOps(1)
+    weights = []
+    for seed, kind in enumerate(kinds):
+        if kind == "f32":
+            weights.append(LinearWeights(kind, 20, 256, torch.randn(20 * 256).view(torch.uint8)))
+        else:
+            weights.append(LinearWeights(kind, 20, 256, pack(kind, random_rows(kind, 20, 256, seed), 256)))
+    assert torch.equal(ops.linears(weights, x), torch.cat([ops.linear(one, x) for one in weights], 1))
+
+
+def test_zeros_and_what_is_no_number() -> None:
+    source = random_rows("q4_0", 16, 64, 0)
+    weights = LinearWeights("q4_0", 16, 64, pack("q4_0", source, 64))
+    x = torch.zeros(3, 64)
+    x[1, 40] = float("nan")
+    x[2, 3] = float("inf")
+    found = LinearOps(1).linear(weights, x)
+    assert (found[0] == 0).all() and found[1].isnan().all() and found[2].isnan().all()
+
+
+ROUTINGS = {
+    "one token": [[3, 0, 2]],
+    "all to one expert": [[1]] * 50,
+    "uneven": [[0, 1], [1], [], [2, 1, 0], [1, 3]],
+    "none": [[], []],
+}
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize(
+    ("up", "down", "gated"),
+    [
+        *((name, name, True) for name in BLOCKS),
+        ("q4_k", "q6_k", True), ("f32", "q8_0", True), ("q8_0", "bf16", False), ("q5_k", "q4_0", False),
+    ],
+)  # fmt: skip
+def test_experts(up: Format, down: Format, gated: bool, routing: str) -> None:
+    middle = max(BLOCKS.get(down, (40, 0))[0], 40)  # 40: gate and up end within a group of rows
+    spec = ExpertSpec(
+        hidden_size=256,
+        intermediate_size=middle,
+        activation="silu",
+        gated=gated,
+        bias=True,
+        format=up,
+        down_format=down,
+    )
+    held, numbers = {}, {}
+    for number in range(4):
+        rows, floats, wide = {}, {}, {}
+        generator = torch.Generator().manual_seed(number)
+        for place in spec.tensors:
+            if place.format in BLOCKS:
+                source = random_rows(place.format, place.shape[0], place.shape[1], seed=number)
+                rows[place.name] = source.chunk(place.matrices)
+                wide[place.name] = meant(place.format, source)[:, : place.shape[1]]
+            else:
+                floats[place.name] = wide[place.name] = (
+                    torch.randn(place.shape, generator=generator).bfloat16().float()
+                )
+        held[number] = load_expert(spec, pack_blob(spec, rows, floats))
+        numbers[number] = wide
+    tokens = ROUTINGS[routing]
+    pairs = [(token, number) for token, chosen in enumerate(tokens) for number in chosen]
+    factors = np.random.default_rng(5).uniform(0.1, 1, len(pairs)).astype(np.float32)
+    hidden = torch.randn(len(tokens), 256, generator=torch.Generator().manual_seed(9))
+    out = ExpertOps(2).moe_layer(
+        spec,
+        held,
+        hidden,
+        np.cumsum([0, *map(len, tokens)]).astype(np.uint32),
+        np.array([number for _, number in pairs], dtype=np.uint32),
+        factors,
+        Reduction.PER_EXPERT,
+    )
+    for row, (token, number), factor in zip(out, pairs, factors, strict=True):
+        wide = numbers[number]
+        x = hidden[token : token + 1]
+        if up in BLOCKS:
+            x = in_eight_bits(x)
+        between = intermediate(spec, x @ wide["up"].T + wide["up_bias"])
+        exact = in_eight_bits(between) if down in BLOCKS else between
+        wanted = (exact @ wide["down"].T + wide["down_bias"])[0] * factor
+        # A number beside the middle of two steps may round the other way: one step of its 32, for each such number.
+        step = (between.abs().amax() / 127 * wide["down"].abs().amax()).item() if down in BLOCKS else 0.0
+        assert torch.allclose(row, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item() + 2 * step)
