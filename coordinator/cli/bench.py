@@ -58,22 +58,20 @@ def hop(
     """One layer's way to the nodes and back, beside an echo of the same bytes over TCP and over plain gRPC."""
     from ..bench.hop import measure_hop
 
-    rows = [row.figures() for row in measure_hop(quick)]
-    if as_json:
-        typer.echo(json.dumps({"rows": rows}))
-        return
-    from rich.console import Console
-    from rich.table import Table
+    _show_rows([row.figures() for row in measure_hop(quick)], as_json)
 
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(
-            *(
-                f"{v:,.2f}" if isinstance(v, float) and v < 10 else f"{v:,.0f}" if isinstance(v, float) else str(v)
-                for v in row.values()
-            )
-        )
-    Console().print(table)
+
+def trunk(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One family and shape, fewer formats and repetitions.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """A layer's time for one token, experts answering at once: the lean trunk beside transformers' eager layer."""
+    from ..bench.trunk import measure_trunk
+    from ..settings import cores
+
+    _show_rows(measure_trunk(quick, cores()), as_json)
 
 
 def experts(
@@ -92,6 +90,25 @@ def experts(
     from ..bench.experts_table import experts_table
 
     Console().print(experts_table(rows))
+
+
+def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """A row for each measurement, a column for each figure."""
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(
+            *(
+                f"{v:,.2f}" if isinstance(v, float) and v < 10 else f"{v:,.0f}" if isinstance(v, float) else str(v)
+                for v in row.values()
+            )
+        )
+    Console().print(table)
 
 
 def _show(row: dict[str, Any], as_json: bool) -> None:

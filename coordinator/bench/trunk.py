@@ -1,0 +1,265 @@
+"""`moehive bench trunk`: what one layer of a trunk costs for one token, its experts answering at once.
+
+Two questions. Layers 64 wide read nothing worth mentioning: what is left is overhead. Layers of real sizes should
+take as long as memory takes to give their weights. The lean trunk and transformers' eager layer (the generic trunk)
+have the same random weights and take turns, and between them the same threads read plain memory.
+"""
+
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from moehive.kernels.blob import empty_blob
+from moehive.kernels.formats.registry import FORMATS
+from moehive.kernels.geometry import tensor_bytes
+from moehive.kernels.linear import LinearOps, LinearWeights
+from moehive.kernels.memory import read_memory
+from moehive.kernels.trunk_ops import TrunkOps
+
+from ..models.base import SequenceInput, Trunk
+from ..models.generic import GenericTrunk
+from ..models.lean import families
+from ..models.lean.batch import Ops
+from ..models.tensors import Embedding, PlainEmbedding
+
+PROMPT = 128  # tokens in the cache before the first that is timed
+_READ_BYTES = 256 << 20
+_SMALL: dict[str, Any] = {  # what the layers are asked for is their width; the rest as little as goes
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8,
+    "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
+    "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+}  # fmt: skip
+# The routed experts are computed elsewhere: they are one wide here, so that they take no memory.
+_REAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3.5-35b": ("qwen3_5_moe_text", {
+        "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
+        "num_hidden_layers": 4, "num_experts": 256, "num_experts_per_tok": 8, "moe_intermediate_size": 1,
+        "shared_expert_intermediate_size": 512, "linear_num_value_heads": 32, "linear_num_key_heads": 16,
+        "linear_key_head_dim": 128, "linear_value_head_dim": 128,
+    }),
+    "qwen3-30b": ("qwen3_moe", {
+        "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+        "num_hidden_layers": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1,
+    }),
+}  # fmt: skip
+_SMALL_FAMILIES = ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "deepseek_v3", "gpt_oss", "glm4_moe")
+_REAL_FORMATS = ("bf16", "q8_0", "q4_0", "q4_k", "q6_k", "fp8_block")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrunkRow:
+    """One layer, the mean over a trunk's layers. Times in microseconds, bytes of weights a layer reads for a token.
+
+    `bandwidth` and `read_bandwidth` are bytes a second, of the layer and of a plain read in the same run; `ratio` is
+    the first by the second, and means something where the layer does not fit into caches. `eager_us` is of the same
+    weights in bf16, or f32 where `format` is f32.
+    """
+
+    family: str
+    shape: str
+    format: str
+    threads: int
+    layer_us: float
+    eager_us: float
+    bytes: int
+    bandwidth: float
+    read_bandwidth: float
+    ratio: float
+
+
+class _Case(NamedTuple):
+    """One trunk to be measured; `tokens` in a repetition."""
+
+    shape: str
+    family: str
+    config: dict[str, Any]
+    formats: tuple[str, ...]
+    tokens: int
+
+
+def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
+    """All shapes, real sizes with `threads`, small ones with one; `quick`: fewer families, formats, repetitions.
+
+    Raises NativeLibraryError without the native library.
+    """
+    small = _SMALL_FAMILIES[:1] if quick else _SMALL_FAMILIES
+    real = list(_REAL)[:1] if quick else list(_REAL)
+    formats = tuple(fmt for fmt in (_REAL_FORMATS[:3] if quick else _REAL_FORMATS) if fmt in FORMATS)
+    cases = [_Case("64 wide", family, _SMALL, ("f32",), 40) for family in small]
+    cases += [_Case(name, *_REAL[name], formats, 6) for name in real]
+    rows: list[TrunkRow] = []
+    with torch.no_grad():
+        for case in cases:
+            count = 1 if case.config is _SMALL else threads
+            with _torch_threads(count):
+                rows += _measure(case, count, repeats=5 if quick else 11)
+    return [asdict(row) for row in rows]
+
+
+def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
+    ops = Ops(LinearOps(threads), TrunkOps(threads))
+    model = _random_model(case)
+    layers = model.config.num_hidden_layers
+    eager = GenericTrunk(model, _experts_of(model), case.family, 4096)
+    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    for fmt in case.formats:
+        tensors = _ModelTensors(model, fmt)
+        lean = families.build(model.config, tensors, ops)
+        steps = [_Decode(trunk) for trunk in (lean, eager)]
+        times: list[list[float]] = [[], [], []]
+        for _ in range(repeats):
+            for step, series in zip(steps, times, strict=False):
+                series.append(_seconds(step.token, case.tokens))
+            times[2].append(_seconds(lambda: read_memory(memory, threads), 1))
+        lean_s, eager_s, read_s = (statistics.median(series) for series in times)
+        layer_s = lean_s / case.tokens / layers
+        nbytes, read_bandwidth = tensors.layer_bytes // layers, _READ_BYTES / read_s
+        yield TrunkRow(
+            family=case.family,
+            shape=case.shape,
+            format=fmt,
+            threads=threads,
+            layer_us=layer_s * 1e6,
+            eager_us=eager_s / case.tokens / layers * 1e6,
+            bytes=nbytes,
+            bandwidth=nbytes / layer_s,
+            read_bandwidth=read_bandwidth,
+            ratio=nbytes / layer_s / read_bandwidth,
+        )
+
+
+def _random_model(case: _Case) -> Any:
+    """transformers' model with random weights, f32 or bf16; its vocabulary is small, for its layers are measured."""
+    configs: Any = CONFIG_MAPPING
+    config = configs[case.family](vocab_size=256, max_position_embeddings=4096, pad_token_id=0)
+    known = config.to_dict()
+    for name, value in case.config.items():
+        if name in known:
+            setattr(config, name, value)
+    if "kv_lora_rank" in known:  # each head has keys of its own, made of the latent
+        config.num_key_value_heads = config.num_attention_heads
+    if "layer_types" in known:  # the config's own pattern, as long as there are layers
+        config.layer_types = config.layer_types[: config.num_hidden_layers]
+    dtype = torch.float32 if case.formats == ("f32",) else torch.bfloat16
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def _experts_of(model: Any) -> tuple[Any, ...]:
+    """The modules of its routed experts, in the layers' order."""
+    return tuple(m for m in model.modules() if hasattr(m, "num_experts") and hasattr(m, "is_concatenated"))
+
+
+class _ModelTensors:
+    """`models.tensors.TensorSource` of a model's own tensors, its layers' matrices in `format`."""
+
+    def __init__(self, model: Any, format: str) -> None:
+        self.dtype: torch.dtype = model.dtype
+        self.layer_bytes = 0  # of all layers' matrices
+        self._format: Any = format
+        self._tensors: dict[str, torch.Tensor] = model.state_dict()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def linear(self, name: str) -> LinearWeights:
+        """See TensorSource."""
+        numbers = self._tensors[name]
+        rows, columns = numbers.shape
+        blob = empty_blob(tensor_bytes(self._format, rows, columns))
+        FORMATS[self._format].encode(numbers.float(), blob)
+        if ".layers." in name:
+            self.layer_bytes += len(blob)
+        bias = self._tensors.get(f"{name.removesuffix('weight')}bias")
+        return LinearWeights(self._format, rows, columns, blob, None if bias is None else bias.float())
+
+    def column_order(self, name: str) -> torch.Tensor | None:
+        """See TensorSource."""
+        return None
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        return self._tensors[name].float().contiguous()
+
+    def embedding(self, name: str) -> Embedding:
+        """See TensorSource."""
+        return PlainEmbedding(self._tensors[name])
+
+
+class _Ready:
+    """An answer that is there when it is awaited."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self._value = value
+
+    def __await__(self) -> Generator[None, None, torch.Tensor]:
+        yield from ()  # never waits
+        return self._value
+
+
+class _InstantExperts:
+    """An ExpertBackend that adds nothing, at once."""
+
+    def __init__(self) -> None:
+        self._zeros: dict[tuple[torch.Size, torch.dtype], _Ready] = {}
+
+    def submit(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Awaitable[torch.Tensor]:
+        key = hidden.shape, hidden.dtype
+        if key not in self._zeros:
+            self._zeros[key] = _Ready(torch.zeros_like(hidden))
+        return self._zeros[key]
+
+
+class _Decode:
+    """One sequence that grows by a token with each call."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self._trunk = trunk
+        self._experts = _InstantExperts()
+        self._cache = trunk.new_cache()
+        self._run(torch.arange(PROMPT) % trunk.vocab_size)
+        self.token()
+
+    def token(self) -> torch.Tensor:
+        """The next token's logits, f32 [vocab]."""
+        return self._run(torch.tensor([3]))
+
+    def _run(self, tokens: torch.Tensor) -> torch.Tensor:
+        return _finish(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]
+
+
+def _finish(coroutine: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """The result of a coroutine that never waits; no loop's overhead is measured."""
+    try:
+        coroutine.send(None)
+    except StopIteration as done:
+        result: list[torch.Tensor] = done.value
+        return result
+    raise RuntimeError("A pass waited, though its experts answer at once.")
+
+
+def _seconds(work: Callable[[], object], times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
