@@ -201,9 +201,9 @@ inline void score(const float* queries, int64_t stride, const Stored* keys, int6
   }
 }
 
-// sums[r] += sum over t of chances[r][t] * values[t], for R rows and the tokens low .. high of a page.
+// sums[r] += sum over t of chances[r][t] * values[t - low], for R rows and the tokens low .. high of a page.
 template <int R, class Stored>
-inline void gather(const float (*chances)[kPage], const Stored* values, int64_t low, int64_t high, int64_t width,
+inline void gather(const float (*chances)[kPage], int64_t low, int64_t high, const Stored* values, int64_t width,
                    float* sums, int64_t stride) {
   constexpr int kParts = 16 / kWidth < 2 ? 1 : 2;  // `width` is a multiple of 16
   for (int64_t i = 0; i < width; i += kParts * kWidth) {
@@ -215,7 +215,7 @@ inline void gather(const float (*chances)[kPage], const Stored* values, int64_t 
     for (int64_t t = low; t < high; ++t) {
       V value[kParts];
 #pragma GCC unroll 2
-      for (int k = 0; k < kParts; ++k) value[k] = load(values + t * width + i + k * kWidth);
+      for (int k = 0; k < kParts; ++k) value[k] = load(values + (t - low) * width + i + k * kWidth);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const V chance = same(chances[r][t]);
@@ -277,6 +277,13 @@ inline void soften(float* scores, int64_t low, int64_t high, float& top, float& 
   total += sum(share);
 }
 
+// A page's numbers as floats, where several tiles of rows read them.
+inline const float* widened(const float* at, int64_t, float*) { return at; }
+inline const float* widened(const uint16_t* at, int64_t n, float* wide) {
+  for (int64_t i = 0; i < n; i += kWidth) store(wide + i, load(at + i));
+  return wide;
+}
+
 template <class Stored>
 void attend_as(const Attend& p, const AttendPart& part) {
   const MoehiveAttention& a = p.layer;
@@ -285,7 +292,7 @@ void attend_as(const Attend& p, const AttendPart& part) {
   const int64_t kv_head = part.head / (a.heads / a.kv_heads);
   const int64_t stride = width + 16;  // a power of two would put all rows into a few lines of the first cache
   alignas(64) float queries[kMaxQueries * (kMaxHead + 16)], sums[kMaxQueries * (kMaxHead + 16)];
-  alignas(64) float scores[kMaxQueries][kPage];
+  alignas(64) float scores[kMaxQueries][kPage], page_numbers[kMaxHead * kPage];
   float top[kMaxQueries], total[kMaxQueries];
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = part.token + r / part.heads, head = part.head + r % part.heads;
@@ -301,9 +308,16 @@ void attend_as(const Attend& p, const AttendPart& part) {
     const int64_t base = page * kPage;
     const Stored* keys = keys_of<Stored>(a, sequence.pages[page], kv_head);
     const Stored* values = values_of<Stored>(a, sequence.pages[page], kv_head);
-    for_tiles(rows, [&](auto tile, int64_t r) {
-      score<decltype(tile)::value>(queries + r * stride, stride, keys, n, scores + r);
-    });
+    if (rows > kTile) {
+      const float* wide = widened(keys, n * kPage, page_numbers);
+      for_tiles(rows, [&](auto tile, int64_t r) {
+        score<decltype(tile)::value>(queries + r * stride, stride, wide, n, scores + r);
+      });
+    } else {
+      for_tiles(rows, [&](auto tile, int64_t r) {
+        score<decltype(tile)::value>(queries + r * stride, stride, keys, n, scores + r);
+      });
+    }
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t position = begin + r / part.heads;
       const int64_t low = a.window ? most(0, position - a.window + 1 - base) : 0;
@@ -311,9 +325,16 @@ void attend_as(const Attend& p, const AttendPart& part) {
       soften(scores[r], least(low, kPage), high, top[r], total[r], sums + r * stride, width);
     }
     const int64_t low = most(0, first - base), high = least(kPage, end - base);
-    for_tiles(rows, [&](auto tile, int64_t r) {
-      gather<decltype(tile)::value>(scores + r, values, low, high, width, sums + r * stride, stride);
-    });
+    if (rows > kTile) {
+      const float* wide = widened(values + low * width, (high - low) * width, page_numbers);
+      for_tiles(rows, [&](auto tile, int64_t r) {
+        gather<decltype(tile)::value>(scores + r, low, high, wide, width, sums + r * stride, stride);
+      });
+    } else {
+      for_tiles(rows, [&](auto tile, int64_t r) {
+        gather<decltype(tile)::value>(scores + r, low, high, values + low * width, width, sums + r * stride, stride);
+      });
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = sequence.first + part.token + r / part.heads, head = part.head + r % part.heads;
