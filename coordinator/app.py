@@ -12,6 +12,7 @@ import torch
 from moehive.kernels.ops import Reduction
 
 from .checkpoints.checkpoint import Checkpoint
+from .checkpoints.gguf.checkpoint import GgufCheckpoint
 from .checkpoints.hub import resolve
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
@@ -104,7 +105,7 @@ class Coordinator:
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
         engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
-        text = await asyncio.to_thread(Text.load, path)
+        text = await asyncio.to_thread(_text, path, checkpoint)
         info = ModelInfo(
             id=manifest.name,
             family=checkpoint.family,
@@ -118,7 +119,7 @@ class Coordinator:
         await doors.start(GenerationService(engine, text, info, self.status))
         self.grpc_port, self.http_port = doors.grpc_port, doors.http_port
 
-    async def _start_cluster(self, checkpoint: Checkpoint) -> None:
+    async def _start_cluster(self, checkpoint: Checkpoint | GgufCheckpoint) -> None:
         settings, manifest = self.settings, checkpoint.manifest
         # The follower is told of changes, and asks back: each needs the other, so one is named later.
         follower = Follower(self.dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
@@ -171,7 +172,14 @@ class Coordinator:
         )
 
 
-def _open(model: str) -> tuple[Path, Checkpoint]:
-    """A directory goes by its own name, a model from a hub by its id."""
+def _open(model: str) -> tuple[Path, Checkpoint | GgufCheckpoint]:
+    """A directory or GGUF file goes by its own name, a model from a hub by its id."""
     path = resolve(model)
+    if path.suffix == ".gguf" and not path.is_dir():
+        return path, GgufCheckpoint.open(path)
     return path, Checkpoint.open(path, None if Path(model).expanduser().exists() else model)
+
+
+def _text(path: Path, checkpoint: Checkpoint | GgufCheckpoint) -> Text:
+    """Tokenizer and chat template, from wherever the checkpoint keeps them."""
+    return Text(*checkpoint.tokenizer()) if isinstance(checkpoint, GgufCheckpoint) else Text.load(path)

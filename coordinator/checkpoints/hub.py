@@ -34,8 +34,8 @@ def resolve(model: str) -> Path:
         return path
     if _HUB_ID.fullmatch(model) is None or ".." in model:
         raise CoordinatorError(
-            f"There is no model directory {model}; give a directory with config.json and safetensors, or a hub id"
-            " like organization/name."
+            f"There is no model directory {model}; give a directory with config.json and safetensors, a GGUF file, or"
+            " a hub id like organization/name."
         )
     try:
         return Path(snapshot_download(model, allow_patterns=_PATTERNS, ignore_patterns=_IGNORED))

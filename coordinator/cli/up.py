@@ -16,7 +16,7 @@ from .process import prepare
 
 def up(
     model: Annotated[
-        str, typer.Option(help="Directory of safetensors with config.json, or a hub id (org/name) to download.")
+        str, typer.Option(help="Directory of safetensors with config.json, a .gguf file, or a hub id (org/name).")
     ],
     state_dir: StateDir,
     nodes: Nodes = 3,
