@@ -40,7 +40,8 @@ def test_the_gguf_package_reads_every_format(small, tmp_path, format):
             # Of n numbers the standard deviation is known to 1/sqrt(2n), the mean to its own 1/sqrt(n).
             spread, count = wanted.shape[-1] ** -0.5, math.prod(wanted.shape)
             assert numbers.std() == pytest.approx(spread, rel=0.03)
-            assert abs(numbers.mean()) < spread * (0.03 + 5 / count**0.5)
+            # Formats with one scale reach a step further down than up: q4_0 from -8 to 7.
+            assert abs(numbers.mean()) < spread * (0.15 + 5 / count**0.5)
         elif wanted.name.endswith("norm.weight"):
             assert (numbers == 1).all()
     key = reader.fields["deepseek2.expert_count"]
