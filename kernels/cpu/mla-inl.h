@@ -136,30 +136,30 @@ void append(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSe
                     : append_as<float>(layer, call, sequence, token);
 }
 
-// scores[q][key] for up to four queries with two keys: eight sums in registers. A score's bits depend on nothing else.
-template <int kQueries, class Stored>
-inline void score_pair(const float* const* query, const Stored* first, const Stored* second, int64_t n, float scale,
-                       float (*scores)[kPage], int64_t key) {
-  F8 sums[kQueries][2] = {};
+// scores[q][key] for a few queries with a few keys: eight sums in registers. A score's bits depend on nothing else.
+template <int kQueries, int kKeys, class Stored>
+inline void score(const float* const* query, const Stored* const* keys, int64_t n, float scale, float (*scores)[kPage]) {
+  F8 sums[kQueries][kKeys] = {};
   int64_t i = 0;
   for (; i + kEight <= n; i += kEight) {
-    const F8 one = load8(first + i), two = load8(second + i);
-#pragma GCC unroll 4
+    F8 wide[kKeys];
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) wide[k] = load8(keys[k] + i);
+#pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const F8 part = load8(query[q] + i);
-      sums[q][0] = fma8(part, one, sums[q][0]);
-      sums[q][1] = fma8(part, two, sums[q][1]);
+#pragma GCC unroll 8
+      for (int k = 0; k < kKeys; ++k) sums[q][k] = fma8(part, wide[k], sums[q][k]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
-    float one = sum8(sums[q][0]), two = sum8(sums[q][1]);
-    for (int64_t rest = i; rest < n; ++rest) {
-      one += query[q][rest] * widen(first[rest]);
-      two += query[q][rest] * widen(second[rest]);
+#pragma GCC unroll 8
+    for (int k = 0; k < kKeys; ++k) {
+      float total = sum8(sums[q][k]);
+      for (int64_t rest = i; rest < n; ++rest) total += query[q][rest] * widen(keys[k][rest]);
+      scores[q][k] = total * scale;
     }
-    scores[q][key] = one * scale;
-    scores[q][key + 1] = two * scale;
   }
 }
 
@@ -222,7 +222,9 @@ void attend_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const Moehiv
     alignas(64) float scores[kHeadsTogether][kPage];
     const int64_t even = (keys + 1) / 2 * 2;
     for (int64_t key = 0; key < even; key += 2) {
-      score_pair<kHeadsTogether>(query, latents[key], latents[key + 1], full, layer.scale, scores, key);
+      float pair[kHeadsTogether][kPage];
+      score<kHeadsTogether, 2>(query, latents + key, full, layer.scale, pair);
+      for (int h = 0; h < kHeadsTogether; ++h) memcpy(scores[h] + key, pair[h], 2 * sizeof(float));
     }
     for (int h = 0; h < kHeadsTogether; ++h) {
       float highest = top[h];
@@ -261,23 +263,22 @@ void expand_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head
   const Stored* rows = static_cast<const Stored*>(layer.up) + (head * (layer.nope + layer.value) + layer.nope) * rank;
   const auto latent = [&](int64_t t) { return call.absorbed + ((token + t) * layer.heads + head) * full; };
   const auto out = [&](int64_t t) { return call.out + ((token + t) * layer.heads + head) * layer.value; };
-  for (int64_t r = 0; r < layer.value; r += 2) {
-    const int64_t second = r + 1 < layer.value ? r + 1 : r;
-    const Stored *one = rows + r * rank, *two = rows + second * rank;
+  const int64_t step = tokens == 1 ? 8 : 2;
+  for (int64_t r = 0; r < layer.value; r += step) {
+    const int64_t wide = layer.value - r < step ? layer.value - r : step;
+    const Stored* from[8];
+    for (int64_t k = 0; k < step; ++k) from[k] = rows + (r + (k < wide ? k : wide - 1)) * rank;
     for (int64_t t = 0; t < tokens; t += kHeadsTogether) {
       const int64_t here = tokens - t < kHeadsTogether ? tokens - t : kHeadsTogether;
-      const float* from[kHeadsTogether];
+      const float* query[kHeadsTogether];
       float products[kHeadsTogether][kPage];
-      for (int64_t i = 0; i < kHeadsTogether; ++i) from[i] = latent(t + (i < here ? i : here - 1));
-      if (here == 1) {
-        score_pair<1>(from, one, two, rank, 1.0f, products, 0);
+      for (int64_t i = 0; i < kHeadsTogether; ++i) query[i] = latent(t + (i < here ? i : here - 1));
+      if (tokens == 1) {
+        score<1, 8>(query, from, rank, 1.0f, products);
       } else {
-        score_pair<kHeadsTogether>(from, one, two, rank, 1.0f, products, 0);
+        score<kHeadsTogether, 2>(query, from, rank, 1.0f, products);
       }
-      for (int64_t i = 0; i < here; ++i) {
-        out(t + i)[second] = products[i][1];
-        out(t + i)[r] = products[i][0];
-      }
+      for (int64_t i = 0; i < here; ++i) memcpy(out(t + i) + r, products[i], wide * sizeof(float));
     }
   }
 }
