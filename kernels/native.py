@@ -12,7 +12,7 @@ import torch
 
 from .geometry import Activation, ExpertSpec, Format
 
-_ABI = 3
+_ABI = 4
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -72,8 +72,19 @@ def _library() -> ctypes.CDLL:
     library.moehive_destroy.restype = None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     library.moehive_experts.argtypes = (pointer, pointer, pointer, size, pointer, pointer, pointer, pointer)
+    library.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     library.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
     return library
+
+
+def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> None:
+    """Lays a GGUF file's rows out as kernels/cpu/blocks.h says; releases the GIL.
+
+    `rows` uint8 [rows, bytes of `blocks` blocks of the block format `fmt`], `out` uint8 [tensor_bytes], both
+    contiguous. Raises NativeLibraryError.
+    """
+    if _library().moehive_pack(FORMAT_NUMBERS[fmt], rows.data_ptr(), len(rows), blocks, out.data_ptr()) != 0:
+        raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
 
 
 def kernels() -> list[str]:

@@ -8,13 +8,14 @@ The factors of a row's block and its numbers ("codes") are what all of them have
 with scale = d or d * sub-scale, minimum = m (legacy) or -d_min * sub-minimum (K-quants).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import torch
 
 from ..geometry import BLOCKS, GROUP_ROWS, GeometryError, tensor_bytes
-from . import file_types
+from ..native import pack_rows
 
 UNIT: Final = 32  # columns
 
@@ -47,12 +48,12 @@ class BlockFormat:
 
     def encode(self, numbers: torch.Tensor, out: torch.Tensor) -> None:
         """Quantizes as the gguf package does, which knows the legacy types. Raises GeometryError for the others."""
-        self.pack(file_types.quantize(self.name, numbers), numbers.shape[1], out)
+        self.pack(_quantize(self.name, numbers), numbers.shape[1], out)
 
     def pack(self, rows: torch.Tensor, columns: int, out: torch.Tensor) -> None:
         """Lays out uint8 [rows, bytes of a row] as they lie in a GGUF file into `out`, uint8 [tensor_bytes].
 
-        Raises GeometryError when the row's bytes are not those of `columns`.
+        Raises GeometryError when the row's bytes are not those of `columns`; NativeLibraryError.
         """
         size = BLOCKS[self.name][1]
         blocks = -(-columns // self._columns)
@@ -60,11 +61,7 @@ class BlockFormat:
             raise GeometryError(
                 f"A row of {columns} numbers in {self.name} has {blocks * size} bytes, not {rows.shape[-1]}."
             )
-        groups = -(-rows.shape[0] // GROUP_ROWS)
-        padded = torch.zeros(groups * GROUP_ROWS, rows.shape[1], dtype=torch.uint8)
-        padded[: rows.shape[0]] = rows
-        parts = file_types.split(self.name, padded.view(groups * GROUP_ROWS, blocks, size))
-        self._write(parts, out.view(groups, blocks, -1))
+        pack_rows(self.name, rows.contiguous(), blocks, out)
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -97,35 +94,6 @@ class BlockFormat:
         parts = self._read(stored.view(groups, blocks, -1))
         cut = [None if part is None else part[:rows] for part in parts[1:]]
         return Parts(parts.codes[:rows], *cut)  # type: ignore[arg-type]
-
-    def _write(self, parts: Parts, out: torch.Tensor) -> None:
-        """`out` uint8 [groups, blocks, bytes of a block of 16 rows]."""
-        groups, blocks = out.shape[:2]
-        place = 0
-
-        def put(plane: torch.Tensor) -> None:
-            nonlocal place
-            raw = plane.contiguous().view(torch.uint8).reshape(groups, blocks, -1)
-            out[:, :, place : place + raw.shape[2]] = raw
-            place += raw.shape[2]
-
-        def by_row(part: torch.Tensor) -> torch.Tensor:  # [rows, blocks * n] → [groups, blocks, n, 16]
-            return part.reshape(groups, GROUP_ROWS, blocks, -1).permute(0, 2, 3, 1)
-
-        put(by_row(parts.d))
-        if parts.m is not None:
-            put(by_row(parts.m))
-        if parts.scales is not None:
-            scales = by_row(parts.scales.view(torch.uint8))
-            minimums = None if parts.minimums is None else by_row(parts.minimums)
-            for plane in _pack_scales(self.name, scales, minimums):
-                put(plane)
-        # [groups, blocks, units, column group, row, 4]
-        codes = parts.codes.reshape(groups, GROUP_ROWS, blocks, -1, 8, 4).permute(0, 2, 3, 4, 1, 5)
-        planes = [pack_bits(codes & ((1 << self.low) - 1), self.low)]
-        if self.high:
-            planes.append(pack_bits(codes >> self.low, self.high))
-        put(torch.cat(planes, 3))
 
     def _read(self, stored: torch.Tensor) -> Parts:
         groups, blocks = stored.shape[:2]
@@ -168,23 +136,7 @@ def unpack_bits(planes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 # Sub-block scales: planes of [groups, blocks, n, 16 rows]; see `Scales` in blocks.h.
-def _pack_scales(name: str, scales: torch.Tensor, minimums: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
-    if name == "q6_k":
-        return (scales,)
-    if name == "q2_k":
-        assert minimums is not None
-        return (scales | minimums << 4,)
-    if name == "iq4_xs":
-        coded = scales + 32
-        low, high = coded & 15, coded >> 4
-        upper = high[:, :, 0::4] | high[:, :, 1::4] << 2 | high[:, :, 2::4] << 4 | high[:, :, 3::4] << 6
-        return low[:, :, 0::2] | low[:, :, 1::2] << 4, upper
-    first, second = (scales[:, :, 0::2] + 32, scales[:, :, 1::2] + 32) if minimums is None else (scales, minimums)
-    both = first >> 4 | (second >> 4) << 2
-    return first & 15 | (second & 15) << 4, both[:, :, 0::2] | both[:, :, 1::2] << 4
-
-
-def _unpack_scales(name: str, take: file_types.Take) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def _unpack_scales(name: str, take: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if name == "q6_k":
         return take(256).unflatten(2, (16, 16)).view(torch.int8), None
     if name == "q2_k":
@@ -203,6 +155,21 @@ def _unpack_scales(name: str, take: file_types.Take) -> tuple[torch.Tensor | Non
     if name == "q3_k":
         return (torch.stack([first, second], 3).flatten(2, 3) - 32).view(torch.int8), None
     return first, second
+
+
+def _quantize(name: str, numbers: torch.Tensor) -> torch.Tensor:
+    """`numbers` [rows, columns] of any float type → uint8 [rows, bytes of a row], by the gguf package.
+
+    Columns are padded to whole blocks with zeros. Raises GeometryError for a type that the package only reads.
+    """
+    import gguf
+
+    columns = BLOCKS[name][0]
+    padded = torch.nn.functional.pad(numbers.float(), (0, -numbers.shape[1] % columns))
+    try:
+        return torch.from_numpy(gguf.quantize(padded.numpy(), gguf.GGMLQuantizationType[name.upper()]))
+    except NotImplementedError as error:
+        raise GeometryError(f"Weights can't be turned into {name} here; use a file that has them so.") from error
 
 
 _IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)

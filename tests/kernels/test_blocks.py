@@ -47,9 +47,10 @@ def pack(name: str, rows: torch.Tensor, columns: int) -> torch.Tensor:
 def in_eight_bits(x: torch.Tensor) -> torch.Tensor:
     """What the kernels make of a vector: each 32 numbers in steps of their largest / 127."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
-    step = padded.abs().amax(2, keepdim=True) / 127
-    codes = torch.where(step > 0, padded * (127 / padded.abs().amax(2, keepdim=True)), 0).round()
-    return (codes * step).flatten(1)[:, : x.shape[1]]
+    largest = padded.abs().amax(2, keepdim=True)
+    # 127 as a tensor: torch computes `127 / largest` as a reciprocal times 127, which rounds twice.
+    codes = torch.where(largest > 0, padded * (torch.full_like(largest, 127) / largest), 0).round()
+    return (codes * (largest / torch.full_like(largest, 127))).flatten(1)[:, : x.shape[1]]
 
 
 def close(found: torch.Tensor, weights: torch.Tensor, x: torch.Tensor) -> None:
