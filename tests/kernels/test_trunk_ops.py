@@ -1,6 +1,7 @@
 """The trunk's native operations against torch: norms, attention of every shape, router."""
 
 import ctypes
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -107,15 +108,15 @@ def test_add_norm(half: bool) -> None:
 def test_gate(activation: str) -> None:
     torch.manual_seed(2)
     rows = torch.cat([torch.randn(3, 75) * 30, torch.randn(3, 75), torch.randn(3, 4)], 1)
-    function = {
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "silu": F.silu,
         "gelu": F.gelu,
         "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
         "relu": F.relu,
-    }[activation]
+    }
     out = torch.empty(3, 75)
     OPS.gate(rows, activation, out)  # type: ignore[arg-type]
-    torch.testing.assert_close(out, function(rows[:, :75]) * rows[:, 75:150], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, functions[activation](rows[:, :75]) * rows[:, 75:150], rtol=1e-5, atol=1e-5)
 
 
 def test_router_of_groups_weighs_by_scores_without_the_bias() -> None:
