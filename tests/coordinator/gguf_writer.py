@@ -187,8 +187,6 @@ def _hybrid(c: Any, name: str, t: torch.Tensor) -> list[tuple[str, torch.Tensor]
         return [(name, t.squeeze())]
     if name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
         return [(name, t + 1)]
-    if name.endswith("shared_expert_gate.weight"):
-        return [(name, t.squeeze(0))]
     if name.endswith("in_proj_qkvz.weight"):
         each = values // keys * value
         q, k, v, z = t.view(keys, 2 * key + 2 * each, -1).split([key, key, each, each], 1)

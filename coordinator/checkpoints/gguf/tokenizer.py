@@ -101,9 +101,11 @@ def _byte_level(file: GgufFile, values: dict[str, Any], tokens: list[str]) -> An
         raise CoordinatorError(
             f"{file.path} splits its text as {name!r}, which is not known; known are {', '.join(_SPLITS)}."
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in values.get("ggml.merges", [])]
     whole = name in ("llama-bpe", "llama3", "llama-v3")  # ignore_merges of src/llama-vocab.cpp
     vocabulary = {token: number for number, token in enumerate(tokens)}
+    pairs = [tuple(merge.split(" ", 1)) for merge in values.get("ggml.merges", [])]
+    # llama.cpp passes over a merge of what is no token; the tokenizers library would refuse the file.
+    merges = [pair for pair in pairs if {*pair, "".join(pair)} <= vocabulary.keys()]
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False, byte_fallback=False, ignore_merges=whole))
     splits: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
