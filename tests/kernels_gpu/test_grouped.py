@@ -192,10 +192,10 @@ def check(spec: ExpertSpec, tokens: list[list[int]], reduction: Reduction) -> No
         owners = torch.tensor([token for token, _ in pairs], dtype=torch.long)
         rows = torch.zeros(len(tokens), spec.hidden_size).index_add(0, owners, rows)
     assert out.shape == rows.shape
-    # Two bf16 products in a row, of some hundred terms with random signs: their rounding errors add up as roots.
+    # Each of three products loses up to 2^-6 of its terms where numbers are cut to bf16 (see `tolerance`).
     scale = rows.abs().max().item() if len(rows) else 0.0
     exact = spec.format == "f32" or max(map(len, tokens), default=0) == len(pairs) == len({n for _, n in pairs})
-    assert torch.allclose(out, rows, rtol=0, atol=scale * (1e-5 if exact else 2e-2) + 1e-6)
+    assert torch.allclose(out, rows, rtol=0, atol=scale * (1e-5 if exact else 5e-2) + 1e-6)
 
 
 def test_an_expert_that_is_not_held_is_named() -> None:
