@@ -55,9 +55,9 @@ def pack_blob(
 ) -> torch.Tensor:
     """Lays an expert out whose projections come as a file's block rows.
 
-    `rows` has `up` (gate and up, or up alone) and `down`: uint8 [rows, bytes of a row] for each matrix, in the formats
-    that `spec` names; a projection in a plain format is among `floats` instead, with biases and norm. Returns uint8
-    [spec.nbytes], aligned to 64. Raises GeometryError for another shape.
+    `rows` has `up` (gate and up, or up alone) and `down`: uint8 [rows, bytes of a row] for each matrix, in the
+    formats that `spec` names; a projection in a plain format is among `floats` instead, with biases and norm. Returns
+    uint8 [spec.nbytes], aligned to 64. Raises GeometryError for another shape.
     """
     blob = empty_blob(spec.nbytes).zero_()
     for place in spec.tensors:

@@ -66,7 +66,7 @@ def random_source(fmt: str, rows: int, columns: int, seed: int) -> tuple[Source,
 def tolerance(fmt: str, terms: torch.Tensor, tokens: int) -> torch.Tensor:
     """How far a sum may be off whose terms' absolute values add up to `terms`.
 
-    f32 throughout for one vector; else weights and vectors are cut to bf16 (the interpreter does not round: 2^-7 each).
+    f32 throughout for one vector; else weights and vectors are cut to bf16 (the interpreter rounds down: 2^-7).
     """
     exact = fmt == "f32" or tokens == 1
     return terms * (2e-6 if exact else 2.02 * 2.0**-7) + 1e-5
