@@ -125,7 +125,8 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """[…, 8, 16, 4] of `bits` bits → […, bits, 16, 4]: neighbouring column groups share a byte."""
     shared = codes.unflatten(3, (bits, 8 // bits))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1, 1)
-    return (shared << shifts).sum(4, dtype=torch.uint8)
+    planes: torch.Tensor = (shared << shifts).sum(4, dtype=torch.uint8)
+    return planes
 
 
 def unpack_bits(planes: torch.Tensor, bits: int) -> torch.Tensor:
