@@ -77,8 +77,8 @@ class LinearOps:
 
     def linear(self, weights: LinearWeights, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x` f32 [T, columns], contiguous → f32 [T, rows], into `out` if given."""
-        y = torch.empty(len(x), weights.rows) if out is None else out
-        if len(x) <= FEW_TOKENS or not weights.is_plain:
+        y = torch.empty(x.shape[0], weights.rows) if out is None else out
+        if x.shape[0] <= FEW_TOKENS or not weights.is_plain:
             self._product(ctypes.addressof(weights.native), 1, x, y)
         else:
             torch.matmul(x, weights.matrix.T, out=y)
@@ -88,7 +88,7 @@ class LinearOps:
 
     def linears(self, weights: Sequence[LinearWeights], x: torch.Tensor) -> torch.Tensor:
         """Matrices with the same input: `x` f32 [T, columns], contiguous → f32 [T, sum of rows]."""
-        if len(x) > FEW_TOKENS and any(one.is_plain for one in weights):
+        if x.shape[0] > FEW_TOKENS and any(one.is_plain for one in weights):
             return torch.cat([self.linear(one, x) for one in weights], 1)
         key = tuple([id(one) for one in weights])
         matrices = self._lists.get(key)
@@ -97,12 +97,12 @@ class LinearOps:
             self._lists[key] = matrices
             for one in weights:  # its number may become another's
                 weakref.finalize(one, self._lists.pop, key, None)
-        y = torch.empty(len(x), sum([one.rows for one in weights]))
+        y = torch.empty(x.shape[0], sum([one.rows for one in weights]))
         self._product(ctypes.addressof(matrices), len(weights), x, y)
         return y
 
     def _product(self, matrices: int, count: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        status = self._native(self._handle, matrices, count, x.data_ptr(), len(x), y.data_ptr())
+        status = self._native(self._handle, matrices, count, x.data_ptr(), x.shape[0], y.data_ptr())
         if status == 2:
             raise MemoryError("There is no memory left for a linear layer's input.")
         if status:

@@ -36,7 +36,8 @@ void quantize(const float* x, int64_t columns, void* memory) {
       largest = size > largest ? size : largest;
       poison += number * 0.0f;
     }
-    const float to_q = largest > 0.0f && poison == 0.0f ? 127.0f / largest : 0.0f;
+    // Smaller numbers count as zeros: 127 / largest would be infinite.
+    const float to_q = largest > 1e-30f && poison == 0.0f ? 127.0f / largest : 0.0f;
     d[u] = largest / 127.0f + poison;
     int32_t sums[2] = {};
     for (int k = 0; k < kUnitColumns; ++k) {

@@ -125,6 +125,7 @@ def test_matrices_of_different_formats_share_an_input() -> None:
 def test_zeros_and_what_is_no_number() -> None:
     source = random_rows("q4_0", 16, 64, 0)
     weights = LinearWeights("q4_0", 16, 64, pack("q4_0", source, 64))
+    assert (LinearOps(1).linear(weights, torch.full((1, 64), 1e-38)).abs() < 1e-29).all()
     x = torch.zeros(3, 64)
     x[1, 40] = float("nan")
     x[2, 3] = float("inf")
