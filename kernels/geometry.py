@@ -22,6 +22,7 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
 Format = Literal[
     "f32", "bf16", "f16",
     "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs",
+    "int4_g32", "int4_g64", "int4_g128", "mxfp4", "fp8_block",
 ]  # fmt: skip
 
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
@@ -31,6 +32,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "iq4_nl": (32, 18),
     "q2_k": (256, 84), "q3_k": (256, 110), "q4_k": (256, 144), "q5_k": (256, 176), "q6_k": (256, 210),
     "iq4_xs": (256, 136),
+    "int4_g32": (32, 19), "int4_g64": (64, 35), "int4_g128": (128, 67), "mxfp4": (32, 17), "fp8_block": (128, 129),
 }  # fmt: skip
 GROUP_ROWS = 16  # that lie side by side in a block format
 

@@ -26,7 +26,7 @@ const Kernel* usable(int place) {
   return place == 0 ? &kScalar : nullptr;
 }
 
-bool known(int32_t format) { return format >= 0 && format <= static_cast<int32_t>(Format::iq4_xs); }
+bool known(int32_t format) { return format >= 0 && format <= static_cast<int32_t>(Format::fp8_block); }
 
 bool sound(const MoehiveSpec& spec) {
   return spec.hidden_size > 0 && spec.intermediate_size > 0 && spec.up >= 0 && spec.down >= 0 &&

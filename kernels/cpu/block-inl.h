@@ -62,20 +62,30 @@ inline Octets octets(const uint8_t* at) {
   return to;
 }
 
+// 2^(byte - 127), the scales of MXFP4; 0 for byte 0.
+inline Vec powers_of_two(Octets bytes) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const Words bits = __builtin_convertvector(bytes, Words) << 23;
+  Vec to;
+  static_assert(sizeof to == sizeof bits, "16 floats");
+  memcpy(&to, &bits, sizeof to);
+  return to;
+}
+
 constexpr int64_t kBlockBytesAhead = 4 << 10;
 
 // Columns' numbers of a unit, as they are multiplied.
 template <Format F>
 struct Numbers {
   static constexpr Layout kLayout = layout_of(F);
-  static constexpr bool kTable = F == Format::iq4_nl || F == Format::iq4_xs;
-  static constexpr bool kSigned = kTable || F == Format::q8_0;
+  static constexpr bool kTable = F == Format::iq4_nl || F == Format::iq4_xs || F == Format::mxfp4;
+  static constexpr bool kSigned = (kTable && F != Format::mxfp4) || F == Format::q8_0;
   // Subtracted from each number; by way of the sum of x.
-  static constexpr int kOffset = F == Format::q4_0 ? 8 : F == Format::q5_0 ? 16 : F == Format::q6_k ? 32
+  static constexpr int kOffset = F == Format::q4_0 ? 8 : F == Format::mxfp4 ? 12 : F == Format::q5_0 ? 16 : F == Format::q6_k ? 32
                                  : F == Format::q3_k ? 4 : 0;
   static constexpr int kHalves = F == Format::q2_k || F == Format::q3_k || F == Format::q6_k ? 2 : 1;
   // Largest number, of which `kFlush` times two products with 127 fit 16 bits.
-  static constexpr int kLargest = kSigned ? 127 : (1 << (kLayout.low + kLayout.high)) - 1;
+  static constexpr int kLargest = F == Format::mxfp4 ? 24 : kSigned ? 127 : (1 << (kLayout.low + kLayout.high)) - 1;
   static constexpr int kFits = 32767 / (kLargest * 254);
   static constexpr int kFlush = kFits >= 8 ? 8 : kFits >= 4 ? 4 : kFits >= 2 ? 2 : 1;
 
@@ -98,7 +108,9 @@ struct Numbers {
     if constexpr (kTable) {
       alignas(16) static constexpr int8_t kValues[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                                          1,    13,   25,  38,  53,  69,  89,  113};
-      numbers = Int8::lookup(numbers, kValues);
+      // E2M1 (1 sign, 2 exponent, 1 fraction bit), doubled, plus 12: products without sign take fewer steps.
+      alignas(16) static constexpr int8_t kE2m1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+      numbers = Int8::lookup(numbers, F == Format::mxfp4 ? kE2m1 : kValues);
     }
     return numbers;
   }
@@ -115,6 +127,9 @@ struct Factors {
     const Vec d = Vec::load_f16(reinterpret_cast<const uint16_t*>(block));
     const uint8_t* sub = block + 32 + (kLayout.minimum ? 32 : 0);
     if constexpr (kLayout.scales == Scales::none) return d;
+    if constexpr (kLayout.scales == Scales::e8m0) return Vec::mul(powers_of_two(octets(block)), Vec::splat(0.5f));
+    if constexpr (kLayout.scales == Scales::zeros)
+      return Vec::mul(d, powers_of_two(127 - 8 * (octets(block + 32) >> 4)));
     if constexpr (kLayout.scales == Scales::nibbles)
       return Vec::mul(d, Vec::from_u8(octets(sub + 16 * (2 * unit + half)) & 15));
     if constexpr (kLayout.scales == Scales::bytes)
@@ -132,6 +147,8 @@ struct Factors {
   }
 
   static inline Vec minimum(const uint8_t* block, int unit, int half) {
+    if constexpr (kLayout.scales == Scales::zeros)
+      return Vec::mul(scale(block, unit, half), Vec::from_u8(octets(block + 32) & 15));
     const Vec d = Vec::load_f16(reinterpret_cast<const uint16_t*>(block + 32));
     const uint8_t* sub = block + 64;
     if constexpr (kLayout.scales == Scales::nibbles)
@@ -259,6 +276,10 @@ void multiply_blocks(const Product& p) {
     case Format::q5_k: return multiply_block<Format::q5_k>(p);
     case Format::q6_k: return multiply_block<Format::q6_k>(p);
     case Format::iq4_xs: return multiply_block<Format::iq4_xs>(p);
+    case Format::int4_g32: return multiply_block<Format::int4_g32>(p);
+    case Format::int4_g64: return multiply_block<Format::int4_g64>(p);
+    case Format::int4_g128: return multiply_block<Format::int4_g128>(p);
+    case Format::mxfp4: return multiply_block<Format::mxfp4>(p);
     default: return;
   }
 }

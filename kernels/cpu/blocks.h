@@ -22,9 +22,11 @@ namespace moehive {
 
 enum class Format : int32_t {
   f32 = 0, bf16, f16, q8_0, q4_0, q4_1, q5_0, q5_1, iq4_nl, q2_k, q3_k, q4_k, q5_k, q6_k, iq4_xs,
+  int4_g32, int4_g64, int4_g128, mxfp4, fp8_block,
 };
 
 constexpr int64_t kGroupRows = 16, kUnitColumns = 32;
+constexpr int64_t kFp8Columns = 128, kFp8Bytes = 16 + kFp8Columns * kGroupRows;  // of a block; see fp8-inl.h
 
 // How sub-block scales are stored, for 16 rows of a block of 256 columns.
 enum class Scales : int32_t {
@@ -33,11 +35,14 @@ enum class Scales : int32_t {
   pairs6,   // for each 32 columns two numbers of 6 bits: scale and minimum (q4_k, q5_k), or the scales of both halves
             // (q3_k): 8 x 16 bytes of lower bits (first number in the lower half), 4 x 16 of upper bits (four numbers)
   single6,  // one number of 6 bits for each 32 columns (iq4_xs): 4 x 16 bytes of lower bits, 2 x 16 of upper bits
+  zeros,    // one byte a row (int4): the code that means 0 in the lower half, in the upper n: the f16 scale is meant
+            // times 2^-8n, so that small bf16 scales are exact; no second f16 factor
+  e8m0,     // one byte a row (mxfp4): the scale is 2^(byte - 127); no f16 factors at all
   bytes,    // one byte for each 16 columns (q6_k): 16 x 16 bytes
 };
 
 constexpr int64_t scales_bytes(Scales kind) {
-  return kind == Scales::none ? 0 : kind == Scales::pairs6 ? 192 : kind == Scales::single6 ? 96 : 256;
+  return kind == Scales::none ? 0 : kind == Scales::zeros || kind == Scales::e8m0 ? 16 : kind == Scales::pairs6 ? 192 : kind == Scales::single6 ? 96 : 256;
 }
 
 struct Layout {
@@ -47,7 +52,9 @@ struct Layout {
   Scales scales;
 
   constexpr int64_t columns() const { return units * kUnitColumns; }
-  constexpr int64_t head() const { return 32 + (minimum ? 32 : 0) + scales_bytes(scales); }
+  constexpr int64_t head() const {
+    return (scales == Scales::e8m0 ? 0 : 32) + (minimum && scales != Scales::zeros ? 32 : 0) + scales_bytes(scales);
+  }
   constexpr int64_t unit_bytes() const { return (low + high) * 64; }
   constexpr int64_t bytes() const { return head() + units * unit_bytes(); }
 };
@@ -67,6 +74,10 @@ constexpr Layout layout_of(Format format) {
     case Format::q5_k: return {8, 4, 1, true, Scales::pairs6};
     case Format::q6_k: return {8, 4, 2, false, Scales::bytes};
     case Format::iq4_xs: return {8, 4, 0, false, Scales::single6};
+    case Format::int4_g32: return {1, 4, 0, true, Scales::zeros};
+    case Format::int4_g64: return {2, 4, 0, true, Scales::zeros};
+    case Format::int4_g128: return {4, 4, 0, true, Scales::zeros};
+    case Format::mxfp4: return {1, 4, 0, false, Scales::e8m0};
     default: return {0, 0, 0, false, Scales::none};
   }
 }

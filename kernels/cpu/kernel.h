@@ -12,6 +12,8 @@ inline int64_t weight_bytes(Format format) { return format == Format::f32 ? 4 : 
 
 // Bytes of `rows` rows; a multiple of 16 for the block formats, or the last ones.
 inline int64_t rows_bytes(Format format, int64_t rows, int64_t columns) {
+  if (format == Format::fp8_block)
+    return (rows + kGroupRows - 1) / kGroupRows * ((columns + kFp8Columns - 1) / kFp8Columns) * kFp8Bytes;
   if (!is_block(format)) return rows * columns * weight_bytes(format);
   const Layout layout = layout_of(format);
   return (rows + kGroupRows - 1) / kGroupRows * ((columns + layout.columns() - 1) / layout.columns()) * layout.bytes();

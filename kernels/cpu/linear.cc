@@ -111,7 +111,7 @@ MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, i
   bool floats = false, quantized = false;
   for (int64_t m = 0; m < count; ++m) {
     const int32_t format = matrices[m].format;
-    if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::iq4_xs))
+    if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::fp8_block))
       return 1;
     (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
     all_rows += matrices[m].rows;

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "block-inl.h"
+#include "fp8-inl.h"
 #include "kernel.h"
 
 namespace moehive {
@@ -113,6 +114,7 @@ void multiply(const Product& p) {
     case Format::f32: return multiply_as<F32>(p);
     case Format::bf16: return multiply_as<Bf16>(p);
     case Format::f16: return multiply_as<F16>(p);
+    case Format::fp8_block: return multiply_fp8(p);
     default: return multiply_blocks(p);
   }
 }

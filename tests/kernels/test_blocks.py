@@ -19,7 +19,7 @@ FACTORS = {
     "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_k": (80, 82),
     "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,),
 }  # fmt: skip
-every_format = pytest.mark.parametrize("name", BLOCKS)
+every_format = pytest.mark.parametrize("name", FACTORS)
 
 
 def random_rows(name: str, rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -145,7 +145,7 @@ ROUTINGS = {
 @pytest.mark.parametrize(
     ("up", "down", "gated"),
     [
-        *((name, name, True) for name in BLOCKS),
+        *((name, name, True) for name in FACTORS),
         ("q4_k", "q6_k", True), ("f32", "q8_0", True), ("q8_0", "bf16", False), ("q5_k", "q4_0", False),
     ],
 )  # fmt: skip
