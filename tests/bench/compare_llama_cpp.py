@@ -84,7 +84,8 @@ class LlamaCpp:
     def experts(self, row: Row) -> None:
         """Experts of even layers on one server, of odd layers on the other; the rest local."""
         first, second = self.addresses[row.link]
-        places = rf"blk\.\d*[02468]\.ffn_\w*_exps=RPC0[{first}];blk\.\d*[13579]\.ffn_\w*_exps=RPC1[{second}]"
+        # Each server counts its own devices, so both are number 0.
+        places = rf"blk\.\d*[02468]\.ffn_\w*_exps=RPC0[{first}];blk\.\d*[13579]\.ffn_\w*_exps=RPC0[{second}]"
         self._run(row, ["-t", "1", "-ngl", "0", "--rpc", f"{first},{second}", "-ot", places])
 
     def _run(self, row: Row, options: list[str]) -> None:
