@@ -18,7 +18,10 @@ MAX_TENSOR_BYTES = 64 << 20
 MAX_PAIRS_PER_TOKEN = 64
 MAX_EXPERT = 65_535
 
-# Of the bytes on the wire. int8 rows come with a scale each and are f32 once read.
+# Columns of a row in 8 bits that share a scale. Hidden states have a few columns far larger than the rest: with one
+# scale for a whole row, all others would be rounded away.
+SCALE_COLUMNS = 64
+# Of the bytes on the wire. int8 rows come with their scales and are f32 once read.
 DTYPES: dict[pb.Dtype, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
     pb.DTYPE_BF16: torch.bfloat16,
@@ -62,22 +65,30 @@ def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str)
 
 
 def _to_int8(tensor: torch.Tensor) -> tuple[bytes, bytes]:
-    """Rows [rows, columns] as int8 bytes, and f32 scale bytes [rows]: a row's largest magnitude becomes 127.
+    """Rows [rows, columns] as int8 bytes, and f32 scale bytes [rows, groups]: a group's largest number becomes 127.
 
-    A row with a value that is not finite gets a scale that is not, so the other side refuses it.
+    A group with a value that is not finite gets a scale that is not, so the other side refuses it.
     """
-    values = tensor.float()
-    scales = values.abs().amax(dim=1).div_(127) if values.shape[1] else values.new_zeros(len(values))
-    steps = values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
-    return tensor_bytes(steps.round_().to(torch.int8)), tensor_bytes(scales)
+    rows, columns = tensor.shape
+    groups = scale_groups(columns)
+    values = torch.nn.functional.pad(tensor.float(), (0, groups * SCALE_COLUMNS - columns))
+    values = values.view(rows, groups, SCALE_COLUMNS)
+    scales = values.abs().amax(dim=2).div_(127)
+    steps = values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    return tensor_bytes(steps.round_().to(torch.int8).view(rows, -1)[:, :columns]), tensor_bytes(scales)
 
 
 def _from_int8(data: bytes, scales: bytes, rows: int, columns: int, what: str) -> torch.Tensor:
     steps = _tensor(data, torch.int8, rows, columns, what)
-    factors = _tensor(scales, torch.float32, rows, 1, f"scales of {what}")
+    factors = _tensor(scales, torch.float32, rows, scale_groups(columns), f"scales of {what}")
     if not bool(torch.isfinite(factors).all()):
         raise WireError(f"A scale of {what} is not finite.")
-    return steps * factors
+    return steps * factors.repeat_interleave(SCALE_COLUMNS, dim=1)[:, :columns]
+
+
+def scale_groups(columns: int) -> int:
+    """Scales of a row of `columns` numbers in 8 bits."""
+    return -(-columns // SCALE_COLUMNS)
 
 
 def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:

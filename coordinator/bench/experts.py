@@ -11,17 +11,21 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from moehive.kernels.blob import empty_blob, tensor_views
-from moehive.kernels.formats.registry import FORMATS
+from moehive.kernels.blob import empty_blob, encode_tensor
+from moehive.kernels.formats.blocks import BLOCK_FORMATS
 from moehive.kernels.geometry import ExpertSpec, Format
 from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
+
+from .geometries import TensorShape
+from .random_model import write_tensor
 
 _TOP_K = 8
 _READ_BYTES = 512 << 20  # of plain memory; the largest last-level caches have about as much
@@ -72,8 +76,6 @@ def measure_experts(quick: bool) -> list[dict[str, object]]:
     rows: list[ExpertsRow] = []
     for shape in SHAPES[:1] if quick else SHAPES:
         for fmt in get_args(Format):
-            if fmt not in FORMATS:
-                continue
             spec = ExpertSpec(
                 hidden_size=shape.hidden, intermediate_size=shape.intermediate, activation="silu", format=fmt
             )
@@ -164,13 +166,19 @@ def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], Non
 
 
 def _random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
-    """Experts of random bytes that mean finite numbers: one is encoded from numbers, the others copy it."""
-    blob = empty_blob(spec.nbytes)
-    blob.zero_()
+    """Experts of random weights: one is made, the others copy it."""
+    blob = empty_blob(spec.nbytes).zero_()
     for place in spec.tensors:
-        numbers = torch.randn(place.shape) / place.shape[-1] ** 0.5
-        FORMATS[place.format].encode(numbers, blob[place.offset : place.offset + place.nbytes])
-    tensor_views(spec, blob)
+        out = blob[place.offset : place.offset + place.nbytes]
+        if place.format not in BLOCK_FORMATS:
+            encode_tensor(place, torch.randn(place.shape) / place.shape[-1] ** 0.5, out)
+            continue
+        shape = (place.shape[0] // place.matrices, place.shape[1])
+        for matrix in out.chunk(place.matrices):
+            file = BytesIO()
+            write_tensor(file, TensorShape("", shape, matrix=True), place.format, np.random.default_rng(0))
+            rows = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).view(shape[0], -1)
+            BLOCK_FORMATS[place.format].pack(rows, shape[1], matrix)
     experts = []
     for _ in range(count):
         copy = empty_blob(spec.nbytes)

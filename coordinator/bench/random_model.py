@@ -121,7 +121,7 @@ def _write(model: RandomModel, path: Path) -> None:
         # Each tensor from its own seed: the file is the same wherever it is made.
         rng = np.random.Generator(np.random.SFC64(zlib.crc32(tensor.name.encode())))
         writer.write_padding(file, file.tell())
-        _write_tensor(file, tensor, _format_of(tensor, model.format), rng)
+        write_tensor(file, tensor, _format_of(tensor, model.format), rng)
         writer.write_padding(file, file.tell())
     file.flush()
     os.fsync(file.fileno())
@@ -138,7 +138,8 @@ def _format_of(tensor: TensorShape, wanted: str) -> str:
     return wanted if tensor.shape[-1] % block == 0 else _NARROW
 
 
-def _write_tensor(file: Any, tensor: TensorShape, kind: str, rng: np.random.Generator) -> None:
+def write_tensor(file: Any, tensor: TensorShape, kind: str, rng: np.random.Generator) -> None:
+    """Writes a tensor with random numbers in the GGUF type `kind` to a binary `file`, as it lies in a GGUF."""
     numbers = math.prod(tensor.shape)
     mean, spread = (0.0, tensor.shape[-1] ** -0.5) if tensor.matrix else (tensor.mean, tensor.spread)
     if kind not in _SCALES:

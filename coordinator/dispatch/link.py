@@ -24,7 +24,7 @@ from moehive.proto.handshake import metadata
 from moehive.proto.tensors import MAX_LAYER, Routing, write_request
 
 from ..types import NodeName, NodeUnavailable
-from .speed import LinkSpeed
+from .speed import LinkSpeed, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class Link:
         self.address = address
         self._channel = channel
         self._on_close = on_close
-        self.speed = LinkSpeed()
+        self.speed = LinkSpeed(loopback=is_loopback(address))
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[pb.ComputeRequest] = deque()  # those that were not

@@ -1,6 +1,7 @@
 """What a link's bytes cost, as its own traffic shows, and whether they should be fewer."""
 
 from collections import deque
+from ipaddress import ip_address
 
 SMALL_BYTES = 16 << 10  # up to here a message's time is the round trip's
 LARGE_BYTES = 128 << 10  # from here it is the bytes'
@@ -10,10 +11,23 @@ SLOW_S_PER_BYTE = 5e-9  # from 1.6 Gbit/s down 8 bits pay
 FAST_S_PER_BYTE = 3e-9  # from 2.7 Gbit/s up they do not; in between it stays as it was
 
 
+def is_loopback(address: str) -> bool:
+    """Whether `address`, host:port, names this machine's loopback interface."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:  # a name, or an address of another kind
+        return False
+
+
 class LinkSpeed:
     """Round trip and seconds a byte, both measured."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, loopback: bool) -> None:
+        """`loopback`: the other end is on this machine, and a busy processor must not be taken for a slow line."""
+        self._loopback = loopback
         self._round_trips: deque[float] = deque(maxlen=SAMPLES)
         self._per_byte: deque[float] = deque(maxlen=SAMPLES)
         self._slow = False
@@ -38,4 +52,4 @@ class LinkSpeed:
 
     def eight_bit(self, nbytes: int) -> bool:
         """Whether hidden states of `nbytes` should travel in 8 bits: the link is slow and bytes are its time."""
-        return self._slow and nbytes * self.s_per_byte > self.round_trip_s / 4
+        return self._slow and not self._loopback and nbytes * self.s_per_byte > self.round_trip_s / 4

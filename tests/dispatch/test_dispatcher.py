@@ -37,7 +37,7 @@ class FakeLink:
     def __init__(self, node: str, change: Callable[[pb.ComputeReply], None] = lambda reply: None) -> None:
         self.node = NodeName(node)
         self.change = change
-        self.speed = LinkSpeed()
+        self.speed = LinkSpeed(loopback=False)
         self._ops = ExpertOps(1)
 
     def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
@@ -174,12 +174,12 @@ def test_on_a_slow_link_rows_travel_in_8_bits_but_never_where_bits_count() -> No
 
 
 def test_a_link_is_slow_by_its_best_exchange_and_stays_so_in_between() -> None:
-    speed = LinkSpeed()
+    speed = LinkSpeed(loopback=False)
     assert not speed.eight_bit(1 << 30)
     for seconds_a_byte, slow in ((4e-9, False), (8e-9, False)):  # the best counts
         speed.note(LARGE_BYTES, LARGE_BYTES, LARGE_BYTES * seconds_a_byte)
         assert speed.eight_bit(LARGE_BYTES) is slow
-    speed = LinkSpeed()
+    speed = LinkSpeed(loopback=False)
     speed.note(4096, 8192, 1e-3)
     for seconds_a_byte, slow in ((8e-9, True), (4e-9, True), (1e-9, False), (4e-9, False)):
         speed.note(LARGE_BYTES, LARGE_BYTES, 1e-3 + LARGE_BYTES * seconds_a_byte)

@@ -3,28 +3,23 @@
 Dequantization is gguf's for file types, transformers' for MXFP4, torch's for e4m3 and the definition for int4.
 """
 
-import os
 from typing import get_args
 
+import gguf
+import numpy as np
+import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.integrations.mxfp4 import FP4_VALUES
+
+from moehive.kernels import reference
+from moehive.kernels.geometry import ExpertSpec, Format
+from moehive.kernels.gpu.experts import GpuExperts, GpuLinear
+from moehive.kernels.gpu.planes import BLOCK_COLUMNS, PlanesError, planes
+from moehive.kernels.ops import Reduction
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-if DEVICE.type == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
-
-import gguf  # noqa: E402
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-from hypothesis import given, settings  # noqa: E402
-from hypothesis import strategies as st  # noqa: E402
-from transformers.integrations.mxfp4 import FP4_VALUES  # noqa: E402
-
-from moehive.kernels import reference  # noqa: E402
-from moehive.kernels.geometry import ExpertSpec, Format  # noqa: E402
-from moehive.kernels.gpu.experts import GpuExperts, GpuLinear  # noqa: E402
-from moehive.kernels.gpu.planes import BLOCK_COLUMNS, PlanesError, planes  # noqa: E402
-from moehive.kernels.ops import Reduction  # noqa: E402
-
 Source = dict[str, torch.Tensor]
 FILE_TYPES = {name: gguf.GGMLQuantizationType[name.upper()] for name in ("q8_0", "q4_0", "q4_k", "q6_k")}
 # Where the f16 scale factors stand in a block.
