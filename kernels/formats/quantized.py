@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from ..geometry import BLOCKS, GROUP_ROWS, GeometryError
+from .base import WeightFormat
 from .int4_sources import Int4Weights
 
 FP8_ROWS = 128  # that share a scale
@@ -221,7 +222,7 @@ def _codes(planes: torch.Tensor, groups: int, blocks: int) -> torch.Tensor:
     return units.permute(0, 4, 1, 2, 3, 5).reshape(groups * GROUP_ROWS, -1)
 
 
-QUANTIZED_FORMATS = {
+QUANTIZED_FORMATS: dict[str, WeightFormat] = {
     "int4_g32": Int4Format("int4_g32"),
     "int4_g64": Int4Format("int4_g64"),
     "int4_g128": Int4Format("int4_g128"),
