@@ -21,7 +21,8 @@ class TensorType:
     @property
     def format(self) -> Format:
         """Our format of the same bits, or bf16 for a type that kernels do not compute in."""
-        return next((known for known in get_args(Format) if known == self.name), "bf16")
+        rows_of_files = (*_PLAIN, *BLOCK_FORMATS)
+        return next((known for known in get_args(Format) if known == self.name and known in rows_of_files), "bf16")
 
 
 # ggml.h, enum ggml_type, with the sizes of ggml-common.h's block structs.
