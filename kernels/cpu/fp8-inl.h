@@ -32,13 +32,6 @@ inline Vec load_e4m3(const uint8_t* at) {
 #else
   return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
 #endif
-#elif defined(__aarch64__)
-  const int8x16_t codes = vreinterpretq_s8_u8(vld1q_u8(at));
-  const uint16x8_t mask = vdupq_n_u16(0xbf80);
-  uint16_t halves[kLanes];
-  vst1q_u16(halves, vandq_u16(vreinterpretq_u16_s16(vshll_n_s8(vget_low_s8(codes), 7)), mask));
-  vst1q_u16(halves + 8, vandq_u16(vreinterpretq_u16_s16(vshll_n_s8(vget_high_s8(codes), 7)), mask));
-  return Vec::load_f16(halves);
 #else
   uint16_t halves[kLanes];
   for (int i = 0; i < kLanes; ++i) halves[i] = static_cast<uint16_t>((at[i] & 0x80) << 8 | (at[i] & 0x7f) << 7);

@@ -60,7 +60,7 @@ def test_a_write_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "_write_tensor", full)
+    monkeypatch.setattr(module, "write_tensor", full)
     with pytest.raises(CoordinatorError, match="No space left"):
         random_model(RandomModel(geometry="small", format="q4_0", layers=2), tmp_path)
     assert list(tmp_path.iterdir()) == []
