@@ -7,9 +7,7 @@ torch multiplies the same tokens with bf16 weights of the same shape.
 
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from typing import NamedTuple, get_args
@@ -26,6 +24,7 @@ from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 
 from .geometries import TensorShape
 from .random_model import write_tensor
+from .timing import seconds_of, torch_threads
 
 _TOP_K = 8
 _READ_BYTES = 512 << 20  # of plain memory; the largest last-level caches have about as much
@@ -81,7 +80,7 @@ def measure_experts(quick: bool) -> list[dict[str, object]]:
             )
             experts = _random_experts(spec, max(2 * _TOP_K, set_bytes // spec.nbytes))
             for count in threads:
-                with _torch_threads(count):
+                with torch_threads(count):
                     ops = ExpertOps(count)
                     for batch in batches:
                         rows.append(_measure(ops, spec, experts, memory, shape.name, batch, count, repeats))
@@ -118,9 +117,9 @@ def _measure(
     products()
     slice_bytes = min(_READ_BYTES, max(64 << 20, calls * used * spec.nbytes))
     for _ in range(repeats):
-        times[0].append(_seconds(call, calls))
-        times[1].append(_seconds(lambda: read_memory(memory[:slice_bytes], threads), 1))
-        times[2].append(_seconds(products, 1))
+        times[0].append(seconds_of(call, calls))
+        times[1].append(seconds_of(lambda: read_memory(memory[:slice_bytes], threads), 1))
+        times[2].append(seconds_of(products, 1))
     seconds, read_seconds, torch_seconds = (statistics.median(series) for series in times)
     nbytes = used * spec.nbytes
     bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / read_seconds
@@ -185,20 +184,3 @@ def _random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
         copy.copy_(blob)
         experts.append(load_expert(spec, copy))
     return experts
-
-
-def _seconds(work: Callable[[], None], times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

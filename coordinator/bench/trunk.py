@@ -6,9 +6,7 @@ have the same random weights and take turns, and between them the same threads r
 """
 
 import statistics
-import time
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Coroutine, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -27,6 +25,7 @@ from ..models.generic import GenericTrunk
 from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.tensors import Embedding, PlainEmbedding
+from .timing import seconds_of, torch_threads
 
 PROMPT = 128  # tokens in the cache before the first that is timed
 _READ_BYTES = 256 << 20
@@ -100,7 +99,7 @@ def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
     with torch.no_grad():
         for case in cases:
             count = 1 if case.config is _SMALL else threads
-            with _torch_threads(count):
+            with torch_threads(count):
                 rows += _measure(case, count, repeats=5 if quick else 11)
     return [asdict(row) for row in rows]
 
@@ -118,8 +117,8 @@ def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
             for step, series in zip(steps, times, strict=False):
-                series.append(_seconds(step.token, case.tokens))
-            times[2].append(_seconds(lambda: read_memory(memory, threads), 1))
+                series.append(seconds_of(step.token, case.tokens))
+            times[2].append(seconds_of(lambda: read_memory(memory, threads), 1))
         lean_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s = lean_s / case.tokens / layers
         nbytes, read_bandwidth = tensors.layer_bytes // layers, _READ_BYTES / read_s
@@ -246,20 +245,3 @@ def _finish(coroutine: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Te
         result: list[torch.Tensor] = done.value
         return result
     raise RuntimeError("A pass waited, though its experts answer at once.")
-
-
-def _seconds(work: Callable[[], object], times: int) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    return time.perf_counter() - start
-
-
-@contextmanager
-def _torch_threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -121,16 +121,8 @@ class BlockFormat:
         )
 
 
-def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """[…, 8, 16, 4] of `bits` bits → […, bits, 16, 4]: neighbouring column groups share a byte."""
-    shared = codes.unflatten(3, (bits, 8 // bits))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1, 1)
-    planes: torch.Tensor = (shared << shifts).sum(4, dtype=torch.uint8)
-    return planes
-
-
 def unpack_bits(planes: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of `pack_bits`."""
+    """[…, bits, 16, 4] bytes → […, 8, 16, 4] codes: neighbouring column groups share a byte."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1, 1)
     codes: torch.Tensor = planes.unsqueeze(4) >> shifts & ((1 << bits) - 1)
     return codes.flatten(3, 4)
