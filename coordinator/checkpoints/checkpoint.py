@@ -18,6 +18,7 @@ from .conversion import ExpertParameter, KeyMap, map_keys
 from .directory import Directory, open_directory
 from .experts import ExpertLayout, canonical, layout_of
 from .loading import load_trunk
+from .safetensors_file import StoredTensor
 from .trunk_tensors import SafetensorsTrunk
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,7 +30,9 @@ class Checkpoint:
     `manifest` describes the experts; `trunk_bytes` is what `load_trunk` will hold in memory.
     """
 
-    def __init__(self, directory: Directory, name: str, architecture: Architecture, keys: KeyMap) -> None:
+    def __init__(
+        self, directory: Directory, name: str, architecture: Architecture, keys: KeyMap, manifest: Manifest | None
+    ) -> None:
         """Use `Checkpoint.open`."""
         self.path = directory.path
         self.family = architecture.family
@@ -40,7 +43,7 @@ class Checkpoint:
         self._layouts: list[ExpertLayout] = []
         self._parameters: list[dict[str, ExpertParameter]] = []
         layers: list[LayerGeometry] = []
-        for layer in architecture.experts:
+        for layer in architecture.experts if manifest is None else ():
             layout = layout_of(self.family, layer, architecture.dtype)
             parameters: dict[str, ExpertParameter] = {}
             for short in layout.names:
@@ -52,24 +55,26 @@ class Checkpoint:
             self._layouts.append(layout)
             self._parameters.append(parameters)
             layers.append(LayerGeometry(layer.module.num_experts, layer.top_k, layout.spec))
-        self.manifest = Manifest(name, directory.fingerprint, tuple(layers))
+        self.manifest = manifest or Manifest(name, directory.fingerprint, tuple(layers))
+        self.computed_as_stored = True  # no expert's numbers are rounded anew when it is read
         self.trunk_bytes = _trunk_bytes(architecture)
         self._lock = threading.Lock()  # held while a layer that cannot be read expert by expert is converted
         self._converted: tuple[int, dict[str, torch.Tensor]] | None = None  # that layer, at most one
 
     @classmethod
-    def open(cls, path: str | Path, name: str | None = None) -> Checkpoint:
+    def open(cls, path: str | Path, name: str | None = None, manifest: Manifest | None = None) -> Checkpoint:
         """Opens a directory of safetensors, as `save_pretrained` writes it or a hub serves it.
 
-        `name` is the model's name for people (the directory's by default). Raises CoordinatorError, one sentence,
-        when the directory is not a whole checkpoint of a supported mixture-of-experts model.
+        `name` is the model's name for people (the directory's by default). `manifest` describes experts that lie
+        elsewhere (pack/): the directory then holds the trunk alone. Raises CoordinatorError, one sentence, when the
+        directory is not a whole checkpoint of a supported mixture-of-experts model.
         """
         directory = open_directory(Path(path))
         config = arch.read_config(directory.path, directory.config)
         try:
             architecture = arch.build(directory.path, config, _dtype(directory, config))
             keys = map_keys(architecture, directory.tensors)
-            return cls(directory, name or directory.path.resolve().name, architecture, keys)
+            return cls(directory, name or directory.path.resolve().name, architecture, keys, manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{directory.path}: {error}") from error
 
@@ -94,6 +99,11 @@ class Checkpoint:
     def trunk_tensors(self) -> SafetensorsTrunk:
         """The trunk's tensors for a lean trunk, each read when it is asked for."""
         return SafetensorsTrunk(self.path, self.dtype, self._keys.sources)
+
+    def trunk_stored(self) -> dict[str, StoredTensor]:
+        """The stored tensors that the trunk is made of, by the checkpoint's own names."""
+        used = {t.name for source in self._keys.sources.values() for found in source.tensors.values() for t in found}
+        return {name: stored for name, stored in self._keys.trunk.items() if name in used}
 
     def _parts(self, expert: ExpertId) -> dict[str, torch.Tensor]:
         parameters = self._parameters[expert.layer]

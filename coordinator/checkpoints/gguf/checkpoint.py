@@ -18,7 +18,7 @@ from ..experts import layout_of
 from ..loading import load_trunk
 from .config import read_config
 from .experts import LayerExperts
-from .file import GgufFile, open_gguf
+from .file import GgufFile, GgufTensor, open_gguf
 from .tensors import GgufTrunk, dtype_of
 from .tokenizer import load_tokenizer
 
@@ -29,7 +29,14 @@ class GgufCheckpoint:
     `manifest` describes the experts, in the file's own formats.
     """
 
-    def __init__(self, file: GgufFile, name: str, config: PreTrainedConfig, architecture: Architecture) -> None:
+    def __init__(
+        self,
+        file: GgufFile,
+        name: str,
+        config: PreTrainedConfig,
+        architecture: Architecture,
+        manifest: Manifest | None,
+    ) -> None:
         """Use `GgufCheckpoint.open`."""
         self.path = file.path
         self.family = architecture.family
@@ -37,26 +44,30 @@ class GgufCheckpoint:
         self.dtype = architecture.dtype
         self.context_length = arch.context_length(config)
         self._file = file
-        self._layers = [_layer(file, self.family, module) for module in architecture.experts]
+        modules = architecture.experts if manifest is None else ()
+        self._layers = [_layer(file, self.family, module) for module in modules]
         layers = [
             LayerGeometry(module.module.num_experts, module.top_k, layer.spec)
-            for module, layer in zip(architecture.experts, self._layers, strict=True)
+            for module, layer in zip(modules, self._layers, strict=True)
         ]
-        self.manifest = Manifest(name, file.fingerprint, tuple(layers))
+        self.manifest = manifest or Manifest(name, file.fingerprint, tuple(layers))
+        # Whether no expert's numbers are rounded anew when it is read.
+        self.computed_as_stored = all(layer.computed_as_stored for layer in self._layers)
 
     @classmethod
-    def open(cls, path: str | Path, name: str | None = None) -> GgufCheckpoint:
+    def open(cls, path: str | Path, name: str | None = None, manifest: Manifest | None = None) -> GgufCheckpoint:
         """Opens a .gguf file; of a split model, any of its parts.
 
-        `name` is the model's name for people (the file's by default). Raises CoordinatorError, one sentence, when the
-        file is not a whole model of a supported architecture.
+        `name` is the model's name for people (the file's by default). `manifest` describes experts that lie elsewhere
+        (pack/): the file then holds the trunk alone. Raises CoordinatorError, one sentence, when the file is not a
+        whole model of a supported architecture.
         """
         path = Path(path)
         file = open_gguf(path)
         config = read_config(file)
         try:
             architecture = arch.build(path, config, dtype_of(config))
-            return cls(file, name or _short_name(path), config, architecture)
+            return cls(file, name or _short_name(path), config, architecture, manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{path}: {error}") from error
 
@@ -83,6 +94,10 @@ class GgufCheckpoint:
         tensors: dict[str, Any] = {name: source.tensor(name).to(self.dtype) for name in names}
         load_trunk(self.path, architecture, tensors)
         return architecture
+
+    def trunk_stored(self) -> list[GgufTensor]:
+        """The tensors that are no routed experts, in the file's order."""
+        return [tensor for name, tensor in self._file.tensors.items() if "_exps." not in name]
 
     def tokenizer(self) -> tuple[Any, frozenset[int]]:
         """transformers' tokenizer of the file (None if it has none), and the tokens that end a text."""

@@ -40,6 +40,7 @@ class LayerExperts:
         up = first.format if first == last else "bf16"  # one matrix in our blobs, so in one format
         down = self._down[0].type.format
         self.spec = replace(plain, format=up, down_format=None if down == up else down)
+        self.computed_as_stored = first == last and first.name == up and self._down[0].type.name == down
 
     def blob(self, expert: int) -> torch.Tensor:
         """One expert's blob, uint8 [spec.nbytes]. Raises CoordinatorError when the file can't be read."""
