@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .formats.blocks import BLOCK_FORMATS
+from .formats.file_rows import pack_file_rows
 from .formats.registry import FORMATS
 from .geometry import ALIGNMENT, ExpertSpec, GeometryError, TensorPlace
 
@@ -69,7 +69,7 @@ def pack_blob(
         for number, matrix in enumerate(rows[place.name]):
             if len(matrix) != place.shape[0] // place.matrices:
                 raise GeometryError(f"The expert's matrix {place.name} has {len(matrix)} rows; it can't.")
-            BLOCK_FORMATS[place.format].pack(matrix, place.shape[1], out[number * step : (number + 1) * step])
+            pack_file_rows(place.format, matrix, place.shape[1], out[number * step : (number + 1) * step])
     return blob
 
 

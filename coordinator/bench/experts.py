@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from moehive.kernels.blob import empty_blob, encode_tensor
 from moehive.kernels.formats.blocks import BLOCK_FORMATS
+from moehive.kernels.formats.file_rows import pack_file_rows
 from moehive.kernels.geometry import ExpertSpec, Format
 from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
@@ -177,7 +178,7 @@ def _random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
             file = BytesIO()
             write_tensor(file, TensorShape("", shape, matrix=True), place.format, np.random.default_rng(0))
             rows = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).view(shape[0], -1)
-            BLOCK_FORMATS[place.format].pack(rows, shape[1], matrix)
+            pack_file_rows(place.format, rows, shape[1], matrix)
     experts = []
     for _ in range(count):
         copy = empty_blob(spec.nbytes)

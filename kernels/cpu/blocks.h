@@ -42,7 +42,13 @@ enum class Scales : int32_t {
 };
 
 constexpr int64_t scales_bytes(Scales kind) {
-  return kind == Scales::none ? 0 : kind == Scales::zeros || kind == Scales::e8m0 ? 16 : kind == Scales::pairs6 ? 192 : kind == Scales::single6 ? 96 : 256;
+  switch (kind) {
+    case Scales::none: return 0;
+    case Scales::zeros: case Scales::e8m0: return 16;
+    case Scales::pairs6: return 192;
+    case Scales::single6: return 96;
+    default: return 256;
+  }
 }
 
 struct Layout {

@@ -74,6 +74,7 @@ int64_t file_bytes(Format format) {
     case Format::q5_k: return 176;
     case Format::q6_k: return 210;
     case Format::iq4_xs: return 136;
+    case Format::mxfp4: return 17;
     default: return 0;
   }
 }
@@ -136,13 +137,19 @@ void take_apart(Format format, const uint8_t* b, Parts& to) {
         to.first[k] = (b[4 + k / 2] >> (4 * (k % 2)) & 15) | (b[2 + k / 4] >> (2 * (k % 4)) & 3) << 4;
       for (int k = 0; k < 8; ++k) halves(b + 8 + 16 * k, 16, to.codes + 32 * k);
       return;
+    case Format::mxfp4:
+      to.first[0] = b[0];
+      return halves(b + 1, 16, to.codes);
     default: return;
   }
 }
 
 void put_scales(Scales kind, const Parts& from, int64_t row, uint8_t* to) {
   switch (kind) {
-    case Scales::none: return;
+    case Scales::none: case Scales::zeros: return;  // no file has `zeros`
+    case Scales::e8m0:
+      to[row] = from.first[0];
+      return;
     case Scales::nibbles: case Scales::bytes:
       for (int k = 0; k < 16; ++k) to[16 * k + row] = from.first[k];
       return;
@@ -198,9 +205,9 @@ MOEHIVE_API int32_t moehive_pack(int32_t number, const uint8_t* from, int64_t ro
       take_apart(format, from + (row * blocks + block) * size, parts);
       uint8_t* to = out + (row / kGroupRows * blocks + block) * layout.bytes();
       const int64_t lane = row % kGroupRows;
-      std::memcpy(to + 2 * lane, parts.factors, 2);
+      if (layout.scales != Scales::e8m0) std::memcpy(to + 2 * lane, parts.factors, 2);
       if (layout.minimum) std::memcpy(to + 32 + 2 * lane, parts.factors + 2, 2);
-      put_scales(layout.scales, parts, lane, to + 32 + (layout.minimum ? 32 : 0));
+      put_scales(layout.scales, parts, lane, to + layout.head() - scales_bytes(layout.scales));
       for (int unit = 0; unit < layout.units; ++unit)
         put_unit(layout, parts.codes + 32 * unit, lane, to + layout.head() + unit * layout.unit_bytes());
     }

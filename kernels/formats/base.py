@@ -3,8 +3,8 @@
 A format is one object beside the others in this folder, entered in `registry.py`. Three parties use it: the
 checkpoint reader encodes, `blob.py` lays out, and the torch path and the tests decode. A native kernel computes
 in the format's own bits and needs only its layout. How many bytes a weight takes stands in geometry.py, whose
-readers plan with it and import no torch. A block format's `view` is its raw bytes, and it has `pack` for
-a file's own rows (blocks.py).
+readers plan with it and import no torch. A block format's `view` is its raw bytes; file_rows.py
+lays out a file's own rows.
 """
 
 from typing import Protocol

@@ -15,7 +15,7 @@ from typing import Final, NamedTuple
 import torch
 
 from ..geometry import BLOCKS, GROUP_ROWS, GeometryError, tensor_bytes
-from ..native import pack_rows
+from .file_rows import pack_file_rows
 
 UNIT: Final = 32  # columns
 
@@ -48,20 +48,7 @@ class BlockFormat:
 
     def encode(self, numbers: torch.Tensor, out: torch.Tensor) -> None:
         """Quantizes as the gguf package does, which knows the legacy types. Raises GeometryError for the others."""
-        self.pack(_quantize(self.name, numbers), numbers.shape[1], out)
-
-    def pack(self, rows: torch.Tensor, columns: int, out: torch.Tensor) -> None:
-        """Lays out uint8 [rows, bytes of a row] as they lie in a GGUF file into `out`, uint8 [tensor_bytes].
-
-        Raises GeometryError when the row's bytes are not those of `columns`; NativeLibraryError.
-        """
-        size = BLOCKS[self.name][1]
-        blocks = -(-columns // self._columns)
-        if rows.dim() != 2 or rows.shape[1] != blocks * size or rows.dtype != torch.uint8:
-            raise GeometryError(
-                f"A row of {columns} numbers in {self.name} has {blocks * size} bytes, not {rows.shape[-1]}."
-            )
-        pack_rows(self.name, rows.contiguous(), blocks, out)
+        pack_file_rows(self.name, _quantize(self.name, numbers), numbers.shape[1], out)
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -87,7 +74,7 @@ class BlockFormat:
         return numbers[:, :columns].contiguous()
 
     def parts(self, stored: torch.Tensor, shape: tuple[int, ...]) -> Parts:
-        """What `pack` was given, in parts; columns up to whole blocks."""
+        """What `pack_file_rows` was given, in parts; columns up to whole blocks."""
         rows, columns = shape
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // self._columns)
         assert stored.numel() == tensor_bytes(self.name, rows, columns)

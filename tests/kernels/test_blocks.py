@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moehive.kernels.blob import pack_blob
-from moehive.kernels.formats.blocks import BLOCK_FORMATS
+from moehive.kernels.formats.file_rows import FILE_FORMATS, pack_file_rows
+from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import BLOCKS, ExpertSpec, Format, GeometryError, tensor_bytes
 from moehive.kernels.linear import LinearOps, LinearWeights
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
@@ -17,7 +18,7 @@ from moehive.kernels.reference import intermediate
 # Where a block's f16 factors stand; all other bytes may be anything.
 FACTORS = {
     "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_k": (80, 82),
-    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,),
+    "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,), "mxfp4": (),
 }  # fmt: skip
 every_format = pytest.mark.parametrize("name", FACTORS)
 
@@ -30,6 +31,8 @@ def random_rows(name: str, rows: int, columns: int, seed: int) -> torch.Tensor:
     for at in FACTORS[name]:
         factors = rng.uniform(-0.01, 0.01, data.shape[:2]).astype(np.float16)
         data[:, :, at : at + 2] = factors[:, :, None].view(np.uint8)
+    if name == "mxfp4":  # a power of two, plus 127
+        data[:, :, 0] = rng.integers(118, 123, data.shape[:2])
     return torch.from_numpy(data.reshape(rows, -1))
 
 
@@ -40,7 +43,7 @@ def meant(name: str, rows: torch.Tensor) -> torch.Tensor:
 
 def pack(name: str, rows: torch.Tensor, columns: int) -> torch.Tensor:
     out = torch.empty(tensor_bytes(name, len(rows), columns), dtype=torch.uint8)
-    BLOCK_FORMATS[name].pack(rows, columns, out)
+    pack_file_rows(name, rows, columns, out)
     return out
 
 
@@ -68,8 +71,19 @@ def close(found: torch.Tensor, weights: torch.Tensor, x: torch.Tensor) -> None:
 def test_decoding_has_the_bits_of_gguf(name: str, rows: int) -> None:
     columns = 3 * BLOCKS[name][0]
     source = random_rows(name, rows, columns, seed=rows)
-    numbers = BLOCK_FORMATS[name].decode(pack(name, source, columns), (rows, columns))
+    numbers = FORMATS[name].decode(pack(name, source, columns), (rows, columns))
     assert torch.equal(numbers, meant(name, source))
+
+
+def test_every_file_format_is_tested() -> None:
+    assert tuple(FACTORS) == FILE_FORMATS
+
+
+def test_an_mxfp4_scale_that_is_no_number_is_refused() -> None:
+    nan = random_rows("mxfp4", 2, 64, 0)
+    nan[1, 17] = 255
+    with pytest.raises(GeometryError, match="not a number"):
+        pack("mxfp4", nan, 64)
 
 
 @every_format
@@ -83,7 +97,7 @@ def test_a_row_of_other_bytes_is_refused(name: str) -> None:
 def test_encoding_is_that_of_gguf(name: str) -> None:
     numbers = torch.randn(20, 64)
     out = torch.empty(tensor_bytes(name, 20, 64), dtype=torch.uint8)
-    BLOCK_FORMATS[name].encode(numbers, out)
+    FORMATS[name].encode(numbers, out)
     wanted = torch.from_numpy(gguf.quantize(numbers.numpy(), gguf.GGMLQuantizationType[name.upper()]))
     assert torch.equal(out, pack(name, wanted, 64))
 

@@ -5,7 +5,7 @@ from typing import get_args
 
 import torch
 
-from moehive.kernels.formats.blocks import BLOCK_FORMATS
+from moehive.kernels.formats.file_rows import FILE_FORMATS, pack_file_rows
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import Format
 
@@ -21,7 +21,7 @@ class TensorType:
     @property
     def format(self) -> Format:
         """Our format of the same bits, or bf16 for a type that kernels do not compute in."""
-        rows_of_files = (*_PLAIN, *BLOCK_FORMATS)
+        rows_of_files = (*_PLAIN, *FILE_FORMATS)
         return next((known for known in get_args(Format) if known == self.name and known in rows_of_files), "bf16")
 
 
@@ -81,4 +81,4 @@ def encode(kind: TensorType, rows: torch.Tensor, columns: int, format: Format, o
     elif kind.name in _PLAIN:
         out.view(rows.shape).copy_(rows)
     else:
-        BLOCK_FORMATS[format].pack(rows, columns, out)
+        pack_file_rows(format, rows, columns, out)
