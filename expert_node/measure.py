@@ -6,6 +6,7 @@ processor or another number of threads measures again.
 
 import json
 import logging
+import mmap
 import platform
 from pathlib import Path
 from time import perf_counter, time
@@ -59,7 +60,10 @@ def read_bandwidth(state: Path, threads: int) -> float:
 
 def _measure(threads: int) -> float:
     """The best of some passes over a buffer that no cache holds."""
-    buffer = torch.zeros(_buffer_bytes() // 4)
+    # The kernel's own pages, given back at the end: the allocator would keep what it freed.
+    pages = mmap.mmap(-1, _buffer_bytes())
+    buffer = torch.frombuffer(pages, dtype=torch.float32)
+    buffer.zero_()  # each page is there before the first pass
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -70,7 +74,9 @@ def _measure(threads: int) -> float:
             best = min(best, perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-    return buffer.numel() * 4 / best
+        del buffer
+        pages.close()
+    return _buffer_bytes() / best
 
 
 def _buffer_bytes() -> int:

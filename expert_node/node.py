@@ -24,6 +24,7 @@ from .agent import Agent
 from .executor import Executor
 from .fetch import SliceLoader
 from .files import lock_folder
+from .footprint import forget_start
 from .identity import NodeIdentity, obtain
 from .service import ExpertsService
 from .settings import Settings, default_name
@@ -113,6 +114,7 @@ async def start(settings: Settings) -> Node:
     memory = settings.memory_bytes
     if memory is None:
         memory = measure.memory_for_experts(measure.available_memory())
+    forget_start()
     bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
     store = ExpertStore(memory)
