@@ -164,13 +164,67 @@ class DrainReply(_message.Message):
     sentence: str
     def __init__(self, released: _Optional[bool] = ..., sentence: _Optional[str] = ...) -> None: ...
 
-class SliceRequest(_message.Message):
+class LocateRequest(_message.Message):
+    __slots__ = ("fingerprint", "experts", "avoid", "faults")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    AVOID_FIELD_NUMBER: _ClassVar[int]
+    FAULTS_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertWanted]
+    avoid: _containers.RepeatedScalarFieldContainer[str]
+    faults: _containers.RepeatedCompositeFieldContainer[SourceFault]
+    def __init__(self, fingerprint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertWanted, _Mapping]]] = ..., avoid: _Optional[_Iterable[str]] = ..., faults: _Optional[_Iterable[_Union[SourceFault, _Mapping]]] = ...) -> None: ...
+
+class SourceFault(_message.Message):
+    __slots__ = ("node_name", "layer", "expert")
+    NODE_NAME_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_FIELD_NUMBER: _ClassVar[int]
+    node_name: str
+    layer: int
+    expert: int
+    def __init__(self, node_name: _Optional[str] = ..., layer: _Optional[int] = ..., expert: _Optional[int] = ...) -> None: ...
+
+class LocateReply(_message.Message):
+    __slots__ = ("peers", "sources")
+    PEERS_FIELD_NUMBER: _ClassVar[int]
+    SOURCES_FIELD_NUMBER: _ClassVar[int]
+    peers: _containers.RepeatedCompositeFieldContainer[Peer]
+    sources: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, peers: _Optional[_Iterable[_Union[Peer, _Mapping]]] = ..., sources: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Peer(_message.Message):
+    __slots__ = ("node_name", "address")
+    NODE_NAME_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    node_name: str
+    address: str
+    def __init__(self, node_name: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
+
+class HashRequest(_message.Message):
     __slots__ = ("fingerprint", "experts")
     FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     fingerprint: str
     experts: _containers.RepeatedCompositeFieldContainer[ExpertWanted]
     def __init__(self, fingerprint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertWanted, _Mapping]]] = ...) -> None: ...
+
+class HashReply(_message.Message):
+    __slots__ = ("sha256",)
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    sha256: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, sha256: _Optional[_Iterable[bytes]] = ...) -> None: ...
+
+class SliceRequest(_message.Message):
+    __slots__ = ("fingerprint", "experts", "zstd")
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    ZSTD_FIELD_NUMBER: _ClassVar[int]
+    fingerprint: str
+    experts: _containers.RepeatedCompositeFieldContainer[ExpertWanted]
+    zstd: bool
+    def __init__(self, fingerprint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertWanted, _Mapping]]] = ..., zstd: _Optional[bool] = ...) -> None: ...
 
 class ExpertWanted(_message.Message):
     __slots__ = ("layer", "expert", "offset")
@@ -183,19 +237,19 @@ class ExpertWanted(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class SliceChunk(_message.Message):
-    __slots__ = ("layer", "expert", "offset", "total_bytes", "data", "sha256", "expert_sha256")
+    __slots__ = ("layer", "expert", "offset", "total_bytes", "data", "expert_sha256", "zstd_bytes")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    SHA256_FIELD_NUMBER: _ClassVar[int]
     EXPERT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    ZSTD_BYTES_FIELD_NUMBER: _ClassVar[int]
     layer: int
     expert: int
     offset: int
     total_bytes: int
     data: bytes
-    sha256: bytes
     expert_sha256: bytes
-    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., sha256: _Optional[bytes] = ..., expert_sha256: _Optional[bytes] = ...) -> None: ...
+    zstd_bytes: int
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., expert_sha256: _Optional[bytes] = ..., zstd_bytes: _Optional[int] = ...) -> None: ...

@@ -119,10 +119,20 @@ class ClusterStub:
                 request_serializer=moehive_dot_proto_dot_cluster__pb2.NodeReport.SerializeToString,
                 response_deserializer=moehive_dot_proto_dot_cluster__pb2.Directive.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/moehive.cluster.v1.Cluster/Locate',
+                request_serializer=moehive_dot_proto_dot_cluster__pb2.LocateRequest.SerializeToString,
+                response_deserializer=moehive_dot_proto_dot_cluster__pb2.LocateReply.FromString,
+                _registered_method=True)
         self.FetchSlice = channel.unary_stream(
                 '/moehive.cluster.v1.Cluster/FetchSlice',
                 request_serializer=moehive_dot_proto_dot_cluster__pb2.SliceRequest.SerializeToString,
                 response_deserializer=moehive_dot_proto_dot_cluster__pb2.SliceChunk.FromString,
+                _registered_method=True)
+        self.HashExperts = channel.unary_unary(
+                '/moehive.cluster.v1.Cluster/HashExperts',
+                request_serializer=moehive_dot_proto_dot_cluster__pb2.HashRequest.SerializeToString,
+                response_deserializer=moehive_dot_proto_dot_cluster__pb2.HashReply.FromString,
                 _registered_method=True)
         self.Renew = channel.unary_unary(
                 '/moehive.cluster.v1.Cluster/Renew',
@@ -147,8 +157,22 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Where to fetch experts from: nodes that have them or are about to, so that each leaves the coordinator once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def FetchSlice(self, request, context):
-        """The bytes of some experts, expert by expert in the order asked for, in hashed chunks.
+        """The bytes of some experts, expert by expert in the order asked for, in chunks.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HashExperts(self, request, context):
+        """What experts hash to, by which a node checks what another node gave it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -176,10 +200,20 @@ def add_ClusterServicer_to_server(servicer, server):
                     request_deserializer=moehive_dot_proto_dot_cluster__pb2.NodeReport.FromString,
                     response_serializer=moehive_dot_proto_dot_cluster__pb2.Directive.SerializeToString,
             ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=moehive_dot_proto_dot_cluster__pb2.LocateRequest.FromString,
+                    response_serializer=moehive_dot_proto_dot_cluster__pb2.LocateReply.SerializeToString,
+            ),
             'FetchSlice': grpc.unary_stream_rpc_method_handler(
                     servicer.FetchSlice,
                     request_deserializer=moehive_dot_proto_dot_cluster__pb2.SliceRequest.FromString,
                     response_serializer=moehive_dot_proto_dot_cluster__pb2.SliceChunk.SerializeToString,
+            ),
+            'HashExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.HashExperts,
+                    request_deserializer=moehive_dot_proto_dot_cluster__pb2.HashRequest.FromString,
+                    response_serializer=moehive_dot_proto_dot_cluster__pb2.HashReply.SerializeToString,
             ),
             'Renew': grpc.unary_unary_rpc_method_handler(
                     servicer.Renew,
@@ -231,6 +265,33 @@ class Cluster:
             _registered_method=True)
 
     @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moehive.cluster.v1.Cluster/Locate',
+            moehive_dot_proto_dot_cluster__pb2.LocateRequest.SerializeToString,
+            moehive_dot_proto_dot_cluster__pb2.LocateReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def FetchSlice(request,
             target,
             options=(),
@@ -247,6 +308,33 @@ class Cluster:
             '/moehive.cluster.v1.Cluster/FetchSlice',
             moehive_dot_proto_dot_cluster__pb2.SliceRequest.SerializeToString,
             moehive_dot_proto_dot_cluster__pb2.SliceChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HashExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/moehive.cluster.v1.Cluster/HashExperts',
+            moehive_dot_proto_dot_cluster__pb2.HashRequest.SerializeToString,
+            moehive_dot_proto_dot_cluster__pb2.HashReply.FromString,
             options,
             channel_credentials,
             insecure,
@@ -301,6 +389,82 @@ class Cluster:
             '/moehive.cluster.v1.Cluster/Drain',
             moehive_dot_proto_dot_cluster__pb2.DrainRequest.SerializeToString,
             moehive_dot_proto_dot_cluster__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class PeersStub:
+    """Mutual TLS, served by each node at its address; only nodes of the same cluster may ask.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.FetchSlice = channel.unary_stream(
+                '/moehive.cluster.v1.Peers/FetchSlice',
+                request_serializer=moehive_dot_proto_dot_cluster__pb2.SliceRequest.SerializeToString,
+                response_deserializer=moehive_dot_proto_dot_cluster__pb2.SliceChunk.FromString,
+                _registered_method=True)
+
+
+class PeersServicer:
+    """Mutual TLS, served by each node at its address; only nodes of the same cluster may ask.
+    """
+
+    def FetchSlice(self, request, context):
+        """As Cluster.FetchSlice. An expert that is on its way to the node is waited for; NOT_FOUND when it is not.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_PeersServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'FetchSlice': grpc.unary_stream_rpc_method_handler(
+                    servicer.FetchSlice,
+                    request_deserializer=moehive_dot_proto_dot_cluster__pb2.SliceRequest.FromString,
+                    response_serializer=moehive_dot_proto_dot_cluster__pb2.SliceChunk.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'moehive.cluster.v1.Peers', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('moehive.cluster.v1.Peers', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Peers:
+    """Mutual TLS, served by each node at its address; only nodes of the same cluster may ask.
+    """
+
+    @staticmethod
+    def FetchSlice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/moehive.cluster.v1.Peers/FetchSlice',
+            moehive_dot_proto_dot_cluster__pb2.SliceRequest.SerializeToString,
+            moehive_dot_proto_dot_cluster__pb2.SliceChunk.FromString,
             options,
             channel_credentials,
             insecure,
