@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
 from time import monotonic
 
 import psutil
@@ -11,9 +10,8 @@ import torch
 
 from moehive.kernels.ops import Reduction
 
-from .checkpoints.checkpoint import Checkpoint
 from .checkpoints.gguf.checkpoint import GgufCheckpoint
-from .checkpoints.hub import resolve
+from .checkpoints.opening import ModelSource, open_model, trunk_of
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
 from .cluster.server import ClusterServer
@@ -94,7 +92,7 @@ class Coordinator:
         self._store = Store(settings.state_dir / "coordinator.sqlite")
         self._cleanup.callback(self._store.close)
         doors = PublicDoors(settings, self._store, self._authority)
-        path, checkpoint = await asyncio.to_thread(_open, settings.model)
+        checkpoint = await asyncio.to_thread(open_model, settings.model)
         self.manifest = manifest = checkpoint.manifest
         self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
@@ -105,7 +103,7 @@ class Coordinator:
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
         engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
-        text = await asyncio.to_thread(_text, path, checkpoint)
+        text = await asyncio.to_thread(_text, checkpoint)
         info = ModelInfo(
             id=manifest.name,
             family=checkpoint.family,
@@ -119,7 +117,7 @@ class Coordinator:
         await doors.start(GenerationService(engine, text, info, self.status))
         self.grpc_port, self.http_port = doors.grpc_port, doors.http_port
 
-    async def _start_cluster(self, checkpoint: Checkpoint | GgufCheckpoint) -> None:
+    async def _start_cluster(self, checkpoint: ModelSource) -> None:
         settings, manifest = self.settings, checkpoint.manifest
         # The follower is told of changes, and asks back: each needs the other, so one is named later.
         follower = Follower(self.dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
@@ -172,14 +170,7 @@ class Coordinator:
         )
 
 
-def _open(model: str) -> tuple[Path, Checkpoint | GgufCheckpoint]:
-    """A directory or GGUF file goes by its own name, a model from a hub by its id."""
-    path = resolve(model)
-    if path.suffix == ".gguf" and not path.is_dir():
-        return path, GgufCheckpoint.open(path)
-    return path, Checkpoint.open(path, None if Path(model).expanduser().exists() else model)
-
-
-def _text(path: Path, checkpoint: Checkpoint | GgufCheckpoint) -> Text:
+def _text(checkpoint: ModelSource) -> Text:
     """Tokenizer and chat template, from wherever the checkpoint keeps them."""
-    return Text(*checkpoint.tokenizer()) if isinstance(checkpoint, GgufCheckpoint) else Text.load(path)
+    trunk = trunk_of(checkpoint)
+    return Text(*trunk.tokenizer()) if isinstance(trunk, GgufCheckpoint) else Text.load(trunk.path)

@@ -6,8 +6,7 @@ from moehive.kernels.linear import LinearOps
 from moehive.kernels.native import NativeLibraryError
 from moehive.kernels.trunk_ops import TrunkOps
 
-from .checkpoints.checkpoint import Checkpoint
-from .checkpoints.gguf.checkpoint import GgufCheckpoint
+from .checkpoints.opening import ModelSource
 from .models.base import Trunk
 from .models.generic import GenericTrunk
 from .models.lean import families
@@ -16,7 +15,7 @@ from .models.lean.batch import Ops
 log = logging.getLogger(__name__)
 
 
-def load_trunk(checkpoint: Checkpoint | GgufCheckpoint, threads: int) -> Trunk:
+def load_trunk(checkpoint: ModelSource, threads: int) -> Trunk:
     """The trunk with its weights in memory; `threads`: cores for its native operations, at least 1.
 
     Raises CoordinatorError for tensors that are missing or do not fit.

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import bench, bench_decode, cluster, demo, serve, talk, up
+from . import bench, bench_decode, cluster, demo, packs, serve, talk, up
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -33,6 +33,8 @@ app.command(
     "node", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )(serve.node)
 app.command("token")(cluster.token)
+app.command("convert")(packs.convert)
+app.command("verify")(packs.verify)
 app.add_typer(keys, name="key")
 app.add_typer(benches, name="bench")
 benches.command("load")(bench.load)

@@ -75,6 +75,11 @@ def open_gguf(path: Path) -> GgufFile:
     return GgufFile(path, metadata, tensors, digest.hexdigest())
 
 
+def first_part(path: Path) -> Path:
+    """The part of a model that holds its metadata: the file itself unless it is split."""
+    return _parts(path)[0]
+
+
 def _parts(path: Path) -> list[Path]:
     match = _PART.fullmatch(path.name)
     if match is None:

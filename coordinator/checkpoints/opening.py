@@ -1,0 +1,33 @@
+"""A model on this machine, whatever it is: a directory of safetensors, a GGUF file, a pack."""
+
+from pathlib import Path
+from typing import TypeAlias
+
+from ..types import CoordinatorError
+from .checkpoint import Checkpoint
+from .gguf.checkpoint import GgufCheckpoint
+from .hub import resolve
+from .pack.checkpoint import PackCheckpoint, is_pack
+from .pack.journal import NAME as JOURNAL
+
+ModelSource: TypeAlias = Checkpoint | GgufCheckpoint | PackCheckpoint
+
+
+def open_model(model: str) -> ModelSource:
+    """Opens a path or a hub id; of the latter only what is missing here is downloaded.
+
+    A directory or file goes by its own name, a model from a hub by its id. Raises CoordinatorError, one sentence.
+    """
+    path = resolve(model)
+    if not path.is_dir():
+        return GgufCheckpoint.open(path)
+    if is_pack(path):
+        return PackCheckpoint.open(path)
+    if (path / JOURNAL).exists():
+        raise CoordinatorError(f"{path} is a pack that is not finished; run the same `moehive convert` again.")
+    return Checkpoint.open(path, None if Path(model).expanduser().exists() else model)
+
+
+def trunk_of(source: ModelSource) -> Checkpoint | GgufCheckpoint:
+    """The checkpoint that everything but the experts comes from."""
+    return source.trunk if isinstance(source, PackCheckpoint) else source

@@ -1,0 +1,129 @@
+"""A pack as the coordinator sees it: the trunk is a checkpoint of its own, an expert is a range of a file."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+
+from moehive.kernels.geometry import ExpertId
+
+from ...types import CoordinatorError
+from ..architecture import Architecture
+from ..checkpoint import Checkpoint
+from ..gguf.checkpoint import GgufCheckpoint
+from ..gguf.tensors import GgufTrunk
+from ..trunk_tensors import SafetensorsTrunk
+from .manifest import NAME, TRUNK, PackManifest, file_name, read_manifest, stride
+from .trunk import GGUF_NAME
+
+
+class FileRange(NamedTuple):
+    """Bytes of a file: `offset` is a multiple of 4096."""
+
+    path: Path
+    offset: int
+    nbytes: int
+
+
+class PackCheckpoint:
+    """One model in a pack. `expert_blob` may be called from several threads; `manifest` describes the experts.
+
+    `trunk` is the checkpoint that everything but the experts comes from: the pack's own, or the source of a pack that
+    is served in place.
+    """
+
+    def __init__(self, path: Path, pack: PackManifest, trunk: Checkpoint | GgufCheckpoint) -> None:
+        """Use `PackCheckpoint.open`."""
+        self.path = path
+        self.pack = pack
+        self.trunk = trunk
+        self.manifest = pack.manifest
+        self.computed_as_stored = True
+        self.family = trunk.family
+        self.config: PreTrainedConfig = trunk.config
+        self.dtype = trunk.dtype
+        self.context_length = trunk.context_length
+
+    @classmethod
+    def open(cls, path: Path) -> PackCheckpoint:
+        """Opens the pack in directory `path`. Raises CoordinatorError, one sentence, for one that is not whole."""
+        pack = read_manifest(path)
+        if pack.in_place:
+            source = Path(pack.source)
+            if not source.exists():
+                raise CoordinatorError(
+                    f"{path} serves {source} in place, which is gone; bring it back or convert it."
+                )
+            trunk = _open(source, pack)
+            if trunk.manifest.fingerprint != pack.source_fingerprint:
+                raise CoordinatorError(f"{source} was changed after {path} was made of it; convert it again.")
+            return cls(path, pack, trunk)
+        gguf = path / TRUNK / GGUF_NAME
+        return cls(path, pack, _open(gguf if gguf.exists() else path / TRUNK, pack))
+
+    def expert_blob(self, expert: ExpertId) -> torch.Tensor:
+        """One expert's blob (kernels/geometry.py), uint8 [manifest.nbytes(expert)], checked against its hash.
+
+        It shares the file's pages (private to this process once written to). Raises CoordinatorError when the file
+        can't be read, or when its bytes are not those that were written.
+        """
+        blob = self.trunk.expert_blob(expert) if self.pack.in_place else _map(self.expert_range(expert))
+        buffer: Any = blob.numpy()
+        if hashlib.sha256(buffer).digest() != self.expert_hash(expert):
+            raise CoordinatorError(
+                f"Expert {expert.expert} of MoE layer {expert.layer} in {self.path} is damaged; run `moehive verify`,"
+                " then copy or convert the model again."
+            )
+        return blob
+
+    def expert_hash(self, expert: ExpertId) -> bytes:
+        """SHA-256 of one expert's blob, 32 bytes, as it was when the pack was made."""
+        return self.pack.sha256(expert)
+
+    def expert_range(self, expert: ExpertId) -> FileRange | None:
+        """Where one expert's blob lies, for who sends or maps it as it is; None in a pack that is served in place."""
+        if self.pack.in_place:
+            return None
+        nbytes = self.manifest.nbytes(expert)
+        return FileRange(self.path / file_name(expert.layer), expert.expert * stride(nbytes), nbytes)
+
+    def load_trunk(self) -> Architecture:
+        """See Checkpoint.load_trunk."""
+        return self.trunk.load_trunk()
+
+    def trunk_tensors(self) -> SafetensorsTrunk | GgufTrunk:
+        """See Checkpoint.trunk_tensors."""
+        return self.trunk.trunk_tensors()
+
+
+def is_pack(path: Path) -> bool:
+    """Whether a directory is a pack, whole or not."""
+    return (path / NAME).exists()
+
+
+def _open(path: Path, pack: PackManifest) -> Checkpoint | GgufCheckpoint:
+    manifest = None if pack.in_place else pack.manifest
+    name = pack.manifest.name
+    return (
+        Checkpoint.open(path, name, manifest) if path.is_dir() else GgufCheckpoint.open(path, name, manifest)
+    )  # fmt: skip
+
+
+def _map(place: FileRange | None) -> torch.Tensor:
+    assert place is not None
+    try:
+        with place.path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size < place.offset + place.nbytes:
+                raise CoordinatorError(f"{place.path} has become shorter; copy the pack again.")
+            mapped = mmap.mmap(
+                file.fileno(), place.nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=place.offset
+            )
+    except OSError as error:
+        raise CoordinatorError(f"{place.path} can't be read: {error.strerror}.") from error
+    return torch.frombuffer(mapped, dtype=torch.uint8)

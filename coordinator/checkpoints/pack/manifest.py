@@ -1,0 +1,200 @@
+"""A pack: one model in a directory, its experts laid out as nodes compute them, with a hash for each.
+
+    pack.msgpack         what this module reads and writes; written last, so a directory that has it is whole
+    experts-00000.bin    all experts of MoE layer 0, one blob (kernels/geometry.py) after the other, each at a
+                         multiple of 4096 bytes, so that a file's pages can be mapped or sent as they are
+    trunk/               the rest of the model as its source has it: a checkpoint without routed experts
+
+A pack that is served in place has neither files nor trunk, only where its source lies.
+"""
+
+import hashlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import msgpack
+
+from moehive.kernels.geometry import ExpertId, GeometryError, Manifest
+from moehive.kernels.manifest import from_bytes, to_bytes
+
+from ...types import CoordinatorError
+
+NAME = "pack.msgpack"
+TRUNK = "trunk"
+PAGE = 4096  # bytes
+VERSION = 1
+MAX_BYTES = 256 << 20
+_DIGEST = 32  # bytes of SHA-256
+
+
+@dataclass(frozen=True, slots=True)
+class TrunkFile:
+    """One file of `trunk/`: its name, size in bytes, and SHA-256."""
+
+    name: str
+    nbytes: int
+    sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PackManifest:
+    """What `pack.msgpack` holds.
+
+    `hashes[layer]` are the SHA-256 of the layer's blobs, 32 bytes each, one after the other. `identity` says which
+    source and which format the pack was made of (`identity_of`). `source`: where the checkpoint lies that is served
+    in place, else empty. `source_fingerprint`: the source's own, as it was.
+    """
+
+    manifest: Manifest
+    identity: bytes
+    hashes: tuple[bytes, ...]
+    source: str = ""
+    source_fingerprint: str = ""
+    trunk: tuple[TrunkFile, ...] = field(default=())
+
+    @property
+    def in_place(self) -> bool:
+        """Whether the experts stay in the source's files."""
+        return bool(self.source)
+
+    def sha256(self, expert: ExpertId) -> bytes:
+        """The hash of one expert's blob."""
+        start = expert.expert * _DIGEST
+        return self.hashes[expert.layer][start : start + _DIGEST]
+
+
+def file_name(layer: int) -> str:
+    """The file of a MoE layer's experts."""
+    return f"experts-{layer:05d}.bin"
+
+
+def stride(nbytes: int) -> int:
+    """From one blob of `nbytes` to the next in a file."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+def content_fingerprint(manifest: Manifest, hashes: tuple[bytes, ...]) -> str:
+    """A fingerprint of what the experts are, whenever and wherever the pack was made."""
+    digest = hashlib.sha256()
+    for layer, found in zip(manifest.layers, hashes, strict=True):
+        digest.update(repr(layer).encode())
+        digest.update(found)
+    return digest.hexdigest()
+
+
+def identity_of(source: Manifest, target: Manifest, in_place: bool) -> bytes:
+    """32 bytes that differ when the source or what it is to become differs."""
+    return hashlib.sha256(to_bytes(source) + to_bytes(target) + bytes([in_place])).digest()
+
+
+def write_manifest(folder: Path, pack: PackManifest) -> None:
+    """Writes `pack.msgpack` beside, then in its place; afterwards the pack is whole. Raises OSError."""
+    packed = {
+        "version": VERSION,
+        "manifest": to_bytes(pack.manifest),
+        "identity": pack.identity,
+        "hashes": list(pack.hashes),
+        "source": pack.source,
+        "source_fingerprint": pack.source_fingerprint,
+        "trunk": [[file.name, file.nbytes, file.sha256] for file in pack.trunk],
+    }
+    body = cast(bytes, msgpack.packb(packed))
+    part = folder / f".{NAME}"
+    with part.open("wb") as out:
+        out.write(cast(bytes, msgpack.packb({"body": body, "sha256": hashlib.sha256(body).digest()})))
+        out.flush()
+        os.fsync(out.fileno())
+    part.rename(folder / NAME)
+    sync_folder(folder)
+
+
+def read_manifest(folder: Path) -> PackManifest:
+    """Reads and checks `pack.msgpack`; the sizes of the files that it speaks of are checked too.
+
+    Raises CoordinatorError, one sentence, for anything that `write_manifest` would not have written.
+    """
+    path = folder / NAME
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_BYTES:
+                raise CoordinatorError(f"{path} has {size} bytes; a pack's manifest has at most {MAX_BYTES}.")
+            data = file.read()
+    except OSError as error:
+        raise CoordinatorError(f"{path} can't be read: {error.strerror}.") from error
+    try:
+        outer: Any = msgpack.unpackb(data, max_map_len=2, max_bin_len=MAX_BYTES)
+        if hashlib.sha256(outer["body"]).digest() != outer["sha256"]:
+            raise CoordinatorError(f"{path} is damaged; copy the pack again, or convert the model again.")
+        pack = _checked(msgpack.unpackb(outer["body"], max_map_len=64, max_array_len=4096, max_bin_len=MAX_BYTES))
+    except CoordinatorError:
+        raise
+    except GeometryError as error:
+        raise CoordinatorError(f"{path}: {error}") from error
+    except Exception as error:  # msgpack raises many kinds for hostile bytes, and so do fields of the wrong type
+        raise CoordinatorError(f"{path} is not a pack's manifest, or is damaged; convert the model again.") from error
+    _check_files(folder, pack)
+    return pack
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new files of a directory survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _checked(packed: dict[str, Any]) -> PackManifest:
+    if packed["version"] != VERSION:
+        raise CoordinatorError(
+            f"The pack has version {packed['version']!r}; this build reads {VERSION}. Convert the model again."
+        )
+    manifest = from_bytes(packed["manifest"])
+    pack = PackManifest(
+        manifest,
+        packed["identity"],
+        tuple(packed["hashes"]),
+        packed["source"],
+        packed["source_fingerprint"],
+        tuple(TrunkFile(*file) for file in packed["trunk"]),
+    )
+    whole = (
+        type(pack.identity) is bytes
+        and len(pack.identity) == _DIGEST
+        and all(type(found) is bytes for found in pack.hashes)
+        and [len(found) for found in pack.hashes] == [layer.experts * _DIGEST for layer in manifest.layers]
+        and type(pack.source) is str
+        and type(pack.source_fingerprint) is str
+        and all(
+            type(file.name) is str
+            and type(file.nbytes) is int
+            and type(file.sha256) is bytes
+            and Path(file.name).name == file.name
+            and file.name not in ("", ".", "..")
+            for file in pack.trunk
+        )
+    )
+    if not whole:
+        raise GeometryError("A pack's manifest has a field of the wrong type or size.")
+    return pack
+
+
+def _check_files(folder: Path, pack: PackManifest) -> None:
+    if pack.in_place:
+        return
+    wanted = {
+        folder / file_name(number): layer.experts * stride(layer.spec.nbytes)
+        for number, layer in enumerate(pack.manifest.layers)
+    }
+    wanted |= {folder / TRUNK / file.name: file.nbytes for file in pack.trunk}
+    for path, nbytes in wanted.items():
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CoordinatorError(f"{path} can't be read ({error.strerror}); copy the pack again.") from error
+        if size != nbytes:
+            raise CoordinatorError(f"{path} has {size} bytes, but {nbytes} belong into it; copy the pack again.")

@@ -1,0 +1,120 @@
+"""`moehive convert` and `moehive verify`: a model into a pack, and a pack against its hashes."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..types import CoordinatorError
+from .options import Json
+from .process import prepare
+
+Pack = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")]
+
+
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Directory of safetensors, a .gguf file, another pack, or a hub id (org/name).")
+    ],
+    pack: Pack,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the experts, as q8_0 or int4_g32; 'keep' copies them as they are.",
+            show_default="served in place, without a copy, where kernels compute in the source's own format",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=256, help="Experts in work at once.", show_default="a core each")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Makes a pack of a model: a hash for each expert, and its experts laid out as nodes compute them.
+
+    It may be stopped at any time; the same command goes on where it was.
+    """
+    prepare(verbose=False)
+    import torch
+
+    from ..checkpoints.opening import open_model
+    from ..checkpoints.pack.convert import convert as run
+    from ..settings import cores
+
+    torch.set_num_threads(1)  # each worker is one thread
+    opened = open_model(source)
+    words = "Hashing" if format is None and opened.computed_as_stored else "Converting"
+    with _progress(words, quiet=as_json) as progress:
+        made = run(opened, pack, format, workers or cores(), progress)
+    if as_json:
+        row = {
+            "pack": str(pack),
+            "in_place": made.in_place,
+            "experts": made.experts,
+            "resumed": made.resumed,
+            "expert_bytes": made.expert_bytes,
+            "trunk_bytes": made.trunk_bytes,
+            "seconds": made.seconds,
+        }
+        typer.echo(json.dumps(row))
+        return
+    size = f"{made.experts:,} experts of {made.manifest.name}, {made.expert_bytes / 1e9:,.2f} GB"
+    if made.resumed == made.experts:
+        typer.echo(f"{pack} is whole already: {size}.")
+    elif made.in_place:
+        typer.echo(
+            f"{size}, are in a format that nodes compute in, so nothing was copied: {pack} holds their hashes and "
+            f"serves {source} in place. --format keep makes a copy that needs the source no more."
+        )
+    else:
+        rate = made.expert_bytes * (1 - made.resumed / made.experts) / max(made.seconds, 1e-9)
+        typer.echo(
+            f"{size}, and a trunk of {made.trunk_bytes / 1e9:,.2f} GB are in {pack}: {made.seconds:,.1f} s, "
+            f"{rate / 1e6:,.0f} MB/s" + (f", {made.resumed:,} experts were there already." if made.resumed else ".")
+        )
+    typer.echo(f"Run it: moehive up --model {pack}")
+
+
+def verify(pack: Pack, as_json: Json = False) -> None:
+    """Reads a whole pack and compares each expert with its hash; says which are damaged (exit code 1)."""
+    from ..checkpoints.pack.verify import verify as run
+    from ..settings import cores
+
+    with _progress("Verifying", quiet=as_json) as progress:
+        found = run(pack, cores(), progress)
+    if as_json:
+        row = {
+            "experts": found.experts,
+            "bytes": found.nbytes,
+            "damaged": [{"layer": expert.layer, "expert": expert.expert} for expert in found.damaged],
+            "damaged_files": list(found.damaged_files),
+        }
+        typer.echo(json.dumps(row))
+    if found.damaged or found.damaged_files:
+        parts = [f"expert {expert.expert} of MoE layer {expert.layer}" for expert in found.damaged[:20]]
+        parts += [f"the trunk's {name}" for name in found.damaged_files]
+        more = f" and {len(found.damaged) - 20} more experts" if len(found.damaged) > 20 else ""
+        raise CoordinatorError(f"{pack} is damaged: {', '.join(parts)}{more}; copy or convert the model again.")
+    if not as_json:
+        typer.echo(f"{pack} is whole: {found.experts:,} experts, {found.nbytes / 1e9:,.2f} GB.")
+
+
+@contextmanager
+def _progress(words: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, which is told bytes done and bytes in all."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
