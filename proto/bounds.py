@@ -19,6 +19,8 @@ MAX_LAYERS = 1024
 MAX_EXPERTS = 65_536  # of a layer, and of one slice request
 MAX_CHUNK_BYTES = 1 << 20
 SHA256_BYTES = 32
+MAX_NODES = 1024  # of a cluster, named in one message
+MAX_FAULTS = 64  # of sources, named in one message
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
@@ -146,21 +148,56 @@ def check_drain(request: pb.DrainRequest) -> None:
 def check_slice_request(request: pb.SliceRequest) -> None:
     """Raises BoundsError."""
     fingerprint(request.fingerprint)
-    if not 1 <= len(request.experts) <= MAX_EXPERTS:
-        raise BoundsError(f"A slice request must name 1 to {MAX_EXPERTS} experts.")
+    _experts(len(request.experts))
 
 
 def check_chunk(chunk: pb.SliceChunk) -> None:
-    """Raises BoundsError; whether the hashes are right is the reader's to check."""
-    if len(chunk.data) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
+    """Raises BoundsError; whether the bytes are right is the reader's to check."""
+    if max(len(chunk.data), chunk.zstd_bytes) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
         raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
-    end = chunk.offset + len(chunk.data)
+    end = chunk.offset + (chunk.zstd_bytes or len(chunk.data))
     if end > chunk.total_bytes:
         raise BoundsError("A chunk reaches beyond its expert's end.")
-    if len(chunk.sha256) != SHA256_BYTES:
-        raise BoundsError("A chunk must carry the SHA-256 of its data.")
     if len(chunk.expert_sha256) != (SHA256_BYTES if end == chunk.total_bytes else 0):
         raise BoundsError("The SHA-256 of a whole expert belongs on its last chunk, and only there.")
+
+
+def check_locate(request: pb.LocateRequest) -> None:
+    """Raises BoundsError."""
+    fingerprint(request.fingerprint)
+    _experts(len(request.experts))
+    if len(request.avoid) > MAX_NODES or len(request.faults) > MAX_FAULTS:
+        raise BoundsError(f"At most {MAX_NODES} nodes to avoid and {MAX_FAULTS} faults can be named at once.")
+    for name in (*request.avoid, *(fault.node_name for fault in request.faults)):
+        node_name(name)
+
+
+def check_located(reply: pb.LocateReply, asked: int) -> None:
+    """Raises BoundsError when it does not answer for `asked` experts."""
+    if len(reply.sources) != asked or len(reply.peers) > MAX_NODES:
+        raise BoundsError(f"The coordinator named {len(reply.sources)} sources for {asked} experts.")
+    if max(reply.sources, default=0) > len(reply.peers):
+        raise BoundsError("The coordinator named a source that it did not describe.")
+    for peer in reply.peers:
+        node_name(peer.node_name)
+        host_port(peer.address)
+
+
+def check_hash_request(request: pb.HashRequest) -> None:
+    """Raises BoundsError."""
+    fingerprint(request.fingerprint)
+    _experts(len(request.experts))
+
+
+def check_hashes(reply: pb.HashReply, asked: int) -> None:
+    """Raises BoundsError when it does not answer for `asked` experts."""
+    if len(reply.sha256) != asked or any(len(digest) != SHA256_BYTES for digest in reply.sha256):
+        raise BoundsError(f"The coordinator did not give a SHA-256 for each of {asked} experts.")
+
+
+def _experts(count: int) -> None:
+    if not 1 <= count <= MAX_EXPERTS:
+        raise BoundsError(f"A slice request must name 1 to {MAX_EXPERTS} experts.")
 
 
 def _finite(value: float, what: str) -> None:

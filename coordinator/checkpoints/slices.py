@@ -1,18 +1,17 @@
-"""Sends experts to nodes: each expert's blob in hashed chunks, read from the checkpoint when it is asked for.
+"""Sends experts to nodes, read from the checkpoint when they are asked for, in chunks.
 
 Never more than a few experts are in memory, whatever the number of nodes: a stream holds one blob at a time, and
 all streams together at most what BLOB_BYTES allows. gRPC's flow control holds a stream back whose node is slow.
 """
 
 import asyncio
-import hashlib
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import TYPE_CHECKING
 
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
-from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_slice_request
+from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_hash_request, check_slice_request
+from moehive.proto.chunks import make_chunks, sha256_of, spans, worth_compressing
 
 from ..types import CoordinatorError
 
@@ -21,27 +20,28 @@ if TYPE_CHECKING:
 
 BLOB_BYTES = 256 << 20  # of blobs in memory, all streams together; two are always allowed
 MAX_STREAMS = 16  # that send at once
+_AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # made in one go by a thread, which is quicker than one by one
 
 
 class SliceMismatch(CoordinatorError):
     """The node asks for the experts of another model."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """Bytes [start, end) of a blob and their SHA-256."""
-
-    start: int
-    end: int
-    sha256: bytes
-
-
 class SliceSource:
-    """Streams slices of one model. `expert_blob` reads one expert, uint8 [nbytes]; it is called in threads."""
+    """Streams slices of one model, and knows what its experts hash to; use it on one event loop."""
 
-    def __init__(self, manifest: Manifest, expert_blob: "Callable[[ExpertId], torch.Tensor]") -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        expert_blob: "Callable[[ExpertId], torch.Tensor]",
+        known_hash: Callable[[ExpertId], bytes | None] = lambda _: None,
+    ) -> None:
+        """`expert_blob` reads one expert, uint8 [nbytes], in a thread; `known_hash` is its SHA-256 where stored."""
+        self.bytes_sent = 0  # on the wire, of experts
         self._manifest = manifest
         self._expert_blob = expert_blob
+        self._known_hash = known_hash
+        self._hashes: dict[ExpertId, bytes] = {}  # of experts that were read once
         largest = max(layer.spec.nbytes for layer in manifest.layers)
         self._slots = asyncio.Semaphore(max(2, min(MAX_STREAMS, BLOB_BYTES // largest)))
 
@@ -52,43 +52,47 @@ class SliceSource:
         Raises BoundsError, SliceMismatch, and what reading the checkpoint raises.
         """
         check_slice_request(request)
-        if request.fingerprint != self._manifest.fingerprint:
-            raise SliceMismatch(
-                f"The node asks for model {request.fingerprint[:12]}…, this coordinator serves "
-                f"{self._manifest.name} ({self._manifest.fingerprint[:12]}…); wait for the next slice."
-            )
-        wanted = [(ExpertId(want.layer, want.expert), want.offset) for want in request.experts]
-        for expert, offset in wanted:
-            self._check(expert, offset)
+        wanted = [(expert, want.offset) for expert, want in self.named(request.fingerprint, request.experts)]
         for expert, offset in wanted:
             async with self._slots:
-                blob, digest, pieces = await asyncio.to_thread(self._read, expert, offset)
-                for piece in pieces:
-                    yield pb.SliceChunk(
-                        layer=expert.layer,
-                        expert=expert.expert,
-                        offset=piece.start,
-                        total_bytes=len(blob),
-                        data=bytes(blob[piece.start : piece.end]),
-                        sha256=piece.sha256,
-                        expert_sha256=digest if piece.end == len(blob) else b"",
-                    )
+                blob, digest, zstd = await asyncio.to_thread(self._read, expert, request.zstd)
+                for span in spans(offset, len(blob), _AHEAD_BYTES):
+                    for chunk in await asyncio.to_thread(make_chunks, expert, blob, span, digest, zstd):
+                        self.bytes_sent += len(chunk.data)
+                        yield chunk
 
-    def _check(self, expert: ExpertId, offset: int) -> None:
-        layers = self._manifest.layers
-        if expert.layer >= len(layers) or expert.expert >= layers[expert.layer].experts:
-            raise BoundsError(f"The model has no expert {expert.expert} in MoE layer {expert.layer}.")
-        nbytes = self._manifest.nbytes(expert)
-        if offset > nbytes:
-            raise BoundsError(f"Expert {expert.expert} of layer {expert.layer} has {nbytes} bytes, not {offset}.")
+    async def hashes(self, request: pb.HashRequest) -> list[bytes]:
+        """The SHA-256 of each expert asked for; those that nothing has read yet are read. Raises as `stream`."""
+        check_hash_request(request)
+        digests: list[bytes] = []
+        for expert, _ in self.named(request.fingerprint, request.experts):
+            digest = self._hashes.get(expert) or self._known_hash(expert)
+            if digest is None:
+                async with self._slots:
+                    digest = (await asyncio.to_thread(self._read, expert, False))[1]
+            digests.append(digest)
+        return digests
 
-    def _read(self, expert: ExpertId, offset: int) -> tuple[memoryview, bytes, list[_Piece]]:
-        """The blob, its SHA-256 and the pieces from `offset` on; in a thread, hashing releases the GIL."""
+    def named(self, fingerprint: str, wanted: Iterable[pb.ExpertWanted]) -> list[tuple[ExpertId, pb.ExpertWanted]]:
+        """The experts that a node names, each with what it says of it. Raises BoundsError, SliceMismatch."""
+        manifest = self._manifest
+        if fingerprint != manifest.fingerprint:
+            raise SliceMismatch(
+                f"The node asks for model {fingerprint[:12]}…, this coordinator serves "
+                f"{manifest.name} ({manifest.fingerprint[:12]}…); wait for the next slice."
+            )
+        named = [(ExpertId(want.layer, want.expert), want) for want in wanted]
+        for (layer, number), want in named:
+            if layer >= len(manifest.layers) or number >= manifest.layers[layer].experts:
+                raise BoundsError(f"The model has no expert {number} in MoE layer {layer}.")
+            nbytes = manifest.layers[layer].spec.nbytes
+            if want.offset > nbytes:
+                raise BoundsError(f"Expert {number} of layer {layer} has {nbytes} bytes, not {want.offset}.")
+        return named
+
+    def _read(self, expert: ExpertId, may_compress: bool) -> tuple[memoryview, bytes, bool]:
+        """The blob, its SHA-256, and whether to compress it; in a thread, hashing releases the GIL."""
         blob = memoryview(self._expert_blob(expert).numpy())  # type: ignore[arg-type]
-        whole = hashlib.sha256(blob)
-        starts = range(offset, len(blob), MAX_CHUNK_BYTES) or range(offset, offset + 1)
-        pieces = []
-        for start in starts:
-            end = min(start + MAX_CHUNK_BYTES, len(blob))
-            pieces.append(_Piece(start, end, hashlib.sha256(blob[start:end]).digest()))
-        return blob, whole.digest(), pieces
+        digest = self._hashes.get(expert) or self._known_hash(expert) or sha256_of(blob)
+        self._hashes[expert] = digest
+        return blob, digest, may_compress and worth_compressing(blob)

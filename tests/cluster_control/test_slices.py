@@ -27,12 +27,11 @@ def request_for(manifest, *wanted):
 
 
 async def fetch(node, request):
-    """The bytes of each expert, each chunk and hash checked."""
+    """The bytes of each expert, each chunk within its bounds."""
     got: dict[tuple[int, int], bytes] = {}
     digests = {}
     async for chunk in node.stub.FetchSlice(request, metadata=metadata()):
         check_chunk(chunk)
-        assert hashlib.sha256(chunk.data).digest() == chunk.sha256
         key = (chunk.layer, chunk.expert)
         started = next(w.offset for w in request.experts if (w.layer, w.expert) == key)
         assert chunk.offset == started + len(got.get(key, b""))

@@ -65,10 +65,10 @@ def test_another_model_replaces_the_first(tmp_path, coordinator_class, authority
 
 
 def test_cut_slices_are_resumed(tmp_path, coordinator_class, authority, model_class, node_here, monkeypatch):
-    from moehive.coordinator.checkpoints import slices as slices_module
     from moehive.kernels.geometry import ExpertSpec
+    from moehive.proto import chunks
 
-    monkeypatch.setattr(slices_module, "MAX_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 4096)
     spec = ExpertSpec(hidden_size=64, intermediate_size=48, activation="silu", format="f32")
     model = model_class.random(spec, layers=1, experts=3)
     assert spec.nbytes == 36864  # nine chunks
