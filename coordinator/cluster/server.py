@@ -15,6 +15,7 @@ from .membership import Membership
 from .records import save_join_address
 from .service import ClusterService, EnrollmentService, NameTaken, NotAllowed
 from .session import SessionEnded
+from .sources import Sources
 from .store import Store
 from .tokens import TokenRefused
 from .trust import Authority
@@ -59,6 +60,7 @@ class ClusterServer:
         self._store = store
         self._membership = membership
         self._slices = slices
+        self.sources = Sources(lambda: membership.state, membership.manifest.nbytes)
         self._host = host
         self._advertise = advertise
         self._servers: list[grpc.aio.Server] = []
@@ -82,7 +84,7 @@ class ClusterServer:
         self.join_port = channel.bind(join, self._host, self.join_port, credentials)
         await self._membership.start()
         cluster_pb2_grpc.add_ClusterServicer_to_server(
-            ClusterService(self._authority, self._store, self._membership, self._slices), cluster
+            ClusterService(self._authority, self._store, self._membership, self._slices, self.sources), cluster
         )
         address = join_host_port(self._advertise, self.cluster_port)
         cluster_pb2_grpc.add_EnrollmentServicer_to_server(

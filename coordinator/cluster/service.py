@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import grpc
 import grpc.aio
 
+from moehive.kernels.geometry import ExpertId
 from moehive.kernels.manifest import to_bytes
 from moehive.proto import bounds, channel, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
@@ -23,6 +24,7 @@ from ..types import LOCAL, CoordinatorError, NodeName
 from .membership import Membership
 from .records import admit_node, is_revoked, renew_node
 from .session import Assign, Commit, Direction, Session
+from .sources import Sources
 from .state import (
     Capacity,
     Event,
@@ -82,11 +84,14 @@ class EnrollmentService(cluster_pb2_grpc.EnrollmentServicer):
 class ClusterService(cluster_pb2_grpc.ClusterServicer):
     """What nodes that are in the cluster ask and report."""
 
-    def __init__(self, authority: Authority, store: Store, membership: Membership, slices: SliceSource) -> None:
+    def __init__(
+        self, authority: Authority, store: Store, membership: Membership, slices: SliceSource, sources: Sources
+    ) -> None:
         self._authority = authority
         self._store = store
         self._membership = membership
         self._slices = slices
+        self._sources = sources
         self._manifest = to_bytes(membership.manifest)
 
     async def Attend(
@@ -104,6 +109,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
                 reading.result()  # raises what was wrong with the last report
         finally:
             self._membership.depart(session)
+            self._sources.forget(name)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
@@ -113,6 +119,27 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         async with aclosing(self._slices.stream(request)) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    async def Locate(self, request: pb.LocateRequest, context: Context) -> pb.LocateReply:
+        """See sources.py."""
+        name = self._caller(context)
+        bounds.check_locate(request)
+        experts = [expert for expert, _ in self._slices.named(request.fingerprint, request.experts)]
+        for fault in request.faults:
+            self._sources.report(name, NodeName(fault.node_name), ExpertId(fault.layer, fault.expert))
+        located = self._sources.locate(name, experts, {NodeName(node) for node in request.avoid})
+        peers = sorted({source for source in located if source is not None})
+        numbers = {source: number for number, source in enumerate(peers, 1)}
+        reply = pb.LocateReply(sources=[0 if source is None else numbers[source] for source in located])
+        for peer in peers:
+            capacity = self._membership.state.nodes[peer].capacity
+            reply.peers.add(node_name=peer, address=capacity.address if capacity else "")
+        return reply
+
+    async def HashExperts(self, request: pb.HashRequest, context: Context) -> pb.HashReply:
+        """See checkpoints/slices.py."""
+        self._caller(context)
+        return pb.HashReply(sha256=await self._slices.hashes(request))
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
         """A new certificate for the caller's name, whatever name the request has."""
