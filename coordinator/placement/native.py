@@ -1,0 +1,130 @@
+"""The planner's native library by ctypes: exact makespans and the annealing search (native/planner.cc)."""
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+import numpy.typing as npt
+
+from ..types import CoordinatorError
+from .traces import Batches
+
+_ABI = 1
+
+Floats = npt.NDArray[np.float64]
+Replicas = npt.NDArray[np.uint64]  # [experts]: bit p says that place p holds the expert
+
+
+class _Layer(ctypes.Structure):
+    """MoehiveLayer of native/planner.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("experts", "places", "sizes", "reserved")),
+        ("batches", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("fixed", "step", "always", "offsets", "hits", "size", "weight")),
+    )
+
+
+class _Search(ctypes.Structure):
+    """MoehiveSearch of native/planner.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("slots", "pinned", "present")),
+        *((name, ctypes.c_double) for name in ("copy_cost", "hot", "cold")),
+        ("moves", ctypes.c_int64),
+        ("seed", ctypes.c_uint64),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    path = files("moehive.coordinator.placement") / "libmoehive_planner.so"
+    try:
+        library = ctypes.CDLL(str(path))
+        abi = library.moehive_planner_abi()
+    except (OSError, AttributeError) as error:
+        raise CoordinatorError(f"The planner's library {path} can't be loaded; install moehive again.") from error
+    if abi != _ABI:
+        raise CoordinatorError(f"The planner's library {path} is of another build; install moehive again.")
+    pointer = ctypes.c_void_p
+    library.moehive_makespans.argtypes = (pointer, pointer, pointer)
+    library.moehive_anneal.argtypes = (pointer, pointer, pointer, pointer)
+    return library
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCosts:
+    """Seconds of one layer on each place."""
+
+    fixed: Floats  # [mixes, places]: once, if a place is asked at all
+    step: Floats  # [places]: for each distinct expert
+    always: Floats  # [places]: in every batch; 0 unless the shared expert is there
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Bounds of one annealing run; temperatures and `copy_cost` are in units of the cost."""
+
+    slots: npt.NDArray[np.int32]  # [places]: experts that fit
+    pinned: Replicas
+    present: Replicas
+    copy_cost: float
+    moves: int
+    seed: int
+    hot: float
+    cold: float
+
+
+def makespans(costs: LayerCosts, batches: Batches, replicas: Replicas) -> Floats:
+    """Seconds of each batch under exact dispatch; releases the GIL. Every expert must have a replica."""
+    weight = np.ones(len(batches.mix))
+    layer, _keep = _layer(costs, batches, weight, len(replicas))
+    out = np.empty(len(batches.mix))
+    _check(_library().moehive_makespans(ctypes.byref(layer), replicas.ctypes.data, out.ctypes.data))
+    return out
+
+
+def anneal(
+    costs: LayerCosts, batches: Batches, weight: Floats, replicas: Replicas, search: Search
+) -> tuple[Replicas, float]:
+    """A better plan from `replicas`, and its cost: the sum of weight × makespan. Releases the GIL."""
+    layer, _keep = _layer(costs, batches, weight, len(replicas))
+    better = replicas.copy()
+    cost = ctypes.c_double()
+    native = _Search(
+        search.slots.ctypes.data,
+        search.pinned.ctypes.data,
+        search.present.ctypes.data,
+        search.copy_cost,
+        search.hot,
+        search.cold,
+        search.moves,
+        search.seed & 0xFFFF_FFFF_FFFF_FFFF,
+    )
+    _check(
+        _library().moehive_anneal(ctypes.byref(layer), ctypes.byref(native), better.ctypes.data, ctypes.byref(cost))
+    )
+    return better, cost.value
+
+
+def _layer(costs: LayerCosts, batches: Batches, weight: Floats, experts: int) -> tuple[_Layer, list[object]]:
+    """The C side's view, and the arrays that it points into."""
+    arrays = (
+        np.ascontiguousarray(costs.fixed, dtype=np.float64),
+        np.ascontiguousarray(costs.step, dtype=np.float64),
+        np.ascontiguousarray(costs.always, dtype=np.float64),
+        np.ascontiguousarray(batches.offsets),
+        np.ascontiguousarray(batches.hits),
+        np.ascontiguousarray(batches.mix),
+        np.ascontiguousarray(weight, dtype=np.float64),
+    )
+    sizes, places = arrays[0].shape
+    layer = _Layer(experts, places, sizes, 0, len(batches.mix), *(array.ctypes.data for array in arrays))
+    return layer, list(arrays)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise MemoryError("There is no memory left for the planner.")
