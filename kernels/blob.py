@@ -59,9 +59,12 @@ def pack_blob(
     formats that `spec` names; a projection in a plain format is among `floats` instead, with biases and norm. Returns
     uint8 [spec.nbytes], aligned to 64. Raises GeometryError for another shape.
     """
-    blob = empty_blob(spec.nbytes).zero_()
+    blob = empty_blob(spec.nbytes)
+    end = 0
     for place in spec.tensors:
-        out = blob[place.offset : place.offset + place.nbytes]
+        blob[end : place.offset].zero_()
+        end = place.offset + place.nbytes
+        out = blob[place.offset : end]
         if place.name not in rows:
             encode_tensor(place, floats[place.name], out)
             continue
@@ -70,6 +73,7 @@ def pack_blob(
             if len(matrix) != place.shape[0] // place.matrices:
                 raise GeometryError(f"The expert's matrix {place.name} has {len(matrix)} rows; it can't.")
             pack_file_rows(place.format, matrix, place.shape[1], out[number * step : (number + 1) * step])
+    blob[end:].zero_()
     return blob
 
 

@@ -58,7 +58,7 @@ def hop(
     """One layer's way to the nodes and back, beside an echo of the same bytes over TCP and over plain gRPC."""
     from ..bench.hop import measure_hop
 
-    _show_rows([row.figures() for row in measure_hop(quick)], as_json)
+    show_rows([row.figures() for row in measure_hop(quick)], as_json)
 
 
 def trunk(
@@ -71,7 +71,7 @@ def trunk(
     from ..bench.trunk import measure_trunk
     from ..settings import cores
 
-    _show_rows(measure_trunk(quick, cores()), as_json)
+    show_rows(measure_trunk(quick, cores()), as_json)
 
 
 def experts(
@@ -92,7 +92,7 @@ def experts(
     Console().print(experts_table(rows))
 
 
-def _show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
+def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
     """A row for each measurement, a column for each figure."""
     if as_json:
         typer.echo(json.dumps({"rows": rows}))

@@ -36,7 +36,7 @@ def convert(
 
     It may be stopped at any time; the same command goes on where it was.
     """
-    prepare(verbose=False)
+    prepare(verbose=False, hop=False)
     import torch
 
     from ..checkpoints.opening import open_model

@@ -7,8 +7,11 @@ import sys
 from moehive.proto.malloc import keep_freed_memory
 
 
-def prepare(verbose: bool) -> None:
-    """Environment of the libraries, and the log on stderr (`verbose`: more than warnings)."""
+def prepare(verbose: bool, hop: bool = True) -> None:
+    """Environment of the libraries, and the log on stderr (`verbose`: more than warnings).
+
+    `hop`: the process exchanges messages with nodes, which the allocator is tuned for; larger blocks suffer from it.
+    """
     for name, value in (
         # gRPC's event engine hands each message to another thread and back: half the cost of a hop.
         ("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener"),
@@ -19,7 +22,8 @@ def prepare(verbose: bool) -> None:
         ("TRANSFORMERS_VERBOSITY", "error"),
     ):
         os.environ.setdefault(name, value)
-    keep_freed_memory()
+    if hop:
+        keep_freed_memory()
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO if verbose else logging.WARNING, format="%(levelname).1s %(message)s"
     )

@@ -1,0 +1,37 @@
+"""`moehive bench convert`: how fast, in how much memory, and what kills leave behind."""
+
+from typing import Annotated
+
+import typer
+
+from .bench import show_rows
+from .options import Json, StateDir
+from .process import prepare
+
+
+def convert(
+    state_dir: StateDir,
+    model: Annotated[
+        str | None, typer.Option(help="A .gguf file or a directory of safetensors.", show_default="random ones")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Experts in work at once.")] = None,
+    kills: Annotated[
+        int, typer.Option(min=0, help="Instead: so many conversions, each killed twice at random moments.")
+    ] = 0,
+    as_json: Json = False,
+) -> None:
+    """A conversion that keeps the format, beside a plain copy of the file; or conversions that are killed."""
+    prepare(verbose=False, hop=False)
+    from ..bench.convert import measure_convert, measure_kills
+    from ..bench.random_model import RandomModel, random_model
+    from ..settings import cores
+
+    folder = state_dir / "bench"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not kills:
+        show_rows(measure_convert(folder, workers or cores(), model), as_json)
+        return
+    if model is None:
+        wanted = RandomModel(geometry="qwen3.5-35b", format="q4_0", layers=4, experts=16)
+        model = str(random_model(wanted, folder / "models"))
+    show_rows(measure_kills(model, folder, kills), as_json)
