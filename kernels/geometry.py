@@ -15,7 +15,8 @@ and columns to whole blocks; gate and up are then two matrices, each padded.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
@@ -166,17 +167,44 @@ class ExpertSpec:
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """One MoE layer: how many experts it has, how many of them a token is sent to, what each computes."""
+    """One MoE layer: how many experts it has, how many of them a token is sent to, what each computes.
+
+    `formats` are those of each expert's two projections, in, back; empty: all are as `spec` says.
+    """
 
     experts: int
     top_k: int
     spec: ExpertSpec
+    formats: tuple[tuple[Format, Format], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.formats and len(self.formats) != self.experts:
+            raise GeometryError(f"A layer of {self.experts} experts can't have formats for {len(self.formats)}.")
+        for formats in set(self.formats):
+            _with_formats(self.spec, formats)  # raises for an unknown one
         if not 1 <= self.experts <= MAX_EXPERTS:
             raise GeometryError(f"A layer must have 1 to {MAX_EXPERTS} experts, not {self.experts!r}.")
         if not 1 <= self.top_k <= min(self.experts, MAX_TOP_K):
             raise GeometryError(f"top_k must be 1 to {min(self.experts, MAX_TOP_K)}, not {self.top_k!r}.")
+
+    def spec_of(self, expert: int) -> ExpertSpec:
+        """What one expert computes and how it is stored; experts of the same formats share one object."""
+        return _with_formats(self.spec, self.formats[expert]) if self.formats else self.spec
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the layer's blobs."""
+        if not self.formats:
+            return self.experts * self.spec.nbytes
+        return sum(self.spec_of(expert).nbytes for expert in range(self.experts))
+
+
+@lru_cache(maxsize=4096)
+def _with_formats(spec: ExpertSpec, formats: tuple[Format, Format]) -> ExpertSpec:
+    up, down = formats
+    if (spec.format, spec.back_format) == formats:
+        return spec
+    return replace(spec, format=up, down_format=None if up == down else down)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,9 +229,9 @@ class Manifest:
 
     def nbytes(self, expert: ExpertId) -> int:
         """Bytes of one expert's blob."""
-        return self.layers[expert.layer].spec.nbytes
+        return self.layers[expert.layer].spec_of(expert.expert).nbytes
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all experts' blobs."""
-        return sum(layer.experts * layer.spec.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)

@@ -1,13 +1,14 @@
 """A manifest as bytes: msgpack, read from the network and from disk, so nothing in it is believed."""
 
 from dataclasses import asdict, fields
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgpack
 
-from .geometry import ExpertSpec, GeometryError, LayerGeometry, Manifest
+from .geometry import ExpertSpec, Format, GeometryError, LayerGeometry, Manifest
 
-VERSION = 2
+VERSION = 3
+_FORMATS = get_args(Format)
 MAX_BYTES = 4 << 20
 
 
@@ -18,7 +19,15 @@ def to_bytes(manifest: Manifest) -> bytes:
         "version": VERSION,
         "name": manifest.name,
         "fingerprint": manifest.fingerprint,
-        "kinds": [{"experts": kind.experts, "top_k": kind.top_k, "spec": asdict(kind.spec)} for kind in kinds],
+        "kinds": [
+            {
+                "experts": kind.experts,
+                "top_k": kind.top_k,
+                "spec": asdict(kind.spec),
+                "formats": bytes(_FORMATS.index(fmt) for formats in kind.formats for fmt in formats),
+            }
+            for kind in kinds
+        ],
         "layers": [kinds.index(layer) for layer in manifest.layers],
     }
     return cast(bytes, msgpack.packb(packed))
@@ -71,4 +80,11 @@ def _layer(packed: dict[str, Any]) -> LayerGeometry:
             raise GeometryError(f"The manifest's {name} must be of type {kind}, not {value!r}.")
     if type(packed["experts"]) is not int or type(packed["top_k"]) is not int:
         raise GeometryError("The manifest's experts and top_k must be integers.")
-    return LayerGeometry(packed["experts"], packed["top_k"], ExpertSpec(**spec))
+    return LayerGeometry(packed["experts"], packed["top_k"], ExpertSpec(**spec), _formats(packed["formats"]))
+
+
+def _formats(packed: Any) -> tuple[tuple[Format, Format], ...]:
+    if type(packed) is not bytes or len(packed) % 2 or any(number >= len(_FORMATS) for number in packed):
+        raise GeometryError("The manifest names formats that this build does not know.")
+    named = [_FORMATS[number] for number in packed]
+    return tuple(zip(named[0::2], named[1::2], strict=True))

@@ -8,7 +8,7 @@ pair comes out the same on whichever node the expert lives.
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 import numpy as np
@@ -99,37 +99,50 @@ class ExpertOps:
         _check(spec, hidden, offsets, pair_experts, pair_weights)
         numbers: list[int] = pair_experts.tolist()
         used = {number: held[number] for number in set(numbers)}
-        for number, expert in used.items():
-            if expert.spec is not spec and expert.spec != spec:
-                raise GeometryError(f"Expert {number} was loaded with another description than the layer's.")
+        kinds = {id(expert.spec): expert.spec for expert in used.values()}  # experts may differ in their formats
+        for kind in kinds.values():
+            if kind is not spec and replace(kind, format=spec.format, down_format=spec.down_format) != spec:
+                raise GeometryError("An expert was loaded with another description than the layer's.")
         x = hidden.float().contiguous()
         pairs = torch.empty(len(numbers), spec.hidden_size)
-        many = self._many(spec, numbers, used)
+        many = self._many(numbers, used)
         if self._native is not None and len(many) < len(used):
-            addresses = np.array([0 if n in many else used[n].address for n in numbers], dtype=np.uint64)
-            self._native.pairs(spec, x, offsets, addresses, pair_weights, pairs)
+            for kind in kinds.values():
+                addresses = np.array(
+                    [0 if n in many or used[n].spec is not kind else used[n].address for n in numbers],
+                    dtype=np.uint64,
+                )
+                self._native.pairs(kind, x, offsets, addresses, pair_weights, pairs)
         if many:
             token_of = np.repeat(np.arange(len(hidden)), np.diff(offsets))
             factors = torch.from_numpy(pair_weights).unsqueeze(1)
             for number in sorted(many):
                 places = np.flatnonzero(pair_experts == number)
-                y = dense.expert_forward(spec, used[number].tensors, x[torch.from_numpy(token_of[places])])
+                y = dense.expert_forward(
+                    used[number].spec, used[number].tensors, x[torch.from_numpy(token_of[places])]
+                )
                 rows = torch.from_numpy(places)
                 pairs[rows] = y * factors[rows]
         if reduction is Reduction.PER_EXPERT:
             return pairs.to(hidden.dtype)
-        sums = _sum_pairs(pairs, offsets) if self._native is None else self._native.sum_pairs(pairs, offsets)
-        return sums.to(hidden.dtype)
+        return self.sum_pairs(pairs, offsets).to(hidden.dtype)
 
-    def _many(self, spec: ExpertSpec, numbers: list[int], used: Mapping[int, ExpertWeights]) -> set[int]:
+    def sum_pairs(self, pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:
+        """Adds each token's pairs in the order listed, as `moe_layer` does: f32 [P, H] → f32 [T, H]."""
+        return _sum_pairs(pairs, offsets) if self._native is None else self._native.sum_pairs(pairs, offsets)
+
+    def _many(self, numbers: list[int], used: Mapping[int, ExpertWeights]) -> set[int]:
         """The experts that torch computes: plain ones with many tokens, or all without the native library."""
         if self._native is None:
             return set(used)
-        if spec.format not in PLAIN_BYTES or spec.back_format not in PLAIN_BYTES:
-            return set()  # torch would have to expand the weights
         if len(numbers) <= FEW_TOKENS:  # so nobody has more; the usual case of decoding
             return set()
-        return {number for number, tokens in Counter(numbers).items() if tokens > FEW_TOKENS}
+        # Not those that torch would have to expand.
+        return {n for n, tokens in Counter(numbers).items() if tokens > FEW_TOKENS and _is_plain(used[n].spec)}
+
+
+def _is_plain(spec: ExpertSpec) -> bool:
+    return spec.format in PLAIN_BYTES and spec.back_format in PLAIN_BYTES
 
 
 def _sum_pairs(pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:

@@ -14,10 +14,13 @@ from typing import Final, NamedTuple
 
 import torch
 
-from ..geometry import BLOCKS, GROUP_ROWS, GeometryError, tensor_bytes
+from ..geometry import BLOCKS, GROUP_ROWS, tensor_bytes
+from ..quantizers.feedback import quantize
+from ..quantizers.grids import IQ4
 from .file_rows import pack_file_rows
 
 UNIT: Final = 32  # columns
+_LEGACY: Final = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
 
 class Parts(NamedTuple):
@@ -47,8 +50,9 @@ class BlockFormat:
         return BLOCKS[self.name][0]
 
     def encode(self, numbers: torch.Tensor, out: torch.Tensor) -> None:
-        """Quantizes as the gguf package does, which knows the legacy types. Raises GeometryError for the others."""
-        pack_file_rows(self.name, _quantize(self.name, numbers), numbers.shape[1], out)
+        """Quantizes the legacy types as the gguf package does, the others as kernels/quantizers."""
+        rows = _quantize(self.name, numbers) if self.name in _LEGACY else quantize(self.name, numbers)
+        pack_file_rows(self.name, rows, numbers.shape[1], out)
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -140,19 +144,14 @@ def _unpack_scales(name: str, take: Callable[[int], torch.Tensor]) -> tuple[torc
 def _quantize(name: str, numbers: torch.Tensor) -> torch.Tensor:
     """`numbers` [rows, columns] of any float type → uint8 [rows, bytes of a row], by the gguf package.
 
-    Columns are padded to whole blocks with zeros. Raises GeometryError for a type that the package only reads.
+    Columns are padded to whole blocks with zeros.
     """
     import gguf
 
     columns = BLOCKS[name][0]
     padded = torch.nn.functional.pad(numbers.float(), (0, -numbers.shape[1] % columns))
-    try:
-        return torch.from_numpy(gguf.quantize(padded.numpy(), gguf.GGMLQuantizationType[name.upper()]))
-    except NotImplementedError as error:
-        raise GeometryError(f"Weights can't be turned into {name} here; use a file that has them so.") from error
+    return torch.from_numpy(gguf.quantize(padded.numpy(), gguf.GGMLQuantizationType[name.upper()]))
 
-
-_IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 BLOCK_FORMATS: Final = {
     block.name: block
@@ -162,12 +161,12 @@ BLOCK_FORMATS: Final = {
         BlockFormat("q4_1", 4, minimum=True),
         BlockFormat("q5_0", 4, 1, offset=16),
         BlockFormat("q5_1", 4, 1, minimum=True),
-        BlockFormat("iq4_nl", 4, table=_IQ4),
+        BlockFormat("iq4_nl", 4, table=IQ4),
         BlockFormat("q2_k", 2, minimum=True),
         BlockFormat("q3_k", 2, 1, offset=4),
         BlockFormat("q4_k", 4, minimum=True),
         BlockFormat("q5_k", 4, 1, minimum=True),
         BlockFormat("q6_k", 4, 2, offset=32),
-        BlockFormat("iq4_xs", 4, table=_IQ4),
+        BlockFormat("iq4_xs", 4, table=IQ4),
     )
 }

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moehive.kernels import dense, ops, reference
-from moehive.kernels.geometry import PLAIN_BYTES, Activation, ExpertSpec, Format, GeometryError
+from moehive.kernels.blob import build_blob
+from moehive.kernels.geometry import PLAIN_BYTES, Activation, ExpertSpec, Format, GeometryError, LayerGeometry
 from moehive.kernels.native import NativeExperts, NativeLibraryError, kernels
-from moehive.kernels.ops import FEW_TOKENS, ExpertOps, ExpertWeights, Reduction
+from moehive.kernels.ops import FEW_TOKENS, ExpertOps, ExpertWeights, Reduction, load_expert
 
 MakeExpert = Callable[[ExpertSpec, int], ExpertWeights]
 
@@ -296,3 +297,27 @@ def test_an_unknown_kernel_or_no_thread_is_refused() -> None:
         NativeExperts("mmx", 1)
     with pytest.raises(NativeLibraryError, match="with 0 threads"):
         NativeExperts(kernels()[0], 0)
+
+
+def test_experts_of_one_layer_may_differ_in_their_formats() -> None:
+    generator = torch.Generator().manual_seed(4)
+    spec = ExpertSpec(hidden_size=64, intermediate_size=96, activation="silu", format="bf16")
+    layer = LayerGeometry(3, 3, spec, (("q4_k", "q6_k"), ("bf16", "bf16"), ("q8_0", "q8_0")))
+    held = {}
+    for number in range(3):
+        own = layer.spec_of(number)
+        tensors = {place.name: torch.randn(place.shape, generator=generator) * 0.1 for place in spec.tensors}
+        held[number] = load_expert(own, build_blob(own, tensors))
+    assert layer.nbytes == sum(len(expert.blob) for expert in held.values())
+    hidden = torch.randn(5, 64, generator=generator)
+    offsets = np.arange(0, 18, 3, dtype=np.uint32)
+    pair_experts = np.tile(np.array([2, 0, 1], dtype=np.uint32), 5)
+    weights = np.full(15, 0.5, dtype=np.float32)
+    ops = ExpertOps(1)
+    both = ops.moe_layer(spec, held, hidden, offsets, pair_experts, weights, Reduction.PER_EXPERT)
+    for number, expert in held.items():
+        alone = ops.moe_layer(
+            expert.spec, {number: expert}, hidden, np.arange(6, dtype=np.uint32),
+            np.full(5, number, dtype=np.uint32), np.full(5, 0.5, dtype=np.float32), Reduction.PER_EXPERT,
+        )  # fmt: skip
+        assert torch.equal(both[[2, 0, 1].index(number) :: 3], alone)

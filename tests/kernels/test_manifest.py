@@ -36,7 +36,11 @@ def manifests(draw: st.DrawFn) -> Manifest:
     kinds = []
     for spec in draw(st.lists(specs(), min_size=1, max_size=3)):
         experts = draw(st.integers(1, 512))
-        kinds.append(LayerGeometry(experts, draw(st.integers(1, min(experts, 64))), spec))
+        pair = st.tuples(st.sampled_from(get_args(Format)), st.sampled_from(get_args(Format)))
+        formats = (
+            draw(st.lists(pair, min_size=experts, max_size=experts)) if experts < 20 and draw(st.booleans()) else ()
+        )
+        kinds.append(LayerGeometry(experts, draw(st.integers(1, min(experts, 64))), spec, tuple(formats)))
     layers = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=40))
     fingerprint = draw(st.text("0123456789abcdef", min_size=64, max_size=64))
     return Manifest(draw(st.text(min_size=1, max_size=20)), fingerprint, tuple(layers))
@@ -116,5 +120,5 @@ def test_too_many_bytes_are_refused_before_they_are_read() -> None:
 
 
 def test_another_version_is_named() -> None:
-    with pytest.raises(GeometryError, match=r"version 7; this build reads 2\. Update the older side"):
+    with pytest.raises(GeometryError, match=r"version 7; this build reads 3\. Update the older side"):
         codec.from_bytes(msgpack.packb({"version": 7}))
