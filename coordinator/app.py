@@ -19,6 +19,7 @@ from .cluster.store import Store
 from .cluster.tokens import create_token
 from .cluster.trust import Authority
 from .dispatch.dispatcher import Dispatcher, NodeCounters
+from .dispatch.fallback import Fallback
 from .dispatch.local import LocalExperts
 from .engine.engine import Engine
 from .follower import Follower
@@ -77,12 +78,16 @@ class Coordinator:
         state = self._membership.state
         return ClusterStatus(
             ready=self._follower.reachable,
+            has_plan=state.active is not None,
             reason=self._follower.reason(),
             epoch=self.dispatcher.epoch,
             nodes=tuple(self._node_status(name) for name in state.nodes),
             resident_bytes=psutil.Process().memory_info().rss,
             uptime_seconds=monotonic() - self._started,
         )
+
+    def _quarantine(self, node: NodeName, sentence: str) -> None:
+        self._membership.quarantine(node, sentence)
 
     async def _start(self) -> None:
         settings = self.settings
@@ -97,7 +102,11 @@ class Coordinator:
         self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
         reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM
-        self.dispatcher = Dispatcher(manifest, self._local, reduction)
+        fallback = None
+        if settings.fallback_bytes:
+            fallback = Fallback(manifest, checkpoint.expert_blob, settings.fallback_bytes, settings.threads)
+            self._cleanup.push_async_callback(fallback.stop)
+        self.dispatcher = Dispatcher(manifest, self._local, reduction, fallback, self._quarantine)
         await self._start_cluster(checkpoint)
 
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)

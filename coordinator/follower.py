@@ -22,7 +22,9 @@ from .types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
 
 log = logging.getLogger(__name__)
 
-REOPEN_SECONDS = 1.0  # between attempts to reach a node that is in the cluster and does not answer
+# Before a node's link is opened again: at first, and at most for a node that is lost again and again.
+REOPEN_SECONDS = (0.5, 15.0)
+STEADY_SECONDS = 20.0  # a link that was open for so long is opened again as at first
 
 
 class Follower:
@@ -43,6 +45,9 @@ class Follower:
         self._membership: Membership | None = None
         self._opening: dict[NodeName, tuple[str, asyncio.Task[None]]] = {}  # by node: its address, the attempt
         self._loading: asyncio.Task[None] | None = None
+        self._preparing: tuple[Plan, asyncio.Task[None]] | None = None
+        self._holding: frozenset[NodeName] = frozenset()  # as the dispatcher was told
+        self._rest: dict[NodeName, float] = {}  # seconds before the next attempt, of nodes whose links were lost
         self._waiters: set[asyncio.Future[None]] = set()
 
     def follow(self, membership: Membership) -> None:
@@ -60,13 +65,18 @@ class Follower:
             self._keep_link(name, None)
         if self._local is not None:
             self._keep_local(state)
+        if state.pending is not None and (self._preparing is None or self._preparing[0] is not state.pending):
+            self._preparing = state.pending, asyncio.create_task(self._dispatcher.prepare(state.pending))
         if state.active is not None and state.active.epoch != self._dispatcher.epoch:
-            self._dispatcher.follow(state.active)
+            self._dispatcher.follow(state.active, state.holders)
+        elif state.holders != self._holding:
+            self._dispatcher.holding(state.holders)
+        self._holding = state.holders
         self._wake()
 
     @property
     def reachable(self) -> bool:
-        """Whether every node of the plan in force is linked."""
+        """Whether every expert of the plan in force has a node that is there, and those that are there are linked."""
         membership = self._membership
         return membership is not None and membership.state.ready and not self._unlinked(membership.state)
 
@@ -100,6 +110,8 @@ class Follower:
     async def stop(self) -> None:
         """Closes every link."""
         tasks = [task for _, task in self._opening.values()]
+        if self._preparing is not None:
+            tasks.append(self._preparing[1])
         if self._loading is not None:
             tasks.append(self._loading)
         for task in tasks:
@@ -107,7 +119,7 @@ class Follower:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _unlinked(self, state: ClusterState) -> list[NodeName]:
-        return [name for name in sorted(state.active_owners) if name != LOCAL and self._dispatcher.link(name) is None]
+        return [name for name in sorted(state.holders) if name != LOCAL and self._dispatcher.link(name) is None]
 
     def _keep_link(self, name: NodeName, address: str | None) -> None:
         """Has one task keep the node's link open at `address`; None: no link."""
@@ -122,7 +134,11 @@ class Follower:
     async def _hold_link(self, name: NodeName, address: str) -> None:
         """Opens the node's link again whenever it breaks, until cancelled."""
         said = ""
+        first, longest = REOPEN_SECONDS
+        loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(self._rest.get(name, 0.0))
+            begun = loop.time()
             lost = asyncio.Event()
             channel = open_channel(address, self._identity(), node_dns_name(name))
             link = Link(name, address, channel, on_close=lost.set)
@@ -138,8 +154,9 @@ class Follower:
                 said = str(error)
             finally:
                 self._dispatcher.disconnect(link)
+                steady = loop.time() - begun > STEADY_SECONDS
+                self._rest[name] = first if steady else min(longest, 2 * self._rest.get(name, first / 2))
                 await link.close(f"Node {name} is away; the request can be sent again once it is back.")
-            await asyncio.sleep(REOPEN_SECONDS)
 
     def _keep_local(self, state: ClusterState) -> None:
         """Loads the coordinator's own slice of a plan that waits for it."""

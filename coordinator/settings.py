@@ -60,6 +60,7 @@ class CoordinatorSettings:
     join_port: int = JOIN_PORT  # for nodes that have no certificate yet
     min_nodes: int = 1  # the first plan is made when so many nodes are here
     local_bytes: int = 0  # this machine's own memory for experts; 0: all of them are on nodes
+    fallback_bytes: int = field(default_factory=lambda: available_memory() // 8)  # for experts whose nodes are away
     kv_bytes: int = field(default_factory=lambda: available_memory() // 4)  # bound of all sequences' caches together
     deterministic: bool = False  # same bits for any placement; costs a row for each expert on the wire, not a token
     threads: int = field(default_factory=cores)  # that compute the trunk
@@ -71,6 +72,7 @@ class CoordinatorSettings:
             _check(0 <= getattr(self, name) <= 65_535, name, "0 (any free port) to 65535")
         _check(1 <= self.min_nodes <= 1024, "min_nodes", "1 to 1024")
         _check(self.local_bytes >= 0, "local_bytes", "0 or more bytes")
+        _check(self.fallback_bytes >= 0, "fallback_bytes", "0 or more bytes")
         _check(self.kv_bytes >= 1 << 20, "kv_bytes", "at least 1MiB")
         _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
         if not self.cluster_advertise:

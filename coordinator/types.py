@@ -1,7 +1,9 @@
 """The nouns that the coordinator's parts share; imports nothing of ours but the kernels' geometry."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from typing import NewType
 
 NodeName = NewType("NodeName", str)
@@ -77,7 +79,7 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # no slots: `slices` is worked out once, on whatever thread asks first
 class Plan:
     """Who holds what: `owners[layer][expert]` are the nodes that hold it, the one to ask first in front.
 
@@ -87,6 +89,18 @@ class Plan:
     epoch: int
     owners: tuple[tuple[tuple[NodeName, ...], ...], ...]
 
+    @cached_property
+    def slices(self) -> Mapping[NodeName, tuple[tuple[int, ...], ...]]:
+        """For each node that holds anything: for each layer, the experts that it holds, ascending."""
+        held: dict[NodeName, list[list[int]]] = {}
+        for number, layer in enumerate(self.owners):
+            for expert, nodes in enumerate(layer):
+                for node in nodes:
+                    if node not in held:
+                        held[node] = [[] for _ in self.owners]
+                    held[node][number].append(expert)
+        return {node: tuple(map(tuple, layers)) for node, layers in held.items()}
+
     def slice_of(self, node: NodeName) -> tuple[tuple[int, ...], ...]:
         """For each layer, the experts that `node` holds, ascending."""
-        return tuple(tuple(e for e, nodes in enumerate(layer) if node in nodes) for layer in self.owners)
+        return self.slices.get(node) or ((),) * len(self.owners)

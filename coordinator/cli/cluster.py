@@ -118,6 +118,18 @@ def revoke_key(
     typer.echo(f"The key {key_id} is revoked.")
 
 
+def readmit(
+    name: Annotated[str, typer.Argument(help="The node, as `moehive status` names it.")],
+    state_dir: StateDir,
+) -> None:
+    """Lets a node in again that was quarantined because it answered what can't be true."""
+    from ..cluster.records import readmit_node
+
+    with _store(state_dir) as store:
+        readmit_node(store, name)
+    typer.echo(f"The node {name} may come back; it tries by itself every half minute.")
+
+
 @contextmanager
 def _store(state_dir: Path) -> "Iterator[Store]":
     from ..cluster.store import Store

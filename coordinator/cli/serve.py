@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..settings import CLUSTER_PORT, GRPC_PORT, HTTP_PORT, JOIN_PORT, CoordinatorSettings, load_settings
+from .cluster import readmit
 from .options import StateDir
 from .process import prepare
 
@@ -142,5 +143,13 @@ async def _tell_systemd(running: "Coordinator") -> None:
 
 
 def node(context: typer.Context) -> None:
-    """Runs an expert node: gives this machine's memory to a cluster. `moehive node --help` lists its flags."""
+    """Runs an expert node: gives this machine's memory to a cluster. `moehive node --help` lists its flags.
+
+    On the coordinator, `moehive node readmit NAME` lets a node in again that was quarantined.
+    """
+    if context.args[:1] == ["readmit"]:
+        command = typer.Typer(add_completion=False)
+        command.command("readmit")(readmit)
+        command(args=context.args[1:], prog_name="moehive node readmit", standalone_mode=False)
+        return
     os.execv(sys.executable, [sys.executable, "-m", "moehive.expert_node", *context.args])

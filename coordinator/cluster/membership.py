@@ -1,6 +1,7 @@
 """Who is in the cluster, and what follows from it: decides plans, directs the nodes, notices silence.
 
-All of it runs on the event loop's thread. Everything that happens becomes an event of state.py; after each, this
+All of it runs on the event loop's thread, but making a plan and writing it down, which take long for many experts.
+Everything that happens becomes an event of state.py; after each, this
 file looks at the new state and does what is due: plan, assign, commit, release (when, says policy.py). So there is
 one place where things are decided, and no order of arrivals that needs a thought of its own.
 """
@@ -17,7 +18,15 @@ from moehive.proto.timing import SILENCE_SECONDS
 from ..placement.shares import place_by_memory
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from . import policy
-from .records import claim_epoch, last_epoch, load_plan, save_plan
+from .records import (
+    claim_epoch,
+    last_epoch,
+    load_plan,
+    quarantine_node,
+    quarantined_nodes,
+    revoked_nodes,
+    save_plan,
+)
 from .session import Assign, Commit, Released, Session
 from .state import (
     Capacity,
@@ -27,7 +36,10 @@ from .state import (
     NodeArrived,
     NodeAway,
     NodeLeaving,
+    NodeQuarantined,
+    NodeReadmitted,
     Planned,
+    Resumed,
     SliceAssigned,
     SliceHeld,
     SliceNotHeld,
@@ -85,6 +97,8 @@ class Membership:
         self._retry_at: dict[NodeName, float] = {}
         self._settled_at = 0.0  # when Commits and Releases of the last switch are due
         self._held_bytes: dict[NodeName, int] = {}  # of the latest plan's slices
+        self._planning: asyncio.Task[None] | None = None
+        self._saving: asyncio.Task[None] | None = None  # the last plan in force is written down
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -95,16 +109,21 @@ class Membership:
         if stored is not None:
             plan, members = stored
             log.info("Taking up the plan of epoch %d: waiting for %s.", plan.epoch, ", ".join(sorted(members)))
-            self._record(Planned(plan, members))
+            self._record(Resumed(plan, members))
+        for name, sentence in quarantined_nodes(self._store).items():
+            self._record(NodeQuarantined(name, sentence))
         if self._local_bytes > 0:
             self._record(NodeArrived(LOCAL, Capacity("", self._local_bytes)))
         self._ticker = asyncio.create_task(self._tick_forever())
 
     async def stop(self) -> None:
         """Releases the nodes that are leaving and ends all sessions."""
-        if self._ticker is not None:
-            self._ticker.cancel()
-            await asyncio.gather(self._ticker, return_exceptions=True)
+        for task in (self._ticker, self._planning):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        if self._saving is not None:
+            await self._saving
         for name, session in list(self._sessions.items()):
             if self.state.nodes[name].leaving and not session.released:
                 session.send(Released())
@@ -143,6 +162,19 @@ class Membership:
             log.info("Node %s is away.", session.name)
             self._record(NodeAway(session.name))
 
+    def quarantine(self, name: NodeName, sentence: str) -> None:
+        """A node has answered what can't be true: it is shut out, over restarts too, until it is readmitted."""
+        node = self.state.nodes.get(name)
+        if name == LOCAL or node is None or node.quarantine:
+            return
+        log.error("Node %s is quarantined: %s", name, sentence)
+        try:
+            quarantine_node(self._store, name, sentence)
+        except CoordinatorError as error:
+            log.error("The quarantine holds until the next start only: %s", error)
+        self._shut_out(name, f"{sentence} This node is quarantined until `moehive node readmit {name}`.")
+        self._record(NodeQuarantined(name, sentence))
+
     # What the coordinator's own memory does
 
     def local_ready(self, epoch: int) -> None:
@@ -177,7 +209,7 @@ class Membership:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
         if policy.is_needed(self.state, name):
             others = {node: size for node, size in policy.usable(self.state).items() if node != name}
-            self._make_plan(others)  # raises when they can't hold the experts
+            await asyncio.to_thread(self._make_plan, others, self.state)  # raises when they can't hold the experts
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
             await self._change()
@@ -216,11 +248,9 @@ class Membership:
         if state.active is not None and state.active is not before.active:
             log.info("The plan of epoch %d is in force: %s.", state.active.epoch, _share_words(state))
             self._settled_at = now if before.active is None else now + SETTLE_SECONDS
-            try:
-                save_plan(self._store, self.manifest.fingerprint, state.active, sorted(state.members))
-            except CoordinatorError as error:
-                log.error("The plan could not be kept for the next start: %s", error)
-        if isinstance(cause, Planned):
+            if not isinstance(cause, Resumed):
+                self._saving = asyncio.create_task(self._save(state.active, state.members, self._saving))
+        if isinstance(cause, Planned | Resumed):
             owners = state.pending_owners | state.active_owners
             self._held_bytes = {name: self._slice_bytes(cause.plan, name) for name in owners}
         self._on_change(state)
@@ -239,33 +269,46 @@ class Membership:
             self._direct()
 
     def _replan(self) -> None:
+        if self._planning is not None:
+            return
         now = asyncio.get_running_loop().time()
         away = {name: now - since for name, since in self._away_since.items()}
-        if policy.wants_plan(self.state, self._min_nodes, self._held_bytes, away):
-            self._plan(policy.usable(self.state))
+        capacities = policy.usable(self.state)
+        if policy.wants_plan(self.state, self._min_nodes, self._held_bytes, away) and capacities != self._too_small:
+            self._planning = asyncio.create_task(self._plan(capacities))
 
-    def _plan(self, capacities: Mapping[NodeName, int]) -> None:
+    async def _plan(self, capacities: Mapping[NodeName, int]) -> None:
         """Makes the next plan the pending one; on failure keeps what there is and remembers why."""
-        if capacities == self._too_small:
-            return  # tried before
+        event: Event | None = None
         try:
-            plan = self._make_plan(capacities)
-            claim_epoch(self._store, plan.epoch)
+            plan = await asyncio.to_thread(self._claim_plan, capacities, self.state)
+            self._shortage, self._too_small = "", None
+            if policy.usable(self.state) == capacities:  # else: somebody came or went, and it is decided anew
+                log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
+                event = Planned(plan, frozenset(capacities))
         except CoordinatorError as error:
             if str(error) != self._shortage:
                 log.warning("No new plan: %s", error)
             self._shortage = str(error)
-            return
-        self._shortage, self._too_small = "", None
-        log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
-        self._record(Planned(plan, frozenset(capacities)))
+        finally:
+            self._planning = None
+        self._record(event)
 
-    def _make_plan(self, capacities: Mapping[NodeName, int]) -> Plan:
-        """The plan that would be next. Raises CoordinatorError when there is no room or the store fails."""
-        state = self.state
+    def _claim_plan(self, capacities: Mapping[NodeName, int], state: ClusterState) -> Plan:
+        plan = self._make_plan(capacities, state)
+        claim_epoch(self._store, plan.epoch)
+        return plan
+
+    def _make_plan(self, capacities: Mapping[NodeName, int], state: ClusterState) -> Plan:
+        """The plan that would be next, on any thread.
+
+        Raises CoordinatorError when there is no room or the store fails.
+        """
         epoch = max(state.epoch, last_epoch(self._store)) + 1
         try:
-            return self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
+            plan = self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
+            assert plan.slices  # worked out here, not on the loop
+            return plan
         except CoordinatorError:
             self._too_small = capacities
             raise
@@ -287,7 +330,7 @@ class Membership:
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue
-            if node.leaving and not session.released and policy.may_go(state, name):
+            if node.leaving and not session.released and self._planning is None and policy.may_go(state, name):
                 log.info("Node %s is released.", name)
                 session.released = True
                 session.send(Released())
@@ -302,6 +345,31 @@ class Membership:
     def _slice_bytes(self, plan: Plan, name: NodeName) -> int:
         layers = zip(self.manifest.layers, plan.slice_of(name), strict=True)
         return sum(layer.spec.nbytes * len(experts) for layer, experts in layers)
+
+    async def _save(self, plan: Plan, members: frozenset[NodeName], earlier: "asyncio.Task[None] | None") -> None:
+        """Writes the plan in force down, after the earlier one."""
+        if earlier is not None:
+            await earlier
+        try:
+            await asyncio.to_thread(save_plan, self._store, self.manifest.fingerprint, plan, sorted(members))
+        except CoordinatorError as error:
+            log.error("The plan could not be kept for the next start: %s", error)
+
+    def _shut_out(self, name: NodeName, sentence: str) -> None:
+        session = self._sessions.get(name)
+        if session is not None:
+            session.end(sentence)
+            self.depart(session)
+
+    def _obey_store(self) -> None:
+        """Does what other processes (`moehive node …`) have written into the store."""
+        shut_out = quarantined_nodes(self._store)
+        for name, node in list(self.state.nodes.items()):
+            if node.quarantine and name not in shut_out:
+                log.info("Node %s is let in again.", name)
+                self._record(NodeReadmitted(name))
+        for name in revoked_nodes(self._store) & self._sessions.keys():
+            self._shut_out(name, f"Node {name} was shut out of this cluster; let it join again with a new token.")
 
     async def _change(self) -> None:
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -325,6 +393,7 @@ class Membership:
                     session.end(f"Node {session.name} sent no report for {SILENCE_SECONDS:.0f} s.")
                     self.depart(session)
             try:
+                self._obey_store()
                 self._record(None)
             except Exception:  # whatever went wrong in one second, silence must be noticed in the next
                 log.exception("The cluster's state could not be looked after")

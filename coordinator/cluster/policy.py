@@ -2,7 +2,8 @@
 
 - The first plan is made when `min_nodes` nodes are here.
 - A node that goes away keeps its place for REPLACE_SECONDS, since it may only be starting again: its experts are
-  unavailable until it is back, with the same slice. After that the others take over, if they have the memory.
+  asked of their other holders, else read by the coordinator, until it is back with the same slice. After that the
+  others take over, if they have the memory; at once when it is quarantined, since it may not come back.
 - A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
 - A node that leaves is released when the others have loaded its experts, or at once when they can't.
 """
@@ -35,7 +36,7 @@ def wants_plan(
     `held_bytes` are the sizes of the latest plan's slices, `away_seconds` how long each absent node has been so.
     """
     here = usable(state)
-    if state.active is None and sum(1 for name in here if name != LOCAL) < min_nodes:
+    if not here or (state.active is None and sum(1 for name in here if name != LOCAL) < min_nodes):
         return False
     if state.epoch == 0:
         return True
@@ -47,7 +48,8 @@ def wants_plan(
     absent = [name for name in state.members if not state.nodes[name].present]
     if here.keys() <= state.members and not absent:
         return False
-    if any(away_seconds.get(name, 0.0) < REPLACE_SECONDS for name in absent):
+    waited_for = [name for name in absent if not state.nodes[name].quarantine]
+    if any(away_seconds.get(name, 0.0) < REPLACE_SECONDS for name in waited_for):
         return False
     stuck = any(not state.nodes[name].present or state.nodes[name].problem for name in state.pending_owners)
     return state.pending is None or stuck
@@ -73,8 +75,14 @@ def reason(state: ClusterState, min_nodes: int, shortage: str) -> str | None:
         if here < min_nodes:
             return f"{here} of {min_nodes} expert nodes are here; start {min_nodes - here} more."
         return shortage or "The plan is being made."
-    owners = state.active_owners or state.pending_owners
+    owners = state.missing or state.pending_owners
     away = sorted(name for name in owners if not state.nodes[name].present)
+    shut_out = [state.nodes[name] for name in away if state.nodes[name].quarantine]
+    if shut_out:
+        return (
+            f"{shut_out[0].quarantine} It is shut out with a part of the model; when it is mended, "
+            f"`moehive node readmit {shut_out[0].name}` lets it in again."
+        )
     if away:
         words = ("node", "is", "it") if len(away) == 1 else ("nodes", "are", "them")
         return (

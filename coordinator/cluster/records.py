@@ -43,6 +43,32 @@ def is_revoked(store: Store, name: str) -> bool:
         )
 
 
+def revoked_nodes(store: Store) -> frozenset[NodeName]:
+    """The nodes that were shut out until they join again."""
+    with store.reading() as db:
+        return frozenset(NodeName(name) for (name,) in db.execute("SELECT name FROM nodes WHERE revoked IS NOT NULL"))
+
+
+def quarantine_node(store: Store, name: NodeName, sentence: str) -> None:
+    """Shuts a node out until `readmit_node`; the first sentence stays."""
+    with store.transaction() as db:
+        db.execute("INSERT OR IGNORE INTO quarantine VALUES (?, ?, ?)", (name, store.clock(), sentence))
+
+
+def readmit_node(store: Store, name: str) -> None:
+    """Lets a quarantined node in again. Raises CoordinatorError when there is none of this name."""
+    with store.transaction() as db:
+        changed = db.execute("DELETE FROM quarantine WHERE name = ?", (name,)).rowcount
+    if not changed:
+        raise CoordinatorError(f"No node named {name[:64]!r} is quarantined.")
+
+
+def quarantined_nodes(store: Store) -> dict[NodeName, str]:
+    """The quarantined nodes, and why each is."""
+    with store.reading() as db:
+        return {NodeName(name): sentence for name, sentence in db.execute("SELECT name, sentence FROM quarantine")}
+
+
 def save_join_address(store: Store, address: str) -> None:
     """Remembers host:port of the join service, for tokens."""
     with store.transaction() as db:

@@ -22,7 +22,7 @@ from moehive.proto.bounds import BoundsError
 from ..checkpoints.slices import SliceSource
 from ..types import LOCAL, CoordinatorError, NodeName
 from .membership import Membership
-from .records import admit_node, is_revoked, renew_node
+from .records import admit_node, is_revoked, quarantined_nodes, renew_node
 from .session import Assign, Commit, Direction, Session
 from .sources import Sources
 from .state import (
@@ -171,6 +171,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         name = NodeName(bounds.node_name(names[0].removesuffix(NODE_SUFFIX)))
         if is_revoked(self._store, name):
             raise NotAllowed(f"Node {name} was shut out of this cluster; let it join again with a new token.")
+        if why := quarantined_nodes(self._store).get(name):
+            raise NotAllowed(f"{why} This node is quarantined until `moehive node readmit {name}`.")
         return name
 
     def _renew(self, name: NodeName, csr_der: bytes) -> bytes:

@@ -24,6 +24,7 @@ class Phase(Enum):
     READY = "ready"
     LEAVING = "leaving"  # was asked to stop, or is being drained
     AWAY = "away"  # no control stream
+    QUARANTINED = "quarantined"  # it answered what can't be true; only a person lets it in again
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Node:
     bytes_done: int = 0  # of the slice being loaded
     bytes_total: int = 0
     problem: str = ""  # why its slice could not be loaded
+    quarantine: str = ""  # why it is shut out, one sentence
     figures: Figures = field(default_factory=Figures)
 
 
@@ -77,13 +79,8 @@ class ClusterState:
     pending_owners: frozenset[NodeName] = frozenset()
     members: frozenset[NodeName] = frozenset()
     epoch: int = 0  # of the latest plan, active or pending
-
-    @property
-    def missing(self) -> tuple[NodeName, ...]:
-        """Nodes that the active plan needs and that can't be asked now, by name."""
-        if self.active is None:
-            return ()
-        return tuple(sorted(name for name in self.active_owners if not self.holds(name, self.active.epoch)))
+    holders: frozenset[NodeName] = frozenset()  # those that are here and hold their slice of the active plan
+    missing: tuple[NodeName, ...] = ()  # the others without which some expert can be asked of nobody, by name
 
     @property
     def ready(self) -> bool:
@@ -98,6 +95,8 @@ class ClusterState:
     def phase(self, name: NodeName) -> Phase:
         """A node's state in one word."""
         node = self.nodes[name]
+        if node.quarantine:
+            return Phase.QUARANTINED
         if not node.present:
             return Phase.AWAY
         if node.leaving:
@@ -148,6 +147,29 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """A plan that was in force before this coordinator started is so again; its nodes are yet to come."""
+
+    plan: Plan
+    members: frozenset[NodeName]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeQuarantined:
+    """A node has answered what can't be true: it is shut out until NodeReadmitted."""
+
+    name: NodeName
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReadmitted:
+    """A person lets a quarantined node in again."""
+
+    name: NodeName
+
+
+@dataclass(frozen=True, slots=True)
 class SliceAssigned:
     """A node was told to hold its slice of the plan of `epoch`."""
 
@@ -188,6 +210,9 @@ Event: TypeAlias = (
     | NodeLeaving
     | HeartbeatReceived
     | Planned
+    | Resumed
+    | NodeQuarantined
+    | NodeReadmitted
     | SliceAssigned
     | SliceProgressed
     | SliceHeld
@@ -201,10 +226,26 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
     An event that does not fit (of an unknown node, of an epoch that the node was not assigned) changes nothing:
     such come late from the network. Raises ValueError for a plan whose epoch is not new, which is a bug here.
     """
-    if isinstance(event, Planned):
-        return _promote(_planned(state, event))
-    if isinstance(event, NodeArrived):
-        return _with(state, Node(event.name, event.capacity, present=True))
+    return _with_coverage(state, _apply(state, event))
+
+
+def _apply(state: ClusterState, event: Event) -> ClusterState:
+    match event:
+        case Planned():
+            return _promote(_planned(state, event.plan, event.members))
+        case Resumed():
+            planned = _planned(state, event.plan, event.members)
+            return replace(
+                planned, active=event.plan, active_owners=planned.pending_owners, pending=None,
+                pending_owners=frozenset(),
+            )  # fmt: skip
+        case NodeArrived():
+            return _with(state, Node(event.name, event.capacity, present=True))
+        case NodeQuarantined():
+            known = state.nodes.get(event.name, Node(event.name))
+            return _with(state, Node(event.name, known.capacity, quarantine=event.sentence, figures=known.figures))
+        case NodeReadmitted():
+            return _readmitted(state, event.name)
     node = state.nodes.get(event.name)
     # An absent node can be drained too: it is forgotten once the others have its experts.
     if node is None or not (node.present or isinstance(event, NodeLeaving)):
@@ -238,16 +279,41 @@ def apply(state: ClusterState, event: Event) -> ClusterState:
             return _with(state, lost)
 
 
-def _planned(state: ClusterState, event: Planned) -> ClusterState:
-    plan = event.plan
+def _readmitted(state: ClusterState, name: NodeName) -> ClusterState:
+    node = state.nodes.get(name)
+    if node is None or not node.quarantine:
+        return state
+    if name in state.active_owners or name in state.pending_owners:
+        return _with(state, replace(node, quarantine=""))
+    return replace(state, nodes=_frozen({n: x for n, x in state.nodes.items() if n != name}))
+
+
+def _with_coverage(before: ClusterState, state: ClusterState) -> ClusterState:
+    """`state` with its holders and what is missing; a plan has many experts, so only when either may have changed."""
+    plan = state.active
+    if plan is None or state is before:
+        return state
+    holders = frozenset(name for name in state.active_owners if state.holds(name, plan.epoch))
+    if plan is before.active and holders == before.holders:
+        return state
+    missing: set[NodeName] = set()
+    if holders != state.active_owners:
+        for layer in plan.owners:
+            for names in layer:
+                if holders.isdisjoint(names):
+                    missing.update(names)
+    return replace(state, holders=holders, missing=tuple(sorted(missing)))
+
+
+def _planned(state: ClusterState, plan: Plan, members: frozenset[NodeName]) -> ClusterState:
     if plan.epoch <= state.epoch:
         raise ValueError(f"A plan of epoch {plan.epoch} can't follow one of epoch {state.epoch}.")
-    owners = frozenset(name for layer in plan.owners for names in layer for name in names)
+    owners = frozenset(plan.slices)
     nodes = dict(state.nodes)
-    for name in owners | event.members:
+    for name in owners | members:
         nodes.setdefault(name, Node(name))  # of a stored plan; away until it is seen
     state = replace(
-        state, pending=plan, pending_owners=owners, members=event.members, epoch=plan.epoch, nodes=_frozen(nodes)
+        state, pending=plan, pending_owners=owners, members=members, epoch=plan.epoch, nodes=_frozen(nodes)
     )
     return _forget_epochs(state)
 
@@ -259,7 +325,7 @@ def _promote(state: ClusterState) -> ClusterState:
         return state
     owners = state.pending_owners
     # Nodes that were leaving and are gone by now have no part in anything any more.
-    nodes = {n: node for n, node in state.nodes.items() if node.present or not node.leaving or n in owners}
+    nodes = {n: x for n, x in state.nodes.items() if x.present or x.quarantine or not x.leaving or n in owners}
     state = replace(
         state, active=plan, active_owners=owners, pending=None, pending_owners=frozenset(), nodes=_frozen(nodes)
     )

@@ -53,6 +53,14 @@ CREATE TABLE plans (
     plan BLOB NOT NULL             -- records.py, msgpack
 ) STRICT;
 """
+# Made in databases of any age; another build of the same schema version does not look at them.
+_LATER = """
+CREATE TABLE IF NOT EXISTS quarantine (
+    name TEXT PRIMARY KEY,      -- of a node that answered what can't be true
+    since REAL NOT NULL,
+    sentence TEXT NOT NULL
+) STRICT;
+"""
 
 
 class Store:
@@ -113,7 +121,9 @@ class Store:
                     db.execute(statement)
                 db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
-                return
+                application, version = APPLICATION_ID, SCHEMA_VERSION
+            if (application, version) == (APPLICATION_ID, SCHEMA_VERSION):
+                db.execute(_LATER)
         if application != APPLICATION_ID:
             raise CoordinatorError(f"{self.path} is another program's database; choose another state directory.")
         if version != SCHEMA_VERSION:

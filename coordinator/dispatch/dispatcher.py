@@ -1,29 +1,47 @@
 """One layer over the cluster: tokens by node, one message to each node that is needed, the partial sums added up.
 
 The order of addition is fixed. With REDUCTION_PARTIAL_SUM it follows the nodes' names, so a placement gives the same
-bits every time while no link is so slow that hidden states travel in 8 bits; with REDUCTION_PER_EXPERT it follows the
-router's top-k, so every placement gives the same bits.
+bits every time while no link is so slow that hidden states travel in 8 bits and no node fails; with
+REDUCTION_PER_EXPERT it follows the router's top-k, so every placement gives the same bits, whatever fails.
+
+A node that fails a request (it is gone, silent, refuses, or answers nonsense) is not asked for a while, and what it
+was asked for goes to other holders, else to the coordinator's fallback; a layer that nobody can compute waits.
 """
 
 import asyncio
-from collections.abc import Awaitable, Generator
+import logging
+from collections.abc import Awaitable, Callable, Collection, Generator
 from dataclasses import dataclass, field
-from typing import Any
+from math import isfinite
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from moehive.kernels.geometry import Manifest
+from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import WireError, read_values, write_request
 
 from .. import timeline
-from ..types import LOCAL, NodeName, NodeUnavailable, NotReady, Plan
+from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, NotReady, Plan
+from .asking import Asking
+from .fallback import Fallback
 from .link import Link
 from .local import LocalExperts
-from .routing import Share, split
+from .placed import LOST, Placed
+from .replicas import choose
+from .routing import Owner, Share, only, pieces, split
+from .speeds import FEW_TOKENS, Speeds
+from .watch import Due, Watch
+
+log = logging.getLogger(__name__)
+
+WAIT_SECONDS = 120.0  # a layer waits so long for somebody who can compute it, then its requests end with a sentence
+SLACK_SECONDS = 0.05  # beyond three times the expected time, a node with replicas is late
+SILENT_SECONDS = 2.0  # beyond that, one without replicas
+FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
 _WIRE_REDUCTION = {
     Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM,
@@ -38,6 +56,20 @@ class NodeCounters:
     requests: int = 0
     expert_calls: int = 0  # (token, expert) pairs
     compute_ns: int = 0  # the node's own time, as it reports it
+    failed: int = 0  # requests that were computed elsewhere in the end
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """One node's part of a layer, asked for."""
+
+    layer: int
+    node: NodeName
+    share: Share
+    reply: "asyncio.Future[pb.ComputeReply]"
+    expected: float  # seconds until the reply
+    due: float  # seconds of the loop's clock: it is late from then on
+    given_up: bool = False  # `reply` was cancelled because it was late
 
 
 @dataclass(slots=True)
@@ -45,133 +77,266 @@ class _Sent:
     """A layer whose messages have left. Dropping it drops the replies that have not come."""
 
     layer: int
-    hidden: torch.Tensor
-    top_k: int
+    hidden: torch.Tensor  # [tokens, hidden] on the CPU
+    ids: npt.NDArray[np.int64]  # [tokens, k]
+    weights: npt.NDArray[np.float32]
     device: torch.device
+    settle: Callable[[_Part], None]  # to be called with each part when it is over
     here: Share | None = None
-    waiting: list[tuple[NodeName, Share, "asyncio.Future[pb.ComputeReply]"]] = field(default_factory=list)
+    lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
+    waiting: list[_Part] = field(default_factory=list)
 
     def __del__(self) -> None:
-        for _, _, reply in self.waiting:
-            reply.cancel()  # those that are done stay as they are
+        for part in self.waiting:
+            self.settle(part)
+            part.reply.cancel()  # those that are done stay as they are
+
+
+_Rows = tuple[Share, torch.Tensor]
 
 
 class Dispatcher:
     """The `ExpertBackend` of a cluster (models/base.py)."""
 
-    def __init__(self, manifest: Manifest, local: LocalExperts | None, reduction: Reduction) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        local: LocalExperts | None,
+        reduction: Reduction,
+        fallback: Fallback | None = None,
+        on_lie: Callable[[NodeName, str], None] = lambda node, sentence: None,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> None:
+        """`on_lie` hears of nodes that answered what cannot be true, with a sentence."""
         self._manifest = manifest
         self._local = local
         self._reduction = reduction
-        self._links: dict[NodeName, Link] = {}
-        self._plan: Plan | None = None
-        self._names: tuple[NodeName, ...] = ()
-        self._owners: list[npt.NDArray[np.int64]] = []  # for each layer, the node's index for each expert
+        self._fallback = fallback
+        self._on_lie = on_lie
+        self._wait_seconds = wait_seconds
+        self._asking = Asking(self._place)
+        self._placed: Placed | None = None
+        self._prepared: Placed | None = None
+        self._speeds = Speeds()
+        self._watch = Watch(self._late)
+        self._uses = [np.zeros(layer.experts, dtype=np.int64) for layer in manifest.layers]  # tokens, by expert
         self._step = 0
+        self._waiters: set[asyncio.Future[None]] = set()
         self.counters: dict[NodeName, NodeCounters] = {}
+        self.longest_pause_s = 0.0  # from the first failure in a layer to its sum
 
     @property
     def epoch(self) -> int:
         """The plan that is dispatched by; 0 before the first."""
-        return self._plan.epoch if self._plan is not None else 0
+        return self._placed.plan.epoch if self._placed is not None else 0
 
-    def follow(self, plan: Plan) -> None:
-        """Dispatches by `plan` from the next layer on."""
-        self._plan = plan
-        self._choose_owners()
+    @property
+    def lost(self) -> int:
+        """Experts of the plan that no node can be asked for now."""
+        return self._placed.lost if self._placed is not None else 0
+
+    async def prepare(self, plan: Plan) -> None:
+        """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
+        self._prepared = await asyncio.to_thread(Placed, plan)
+
+    def follow(self, plan: Plan, holding: Collection[NodeName] | None = None) -> None:
+        """Dispatches by `plan` from the next layer on; asks those that are `holding` their slices (None: all)."""
+        prepared, self._prepared = self._prepared, None
+        self._placed = prepared if prepared is not None and prepared.plan is plan else Placed(plan)
+        if holding is not None:
+            self._asking.holding(holding)
+        self._place()
 
     def connect(self, link: Link) -> None:
         """Uses `link` for its node, in place of an older one."""
-        self._links[link.node] = link
-        self._choose_owners()
+        self._asking.connect(link)
 
     def disconnect(self, link: Link) -> None:
         """Forgets `link` if it is still its node's."""
-        if self._links.get(link.node) is link:
-            del self._links[link.node]
-            self._choose_owners()
+        self._asking.disconnect(link)
+
+    def holding(self, nodes: Collection[NodeName]) -> None:
+        """From now on only these hold their slice of the plan in force."""
+        self._asking.holding(nodes)
+        self._place()
 
     def link(self, node: NodeName) -> Link | None:
         """The node's link, if it is connected."""
-        return self._links.get(node)
+        return self._asking.links.get(node)
 
     def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> Awaitable[torch.Tensor]:
         """See ExpertBackend.submit. Raises NotReady before the first plan."""
-        if self._plan is None:
+        if self._placed is None:
             raise NotReady("The cluster does not hold the model yet; `moehive status` says what is missing.")
         with timeline.current.span("submit"):
             return _Answer(self, self._submit(layer, hidden, ids, weights))
 
     def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> "_Sent":
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
-        shares = split(
-            ids.to("cpu", torch.int64).numpy(), weights.to("cpu", torch.float32).numpy(), self._owners[layer]
-        )
+        numbers = ids.to("cpu", torch.int64).numpy()
+        factors = weights.to("cpu", torch.float32).numpy()
         self._step += 1
-        sent = _Sent(layer, host, ids.shape[1], hidden.device)
-        for index, share in shares.items():
-            node = self._names[index]
-            if node == LOCAL:
-                sent.here = share
-            else:
-                sent.waiting.append((node, share, self._send(node, layer, host, share)))
+        self._speeds.tick()
+        sent = _Sent(layer, host, numbers, factors, hidden.device, self._settle)
+        self._ask(sent, split(numbers, factors, self._owner(layer, numbers)))
+        self._count(layer, numbers)  # while the nodes work
         return sent
 
     async def _collect(self, sent: "_Sent") -> torch.Tensor:
-        parts: list[tuple[Share, torch.Tensor]] = []
+        parts, failed = await self._answers(sent)
+        if failed:
+            parts += await self._recover(sent, failed)
+        with timeline.current.span("add up"):
+            total = self._add_up(parts, sent)
+        if not _is_finite(total):
+            total = self._add_up(await self._check(sent, parts), sent)
+        return total.to(sent.hidden.dtype).to(sent.device)
+
+    async def _answers(self, sent: "_Sent") -> tuple[list[_Rows], list[Share]]:
+        """What was asked for: rows, and the shares that failed."""
+        parts: list[_Rows] = []
+        failed = list(sent.lost)
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
-                parts.append((sent.here, self._here(sent.layer, sent.hidden, sent.here)))
-        for node, share, reply in sent.waiting:
-            with timeline.current.span("wait"):
-                answer = await reply
-            with timeline.current.span("read"):
-                parts.append((share, self._values(node, share, sent.hidden, answer)))
-        with timeline.current.span("add up"):
-            return self._add_up(parts, sent.hidden, sent.top_k).to(sent.device)
+                parts.append((sent.here, self._here(sent, sent.here)))
+        for part in sent.waiting:
+            try:
+                with timeline.current.span("wait"):
+                    answer = await part.reply
+                with timeline.current.span("read"):
+                    parts.append((part.share, self._values(part, sent.hidden, answer)))
+            except NodeUnavailable as error:
+                self._failed(part, str(error))
+                failed.append(part.share)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if not part.given_up or (task is not None and task.cancelling()):
+                    raise
+                self._failed(part, f"Node {part.node} is late; others are asked.")
+                failed.append(part.share)
+            finally:
+                self._settle(part)
+        return parts, failed
 
-    def _add_up(self, parts: list[tuple[Share, torch.Tensor]], hidden: torch.Tensor, k: int) -> torch.Tensor:
-        tokens, size = hidden.shape
+    def _ask(self, sent: "_Sent", shares: dict[int, Share]) -> None:
+        """Sends each node its share; those that can't be sent are `sent.lost`."""
+        assert self._placed is not None
+        names = self._placed.names
+        for index, share in shares.items():
+            if index == LOST:
+                sent.lost.append(share)
+            elif names[index] == LOCAL:
+                sent.here = share
+            else:
+                try:
+                    sent.waiting.append(self._send(names[index], sent.layer, sent.hidden, share))
+                except NodeUnavailable:
+                    sent.lost.append(share)
+
+    async def _recover(
+        self, sent: "_Sent", failed: list[Share], avoid: frozenset[NodeName] = frozenset()
+    ) -> list[_Rows]:
+        """The rows of `failed` from whoever else has the experts, but not from `avoid`.
+
+        Raises NodeUnavailable when nobody could compute them for `wait_seconds`.
+        """
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        parts: list[_Rows] = []
+        while failed:
+            ids = only(sent.ids, failed)
+            again = _Sent(sent.layer, sent.hidden, ids, sent.weights, sent.device, self._settle)
+            self._ask(again, split(ids, sent.weights, self._owner(sent.layer, ids, avoid)))
+            lost, again.lost = again.lost, []
+            for share in lost:
+                parts += await self._last_resort(again, share, started + self._wait_seconds)
+            done, failed = await self._answers(again)
+            parts += done
+        self.longest_pause_s = max(self.longest_pause_s, loop.time() - started)
+        return parts
+
+    async def _last_resort(self, sent: "_Sent", share: Share, deadline: float) -> list[_Rows]:
+        """Rows of experts that nobody can be asked for: read here, else asked for once somebody is back.
+
+        Raises NodeUnavailable at `deadline`.
+        """
+        fallback = self._fallback
+        if fallback is not None:
+            at_once = fallback.experts_at_once(sent.layer)
+            try:
+                return [
+                    (
+                        piece,
+                        await fallback.compute(sent.layer, _rows(sent.hidden, piece), piece.routing, self._reduction),
+                    )
+                    for piece in pieces(sent.ids, sent.weights, share, at_once)
+                ]
+            except (CoordinatorError, OSError, MemoryError) as error:
+                log.warning("Experts of layer %d could not be read from the checkpoint: %s", sent.layer, error)
+        assert self._placed is not None
+        while not self._placed.held_without(sent.layer, share.routing.experts, None):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    await self._change()
+            except TimeoutError:
+                raise self._unavailable(sent.layer, int(share.routing.experts[0])) from None
+        sent.lost.append(share)  # to be asked for again
+        return []
+
+    async def _check(self, sent: "_Sent", parts: list[_Rows]) -> list[_Rows]:
+        """Rows that are not numbers are computed by somebody else; if theirs are, the node has lied."""
+        if not bool(torch.isfinite(sent.hidden).all()):
+            return parts  # what was asked was no number
+        checked: list[_Rows] = []
+        nodes = {id(part.share): part.node for part in sent.waiting}
+        for share, values in parts:
+            node = nodes.get(id(share))
+            if node is None or bool(torch.isfinite(values).all()):
+                checked.append((share, values))
+                continue
+            others = await self._recover(sent, [share], frozenset((node,)))
+            if all(bool(torch.isfinite(rows).all()) for _, rows in others):
+                self._lied(node, f"Node {node} answered values that are not numbers in layer {sent.layer}.")
+            checked += others
+        return checked
+
+    def _add_up(self, parts: list[_Rows], sent: "_Sent") -> torch.Tensor:
+        """f32 [tokens, hidden]."""
+        (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
         if self._reduction is Reduction.PER_EXPERT:
             pairs = torch.zeros((tokens * k, size), dtype=torch.float32)
             for share, values in parts:
                 pairs[torch.from_numpy(share.pairs)] = values.float()
-            total = pairs.view(tokens, k, size).sum(dim=1)
+            return pairs.view(tokens, k, size).sum(dim=1)
+        rest = iter(parts)
+        if parts and len(parts[0][0].tokens) == tokens:
+            total = next(rest)[1].to(torch.float32, copy=True)  # a reply's own rows are not to be written to
         else:
-            rest = iter(parts)
-            if parts and len(parts[0][0].tokens) == tokens:
-                total = next(rest)[1].to(torch.float32, copy=True)  # a reply's own rows are not to be written to
+            total = torch.zeros((tokens, size), dtype=torch.float32)
+        for share, values in rest:
+            if len(share.tokens) == tokens:
+                total += values
             else:
-                total = torch.zeros((tokens, size), dtype=torch.float32)
-            for share, values in rest:
-                if len(share.tokens) == tokens:
-                    total += values
-                else:
-                    total.index_add_(0, torch.from_numpy(share.tokens), values.float())
-        return total.to(hidden.dtype)
+                total.index_add_(0, torch.from_numpy(share.tokens), values.float())
+        return total
 
-    def _here(self, layer: int, hidden: torch.Tensor, share: Share) -> torch.Tensor:
+    def _here(self, sent: "_Sent", share: Share) -> torch.Tensor:
         assert self._local is not None
-        values = self._local.compute(layer, _rows(hidden, share), share.routing, self._reduction)
+        values = self._local.compute(sent.layer, _rows(sent.hidden, share), share.routing, self._reduction)
         counters = self.counters.setdefault(LOCAL, NodeCounters())
         counters.requests += 1
         counters.expert_calls = self._local.expert_calls
         counters.compute_ns = self._local.compute_ns
         return values
 
-    def _send(
-        self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share
-    ) -> "asyncio.Future[pb.ComputeReply]":
-        link = self._links.get(node)
+    def _send(self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share) -> _Part:
+        """Raises NodeUnavailable when the node's link has just gone."""
+        link = self._asking.links.get(node)
         if link is None:
-            raise NodeUnavailable(
-                node,
-                f"Node {node} is away, and it holds experts that this request needs; "
-                "the request can be sent again once it is back.",
-            )
+            raise NodeUnavailable(node, f"Node {node} is away.")
         request = pb.ComputeRequest(
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
@@ -181,36 +346,163 @@ class Dispatcher:
         write_request(request, rows, share.routing, eight_bit)
         reply = link.send(request)
         timeline.current.hop(node, reply, _compute_ns)
-        return reply
+        speed = self._speeds.of(node)
+        expected = speed.expected(len(share.tokens), len(share.pairs), self._read_bytes(layer, share))
+        if expected is None:
+            expected, patience = 0.0, FIRST_SECONDS
+        else:
+            patience = 3 * (speed.backlog_s + expected + link.speed.round_trip_s) + SLACK_SECONDS
+        speed.backlog_s += expected
+        part = _Part(layer, node, share, reply, expected, asyncio.get_running_loop().time() + patience)
+        self._watch.add(part)
+        return part
 
-    def _values(self, node: NodeName, share: Share, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
-        """The rows of a reply to `share`. Raises NodeUnavailable when the node refused or answered nonsense."""
+    def _settle(self, part: _Part) -> None:
+        """A part is over, however it ended."""
+        self._watch.remove(part)
+        self._speeds.of(part.node).backlog_s -= part.expected
+        part.expected = 0.0
+
+    def _values(self, part: _Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
+        """The rows of a reply. Raises NodeUnavailable when the node refused or answered nonsense."""
+        node, share = part.node, part.share
         if reply.HasField("refusal"):
             raise NodeUnavailable(node, f"Node {node} refuses: {reply.refusal.sentence[:1024]}")
         rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
         try:
             values = read_values(reply, rows, hidden.shape[1], hidden.dtype)
         except WireError as error:
-            raise NodeUnavailable(node, f"Node {node} answered something else than asked: {error}") from None
-        counters = self.counters.setdefault(node, NodeCounters())
+            sentence = f"Node {node} answered something else than asked: {error}"
+            self._lied(node, sentence)
+            raise NodeUnavailable(node, sentence) from None
+        counters = self.counters.get(node)
+        if counters is None:
+            counters = self.counters[node] = NodeCounters()
         counters.requests += 1
         counters.expert_calls += len(share.pairs)
         counters.compute_ns += reply.compute_ns
+        nbytes = self._read_bytes(part.layer, share)
+        self._speeds.of(node).note(
+            len(share.tokens), len(share.pairs), nbytes, reply.compute_ns / 1e9, self._speeds.layers
+        )
         return values
 
-    def _choose_owners(self) -> None:
-        """For each expert the first owner that is there, else its first owner (whose absence is then the error)."""
-        if self._plan is None:
+    def _read_bytes(self, layer: int, share: Share) -> int:
+        """Bytes of the experts that a share reads, each once; of few tokens, for which alone it is looked at."""
+        pairs = len(share.pairs)
+        if len(share.tokens) > 1:
+            pairs = len(set(share.routing.experts.tolist())) if len(share.tokens) <= FEW_TOKENS else 0
+        return pairs * self._manifest.layers[layer].spec.nbytes
+
+    def _owner(self, layer: int, ids: npt.NDArray[np.int64], avoid: Collection[NodeName] = ()) -> Owner:
+        """A node's index for each expert that `ids` name; other experts' do not matter."""
+        placed = self._placed
+        assert placed is not None
+        if avoid:
+            return placed.owners_but(layer, avoid)
+        one = len(ids) == 1
+        if not placed.has_choice[layer]:
+            return placed.first[layer] if one else placed.owners[layer]
+        options = placed.options(layer)
+        spec = self._manifest.layers[layer].spec
+        if one:
+            experts = [e for e in ids[0].tolist() if 0 <= e < len(options) and options[e]]
+            sizes = [1.0] * len(experts)
+        else:
+            flat = ids[(ids >= 0) & (ids < len(options))]
+            tokens = np.bincount(flat, minlength=len(options))
+            experts = [e for e in np.flatnonzero(tokens).tolist() if options[e]]
+            # Many tokens are computed as pairs, few are read as bytes.
+            sizes = tokens[experts].tolist() if len(ids) > FEW_TOKENS else [1.0] * len(experts)
+        base, per = self._costs(placed, spec.nbytes)
+        chosen = choose([options[e] for e in experts], sizes, base, per)
+        owner = placed.first[layer].copy()
+        for expert, node in zip(experts, chosen, strict=True):
+            owner[expert] = node
+        return owner
+
+    def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
+        """For each node of the plan: seconds before anything comes from it, and seconds for an expert."""
+        base = []
+        for name in placed.names:
+            link = self._asking.links.get(name)
+            base.append(self._speeds.of(name).backlog_s + (link.speed.round_trip_s if link is not None else 0.0))
+        return base, [s * nbytes for s in self._speeds.per_byte(placed.names)]
+
+    def _count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
+        uses = self._uses[layer]
+        if len(ids) == 1:
+            for expert in ids[0].tolist():
+                if 0 <= expert < len(uses):
+                    uses[expert] += 1
+        else:
+            uses += np.bincount(ids[(ids >= 0) & (ids < len(uses))], minlength=len(uses))
+
+    def _failed(self, part: _Part, sentence: str) -> None:
+        """A part did not come: its node is not asked until it has answered a probe."""
+        self.counters.setdefault(part.node, NodeCounters()).failed += 1
+        if self._asking.shun(part.node):
+            log.warning("%s", sentence)
+
+    def _lied(self, node: NodeName, sentence: str) -> None:
+        self._asking.shun(node)
+        self._on_lie(node, sentence)
+
+    def _late(self, thing: Due) -> None:
+        """A part's time is over: gives it up, at once when its experts are elsewhere too, else a little later."""
+        part = cast(_Part, thing)
+        if part.reply.done():
+            self._watch.remove(part)
             return
-        names = sorted({node for layer in self._plan.owners for nodes in layer for node in nodes})
-        index = {name: i for i, name in enumerate(names)}
+        now = asyncio.get_running_loop().time()
+        placed = self._placed
+        elsewhere = placed is not None and placed.held_without(part.layer, part.share.routing.experts, part.node)
+        if not elsewhere and now < part.due + SILENT_SECONDS:
+            return
+        part.given_up = True
+        part.reply.cancel()
 
-        def choose(nodes: tuple[NodeName, ...]) -> int:
-            there = (n for n in nodes if n == LOCAL or n in self._links)
-            return index[next(there, nodes[0])]
+    def _place(self) -> None:
+        """Who can be asked has changed."""
+        if self._placed is None:
+            return
+        before = self._placed.lost
+        self._placed.use(self._asking.live(with_local=self._local is not None))
+        if self._fallback is not None:
+            if self._placed.lost == 0:
+                self._fallback.rest()
+            elif self._placed.lost != before:
+                self._fallback.prefetch(self._in_order_of_use())
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
 
-        self._names = tuple(names)
-        self._owners = [np.array([choose(nodes) for nodes in layer], dtype=np.int64) for layer in self._plan.owners]
+    def _in_order_of_use(self) -> list[ExpertId]:
+        """The experts that nobody can be asked for, the most used ones first."""
+        assert self._placed is not None
+        lost = [
+            (-int(self._uses[layer][expert]), layer, expert)
+            for layer in range(len(self._uses))
+            for expert in self._placed.lost_experts(layer)
+        ]
+        return [ExpertId(layer, expert) for _, layer, expert in sorted(lost)]
+
+    def _unavailable(self, layer: int, expert: int) -> NodeUnavailable:
+        assert self._placed is not None
+        node = self._placed.plan.owners[layer][expert][0]
+        return NodeUnavailable(
+            node,
+            f"Node {node} is away, and nobody else could load the experts that this request needs; the request can "
+            "be sent again once it is back.",
+        )
+
+    async def _change(self) -> None:
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
 
 
 class _Answer:
@@ -232,3 +524,9 @@ def _rows(hidden: torch.Tensor, share: Share) -> torch.Tensor:
     if len(share.tokens) == hidden.shape[0]:
         return hidden
     return hidden[torch.from_numpy(share.tokens)]
+
+
+def _is_finite(rows: torch.Tensor) -> bool:
+    """Whether every number of f32 [tokens, hidden] is one; squares that are too large count as none."""
+    flat = rows.numpy().reshape(-1)
+    return isfinite(float(np.dot(flat, flat)))

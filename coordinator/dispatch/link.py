@@ -85,10 +85,7 @@ class Link:
     async def _measure(self) -> None:
         """Sends requests that a node refuses at once (epoch 0 is of no model), small and large."""
         for tokens in PROBES:
-            routing = Routing(np.zeros(tokens + 1, "<u4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
-            request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
-            write_request(request, torch.zeros(tokens, 1024), routing)
-            await self.send(request)
+            await self.send(probe(tokens))
 
     def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
         """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT; sets the request's id.
@@ -192,6 +189,14 @@ class Link:
             if not pending.reply.done():
                 pending.reply.set_exception(NodeUnavailable(self.node, sentence))
         self._on_close()
+
+
+def probe(tokens: int) -> pb.ComputeRequest:
+    """A request of so many tokens, 4 KiB each, that a node refuses at once: it asks for nothing, of no epoch."""
+    routing = Routing(np.zeros(tokens + 1, "<u4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
+    request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
+    write_request(request, torch.zeros(tokens, 1024), routing)
+    return request
 
 
 def _sentence(node: NodeName, error: Exception) -> str:

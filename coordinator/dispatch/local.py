@@ -33,6 +33,9 @@ class LocalExperts:
             for number in [n for n in held if ExpertId(layer, n) not in experts]:
                 del held[number]
 
+    def __contains__(self, expert: ExpertId) -> bool:
+        return expert.expert in self._held[expert.layer]
+
     @property
     def count(self) -> int:
         """Experts held."""

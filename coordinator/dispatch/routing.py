@@ -1,6 +1,7 @@
 """A layer's routing, split by node: which tokens go where, with which experts and weights. Plain numpy."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,10 +17,11 @@ class Share(NamedTuple):
     routing: Routing  # offsets over `tokens`
 
 
-def split(
-    ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: npt.NDArray[np.int64]
-) -> dict[int, Share]:
-    """Splits `ids` and `weights` [tokens, k] by `owner` [experts] (a node's index for each expert).
+Owner: TypeAlias = npt.NDArray[np.int64] | Sequence[int]  # [experts], a node's index for each
+
+
+def split(ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: Owner) -> dict[int, Share]:
+    """Splits `ids` and `weights` [tokens, k] by `owner`; for one token a list of owners is quicker than an array.
 
     Ids outside the experts mean none (some families pad their top-k). Nodes come in ascending order, tokens and
     pairs in theirs: the same input gives the same messages.
@@ -27,6 +29,7 @@ def split(
     tokens, k = ids.shape
     if tokens == 1:
         return _split_one(ids[0].tolist(), weights[0], owner)
+    owner = np.asarray(owner)
     flat = ids.reshape(-1)
     positions = np.arange(flat.size)
     valid = (flat >= 0) & (flat < owner.size)
@@ -51,11 +54,12 @@ def split(
 _ONE = np.zeros(1, dtype=np.int64)  # the only token of a decode step
 
 
-def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: npt.NDArray[np.int64]) -> dict[int, Share]:
+def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: Owner) -> dict[int, Share]:
     """`split` for one token, the case of every decode step: lists are quicker than arrays of so few."""
     places: dict[int, list[int]] = {}
+    experts_in_all = len(owner)
     for place, expert in enumerate(ids):
-        if 0 <= expert < owner.size:
+        if 0 <= expert < experts_in_all:
             places.setdefault(int(owner[expert]), []).append(place)
     shares: dict[int, Share] = {}
     for node in sorted(places):
@@ -64,3 +68,22 @@ def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: npt.NDAr
         offsets = np.array([0, len(pairs)], dtype=np.uint32)
         shares[node] = Share(_ONE, np.array(pairs, dtype=np.int64), Routing(offsets, experts, weights[pairs]))
     return shares
+
+
+def only(ids: npt.NDArray[np.int64], shares: Sequence[Share]) -> npt.NDArray[np.int64]:
+    """`ids` [tokens, k] with none (-1) in place of all pairs that are in no share."""
+    kept = np.full_like(ids, -1)
+    for share in shares:
+        kept.reshape(-1)[share.pairs] = ids.reshape(-1)[share.pairs]
+    return kept
+
+
+def pieces(
+    ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], share: Share, experts: int
+) -> Iterator[Share]:
+    """`share`, a part of `ids` and `weights`, in shares of at most `experts` experts each."""
+    mine = only(ids, [share])
+    numbers = np.unique(mine[mine >= 0])
+    for start in range(0, len(numbers), experts):
+        piece = np.where(np.isin(mine, numbers[start : start + experts]), mine, -1)
+        yield split(piece, weights, np.zeros(int(numbers[-1]) + 1, dtype=np.int64))[0]

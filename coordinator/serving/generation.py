@@ -122,7 +122,7 @@ class GenerationService:
         if request.stop and not self.text.has_tokenizer:
             raise InvalidRequest("This model has no tokenizer, so stop strings mean nothing; leave them out.", "stop")
         status = self._cluster_status()
-        if not status.ready:
+        if not (status.ready or status.has_plan):
             raise NotReady(status.reason or "The cluster does not hold the whole model yet; try again later.")
 
     async def _tokens(self, request: TextRequest) -> GenerationRequest:

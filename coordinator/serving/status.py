@@ -40,6 +40,7 @@ class ClusterStatus:
     """What the cluster part knows; the engine's load is added at the door."""
 
     ready: bool  # every expert has a node that is there
+    has_plan: bool = False  # the experts are placed: while some have no node, requests are slow or wait
     reason: str = ""  # one sentence when not ready
     epoch: int = 0
     nodes: tuple[NodeStatus, ...] = field(default=())

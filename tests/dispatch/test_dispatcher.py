@@ -116,25 +116,13 @@ def test_ids_beyond_the_experts_mean_none() -> None:
 
 def test_no_plan_is_not_ready_and_a_missing_node_is_named() -> None:
     hidden, ids, weights = inputs(3)
-    bare = Dispatcher(MANIFEST, None, Reduction.PARTIAL_SUM)
+    bare = Dispatcher(MANIFEST, None, Reduction.PARTIAL_SUM, wait_seconds=0.05)
     with pytest.raises(NotReady):
         ask(bare, 0, hidden, ids, weights)
     bare.follow(plan(["gone"] * 7))
     with pytest.raises(NodeUnavailable, match="gone") as caught:
         ask(bare, 0, hidden, ids, weights)
     assert caught.value.node == "gone"
-
-
-def test_a_reply_of_the_wrong_size_is_that_nodes_fault() -> None:
-    hidden, ids, weights = inputs(3)
-    dispatcher = cluster(["a", "b"] * 3 + ["a"], Reduction.PARTIAL_SUM)
-
-    def lie(reply: pb.ComputeReply) -> None:
-        reply.values = reply.values[:-4]
-
-    dispatcher.connect(cast(Link, FakeLink("b", lie)))
-    with pytest.raises(NodeUnavailable, match="Node b answered"):
-        ask(dispatcher, 0, hidden, ids, weights)
 
 
 def test_a_replica_takes_over_when_the_first_owner_is_away() -> None:

@@ -1,0 +1,78 @@
+"""How quick each node is now, by its own replies: what a message to it costs, and what an expert there costs.
+
+The newest replies count most, so a node that becomes busy with something else is asked for less within a few layers.
+One that is not asked any more is forgiven little by little, or nobody would notice that it is idle again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..types import NodeName
+
+NEWEST = 0.125  # weight of a reply among those before it
+FEW_TOKENS = 32  # up to here a request's time is that of reading experts, beyond it that of computing pairs
+UNHEARD = 64  # layers without a reply, after which a node is taken to be a little quicker than it was
+FORGIVEN = 0.9
+UNKNOWN_S_PER_BYTE = 1e-10  # 10 GB/s, until a node has answered once
+
+
+@dataclass(slots=True)
+class NodeSpeed:
+    """One node's figures, seconds."""
+
+    s_per_byte: float = 0.0  # of the experts that a request of few tokens reads; 0: not known
+    s_per_pair: float = 0.0  # of a (token, expert) pair of a request of many tokens; 0: not known
+    best_s_per_byte: float = 0.0
+    backlog_s: float = 0.0  # expected of the requests that are not answered yet
+    heard: int = 0  # the layer, counted since the start, of the last reply
+
+    def note(self, tokens: int, pairs: int, nbytes: int, seconds: float, now: int) -> None:
+        """A reply's own computing time for `pairs` over experts of `nbytes` together."""
+        self.heard = now
+        if tokens > FEW_TOKENS:
+            figure = seconds / max(1, pairs)
+            self.s_per_pair = figure if not self.s_per_pair else self.s_per_pair + NEWEST * (figure - self.s_per_pair)
+            return
+        figure = seconds / max(1, nbytes)
+        if not self.s_per_byte:
+            self.s_per_byte = self.best_s_per_byte = figure
+            return
+        self.s_per_byte += NEWEST * (figure - self.s_per_byte)
+        self.best_s_per_byte = min(self.best_s_per_byte * 1.001, figure)
+
+    def forgive(self, now: int) -> None:
+        """Called now and then: what was slow long ago may be quick again."""
+        if now - self.heard > UNHEARD:
+            self.s_per_byte = max(self.best_s_per_byte, self.s_per_byte * FORGIVEN)
+
+    def expected(self, tokens: int, pairs: int, nbytes: int) -> float | None:
+        """Seconds that such a request should take to compute; None when nothing like it was answered yet."""
+        if tokens > FEW_TOKENS:
+            return pairs * self.s_per_pair or None
+        return nbytes * self.s_per_byte or None
+
+
+class Speeds:
+    """All nodes' figures."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[NodeName, NodeSpeed] = {}
+        self.layers = 0  # since the start
+
+    def of(self, node: NodeName) -> NodeSpeed:
+        """A node's figures."""
+        known = self._nodes.get(node)
+        if known is None:
+            known = self._nodes[node] = NodeSpeed()
+        return known
+
+    def tick(self) -> None:
+        """A layer is being dispatched."""
+        self.layers += 1
+        if self.layers % UNHEARD == 0:
+            for speed in self._nodes.values():
+                speed.forgive(self.layers)
+
+    def per_byte(self, names: Sequence[NodeName]) -> list[float]:
+        """Seconds to read a byte of experts on each of `names`."""
+        return [self.of(name).s_per_byte or UNKNOWN_S_PER_BYTE for name in names]
