@@ -20,8 +20,9 @@ from moehive.proto.handshake import metadata
 from moehive.proto.timing import HEARTBEAT_SECONDS, RELEASE_SECONDS
 
 from .backoff import Backoff
+from .download import SliceError
 from .executor import Totals
-from .fetch import Assignment, SliceError, SliceLoader
+from .fetch import Assignment, SliceLoader
 from .identity import NodeIdentity
 from .slices import Slices
 from .store import ExpertStore

@@ -3,9 +3,10 @@
     <state>/cache/<fingerprint of the model>/<layer>-<expert>.<sha256 of the content>.expert
     <state>/cache/<fingerprint of the model>/<layer>-<expert>.part         an expert on its way
 
-A file is written as `.part`, fsynced, and renamed once its hash is known to be right; the name then says what the
-content must be. Whole files are mapped, so the kernel's page cache is the one copy in memory. Other models' folders
-stay until their room is needed, the oldest goes first.
+A file is written as `.part` and renamed once its hash is known to be right; the name then says what the content must
+be, and a restart checks it. So nothing waits for the disk: what a power cut takes is fetched again. Whole files are
+mapped, so the kernel's page cache is the one copy in memory. Other models' folders stay until their room is needed,
+the oldest goes first.
 All methods block on the disk: call them in a thread.
 """
 
@@ -16,7 +17,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -83,13 +84,16 @@ def _mapped(path: Path, nbytes: int) -> torch.Tensor:
 class PartFile:
     """One expert of `nbytes` on its way to the disk; `offset` bytes of it are there and hashed."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
+    def __init__(self, path: Path, nbytes: int, kept: Callable[[Path], None]) -> None:
+        """`kept` is told of the whole file."""
         self._path = path
         self._nbytes = nbytes
+        self._kept = kept
         self._digest: _Hash = hashlib.sha256()
         with _disk_errors(path.parent):
             path.touch()
             self.offset = _read_into(path, self._digest, nbytes)
+            self.resumed = self.offset > 0
             os.truncate(path, self.offset)  # a longer one is of another build
             self._file = path.open("ab", buffering=0)
 
@@ -115,19 +119,19 @@ class PartFile:
         return self._digest.hexdigest()
 
     def keep(self) -> torch.Tensor:
-        """Makes the whole and checked file durable under its final name; returns it mapped, uint8 [nbytes].
+        """Gives the whole and checked file its final name; returns it mapped, uint8 [nbytes].
 
         Raises CacheError.
         """
         final = self._path.with_name(f"{self._path.stem}.{self.sha256}.expert")
         try:
             with _disk_errors(self._path.parent):
-                os.fsync(self._file.fileno())
                 self._file.close()
                 self._path.rename(final)
         except CacheError:
             self.discard()
             raise
+        self._kept(final)
         return _mapped(final, self._nbytes)
 
     def close(self) -> None:
@@ -143,19 +147,30 @@ class PartFile:
 class DiskCache:
     """The experts of one model on disk."""
 
-    def __init__(self, root: Path, fingerprint: str) -> None:
+    def __init__(self, root: Path, fingerprint: str, former: "DiskCache | None" = None) -> None:
+        """`former`: an earlier object, whose word on what is right is taken. Raises CacheError."""
+        self.fingerprint = fingerprint
         self._root = root
         self._folder = root / fingerprint
         with _disk_errors(root):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             os.utime(self._folder)  # the order in which other models' folders make room
         self._files: dict[ExpertId, Path] = {}
+        self._checked: dict[ExpertId, Path] = {}
         for path in self._folder.iterdir():
             if match := _FILE.fullmatch(path.name):
                 self._files[ExpertId(int(match[1]), int(match[2]))] = path
+        if former is not None:
+            self._checked = {
+                expert: path for expert, path in former._checked.items() if self._files.get(expert) == path
+            }
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert in self._files
+
+    def checked(self, expert: ExpertId) -> Path | None:
+        """The file of an expert whose content was found right since this object was made."""
+        return self._checked.get(expert)
 
     def load(self, expert: ExpertId, nbytes: int) -> torch.Tensor | None:
         """A cached expert, mapped: uint8 [nbytes]. None when there is none or it was damaged (it is then deleted).
@@ -172,6 +187,7 @@ class DiskCache:
             log.warning("Cannot read %s (%s); the expert is fetched again.", path, error.strerror)
             whole = False
         if whole and digest.hexdigest() == path.name.split(".")[1]:
+            self._checked[expert] = path
             return _mapped(path, nbytes)
         log.warning("%s is damaged: deleted, the expert is fetched again.", path)
         del self._files[expert]
@@ -181,7 +197,11 @@ class DiskCache:
 
     def part(self, expert: ExpertId, nbytes: int) -> PartFile:
         """Starts or resumes the file of an expert of `nbytes`. Raises CacheError."""
-        return PartFile(self._part(expert), nbytes)
+
+        def kept(path: Path) -> None:
+            self._files[expert] = self._checked[expert] = path
+
+        return PartFile(self._part(expert), nbytes, kept)
 
     def part_bytes(self, expert: ExpertId, nbytes: int) -> int:
         """How many of an expert's `nbytes` an earlier, cut fetch has left here; always fewer than `nbytes`."""

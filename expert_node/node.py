@@ -11,7 +11,7 @@ import torch
 
 from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
-from moehive.proto import experts_pb2_grpc
+from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
 from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
 from moehive.proto.channel import bind, options, server_credentials
 from moehive.proto.handshake import software_version
@@ -26,6 +26,7 @@ from .fetch import SliceLoader
 from .files import lock_folder
 from .footprint import forget_start
 from .identity import NodeIdentity, obtain
+from .peers import PeerService
 from .service import ExpertsService
 from .settings import Settings, default_name
 from .store import ExpertStore
@@ -120,12 +121,15 @@ async def start(settings: Settings) -> Node:
     store = ExpertStore(memory)
     executor = Executor(store, ExpertOps(settings.threads))
     service = ExpertsService(executor)
+    uplink = Uplink(identity)
+    loader = SliceLoader(store, settings.state / "cache", uplink)
 
     host, port = settings.listen or (_own_address(identity.cluster_address), 0)
     server = grpc.aio.server(
         interceptors=[CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})], options=options()
     )
     experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
+    cluster_pb2_grpc.add_PeersServicer_to_server(PeerService(loader.file_of), server)
     try:
         port = bind(server, host, port, server_credentials(identity.current))
     except OSError as error:
@@ -143,8 +147,6 @@ async def start(settings: Settings) -> Node:
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],
     )
-    uplink = Uplink(identity)
-    loader = SliceLoader(store, settings.state / "cache", uplink.stub)
     node = Node(identity, uplink, service, server)
     node.agent = Agent(identity, uplink, hello, store, loader, executor.totals, node.tell)
     return node

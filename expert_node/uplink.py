@@ -1,8 +1,11 @@
 """Channels to the coordinator, always opened with the newest certificate."""
 
+import ipaddress
+
 import grpc.aio
 
 from moehive.proto import cluster_pb2_grpc
+from moehive.proto.bounds import host_port
 from moehive.proto.channel import COORDINATOR_NAME, Identity, open_channel
 
 from .identity import NodeIdentity
@@ -15,6 +18,15 @@ class Uplink:
         self._identity = identity
         self._open: tuple[Identity, grpc.aio.Channel] | None = None
         self._old: list[grpc.aio.Channel] = []  # may carry the control stream still
+
+    @property
+    def address(self) -> str:
+        """host:port of the coordinator."""
+        return self._identity.cluster_address
+
+    def identity(self) -> Identity:
+        """The node's key and newest certificate."""
+        return self._identity.current()
 
     def stub(self) -> cluster_pb2_grpc.ClusterStub:
         """A stub on a channel that uses the present certificate."""
@@ -36,3 +48,12 @@ class Uplink:
         if self._open is not None:
             await self._open[1].close()
             self._open = None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether host:port is this machine by its loopback, where bytes cost less than making them fewer."""
+    host = host_port(address)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 import torch
 
-from moehive.expert_node.fetch import Assignment, SliceError
+from moehive.expert_node.download import SliceError
+from moehive.expert_node.fetch import Assignment
 from moehive.expert_node.slices import Slices
 from moehive.expert_node.store import ExpertStore, StoreFull
 from moehive.kernels.geometry import ExpertId

@@ -1,0 +1,98 @@
+"""Experts from node to node: the door for the others, and the channels to them.
+
+Only nodes of the same cluster may ask, by their certificates; what they are given they check by the coordinator's
+hashes. What is served are the files of the disk cache whose content this node has checked.
+"""
+
+import asyncio
+import mmap
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import grpc
+import grpc.aio
+
+from moehive.kernels.geometry import ExpertId
+from moehive.proto import cluster_pb2 as pb
+from moehive.proto import cluster_pb2_grpc
+from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_slice_request
+from moehive.proto.channel import Identity, node_dns_name, open_channel, peer_names
+from moehive.proto.chunks import make_chunks, spans, worth_compressing
+
+MAX_STREAMS = 64  # that other nodes may have open here at once
+_AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # made in one go by a thread
+_NODE_SUFFIX = node_dns_name("")
+
+Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+Find: TypeAlias = Callable[[str, ExpertId], Awaitable[Path | None]]  # see SliceLoader.file_of
+
+
+class Peer(NamedTuple):
+    """Another node of the cluster."""
+
+    name: str
+    address: str  # host:port
+
+
+class PeerChannels:
+    """Channels to other nodes, opened as they are needed; use it on one event loop."""
+
+    def __init__(self, identity: Callable[[], Identity]) -> None:
+        self._identity = identity
+        self._open: dict[Peer, grpc.aio.Channel] = {}
+
+    def stub(self, peer: Peer) -> cluster_pb2_grpc.PeersStub:
+        """Calls end in UNAVAILABLE when the other side is not that node of this cluster."""
+        if peer not in self._open:
+            self._open[peer] = open_channel(peer.address, self._identity(), node_dns_name(peer.name))
+        return cluster_pb2_grpc.PeersStub(self._open[peer])
+
+    async def close(self) -> None:
+        """Ends every call."""
+        while self._open:
+            await self._open.popitem()[1].close()
+
+
+class PeerService(cluster_pb2_grpc.PeersServicer):
+    """Peers.FetchSlice."""
+
+    def __init__(self, find: Find) -> None:
+        self._find = find
+        self._streams = 0
+
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
+        """The experts asked for, in that order; an expert that is on its way here is waited for."""
+        if not any(name.endswith(_NODE_SUFFIX) for name in peer_names(context)):
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Only nodes of this cluster may ask for experts.")
+        check_slice_request(request)
+        if self._streams >= MAX_STREAMS:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many nodes fetch from this one now.")
+        self._streams += 1
+        try:
+            for want in request.experts:
+                path = await self._find(request.fingerprint, ExpertId(want.layer, want.expert))
+                if path is None:
+                    what = f"expert {want.expert} of layer {want.layer}"
+                    await context.abort(grpc.StatusCode.NOT_FOUND, f"This node does not have {what}.")
+                else:
+                    async for chunk in _file_chunks(path, want, request.zstd):
+                        yield chunk
+        finally:
+            self._streams -= 1
+
+
+async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncIterator[pb.SliceChunk]:
+    digest = bytes.fromhex(path.name.split(".")[1])
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+        view = memoryview(data)
+        try:
+            if want.offset > len(view):
+                raise BoundsError(f"Expert {want.expert} of layer {want.layer} has {len(view)} bytes only.")
+            zstd = may_compress and await asyncio.to_thread(worth_compressing, view)
+            expert = (want.layer, want.expert)
+            for span in spans(want.offset, len(view), _AHEAD_BYTES):
+                for chunk in await asyncio.to_thread(make_chunks, expert, view, span, digest, zstd):
+                    yield chunk
+        finally:
+            view.release()
