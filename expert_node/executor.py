@@ -1,19 +1,28 @@
 """One layer's experts for some tokens, and what they cost.
 
-The order of every sum is that of the request's pairs (kernels/ops.py), so the same request gives the same bits.
+The order of every sum is that of the request's pairs (kernels/ops.py), so the same request gives the same bits, from
+whichever tier its experts come.
 """
 
+import itertools
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
 
+import numpy as np
 import torch
 
-from moehive.kernels.ops import ExpertOps, Reduction
+from moehive.kernels.geometry import ExpertSpec
+from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction
 from moehive.proto.tensors import Routing
 
 from .store import ExpertStore
+from .tiers.ram import Lease, RamTier
 from .types import NodeError
+
+# A request of more tokens, a piece of a prompt, is no guide to the next layer's experts: it wants nearly all of them.
+FORESEEN_TOKENS = 8
 
 
 class CannotCompute(NodeError):
@@ -39,12 +48,18 @@ class Executor:
         self._lock = threading.Lock()
 
     def compute(
-        self, layer: int, hidden: torch.Tensor, routing: Routing, reduction: Reduction
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        routing: Routing,
+        reduction: Reduction,
+        likely: Sequence[int] = (),
     ) -> tuple[torch.Tensor, int]:
         """The rows for `hidden` [tokens, hidden] f32 or bf16, in its dtype, and the time taken in nanoseconds.
 
-        Rows are [tokens, hidden], or [pairs, hidden] with Reduction.PER_EXPERT. Raises KeyError(expert) when this
-        node does not hold an expert, CannotCompute when the model has no such layer or another hidden size.
+        Rows are [tokens, hidden], or [pairs, hidden] with Reduction.PER_EXPERT. `likely`: experts that the next layer
+        may ask for, likeliest first. Waits for experts on disk. Raises KeyError(expert) when this node does not hold
+        an expert, CannotCompute when the model has no such layer or another hidden size, DiskReadError.
         """
         start = perf_counter_ns()
         spec = self.store.spec(layer)
@@ -53,8 +68,14 @@ class Executor:
                 f"This node's model has no experts of hidden size {hidden.shape[1]} in layer {layer}: the "
                 "coordinator serves another model than it assigned."
             )
-        held = self.store.layer(layer)
-        rows = self._ops.moe_layer(spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction)
+        tier = self.store.tier
+        if tier is None:
+            held = self.store.layer(layer)
+            rows = self._ops.moe_layer(
+                spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
+            )
+        else:
+            rows = self._above_disk(tier, layer, spec, hidden, routing, reduction, likely)
         elapsed = perf_counter_ns() - start
         with self._lock:
             self.totals.calls += 1
@@ -66,3 +87,65 @@ class Executor:
         """Multiply-adds of `pairs` in a layer, roughly; 0 for an unknown layer."""
         spec = self.store.spec(layer)
         return 0 if spec is None else pairs * spec.hidden_size * (spec.projected_size + spec.intermediate_size)
+
+    def in_memory(self, layer: int, routing: Routing) -> bool:
+        """Whether none of a request's experts has to be read from disk first, as things stand."""
+        tier = self.store.tier
+        if tier is None or self.store.spec(layer) is None:
+            return True
+        return tier.resident(layer).issuperset(set(routing.experts.tolist()) - self.store.layer(layer).keys())
+
+    def _above_disk(
+        self,
+        tier: RamTier,
+        layer: int,
+        spec: ExpertSpec,
+        hidden: torch.Tensor,
+        routing: Routing,
+        reduction: Reduction,
+        likely: Sequence[int],
+    ) -> torch.Tensor:
+        """Computes the experts that are in RAM while the others are read, and those as they come."""
+        numbers = set(routing.experts.tolist())
+        staying = self.store.layer(layer)
+        lease = tier.lease(layer, numbers - staying.keys())
+        try:
+            if len(hidden) <= FORESEEN_TOKENS:
+                tier.prefetch(layer, numbers, likely)
+            if lease.whole:
+                held = {**staying, **next(lease, {})}
+                return self._ops.moe_layer(
+                    spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
+                )
+            return self._in_groups(lease, staying, spec, hidden, routing, reduction)
+        finally:
+            lease.close()
+
+    def _in_groups(
+        self,
+        lease: Lease,
+        staying: Mapping[int, ExpertWeights],
+        spec: ExpertSpec,
+        hidden: torch.Tensor,
+        routing: Routing,
+        reduction: Reduction,
+    ) -> torch.Tensor:
+        """Group by group, each pair in f32; then all are added up as one call would."""
+        x = hidden.float()
+        pairs = torch.empty(len(routing.experts), spec.hidden_size)
+        for held in itertools.chain([staying], lease):
+            mine = np.isin(routing.experts, list(held))
+            ends = np.concatenate([[0], np.cumsum(mine)]).astype(np.uint32)
+            rows = self._ops.moe_layer(
+                spec,
+                held,
+                x,
+                ends[routing.offsets],
+                routing.experts[mine],
+                routing.weights[mine],
+                Reduction.PER_EXPERT,
+            )
+            pairs[torch.from_numpy(np.flatnonzero(mine))] = rows
+        if reduction is Reduction.PER_EXPERT:
+            return pairs.to(hidden.dtype)
+        return self._ops.sum_pairs(pairs, routing.offsets).to(hidden.dtype)

@@ -19,7 +19,8 @@ from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
 from moehive.proto.tensors import Routing, read_request, write_values
 
-from .executor import CannotCompute, Executor
+from .executor import Executor
+from .types import NodeError
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             while (request := await context.read()) is not grpc.aio.EOF:
                 hidden, routing = read_request(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
+                # One that waits for the disk would hold up the loop, too.
                 small = self._executor.work(request.layer, len(routing.experts)) <= LARGE_WORK
+                small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
                     reply = self._answer(request, hidden, routing)
                     async with writing:
@@ -120,7 +123,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 pb.Refusal.REASON_EXPERT_MISSING,
                 f"This node does not hold expert {error.args[0]} of layer {request.layer}; assign it first.",
             )
-        except CannotCompute as error:
+        except NodeError as error:
             return _refusal(request, pb.Refusal.REASON_FAILED, str(error))
         except (RuntimeError, MemoryError) as error:  # torch and the native library
             log.error("Layer %d of epoch %d failed: %s", request.layer, request.epoch, error)

@@ -1,18 +1,30 @@
-"""The experts that this node holds in RAM, bounded by the bytes that it gives to them.
+"""The experts that this node holds, in tiers: what of it lies where.
+
+While all fit into the RAM that this node gives, they are mapped from the disk cache and stay. When a slice is larger,
+they lie on disk and RAM holds those that are used most (`tier`, see tiers/ram.py). A GPU's memory is above that
+(tiers/gpu.py).
 
 One model at a time. The mapping of a layer is replaced, never changed, so a computation on another thread goes on
-with the experts that it started with. Further tiers (VRAM above, disk below) belong behind `layer`.
+with the experts that it started with.
 """
 
+import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec, Manifest
 from moehive.kernels.ops import ExpertWeights
 
+from .tiers.arena import padded
+from .tiers.ram import RamTier
+from .tiers.reader import DiskReader
 from .types import NodeError
 
+log = logging.getLogger(__name__)
+
 _NONE: Mapping[int, ExpertWeights] = MappingProxyType({})
+_LEAST_EXPERTS = 4  # that RAM must hold above a disk: some are computed, some are read
 
 
 class StoreFull(NodeError):
@@ -20,20 +32,26 @@ class StoreFull(NodeError):
 
 
 class ExpertStore:
-    """Experts by layer and number. Change it on the event loop's thread; `layer` and `spec` are safe on any."""
+    """Experts by layer and number. Change it on the event loop's thread; `layer`, `spec`, `tier` are safe on any."""
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, disk_bytes: int = 0) -> None:
+        """`capacity_bytes` of RAM, and `disk_bytes` of disk for what is more."""
         self.capacity_bytes = capacity_bytes
-        self.bytes_held = 0
+        self.disk_bytes = disk_bytes
+        self.bytes_held = 0  # in all tiers
         self.experts_held = 0
         self.manifest: Manifest | None = None
         self.first_epoch = 0  # requests of an older epoch mean another model
-        self._layers: dict[int, Mapping[int, ExpertWeights]] = {}
+        self.tier: RamTier | None = None  # while the experts are more than RAM holds
+        self._reader: DiskReader | None = None
+        self._layers: dict[int, Mapping[int, ExpertWeights]] = {}  # those that stay in RAM
+        self._files: dict[ExpertId, Path] = {}  # of the disk cache, where known
 
     def use(self, manifest: Manifest, epoch: int) -> None:
         """Says which model the experts belong to from `epoch` on; another model's experts are dropped."""
         if self.manifest is None or self.manifest.fingerprint != manifest.fingerprint:
             self.retain(())
+            self.tier = None
             self.first_epoch = epoch
         self.manifest = manifest
 
@@ -44,42 +62,115 @@ class ExpertStore:
         return self.manifest.layers[layer].spec
 
     def layer(self, layer: int) -> Mapping[int, ExpertWeights]:
-        """The experts held of a layer, by number; this mapping never changes."""
+        """The experts of a layer that stay in RAM, by number; this mapping never changes."""
         return self._layers.get(layer, _NONE)
 
     def __contains__(self, expert: ExpertId) -> bool:
-        return expert.expert in self.layer(expert.layer)
+        return expert.expert in self.layer(expert.layer) or (self.tier is not None and expert in self.tier)
+
+    @property
+    def ram_bytes(self) -> int:
+        """Bytes of experts that are in RAM now."""
+        if self.tier is None:
+            return self.bytes_held
+        return self.tier.ram_bytes + self._staying_bytes()
 
     def make_room(self, nbytes: int, keep: Collection[ExpertId]) -> None:
-        """Drops all but `keep` when `nbytes` more do not fit. Raises StoreFull when that is not enough."""
+        """Sees to it that `nbytes` more can be held: drops all but `keep`, or turns to the disk.
+
+        Raises StoreFull when that is not enough.
+        """
         if self.bytes_held + nbytes > self.capacity_bytes:
             self.retain(keep)
-        if self.bytes_held + nbytes > self.capacity_bytes:
+        wanted = self.bytes_held + nbytes
+        if wanted <= self.capacity_bytes:
+            return
+        if wanted > self.capacity_bytes + self.disk_bytes:
+            disk = f" of memory and {self.disk_bytes} of disk" if self.disk_bytes else " of memory"
             raise StoreFull(
-                f"The slice needs {self.bytes_held + nbytes} bytes of memory and this node gives "
-                f"{self.capacity_bytes} bytes to experts: add nodes, or start this one with a larger --memory."
+                f"The slice needs {wanted} bytes and this node gives {self.capacity_bytes}{disk} to experts: add "
+                "nodes, or start this one with a larger --memory or --disk."
             )
+        self._turn_to_disk()
 
-    def add(self, expert: ExpertId, weights: ExpertWeights) -> None:
-        """Takes an expert of the model named in `use`, for which there is room."""
+    def add(self, expert: ExpertId, weights: ExpertWeights, path: Path | None = None) -> None:
+        """Takes an expert of the model named in `use`, for which there is room; `path` is its checked file."""
         if expert in self:
             return
         assert self.manifest is not None
-        nbytes = self.manifest.nbytes(expert)
-        self._layers[expert.layer] = {**self.layer(expert.layer), expert.expert: weights}
-        self.bytes_held += nbytes
+        if path is not None:
+            self._files[expert] = path
+        if self.tier is not None and path is not None:
+            self.tier.add(expert, weights.spec, path)
+        else:
+            self._layers[expert.layer] = {**self.layer(expert.layer), expert.expert: weights}
+        self.bytes_held += self.manifest.nbytes(expert)
         self.experts_held += 1
 
     def retain(self, experts: Collection[ExpertId]) -> int:
         """Drops what is not among `experts`; returns how many experts were dropped."""
-        dropped = 0
-        for layer, held in list(self._layers.items()):
-            kept = {number: weights for number, weights in held.items() if ExpertId(layer, number) in experts}
-            gone = len(held) - len(kept)
-            if gone:
-                assert self.manifest is not None
-                self._layers[layer] = kept
-                self.bytes_held -= gone * self.manifest.layers[layer].spec.nbytes
-                self.experts_held -= gone
-                dropped += gone
-        return dropped
+        gone = [
+            ExpertId(layer, number)
+            for layer, held in self._layers.items()
+            for number in held
+            if (layer, number) not in experts
+        ]
+        for layer in {expert.layer for expert in gone}:
+            held = self._layers[layer]
+            self._layers[layer] = {number: weights for number, weights in held.items() if (layer, number) in experts}
+        if self.tier is not None:
+            below = [expert for expert in self.tier.experts() if expert not in experts]
+            for expert in below:
+                self.tier.remove(expert)
+            gone += below
+        for expert in gone:
+            assert self.manifest is not None
+            self._files.pop(expert, None)
+            self.bytes_held -= self.manifest.nbytes(expert)
+        self.experts_held -= len(gone)
+        return len(gone)
+
+    def prepare(self) -> None:
+        """A slice is whole: finds out how the disk is read best, and fills the RAM above it. Blocks for a moment."""
+        tier = self.tier
+        if tier is not None and self._reader is not None:
+            self._reader.choose(list(self._files.values()))
+            tier.fill()
+
+    def _staying_bytes(self) -> int:
+        return sum(weights.spec.nbytes for held in self._layers.values() for weights in held.values())
+
+    def _turn_to_disk(self) -> None:
+        """From now on the experts whose files are known lie on disk, and RAM holds some of them."""
+        if self.tier is not None:
+            return
+        assert self.manifest is not None
+        stay: dict[int, Mapping[int, ExpertWeights]] = {
+            layer: {number: weights for number, weights in held.items() if (layer, number) not in self._files}
+            for layer, held in self._layers.items()
+        }
+        below = {
+            ExpertId(layer, number): weights.spec
+            for layer, held in self._layers.items()
+            for number, weights in held.items()
+            if (layer, number) in self._files
+        }
+        room = self.capacity_bytes - sum(w.spec.nbytes for held in stay.values() for w in held.values())
+        largest = max(
+            self.manifest.nbytes(ExpertId(number, expert))
+            for number, layer in enumerate(self.manifest.layers)
+            for expert in range(layer.experts)
+        )
+        if room < _LEAST_EXPERTS * padded(largest):
+            raise StoreFull(
+                f"This node gives {room} bytes of memory to experts; to keep the rest on disk it needs at least "
+                f"{_LEAST_EXPERTS * padded(largest)}: start it with a larger --memory."
+            )
+        if self._reader is None:
+            self._reader = DiskReader()
+        tier = RamTier(room, [layer.experts for layer in self.manifest.layers], self._reader)
+        for expert, spec in below.items():
+            tier.add(expert, spec, self._files[expert])
+        self._layers = stay
+        self.tier = tier
+        log.info("The experts are more than the memory for them: %.2f GB hold what is used most.", room / 1e9)

@@ -1,0 +1,54 @@
+"""The RAM of the experts that come and go: buffers that are never more than the allowance in all.
+
+Buffers are anonymous memory, not the page cache, so that what this node gives to experts is what it takes, and a
+control group's limit holds. A buffer that is given back stays for the next expert of its size: a new one would be
+zeroed by the kernel page by page.
+"""
+
+import mmap
+
+import torch
+
+PAGE = 4096  # bytes; O_DIRECT wants addresses, offsets and sizes in multiples of it
+_HUGE = 2 << 20  # bytes of a large page
+
+
+def padded(nbytes: int) -> int:
+    """Bytes of a buffer for an expert of `nbytes`."""
+    return -(-nbytes // PAGE) * PAGE
+
+
+class Arena:
+    """Buffers for experts, `capacity_bytes` at most together. The caller sees to it that one thread is in here."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self.taken_bytes = 0  # of buffers that are in use
+        self._kept: dict[int, list[torch.Tensor]] = {}  # by size
+        self._kept_bytes = 0
+
+    def take(self, nbytes: int) -> torch.Tensor | None:
+        """A buffer uint8 [padded(nbytes)], aligned to a page, of any content; None when there is no room."""
+        size = padded(nbytes)
+        if same := self._kept.get(size):
+            self._kept_bytes -= size
+            self.taken_bytes += size
+            return same.pop()
+        if self.taken_bytes + size > self.capacity_bytes:
+            return None
+        while self.taken_bytes + self._kept_bytes + size > self.capacity_bytes:
+            other = next(other for other, buffers in self._kept.items() if buffers)
+            self._kept[other].pop()
+            self._kept_bytes -= other
+        memory = mmap.mmap(-1, size)
+        if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self.taken_bytes += size
+        return torch.frombuffer(memory, dtype=torch.uint8)
+
+    def give_back(self, buffer: torch.Tensor) -> None:
+        """The end of a buffer's use; nobody may read it any more."""
+        size = buffer.numel()
+        self.taken_bytes -= size
+        self._kept_bytes += size
+        self._kept.setdefault(size, []).append(buffer)
