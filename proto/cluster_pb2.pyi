@@ -53,21 +53,25 @@ class NodeReport(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[SliceProgress, _Mapping]] = ..., ready: _Optional[_Union[SliceReady, _Mapping]] = ..., failed: _Optional[_Union[SliceFailed, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("address", "ram_bytes", "read_bandwidth", "threads", "software")
+    __slots__ = ("address", "ram_bytes", "read_bandwidth", "threads", "software", "disk_bytes", "vram_bytes")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     SOFTWARE_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     address: str
     ram_bytes: int
     read_bandwidth: float
     threads: int
     software: str
-    def __init__(self, address: _Optional[str] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., threads: _Optional[int] = ..., software: _Optional[str] = ...) -> None: ...
+    disk_bytes: int
+    vram_bytes: int
+    def __init__(self, address: _Optional[str] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., threads: _Optional[int] = ..., software: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("experts_held", "bytes_held", "calls", "expert_calls", "compute_ns", "resident_bytes", "load")
+    __slots__ = ("experts_held", "bytes_held", "calls", "expert_calls", "compute_ns", "resident_bytes", "load", "tiers")
     EXPERTS_HELD_FIELD_NUMBER: _ClassVar[int]
     BYTES_HELD_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
@@ -75,6 +79,7 @@ class Heartbeat(_message.Message):
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     experts_held: int
     bytes_held: int
     calls: int
@@ -82,7 +87,28 @@ class Heartbeat(_message.Message):
     compute_ns: int
     resident_bytes: int
     load: float
-    def __init__(self, experts_held: _Optional[int] = ..., bytes_held: _Optional[int] = ..., calls: _Optional[int] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., load: _Optional[float] = ...) -> None: ...
+    tiers: Tiers
+    def __init__(self, experts_held: _Optional[int] = ..., bytes_held: _Optional[int] = ..., calls: _Optional[int] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., load: _Optional[float] = ..., tiers: _Optional[_Union[Tiers, _Mapping]] = ...) -> None: ...
+
+class Tiers(_message.Message):
+    __slots__ = ("ram_bytes", "disk_bytes", "lookups", "in_ram", "foreseen", "prefetches", "disk_read_bytes", "vram_bytes")
+    RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    LOOKUPS_FIELD_NUMBER: _ClassVar[int]
+    IN_RAM_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_FIELD_NUMBER: _ClassVar[int]
+    PREFETCHES_FIELD_NUMBER: _ClassVar[int]
+    DISK_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ram_bytes: int
+    disk_bytes: int
+    lookups: int
+    in_ram: int
+    foreseen: int
+    prefetches: int
+    disk_read_bytes: int
+    vram_bytes: int
+    def __init__(self, ram_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., lookups: _Optional[int] = ..., in_ram: _Optional[int] = ..., foreseen: _Optional[int] = ..., prefetches: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ...) -> None: ...
 
 class SliceProgress(_message.Message):
     __slots__ = ("epoch", "bytes_done", "bytes_total")

@@ -27,7 +27,7 @@ REDUCTION_PARTIAL_SUM: Reduction
 REDUCTION_PER_EXPERT: Reduction
 
 class ComputeRequest(_message.Message):
-    __slots__ = ("id", "epoch", "step", "layer", "tokens", "hidden_size", "dtype", "reduction", "hidden_states", "offsets", "experts", "weights", "scales")
+    __slots__ = ("id", "epoch", "step", "layer", "tokens", "hidden_size", "dtype", "reduction", "hidden_states", "offsets", "experts", "weights", "scales", "likely")
     ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class ComputeRequest(_message.Message):
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    LIKELY_FIELD_NUMBER: _ClassVar[int]
     id: int
     epoch: int
     step: int
@@ -54,23 +55,26 @@ class ComputeRequest(_message.Message):
     experts: bytes
     weights: bytes
     scales: bytes
-    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ...) -> None: ...
+    likely: bytes
+    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., likely: _Optional[bytes] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales")
+    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales", "fast")
     ID_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
+    FAST_FIELD_NUMBER: _ClassVar[int]
     id: int
     compute_ns: int
     rows: int
     values: bytes
     refusal: Refusal
     scales: bytes
-    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ...) -> None: ...
+    fast: bytes
+    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ..., fast: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "sentence")

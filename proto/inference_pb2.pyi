@@ -145,7 +145,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress")
+    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress", "tiers")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -159,6 +159,7 @@ class NodeStatus(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    TIERS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     address: str
@@ -172,10 +173,27 @@ class NodeStatus(_message.Message):
     load: float
     resident_bytes: int
     load_progress: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ...) -> None: ...
+    tiers: TierStatus
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ..., tiers: _Optional[_Union[TierStatus, _Mapping]] = ...) -> None: ...
+
+class TierStatus(_message.Message):
+    __slots__ = ("ram_bytes", "disk_bytes", "vram_bytes", "hit_rate", "foreseen_rate", "disk_read_bytes")
+    RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    VRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HIT_RATE_FIELD_NUMBER: _ClassVar[int]
+    FORESEEN_RATE_FIELD_NUMBER: _ClassVar[int]
+    DISK_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ram_bytes: int
+    disk_bytes: int
+    vram_bytes: int
+    hit_rate: float
+    foreseen_rate: float
+    disk_read_bytes: int
+    def __init__(self, ram_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., hit_rate: _Optional[float] = ..., foreseen_rate: _Optional[float] = ..., disk_read_bytes: _Optional[int] = ...) -> None: ...
 
 class StatusReply(_message.Message):
-    __slots__ = ("version", "model", "ready", "reason", "epoch", "nodes", "running", "waiting", "kv_bytes_used", "kv_bytes_limit", "resident_bytes", "uptime_seconds")
+    __slots__ = ("version", "model", "ready", "reason", "epoch", "nodes", "running", "waiting", "kv_bytes_used", "kv_bytes_limit", "resident_bytes", "uptime_seconds", "cache_margin")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
@@ -188,6 +206,7 @@ class StatusReply(_message.Message):
     KV_BYTES_LIMIT_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    CACHE_MARGIN_FIELD_NUMBER: _ClassVar[int]
     version: str
     model: str
     ready: bool
@@ -200,7 +219,8 @@ class StatusReply(_message.Message):
     kv_bytes_limit: int
     resident_bytes: int
     uptime_seconds: float
-    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., kv_bytes_limit: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    cache_margin: float
+    def __init__(self, version: _Optional[str] = ..., model: _Optional[str] = ..., ready: _Optional[bool] = ..., reason: _Optional[str] = ..., epoch: _Optional[int] = ..., nodes: _Optional[_Iterable[_Union[NodeStatus, _Mapping]]] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., kv_bytes_used: _Optional[int] = ..., kv_bytes_limit: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., cache_margin: _Optional[float] = ...) -> None: ...
 
 class ModelsRequest(_message.Message):
     __slots__ = ()
