@@ -53,19 +53,12 @@ class Architecture:
 def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     """A directory's config as transformers' own class.
 
-    `raw` is config.json as it is. Raises CoordinatorError for an unknown family, a quantized checkpoint, or a config
-    that its family refuses.
+    `raw` is config.json as it is. Raises CoordinatorError for an unknown family, or a config that its family
+    refuses.
     """
     family = raw.get("model_type")
     if not isinstance(family, str):
         raise CoordinatorError(f"{path / 'config.json'} names no model_type, so it is not a model's config.")
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise CoordinatorError(
-            f"{path} is quantized with {method or 'an unnamed method'}, which is not supported yet;"
-            " give a checkpoint in bf16, f16 or f32."
-        )
     try:
         if family in _KNOWN_AS:
             same = _KNOWN_AS[family]

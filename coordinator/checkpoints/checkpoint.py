@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +20,14 @@ from .conversion import ExpertParameter, KeyMap, map_keys
 from .directory import Directory, open_directory
 from .experts import ExpertLayout, canonical, layout_of
 from .loading import load_trunk
+from .quantized.experts import OwnBits, OwnBitsFinder, blob_of
+from .quantized.find import ordinary_tensors
+from .quantized.method import method_of
+from .quantized.tensor import AnyTensor, QuantizedTensor
 from .safetensors_file import StoredTensor
 from .trunk_tensors import SafetensorsTrunk
+
+log = logging.getLogger(__name__)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +50,8 @@ class Checkpoint:
         self._keys = keys
         self._layouts: list[ExpertLayout] = []
         self._parameters: list[dict[str, ExpertParameter]] = []
+        self._own_bits: list[dict[str, list[OwnBits]]] = []  # of projections that are quantized, by place
+        own = OwnBitsFinder()
         layers: list[LayerGeometry] = []
         for layer in architecture.experts if manifest is None else ():
             layout = layout_of(self.family, layer, architecture.dtype)
@@ -52,11 +62,19 @@ class Checkpoint:
                 if source is None:
                     raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
                 parameters[short] = ExpertParameter(architecture, full, source)
+            kept = own.find(layout, parameters)
+            layout = replace(layout, spec=own.spec_of(layout.spec, kept))
             self._layouts.append(layout)
             self._parameters.append(parameters)
+            self._own_bits.append(kept)
             layers.append(LayerGeometry(layer.module.num_experts, layer.top_k, layout.spec))
         self.manifest = manifest or Manifest(name, directory.fingerprint, tuple(layers))
-        self.computed_as_stored = True  # no expert's numbers are rounded anew when it is read
+        self.computed_as_stored = not own.expanded  # no expert's numbers are rounded anew when it is read
+        if own.expanded:
+            log.warning(
+                "%s stores experts in a way that no kernel computes in (%s): they become %s",
+                self.path, ", ".join(sorted(own.expanded)), self.dtype,
+            )  # fmt: skip
         self.trunk_bytes = _trunk_bytes(architecture)
         self._lock = threading.Lock()  # held while a layer that cannot be read expert by expert is converted
         self._converted: tuple[int, dict[str, torch.Tensor]] | None = None  # that layer, at most one
@@ -71,9 +89,14 @@ class Checkpoint:
         """
         directory = open_directory(Path(path))
         config = arch.read_config(directory.path, directory.config)
+        dtype = _dtype(directory, config)
+        method = method_of(directory.path, directory.config)
         try:
-            architecture = arch.build(directory.path, config, _dtype(directory, config))
-            keys = map_keys(architecture, directory.tensors)
+            architecture = arch.build(directory.path, config, dtype)
+            tensors: dict[str, AnyTensor] = dict(directory.tensors)
+            if method is not None:
+                tensors = ordinary_tensors(directory.path, directory.tensors, method, dtype)
+            keys = map_keys(architecture, tensors)
             return cls(directory, name or directory.path.resolve().name, architecture, keys, manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{directory.path}: {error}") from error
@@ -84,8 +107,10 @@ class Checkpoint:
         Raises CoordinatorError when the files can no longer be read.
         """
         layout = self._layouts[expert.layer]
-        parts = self._parts(expert)
-        return build_blob(layout.spec, canonical(layout, parts))
+        kept = self._own_bits[expert.layer]
+        if not kept:
+            return build_blob(layout.spec, canonical(layout, self._parts(expert)))
+        return blob_of(layout, kept, self._parts(expert), expert.expert)
 
     def load_trunk(self) -> Architecture:
         """The model with its trunk's weights in memory and its experts on meta.
@@ -103,10 +128,17 @@ class Checkpoint:
     def trunk_stored(self) -> dict[str, StoredTensor]:
         """The stored tensors that the trunk is made of, by the checkpoint's own names."""
         used = {t.name for source in self._keys.sources.values() for found in source.tensors.values() for t in found}
-        return {name: stored for name, stored in self._keys.trunk.items() if name in used}
+        found: dict[str, StoredTensor] = {}
+        for name, tensor in self._keys.trunk.items():
+            if name in used:
+                parts = tensor.parts if isinstance(tensor, QuantizedTensor) else (tensor,)
+                found |= {part.name: part for part in parts}
+        return found
 
     def _parts(self, expert: ExpertId) -> dict[str, torch.Tensor]:
-        parameters = self._parameters[expert.layer]
+        """The tensors that are not kept in their own bits, by their names in the experts module."""
+        kept = {name for name, place in self._places(expert.layer) if place in self._own_bits[expert.layer]}
+        parameters = {n: p for n, p in self._parameters[expert.layer].items() if n not in kept}
         norm = self._layouts[expert.layer].norm
         parts: dict[str, torch.Tensor] = {}
         for name, parameter in parameters.items():
@@ -117,6 +149,11 @@ class Checkpoint:
             else:
                 parts[name] = self._whole(expert.layer, name)[expert.expert : expert.expert + 1]
         return parts
+
+    def _places(self, layer: int) -> list[tuple[str, str]]:
+        """The tensors of a layer's experts: names in the experts module, and in the blob."""
+        layout = self._layouts[layer]
+        return [(name, place.name) for name, place in zip(layout.names, layout.spec.tensors, strict=True)]
 
     def _whole(self, layer: int, name: str) -> torch.Tensor:
         with self._lock:
@@ -135,7 +172,7 @@ def _dtype(directory: Directory, config: PreTrainedConfig) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype is None:
-        dtype = next((t.dtype for t in directory.tensors.values() if t.dtype.is_floating_point), None)
+        dtype = next((t.dtype for t in directory.tensors.values() if t.dtype in _FLOATS), None)
     if dtype not in _FLOATS:
         raise CoordinatorError(f"{directory.path} is in {dtype}, which is not supported; give f32, bf16 or f16.")
     return dtype

@@ -5,6 +5,7 @@ parameters ([experts, out, in]). Nearly all of its converters treat each expert 
 de-interleave), so they run here on a stack of one expert. The others convert a whole layer at once.
 """
 
+import math
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,11 @@ from transformers.core_model_loading import (
 
 from ..types import CoordinatorError
 from .architecture import Architecture
-from .safetensors_file import StoredTensor
+from .quantized.tensor import AnyTensor
+
+
+# Types of numbers that mean nothing without a scale.
+_CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(slots=True)
@@ -34,7 +39,7 @@ class Source:
 
     converter: WeightConverter | None
     first_target: str  # the full name under which the converter is applied
-    tensors: dict[str, list[StoredTensor]] = field(default_factory=dict)
+    tensors: dict[str, list[AnyTensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +47,10 @@ class KeyMap:
     """Of each of the model's parameters and buffers, its source; and the tensors that belong to no expert."""
 
     sources: dict[str, Source]
-    trunk: dict[str, StoredTensor]
+    trunk: dict[str, AnyTensor]
 
 
-def map_keys(architecture: Architecture, tensors: dict[str, StoredTensor]) -> KeyMap:
+def map_keys(architecture: Architecture, tensors: dict[str, AnyTensor]) -> KeyMap:
     """Finds each parameter's source as transformers' loader does (`convert_and_load_state_dict_in_model`)."""
     model = architecture.model
     known = model.state_dict()
@@ -56,7 +61,7 @@ def map_keys(architecture: Architecture, tensors: dict[str, StoredTensor]) -> Ke
     experts = tuple(f"{layer.name}." for layer in architecture.experts)
 
     sources: dict[str, Source] = {}
-    trunk: dict[str, StoredTensor] = {}
+    trunk: dict[str, AnyTensor] = {}
     for name in sorted(tensors, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, known)
         if target not in known and name in known:
@@ -66,6 +71,11 @@ def map_keys(architecture: Architecture, tensors: dict[str, StoredTensor]) -> Ke
         for each in targets:
             source = sources.setdefault(each, Source(converter, target))
             source.tensors.setdefault(pattern or "", []).append(tensors[name])
+            if tensors[name].dtype in _CODES and each in known and known[each].is_floating_point():
+                raise CoordinatorError(
+                    f"The checkpoint holds {name} as {tensors[name].get_dtype()} without its scales, so what it means"
+                    " is not known; download it again."
+                )
         if not all(each.startswith(experts) for each in targets):
             trunk[name] = tensors[name]
     return KeyMap({name: source for name, source in sources.items() if name in known}, trunk)
@@ -117,6 +127,46 @@ class ExpertParameter:
             {pattern: [self._cast(t.read()) for t in tensors] for pattern, tensors in self._source.tensors.items()},
             rows=self._experts,
         )
+
+    @property
+    def sources(self) -> list[list[AnyTensor]]:
+        """The stored tensors of each pattern, in the order that `origins` counts in."""
+        return list(self._source.tensors.values())
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Equal for parameters that are converted alike, and so have equal `origins`."""
+        return (id(self._source.converter), self.name.rpartition(".")[2], tuple(self._sizes()))
+
+    def tensor_of(self, pattern: int, expert: int) -> tuple[AnyTensor, int | None]:
+        """Where an expert's part of a pattern lies: a tensor, and the expert's place if it is a stack."""
+        tensors = self.sources[pattern]
+        return (tensors[expert], None) if self._one_tensor_each else (tensors[0], expert)
+
+    def origins(self) -> torch.Tensor:
+        """Where each number of one expert's part comes from: the conversion of numbered entries. Only `by_expert`.
+
+        int32 [1, ...]; entries are counted through the patterns' tensors of one expert, one after the other.
+        """
+        sizes = self._sizes()
+        numbered: dict[str, list[torch.Tensor]] = {}
+        start = 0
+        for pattern, size in zip(self._source.tensors, sizes, strict=True):
+            count = math.prod(size)
+            if start + count > 2**31:
+                raise CoordinatorError(f"The experts of {self.name} are too large.")
+            numbered[pattern] = [torch.arange(start, start + count, dtype=torch.int32).view(size)]
+            start += count
+        if self._source.converter is None:
+            return numbered[""][0]
+        return self._convert(numbered, rows=1)
+
+    def _sizes(self) -> list[tuple[int, ...]]:
+        """Shapes of one expert's tensors, pattern by pattern, as the conversion takes them."""
+        alone = not self._one_tensor_each
+        return [
+            (1, *tensors[0].shape[1:]) if alone else tensors[0].shape for tensors in self._source.tensors.values()
+        ]
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self._parameter.dtype)

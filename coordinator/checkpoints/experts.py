@@ -153,10 +153,14 @@ def canonical(layout: ExpertLayout, parts: dict[str, torch.Tensor]) -> dict[str,
             assert layout.norm is not None
             result[place.name] = tensor.float() + layout.norm.offset
             continue
-        tensor = tensor[0]
-        if layout.transposed and tensor.dim() == 2:
-            tensor = tensor.T
-        if layout.interleaved and place.name.startswith("up"):
-            tensor = torch.cat([tensor[0::2], tensor[1::2]])
-        result[place.name] = tensor
+        result[place.name] = arrange(layout, place.name, tensor[0])
     return result
+
+
+def arrange(layout: ExpertLayout, place: str, tensor: torch.Tensor) -> torch.Tensor:
+    """One expert's projection or bias, [...], as the tensor `place` of `ExpertSpec.tensors` wants it."""
+    if layout.transposed and tensor.dim() == 2:
+        tensor = tensor.T
+    if layout.interleaved and place.startswith("up"):
+        tensor = torch.cat([tensor[0::2], tensor[1::2]])
+    return tensor

@@ -12,12 +12,12 @@ from transformers.utils import logging as transformers_logging
 
 from ..types import CoordinatorError
 from .architecture import Architecture
-from .safetensors_file import StoredTensor
+from .quantized.tensor import AnyTensor
 
 log = logging.getLogger(__name__)
 
 
-def load_trunk(path: Path, architecture: Architecture, tensors: dict[str, StoredTensor]) -> None:
+def load_trunk(path: Path, architecture: Architecture, tensors: dict[str, AnyTensor]) -> None:
     """Fills `architecture.model` with `tensors` (by the checkpoint's names), reading each once into its own memory.
 
     Afterwards only routed experts lie on the meta device, and the model is in evaluation mode without gradients.

@@ -5,17 +5,18 @@ from pathlib import Path
 import torch
 
 from moehive.kernels.blob import empty_blob
+from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearWeights
 
 from ..models.tensors import Embedding, PlainEmbedding
 from ..types import CoordinatorError
 from .conversion import Source
 from .experts import FORMATS
-from .safetensors_file import StoredTensor
+from .quantized.tensor import AnyTensor, QuantizedTensor
 
 
 class SafetensorsTrunk:
-    """`models.tensors.TensorSource` of a checkpoint in f32, bf16 or f16."""
+    """`models.tensors.TensorSource` of a directory of safetensors."""
 
     def __init__(self, path: Path, dtype: torch.dtype, sources: dict[str, Source]) -> None:
         """`sources` by transformers' parameter names; `dtype` is the checkpoint's. `path` is for errors."""
@@ -30,15 +31,18 @@ class SafetensorsTrunk:
     def linear(self, name: str) -> LinearWeights:
         """See TensorSource."""
         stored = self._stored(name)
+        bias = f"{name.removesuffix('weight')}bias"
+        biases = self.tensor(bias) if bias in self else None
+        if isinstance(stored, QuantizedTensor) and len(stored.shape) == 2:
+            return _quantized(stored, biases)
         format = FORMATS.get(stored.dtype)
-        if format is None or len(stored.shape) != 2:
+        if format is None or len(stored.shape) != 2 or isinstance(stored, QuantizedTensor):
             raise CoordinatorError(
                 f"{self._path} holds {name} as {stored.dtype} {list(stored.shape)}; a matrix of floats is needed."
             )
         blob = empty_blob(stored.nbytes)
         blob.copy_(stored.read().view(-1).view(torch.uint8))
-        bias = f"{name.removesuffix('weight')}bias"
-        return LinearWeights(format, *stored.shape, blob, self.tensor(bias) if bias in self else None)
+        return LinearWeights(format, *stored.shape, blob, biases)
 
     def column_order(self, name: str) -> torch.Tensor | None:
         """See TensorSource."""
@@ -46,13 +50,25 @@ class SafetensorsTrunk:
 
     def tensor(self, name: str) -> torch.Tensor:
         """See TensorSource."""
-        return self._stored(name).read().float().contiguous()
+        stored = self._stored(name)
+        return stored.numbers() if isinstance(stored, QuantizedTensor) else stored.read().float().contiguous()
 
     def embedding(self, name: str) -> Embedding:
         """See TensorSource."""
         return PlainEmbedding(self._stored(name).read())
 
-    def _stored(self, name: str) -> StoredTensor:
+    def _stored(self, name: str) -> AnyTensor:
         if name not in self:
             raise CoordinatorError(f"{self._path} lacks the tensor {name}; download the checkpoint again.")
         return self._sources[name].tensors[""][0]
+
+
+def _quantized(stored: QuantizedTensor, bias: torch.Tensor | None) -> LinearWeights:
+    rows, columns = stored.shape
+    if stored.format is not None and not stored.transposed:
+        blob = empty_blob(tensor_bytes(stored.format, rows, columns)).zero_()
+        stored.pack(None, None, stored.format, blob)
+        return LinearWeights(stored.format, rows, columns, blob, bias)
+    blob = empty_blob(tensor_bytes("bf16", rows, columns))
+    blob.view(torch.bfloat16).view(rows, columns).copy_(stored.numbers())
+    return LinearWeights("bf16", rows, columns, blob, bias)

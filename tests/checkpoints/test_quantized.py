@@ -1,0 +1,281 @@
+"""Quantized safetensors against what the project that wrote them says that they mean."""
+
+import asyncio
+import importlib.util
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Mxfp4Config
+
+from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.dispatch.local import LocalExperts
+from moehive.coordinator.models.base import SequenceInput
+from moehive.coordinator.models.generic import GenericTrunk
+from moehive.coordinator.models.lean.trunk import LeanTrunk
+from moehive.coordinator.trunk import load_trunk
+from moehive.coordinator.types import CoordinatorError
+from moehive.kernels.blob import decode_tensor, tensor_views
+from moehive.kernels.geometry import ExpertId
+from moehive.proto.tensors import Routing
+
+_spec = importlib.util.spec_from_file_location("moehive_quantizers", Path(__file__).with_name("quantizers.py"))
+assert _spec is not None and _spec.loader is not None
+quantizers: ModuleType = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(quantizers)
+
+Wide = Callable[[str], Path]
+PROMPT = [3, 17, 5, 99, 42, 8, 61, 7, 30]
+STEPS = 12
+
+
+class NativeBackend:
+    """`ExpertBackend` in this process: all experts in RAM, on the native kernels."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._local = LocalExperts(checkpoint.manifest, 1)
+        layers = enumerate(checkpoint.manifest.layers)
+        experts = [ExpertId(layer, e) for layer, geometry in layers for e in range(geometry.experts)]
+        self._local.hold(experts, checkpoint.expert_blob)
+
+    async def submit(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        tokens, each = ids.shape
+        routing = Routing(
+            torch.arange(0, (tokens + 1) * each, each).numpy().astype("uint32"),
+            ids.flatten().numpy().astype("uint32"),
+            weights.float().flatten().numpy(),
+        )
+        await asyncio.sleep(0)
+        return self._local.compute(layer, hidden, routing, "partial_sum")
+
+
+def logits(checkpoint: Checkpoint, tokens: list[int]) -> torch.Tensor:
+    trunk, backend = load_trunk(checkpoint, 1), NativeBackend(checkpoint)
+
+    async def run() -> torch.Tensor:
+        sequence = SequenceInput(torch.tensor(tokens), trunk.new_cache(), all_logits=True)
+        return (await trunk.forward([sequence], backend))[0].float()
+
+    return asyncio.run(run())
+
+
+def decoded(checkpoint: Checkpoint, expert: ExpertId) -> dict[str, torch.Tensor]:
+    spec = checkpoint.manifest.layers[expert.layer].spec
+    views = tensor_views(spec, checkpoint.expert_blob(expert))
+    return {place.name: decode_tensor(place, views[place.name]) for place in spec.tensors}
+
+
+def check_text(model: Any, checkpoint: Checkpoint) -> None:
+    """Teacher-forced on transformers' greedy text: the same choices, and a small divergence."""
+    text, _ = quantizers.greedy(model, PROMPT, STEPS)
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([PROMPT + text])).logits[0].log_softmax(-1)
+    measured = logits(checkpoint, PROMPT + text).log_softmax(-1)
+    divergence = (expected.exp() * (expected - measured)).sum(-1)
+    # Activations are rounded to 8 bits and bf16 on the way; a wrong scale or row costs some 0.1 nats and more.
+    assert divergence.mean() < 3e-3
+    top = expected.topk(2, -1).values
+    sure = (top[:, 0] - top[:, 1]) > 0.1  # nats; what is nearly a tie may fall either way
+    assert sure.sum() > len(sure) // 2
+    assert torch.equal(measured.argmax(-1)[sure], expected.argmax(-1)[sure])
+
+
+@pytest.mark.parametrize("method", list(quantizers.METHODS))
+def test_weights_keep_their_bits_and_text_is_transformers_own(method: str, wide: Wide, tmp_path: Path) -> None:
+    source = wide("qwen3_moe")
+    format = quantizers.METHODS[method][2]
+    means = quantizers.write(quantizers.METHODS[method], source, tmp_path / "quantized")
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {format or "bf16"}
+    assert checkpoint.computed_as_stored == (format is not None)
+    for expert in (ExpertId(0, 0), ExpertId(1, 3)):
+        found = decoded(checkpoint, expert)
+        base = f"model.layers.{expert.layer}.mlp.experts.{expert.expert}"
+        up = torch.cat([means[f"{base}.{part}_proj.weight"] for part in ("gate", "up")])
+        down = means[f"{base}.down_proj.weight"]
+        if format is None:
+            up, down = up.bfloat16().float(), down.bfloat16().float()
+        torch.testing.assert_close(found["up"], up, rtol=2e-7, atol=0)
+        torch.testing.assert_close(found["down"], down, rtol=2e-7, atol=0)
+    trunk = checkpoint.trunk_tensors()
+    for part in ("q", "k", "v", "o"):
+        name = f"model.layers.1.self_attn.{part}_proj.weight"
+        matrix = trunk.linear(name)
+        assert matrix.format == (format or "bf16")
+        wanted = means[name] if format else means[name].bfloat16().float()
+        torch.testing.assert_close(matrix.matrix, wanted, rtol=2e-7, atol=0)
+    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_5_moe_text", "glm4_moe"])
+def test_fp8_of_other_families(family: str, wide: Wide, tmp_path: Path) -> None:
+    source = wide(family)
+    means = quantizers.write(quantizers.METHODS["fp8"], source, tmp_path / "quantized")
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"fp8_block"}
+    assert isinstance(load_trunk(checkpoint, 1), LeanTrunk)
+    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+
+
+def test_transformers_reads_the_fp8_checkpoint_as_we_do(wide: Wide, tmp_path: Path) -> None:
+    quantizers.write(quantizers.METHODS["fp8"], wide("qwen3_moe"), tmp_path / "quantized")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval()
+    assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    found = decoded(checkpoint, ExpertId(1, 2))
+    torch.testing.assert_close(found["up"], model.model.layers[1].mlp.experts.gate_up_proj[2].detach())
+    check_text(model, checkpoint)
+
+
+def gpt_oss(wide: Path, folder: Path) -> None:
+    """gpt-oss as it is published: the experts' matrices as MXFP4 blocks and scales, here random ones."""
+    folder.mkdir()
+    tensors = load_file(wide / "model.safetensors")
+    random = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        tensors[f"{name}_blocks"] = torch.randint(
+            0, 256, (experts, rows, columns // 32, 16), generator=random, dtype=torch.uint8
+        )
+        tensors[f"{name}_scales"] = torch.randint(
+            119, 123, (experts, rows, columns // 32), generator=random, dtype=torch.uint8
+        )
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((wide / "config.json").read_text())
+    section = Mxfp4Config(modules_to_not_convert=["self_attn", "router", "embed_tokens", "lm_head"]).to_dict()
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}, default=str))
+
+
+def test_gpt_oss_as_it_is_published(wide: Wide, tmp_path: Path) -> None:
+    gpt_oss(wide("gpt_oss"), tmp_path / "quantized")
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "quantized", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    ).eval()
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"mxfp4"}
+    experts = model.model.layers[1].mlp.experts
+    found = decoded(checkpoint, ExpertId(1, 3))
+    up = experts.gate_up_proj[3].detach().T
+    assert torch.equal(found["up"], torch.cat([up[::2], up[1::2]]).float())
+    assert torch.equal(found["down"], experts.down_proj[3].detach().T.float())
+    bias = experts.gate_up_proj_bias[3].detach().float()
+    assert torch.equal(found["up_bias"], torch.cat([bias[::2], bias[1::2]]))
+    check_text(model.float(), checkpoint)
+
+
+def test_experts_fused_in_one_tensor(wide: Wide, tmp_path: Path) -> None:
+    """transformers' own names for FP8 experts: a stack for all, gate above up."""
+    quantizers.write(quantizers.METHODS["fp8"], wide("qwen3_moe"), tmp_path / "apart")
+    expected = Checkpoint.open(tmp_path / "apart")
+    tensors = load_file(tmp_path / "apart" / "model.safetensors")
+    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer in range(2):
+        base = f"model.layers.{layer}.mlp.experts"
+        for last in ("weight", "weight_scale_inv"):
+            suffix = last.removeprefix("weight")
+            each = [[tensors[f"{base}.{e}.{part}_proj.{last}"] for part in ("gate", "up", "down")] for e in range(4)]
+            fused[f"{base}.gate_up_proj{suffix}"] = torch.stack([torch.cat(parts[:2]) for parts in each])
+            fused[f"{base}.down_proj{suffix}"] = torch.stack([parts[2] for parts in each])
+    (tmp_path / "fused").mkdir()
+    shutil.copy(tmp_path / "apart" / "config.json", tmp_path / "fused")
+    save_file(fused, tmp_path / "fused" / "model.safetensors", {"format": "pt"})
+    found = Checkpoint.open(tmp_path / "fused")
+    assert found.manifest.layers == expected.manifest.layers
+    for expert in (ExpertId(0, 1), ExpertId(1, 3)):
+        assert torch.equal(found.expert_blob(expert), expected.expert_blob(expert))
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "int8"])
+def test_a_family_without_a_lean_trunk(method: str, wide: Wide, tmp_path: Path) -> None:
+    """transformers' own trunk takes the numbers in bf16; the experts keep their bits."""
+    source = wide("olmoe")
+    means = quantizers.write(quantizers.METHODS[method], source, tmp_path / "quantized")
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {quantizers.METHODS[method][2]}
+    assert isinstance(load_trunk(checkpoint, 1), GenericTrunk)
+    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+
+
+def test_layers_and_projections_of_different_formats(wide: Wide, tmp_path: Path) -> None:
+    """What a recipe leaves out stays bf16: a layer's down projections, an expert's gate, which takes up along."""
+    source = wide("qwen3_moe")
+    means = quantizers.write(quantizers.METHODS["int4, groups of 32"], source, tmp_path / "quantized")
+    file = tmp_path / "quantized" / "model.safetensors"
+    tensors, plain = load_file(file), load_file(source / "model.safetensors")
+    for name in plain:
+        if ("layers.0.mlp.experts" in name and "down_proj" in name) or name.endswith(
+            "layers.1.mlp.experts.2.gate_proj.weight"
+        ):
+            base = name.removesuffix("weight")
+            for part in ("weight_packed", "weight_scale", "weight_shape"):
+                del tensors[base + part]
+            tensors[name], means[name] = plain[name], plain[name].float()
+    save_file(tensors, file, {"format": "pt"})
+    checkpoint = Checkpoint.open(tmp_path / "quantized")
+    first, second = (layer.spec for layer in checkpoint.manifest.layers)
+    assert (first.format, first.back_format) == ("int4_g32", "bf16")
+    assert (second.format, second.back_format) == ("bf16", "int4_g32")
+    assert not checkpoint.computed_as_stored
+    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(CoordinatorError) as caught:
+        checkpoint = Checkpoint.open(folder)
+        for layer in range(2):
+            checkpoint.expert_blob(ExpertId(layer, 0))
+        checkpoint.load_trunk()
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes, which is not read"),
+        ({"quant_method": 7}, "an unnamed method"),
+        ({"quant_method": "gptq", "bits": 3}, "in 3 bits"),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act = false"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "only gemm"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
+        ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}}, "sparse"),
+        ({"quant_method": "fp8", "weight_block_size": [0, "x"]}, "weight_block_size"),
+    ],
+)
+def test_methods_that_are_not_read_are_named(section: dict[str, Any], words: str, wide: Wide, tmp_path: Path) -> None:
+    shutil.copytree(wide("qwen3_moe"), tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config | {"quantization_config": section}))
+    assert words in refusal(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "int4, groups of 128, zero points", "int8", "mxfp4"])
+def test_parts_that_are_missing_or_do_not_fit(method: str, wide: Wide, tmp_path: Path) -> None:
+    quantizers.write(quantizers.METHODS[method], wide("qwen3_moe"), tmp_path / "x")
+    file = tmp_path / "x" / "model.safetensors"
+    whole = load_file(file)
+    base = "model.layers.0.mlp.experts.0.gate_proj."
+    for name in [name for name in whole if name.startswith(base)]:
+        if name.endswith((".g_idx", ".weight_zero_point")):
+            continue  # may be absent
+        save_file({n: t for n, t in whole.items() if n != name}, file, {"format": "pt"})
+        assert refusal(tmp_path / "x")
+        save_file(whole | {name: torch.cat([whole[name].view(-1), whole[name].view(-1)[:1]])}, file, {"format": "pt"})
+        assert refusal(tmp_path / "x")
+
+
+def test_a_pack_of_a_quantized_checkpoint(wide: Wide, tmp_path: Path) -> None:
+    """Its trunk keeps codes and scales, and opens as the checkpoint did."""
+    quantizers.write(quantizers.METHODS["fp8"], wide("qwen3_moe"), tmp_path / "x")
+    stored = Checkpoint.open(tmp_path / "x").trunk_stored()
+    assert "model.layers.0.self_attn.q_proj.weight_scale_inv" in stored
+    assert not any(".experts." in name for name in stored)
