@@ -1,0 +1,231 @@
+"""A pack means what its source means, in its format or in another, and says so when it does not any more."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from moehive.coordinator.checkpoints.gguf.file import open_gguf
+from moehive.coordinator.checkpoints.opening import ModelSource, open_model
+from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
+from moehive.coordinator.checkpoints.pack.convert import convert
+from moehive.coordinator.checkpoints.pack.verify import verify
+from moehive.coordinator.types import CoordinatorError
+from moehive.kernels.blob import build_blob, decode_tensor, tensor_views
+from moehive.kernels.formats.registry import FORMATS
+from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError
+
+Blobs = Callable[[ModelSource], dict[ExpertId, bytes]]
+
+
+def opened(pack: Path) -> PackCheckpoint:
+    found = open_model(str(pack))
+    assert isinstance(found, PackCheckpoint)
+    return found
+
+
+def numbers(spec: ExpertSpec, blob: bytes) -> dict[str, torch.Tensor]:
+    """A blob's tensors decoded, f32."""
+    views = tensor_views(spec, aligned(blob))
+    return {place.name: decode_tensor(place, views[place.name]).float() for place in spec.tensors}
+
+
+def aligned(data: bytes) -> torch.Tensor:
+    memory = torch.empty(len(data) + 63, dtype=torch.uint8)
+    start = -memory.data_ptr() % 64
+    memory[start : start + len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return memory[start : start + len(data)]
+
+
+@pytest.mark.parametrize("which", ["safetensors_model", "gguf_model"])
+def test_a_copy_has_the_same_experts_and_trunk(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, blobs: Blobs
+) -> None:
+    path: Path = request.getfixturevalue(which)
+    source = open_model(str(path))
+    made = convert(source, tmp_path / "pack", "keep", workers=2)
+    assert not made.in_place and made.resumed == 0
+    pack = opened(tmp_path / "pack")
+    assert pack.manifest.layers == source.manifest.layers
+    assert blobs(pack) == blobs(source)
+    for expert in (ExpertId(0, 0), ExpertId(1, 5)):
+        place = pack.expert_range(expert)
+        assert place is not None and place.offset % 4096 == 0
+        with place.path.open("rb") as file:
+            file.seek(place.offset)
+            assert file.read(place.nbytes) == source.expert_blob(expert).numpy().tobytes()
+    assert not (tmp_path / "pack" / "journal").exists()
+
+
+def test_the_trunk_of_safetensors_is_loaded_from_the_pack(safetensors_model: Path, tmp_path: Path) -> None:
+    source = open_model(str(safetensors_model))
+    convert(source, tmp_path / "pack", "q8_0", workers=2)
+    wanted = source.load_trunk().model.state_dict()
+    found = opened(tmp_path / "pack").load_trunk().model.state_dict()
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert tensor.is_meta == found[name].is_meta
+        assert tensor.is_meta or torch.equal(tensor, found[name]), name
+
+
+def test_the_trunk_of_a_gguf_is_a_gguf_with_the_same_tensors_and_values(gguf_model: Path, tmp_path: Path) -> None:
+    convert(open_model(str(gguf_model)), tmp_path / "pack", "keep", workers=2)
+    whole, trunk = open_gguf(gguf_model), open_gguf(tmp_path / "pack" / "trunk" / "trunk.gguf")
+    assert trunk.metadata == whole.metadata
+    assert trunk.tensors.keys() == {name for name in whole.tensors if "_exps." not in name}
+    for name, tensor in trunk.tensors.items():
+        assert (tensor.type, tensor.shape) == (whole.tensors[name].type, whole.tensors[name].shape)
+        assert torch.equal(tensor.rows(), whole.tensors[name].rows()), name
+    theirs = {tensor.name for tensor in GGUFReader(tmp_path / "pack" / "trunk" / "trunk.gguf").tensors}
+    assert theirs == trunk.tensors.keys()
+
+
+def test_a_copy_needs_its_source_no_more_and_copies_are_equal(
+    safetensors_model: Path, tmp_path: Path, blobs: Blobs
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(safetensors_model, source)
+    wanted = blobs(open_model(str(source)))
+    convert(open_model(str(source)), tmp_path / "first", "keep", workers=1)
+    for file in source.iterdir():
+        os.utime(file, ns=(1, 1))  # the source counts as another, the pack's content does not
+    convert(open_model(str(source)), tmp_path / "second", "keep", workers=2)
+    shutil.rmtree(source)
+    first, second = opened(tmp_path / "first"), opened(tmp_path / "second")
+    assert blobs(first) == wanted
+    assert first.manifest.fingerprint == second.manifest.fingerprint
+    assert (tmp_path / "first" / "trunk" / "merges.txt").read_text() == "#version: 0.2\n"
+
+
+def test_a_computable_source_is_served_in_place(gguf_model: Path, tmp_path: Path, blobs: Blobs) -> None:
+    source = tmp_path / "source.gguf"
+    shutil.copyfile(gguf_model, source)
+    made = convert(open_model(str(source)), tmp_path / "pack", None, workers=2)
+    assert made.in_place and made.trunk_bytes == 0
+    assert [file.name for file in (tmp_path / "pack").iterdir()] == ["pack.msgpack"]
+    assert blobs(opened(tmp_path / "pack")) == blobs(open_model(str(source)))
+    os.utime(source, ns=(1, 1))
+    with pytest.raises(CoordinatorError, match="was changed after"):
+        open_model(str(tmp_path / "pack"))
+    source.unlink()
+    with pytest.raises(CoordinatorError, match="which is gone"):
+        open_model(str(tmp_path / "pack"))
+
+
+@pytest.mark.parametrize("format", ["q8_0", "q4_0", "int4_g32", "mxfp4", "fp8_block", "f16"])
+def test_another_format_holds_what_its_encoder_gives(
+    format: str, safetensors_model: Path, tmp_path: Path, blobs: Blobs
+) -> None:
+    source = open_model(str(safetensors_model))
+    convert(source, tmp_path / "pack", format, workers=2)
+    pack = opened(tmp_path / "pack")
+    for layer, (old, new) in enumerate(zip(source.manifest.layers, pack.manifest.layers, strict=True)):
+        assert new.spec.format == format and new.spec.back_format == format
+        expert = ExpertId(layer, layer)
+        tensors = numbers(old.spec, source.expert_blob(expert).numpy().tobytes())
+        # The whole expert at once, through the blob's own builder; a pack is encoded a few rows at a time.
+        assert pack.expert_blob(expert).numpy().tobytes() == build_blob(new.spec, tensors).numpy().tobytes()
+    assert verify(tmp_path / "pack", threads=2).damaged == ()
+
+
+def test_a_pack_of_blocks_can_be_encoded_anew(gguf_model: Path, tmp_path: Path) -> None:
+    source = open_model(str(gguf_model))
+    convert(source, tmp_path / "pack", "q8_0", workers=2)
+    pack = opened(tmp_path / "pack")
+    expert = ExpertId(1, 3)
+    old = numbers(source.manifest.layers[1].spec, source.expert_blob(expert).numpy().tobytes())
+    new = numbers(pack.manifest.layers[1].spec, pack.expert_blob(expert).numpy().tobytes())
+    for name in old:
+        assert torch.allclose(old[name], new[name], atol=float(old[name].abs().max()) / 100)
+
+
+class _ReadOnly:
+    """A format that has no encoder."""
+
+    def encode(self, numbers: torch.Tensor, out: torch.Tensor) -> None:
+        raise GeometryError("Weights can't be turned into iq4_xs.")
+
+
+def test_formats_that_have_no_encoder_or_no_name_are_refused(
+    safetensors_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(str(safetensors_model))
+    monkeypatch.setitem(FORMATS, "iq4_xs", _ReadOnly())
+    with pytest.raises(CoordinatorError, match="can't be turned into iq4_xs here"):
+        convert(source, tmp_path / "pack", "iq4_xs", workers=1)
+    with pytest.raises(CoordinatorError, match="Unknown format 'q9'"):
+        convert(source, tmp_path / "pack", "q9", workers=1)
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_folder_that_is_something_else_is_left_alone(
+    safetensors_model: Path, gguf_model: Path, tmp_path: Path
+) -> None:
+    source = open_model(str(safetensors_model))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").write_text("x")
+    with pytest.raises(CoordinatorError, match="is not empty and no pack"):
+        convert(source, tmp_path / "mine", "keep", workers=1)
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["file"]
+    convert(source, tmp_path / "pack", "keep", workers=1)
+    assert convert(source, tmp_path / "pack", "keep", workers=1).resumed == 18  # done already: nothing happens
+    with pytest.raises(CoordinatorError, match="pack of another model or format"):
+        convert(open_model(str(gguf_model)), tmp_path / "pack", "keep", workers=1)
+    with pytest.raises(CoordinatorError, match="pack of another model or format"):
+        convert(source, tmp_path / "pack", "q8_0", workers=1)
+
+
+_LIMITED = """
+import resource, sys, torch
+torch.set_num_threads(1)
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.pack.convert import convert
+from pathlib import Path
+source = open_model(sys.argv[1])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        convert(source, Path(sys.argv[2]), "keep", workers=2, commit_bytes=source.manifest.total_bytes // 6)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
+def test_a_full_disk_loses_nothing(gguf_model: Path, tmp_path: Path, blobs: Blobs) -> None:
+    source = open_model(str(gguf_model))
+    limit = source.manifest.layers[0].spec.nbytes * 3  # no file may grow beyond that: a full disk
+    command = [sys.executable, "-c", _LIMITED, str(gguf_model), str(tmp_path / "pack"), str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert refusal.startswith("CoordinatorError: ") and "can't be written" in refusal
+    with pytest.raises(CoordinatorError, match="not finished; run the same"):
+        open_model(str(tmp_path / "pack"))
+    made = convert(source, tmp_path / "pack", "keep", workers=2)
+    assert 0 < made.resumed < made.experts
+    assert blobs(opened(tmp_path / "pack")) == blobs(source)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY  # of this process
+
+
+def test_kills_at_random_moments_lose_nothing(many_experts: Path, tmp_path: Path) -> None:
+    """Three of the benchmark's seeds; `moehive bench convert --kills 30` is all of them."""
+    command = [sys.executable, "-m", "moehive.coordinator.cli.main", "bench", "convert"]
+    command += ["--model", str(many_experts), "--kills", "3", "--state-dir", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["same"], row
+        assert row["journaled_first"] <= row["journaled"] == row["resumed"] <= row["experts"], row
+    assert any(0 < row["journaled_first"] < row["experts"] for row in rows)

@@ -1,0 +1,145 @@
+"""What is wrong with a pack is found and named: flipped bits, lying manifests, torn journals."""
+
+import hashlib
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.pack.convert import convert
+from moehive.coordinator.checkpoints.pack.journal import Journal
+from moehive.coordinator.checkpoints.pack.manifest import NAME, read_manifest, stride
+from moehive.coordinator.checkpoints.pack.verify import verify
+from moehive.coordinator.types import CoordinatorError
+from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
+
+SPEC = ExpertSpec(hidden_size=64, intermediate_size=32, activation="silu")
+MANIFEST = Manifest("small", "0" * 64, (LayerGeometry(8, 2, SPEC), LayerGeometry(4, 2, SPEC)))
+
+
+@pytest.fixture(scope="module")
+def whole(safetensors_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole pack; do not write to it."""
+    pack = tmp_path_factory.mktemp("whole") / "pack"
+    convert(open_model(str(safetensors_model)), pack, "keep", workers=1)
+    return pack
+
+
+def flip(path: Path, offset: int, bit: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_flipped_bit_is_found_and_its_expert_named(seed: int, whole: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    layer = read_manifest(pack).manifest.layers[0]
+    draw = random.Random(seed)
+    number = draw.randrange(3)
+    path = pack / f"experts-{number:05d}.bin"
+    offset = draw.randrange(path.stat().st_size)
+    flip(path, offset, draw.randrange(8))
+    damaged = ExpertId(number, offset // stride(layer.spec.nbytes))
+    found = verify(pack, threads=2)
+    assert found.damaged == (damaged,) and found.damaged_files == ()
+    if offset % stride(layer.spec.nbytes) < layer.spec.nbytes:  # else between two experts: nobody reads that
+        with pytest.raises(CoordinatorError, match=rf"Expert {damaged.expert} of MoE layer {number} .* is damaged"):
+            open_model(str(pack)).expert_blob(damaged)
+
+
+def test_a_flipped_bit_of_the_trunk_or_the_manifest_is_found(whole: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    flip(pack / "trunk" / "model.safetensors", 9000, 0)
+    assert verify(pack, threads=1).damaged_files == ("model.safetensors",)
+    for offset in range(0, (pack / NAME).stat().st_size, 97):
+        flip(pack / NAME, offset, 3)
+        with pytest.raises(CoordinatorError):
+            read_manifest(pack)
+        flip(pack / NAME, offset, 3)
+    read_manifest(pack)
+
+
+def test_a_flipped_bit_of_a_source_in_place_is_found(gguf_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source.gguf"
+    shutil.copyfile(gguf_model, source)
+    stat = source.stat()
+    convert(open_model(str(source)), tmp_path / "pack", None, workers=2)
+    opened = open_model(str(source))
+    place = opened._file.tensors["blk.1.ffn_down_exps.weight"].stored  # type: ignore[union-attr]
+    flip(source, place.begin + 5 * place.nbytes // 6 + 7, 0)
+    os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a disk that forgets
+    assert verify(tmp_path / "pack", threads=2).damaged == (ExpertId(1, 5),)
+
+
+def test_files_of_another_size_or_that_are_gone_are_refused(whole: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    file = pack / "experts-00001.bin"
+    data = file.read_bytes()
+    file.write_bytes(data[:-4096])
+    with pytest.raises(CoordinatorError, match="belong into it"):
+        open_model(str(pack))
+    file.unlink()
+    with pytest.raises(CoordinatorError, match="copy the pack again"):
+        open_model(str(pack))
+
+
+packed = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(field=st.sampled_from(["version", "manifest", "identity", "hashes", "source", "trunk"]), value=packed)
+def test_a_manifest_with_any_field_changed_gives_one_sentence(
+    field: str, value: Any, whole: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    outer = msgpack.unpackb((whole / NAME).read_bytes())
+    inner = msgpack.unpackb(outer["body"])
+    assume(field != "source" or not isinstance(value, str))  # any text may be a path
+    inner[field] = value
+    body = msgpack.packb(inner)
+    folder = tmp_path_factory.mktemp("lying")
+    (folder / NAME).write_bytes(msgpack.packb({"body": body, "sha256": hashlib.sha256(body).digest()}))
+    with pytest.raises(CoordinatorError) as caught:  # the files are not there, so even a good one is refused
+        read_manifest(folder)
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_torn_journal_keeps_its_whole_records(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("journal")
+    done = [(ExpertId(layer, e), bytes([layer, e]) * 16) for layer, n in ((0, 8), (1, 4)) for e in range(n)]
+    count = data.draw(st.integers(0, len(done)))
+    journal = Journal(folder, b"i" * 32, MANIFEST)
+    journal.append(done[:count])
+    journal.close()
+    raw = (folder / "journal").read_bytes()
+    cut = data.draw(st.integers(0, len(raw)))
+    garbage = data.draw(st.binary(max_size=50))
+    (folder / "journal").write_bytes(raw[:cut] + (garbage if cut >= 40 else b""))
+    again = Journal(folder, b"i" * 32, MANIFEST)
+    kept = max(0, cut - 40) // 44
+    assert list(again.finished.items())[:kept] == done[:kept]
+    assert set(again.finished.items()) <= set(done)  # garbage never counts
+    again.append(done[len(again.finished) :])
+    again.close()
+    last = Journal(folder, b"i" * 32, MANIFEST)
+    assert list(last.finished.items()) == done
+    last.close()
+    with pytest.raises(CoordinatorError, match="beginning of another pack"):
+        Journal(folder, b"j" * 32, MANIFEST)
