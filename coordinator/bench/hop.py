@@ -1,9 +1,10 @@
 """What one layer's way to the nodes and back costs: `moehive bench hop` runs this.
 
-A node's real service and the coordinator's real dispatcher, in processes of their own, with experts so small that
-the hop is what is measured. Every row is measured in rounds, and in each round all ways take their turn: ours, an
-echo of as many bytes over blocking TCP, and over a bare grpc.aio stream. On a noisy machine only the ratios of one
-run say something.
+A node's real service and the coordinator's real dispatcher, in processes of their own. Every row is measured in
+rounds, and in each round all ways take their turn: ours, an echo of as many bytes over blocking TCP, and over a bare
+grpc.aio stream. On a noisy machine only the ratios of one run say something.
+
+The nodes' arithmetic, with experts as small as can be, is measured by the nodes and told apart: the hop is the rest.
 """
 
 import json
@@ -24,8 +25,9 @@ from .peers import Peer
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
 HIDDEN = 1024  # f32: 4 KiB a token
+DTYPES = {"float32": 4, "bfloat16": 2}  # bytes a number
 PAYLOADS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
-NODES = (1, 2, 4)
+NODES = (1, 2, 3, 4)
 LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e9)
 
 
@@ -37,8 +39,11 @@ class HopRow:
     payload_bytes: int
     tls: bool
     link: str
-    exact: bool = False  # hidden states as they are, though the link is slow
-    ours: list[float] = field(default_factory=list)  # seconds
+    dtype: str = "float32"  # of the hidden states
+    exact: bool = False  # they travel as they are, though the link is slow
+    eight_bit: bool = False  # they travelled in 8 bits: the link's own choice
+    ours: list[float] = field(default_factory=list)  # seconds, without the nodes' arithmetic
+    compute: list[float] = field(default_factory=list)  # seconds of the slowest node's arithmetic
     raw: list[float] = field(default_factory=list)  # one blocking TCP echo of payload_bytes
     plain: list[float] = field(default_factory=list)  # one grpc.aio echo of payload_bytes
 
@@ -51,13 +56,50 @@ class HopRow:
             "payload_bytes": self.payload_bytes,
             "tls": self.tls,
             "link": self.link,
-            "exact": self.exact,
+            "dtype": self.dtype,
+            "eight_bit": self.eight_bit,
             "p50_us": ours,
             "p99_us": ranked[min(math.ceil(0.99 * len(ranked)), len(ranked)) - 1] * 1e6,
             "raw_p50_us": raw,
             "plain_p50_us": plain,
             "plain_ratio": ours / plain,
+            "raw_share": raw / ours,
+            "compute_us": statistics.median(self.compute) * 1e6,
         }
+
+    @property
+    def layer_s(self) -> float:
+        """Median seconds of a layer, arithmetic included."""
+        return statistics.median(hop + compute for hop, compute in zip(self.ours, self.compute, strict=True))
+
+
+def summary(rows: list[HopRow]) -> dict[str, float]:
+    """The figures that have a goal (docs/benchmarks.md), from the rows of one run."""
+
+    def find(nodes: int, payload: int, tls: bool, link: str, dtype: str = "float32", exact: bool = False) -> HopRow:
+        (row,) = (
+            row
+            for row in rows
+            if (row.nodes, row.payload_bytes, row.tls, row.link, row.dtype, row.exact)
+            == (nodes, payload, tls, link, dtype, exact)
+        )
+        return row
+
+    small, large, slow = PAYLOADS[0], PAYLOADS[-1], str(LINK)
+    secure, bare = find(1, small, True, "loopback"), find(1, small, False, "loopback")
+    one, four = find(1, small, True, slow), find(4, small, True, slow)
+    figures = {
+        "plain_ratio": bare.figures()["plain_ratio"],
+        "tls_ratio": statistics.median(secure.ours) / statistics.median(bare.ours),
+        "four_nodes_ratio": statistics.median(four.ours) / statistics.median(one.ours),
+        "raw_share_of_1_mib": find(1, large, False, "loopback").figures()["raw_share"],
+        "added_us_on_loopback": (statistics.median(secure.ours) - statistics.median(secure.raw)) * 1e6,
+        "added_us_on_slow_link": (statistics.median(one.ours) - statistics.median(one.raw)) * 1e6,
+    }
+    for dtype in DTYPES:
+        exact, rounded = (find(1, large, True, slow, dtype, exact) for exact in (True, False))
+        figures[f"prefill_gain_of_8_bits_{dtype}"] = exact.layer_s / rounded.layer_s
+    return figures
 
 
 def measure_hop(quick: bool) -> list[HopRow]:
@@ -73,11 +115,12 @@ def measure_hop(quick: bool) -> list[HopRow]:
         for tls in ((True, False) if link == "loopback" else (True,))
     ]
     rows += [HopRow(count, payloads[-1], True, str(LINK), exact=True) for count in nodes]
+    rows += [HopRow(1, payloads[-1], True, str(LINK), "bfloat16", exact) for exact in (False, True)]
     with ExitStack() as stack:
         bench = _Bench(stack, max(nodes))
         for row in rows:
             bench.measure(row, 3)
-            for times in (row.ours, row.raw, row.plain):
+            for times in (row.ours, row.compute, row.raw, row.plain):
                 times.clear()  # that was to warm up
         for _ in range(rounds):
             for row in rows:
@@ -126,13 +169,18 @@ class _Bench:
     def measure(self, row: HopRow, count: int) -> None:
         """Adds `count` exchanges of each way."""
         ask = {
-            "tokens": row.payload_bytes // (4 * HIDDEN),
+            "tokens": row.payload_bytes // (DTYPES[row.dtype] * HIDDEN),
+            "dtype": row.dtype,
             "nodes": row.nodes,
             "tls": row.tls,
             "kind": row.link,
             "exact": row.exact,
         }
-        row.ours += self._ours.ask({**ask, "count": count})
+        answer = self._ours.ask({**ask, "count": count})
+        row.eight_bit = answer["eight_bit"]
+        for seconds, compute in answer["times"]:
+            row.ours.append(seconds - compute)
+            row.compute.append(compute)
         for way, times in (("raw", row.raw), ("plain", row.plain)):
             port = self._echo_ports[row.link][way]
             times += self._echo.ask({"way": way, "port": port, "payload_bytes": row.payload_bytes, "count": count})

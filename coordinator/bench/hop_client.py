@@ -62,15 +62,22 @@ async def _run(config: dict[str, Any]) -> None:
         if key not in dispatchers:
             dispatchers[key] = await connect(*key)
         tokens, top_k = order["tokens"], order["nodes"]
-        hidden = torch.randn(tokens, layers[0].spec.hidden_size)
+        hidden = torch.randn(tokens, layers[0].spec.hidden_size).to(getattr(torch, order["dtype"]))
         ids = torch.arange(top_k)[None].expand(tokens, top_k)
         weights = torch.ones(tokens, top_k)
-        times = []
+        counters = dispatchers[key].counters
+        times: list[tuple[float, float]] = []  # seconds, and the nodes' part of them: arithmetic, the slowest's
         for _ in range(order["count"]):
+            before = {name: counter.compute_ns for name, counter in counters.items()}
             start = time.perf_counter()
             await dispatchers[key].submit(0, hidden, ids, weights)
-            times.append(time.perf_counter() - start)
-        print(json.dumps(times), flush=True)
+            seconds = time.perf_counter() - start
+            own = max(counter.compute_ns - before.get(name, 0) for name, counter in counters.items())
+            times.append((seconds, own / 1e9))
+        link = dispatchers[key].link(NodeName("n0"))
+        assert link is not None
+        eight_bit = not order["exact"] and link.speed.eight_bit(hidden.nbytes)
+        print(json.dumps({"times": times, "eight_bit": eight_bit}), flush=True)
     os._exit(0)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import DEFAULT_ADDRESS, Address, Json
+from .options import DEFAULT_ADDRESS, Address, Json, StateDir
 
 
 def load(
@@ -52,13 +52,36 @@ def fairness(
 
 
 def hop(
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds.")] = False,
+    state_dir: StateDir,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer sizes and rounds, and no model.")] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A path or hub id, to say what hidden states in 8 bits do to its logits.",
+            show_default="the demo's, once it is built",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """One layer's way to the nodes and back, beside an echo of the same bytes over TCP and over plain gRPC."""
-    from ..bench.hop import measure_hop
+    from ..bench.hop import measure_hop, summary
+    from ..demo.build import is_built
 
-    show_rows([row.figures() for row in measure_hop(quick)], as_json)
+    demo = state_dir / "demo" / "smollm2-135m-moe"
+    if model is None and not quick and is_built(demo):
+        model = str(demo)
+    rows = measure_hop(quick)
+    figures: dict[str, Any] = {**summary(rows)}
+    if model is not None:
+        from ..bench.rounding import measure_rounding
+
+        rounding = measure_rounding(model)
+        figures |= {"kl_of_8_bits": rounding.kl, "same_choice_with_8_bits": rounding.same_choice}
+    if as_json:
+        typer.echo(json.dumps({"rows": [row.figures() for row in rows], "summary": figures}))
+    else:
+        show_rows([row.figures() for row in rows], False)
+        _show(figures, False)
 
 
 def trunk(
