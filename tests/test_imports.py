@@ -72,6 +72,7 @@ MUST_NOT_IMPORT = {
 }
 # The only modules that touch generated protobuf classes: what lies behind them uses our own types.
 TOUCH_MESSAGES = {
+    "coordinator/bench/rounding.py",
     "coordinator/checkpoints/slices.py",
     "coordinator/cluster/server.py",
     "coordinator/cluster/service.py",
@@ -93,6 +94,7 @@ TOUCH_MESSAGES = {
     "proto/client/client.py",
     "proto/client/messages.py",
     "proto/tensors.py",
+    "proto/tiers.py",
 }
 # module → heavy packages that importing it must not bring in, directly or through others.
 LIGHT = {
