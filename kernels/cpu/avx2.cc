@@ -17,24 +17,21 @@ struct Int8 {
   struct Wide {
     __m256i lo, hi;  // 16 bits, two for each row
   };
+  struct Factor {
+    __m256i lo, hi;  // 16 bits, each twice
+  };
   static constexpr bool kNarrow = true;
 
   static inline Bytes load(const uint8_t* at) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)),
             _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 32))};
   }
-  template <int Shift, int Mask>
+  // The bits `Mask` from bit From of each byte, at bit To.
+  template <int From, int To, int Mask>
   static inline Bytes field(Bytes b) {
-    const __m256i mask = _mm256_set1_epi8(Mask);
-    if constexpr (Shift == 0) return {_mm256_and_si256(b.lo, mask), _mm256_and_si256(b.hi, mask)};
-    return {_mm256_and_si256(_mm256_srli_epi16(b.lo, Shift), mask),
-            _mm256_and_si256(_mm256_srli_epi16(b.hi, Shift), mask)};
+    return {moved<From, To, Mask>(b.lo), moved<From, To, Mask>(b.hi)};
   }
-  template <int Shift>
-  static inline Bytes join(Bytes a, Bytes b) {
-    return {_mm256_or_si256(a.lo, _mm256_slli_epi16(b.lo, Shift)),
-            _mm256_or_si256(a.hi, _mm256_slli_epi16(b.hi, Shift))};
-  }
+  static inline Bytes join(Bytes a, Bytes b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
   static inline Bytes lookup(Bytes codes, const int8_t* table) {
     const __m256i values = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
     return {_mm256_shuffle_epi8(values, codes.lo), _mm256_shuffle_epi8(values, codes.hi)};
@@ -53,8 +50,47 @@ struct Int8 {
     return {_mm256_add_epi32(s.lo, _mm256_madd_epi16(w.lo, ones)),
             _mm256_add_epi32(s.hi, _mm256_madd_epi16(w.hi, ones))};
   }
+  static inline Sums flush(Sums s, Wide w, Factor f) {
+    return {_mm256_add_epi32(s.lo, _mm256_madd_epi16(w.lo, f.lo)),
+            _mm256_add_epi32(s.hi, _mm256_madd_epi16(w.hi, f.hi))};
+  }
+  static inline Sums add(Sums a, Sums b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  template <bool Signed>
+  static inline Factor factor(Octets o) {
+    const __m256i both = _mm256_broadcastsi128_si256(reinterpret_cast<__m128i>(o));
+    if constexpr (Signed) {  // to the upper byte, and down again with its sign
+      const __m256i lo = _mm256_setr_epi8(-1, 0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3,  //
+                                          -1, 4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7);
+      const __m256i hi = _mm256_setr_epi8(-1, 8, -1, 8, -1, 9, -1, 9, -1, 10, -1, 10, -1, 11, -1, 11,  //
+                                          -1, 12, -1, 12, -1, 13, -1, 13, -1, 14, -1, 14, -1, 15, -1, 15);
+      return {_mm256_srai_epi16(_mm256_shuffle_epi8(both, lo), 8), _mm256_srai_epi16(_mm256_shuffle_epi8(both, hi), 8)};
+    }
+    const __m256i lo = _mm256_setr_epi8(0, -1, 0, -1, 1, -1, 1, -1, 2, -1, 2, -1, 3, -1, 3, -1,  //
+                                        4, -1, 4, -1, 5, -1, 5, -1, 6, -1, 6, -1, 7, -1, 7, -1);
+    const __m256i hi = _mm256_setr_epi8(8, -1, 8, -1, 9, -1, 9, -1, 10, -1, 10, -1, 11, -1, 11, -1,  //
+                                        12, -1, 12, -1, 13, -1, 13, -1, 14, -1, 14, -1, 15, -1, 15, -1);
+    return {_mm256_shuffle_epi8(both, lo), _mm256_shuffle_epi8(both, hi)};
+  }
+  static inline Sums even(Factor f, int32_t n) {
+    const __m256i half = _mm256_set1_epi16(static_cast<int16_t>(n));
+    return {_mm256_madd_epi16(f.lo, half), _mm256_madd_epi16(f.hi, half)};
+  }
+  static inline Sums pairs(Octets a, int32_t n, Octets b, int32_t m) {
+    const __m128i left = reinterpret_cast<__m128i>(a), right = reinterpret_cast<__m128i>(b);
+    const __m256i both = _mm256_set1_epi32(static_cast<int32_t>((n & 0xffff) | static_cast<uint32_t>(m) << 16));
+    return {_mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpacklo_epi8(left, right)), both),
+            _mm256_madd_epi16(_mm256_cvtepu8_epi16(_mm_unpackhi_epi8(left, right)), both)};
+  }
 
  private:
+  template <int From, int To, int Mask>
+  static inline __m256i moved(__m256i b) {
+    if constexpr (From > To) b = _mm256_srli_epi16(b, From - To);
+    if constexpr (From < To) b = _mm256_slli_epi16(b, To - From);
+    return _mm256_and_si256(b, _mm256_set1_epi8(Mask << To));
+  }
   template <bool Signed>
   static inline __m256i pairs(__m256i b, __m256i x) {
     if constexpr (Signed) return _mm256_maddubs_epi16(_mm256_abs_epi8(b), _mm256_sign_epi8(x, b));
@@ -73,9 +109,10 @@ struct Vec {
     const __m128i all = reinterpret_cast<__m128i>(o);
     return from_ints({_mm256_cvtepu8_epi32(all), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(all, all))});
   }
-  static inline Vec from_i8(Octets o) {
+  static inline Vec powers_of_two(Octets o) {
     const __m128i all = reinterpret_cast<__m128i>(o);
-    return from_ints({_mm256_cvtepi8_epi32(all), _mm256_cvtepi8_epi32(_mm_unpackhi_epi64(all, all))});
+    const __m256i lo = _mm256_cvtepu8_epi32(all), hi = _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(all, all));
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 23)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 23))};
   }
   static inline void store(float* to, Vec v) {
     _mm256_storeu_ps(to, v.lo);

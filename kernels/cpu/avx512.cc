@@ -18,6 +18,9 @@ struct Int8 {
   struct Sums {
     __m512i all;
   };
+  struct Factor {
+    __m512i all;  // 32 bits
+  };
 #if defined(__AVX512VNNI__)
   using Wide = Sums;  // products of four are added in 32 bits by one instruction
   static constexpr bool kNarrow = false;
@@ -29,15 +32,14 @@ struct Int8 {
 #endif
 
   static inline Bytes load(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
-  template <int Shift, int Mask>
+  // The bits `Mask` from bit From of each byte, at bit To.
+  template <int From, int To, int Mask>
   static inline Bytes field(Bytes b) {
-    if constexpr (Shift == 0) return {_mm512_and_si512(b.all, _mm512_set1_epi8(Mask))};
-    return {_mm512_and_si512(_mm512_srli_epi16(b.all, Shift), _mm512_set1_epi8(Mask))};
+    if constexpr (From > To) b.all = _mm512_srli_epi16(b.all, From - To);
+    if constexpr (From < To) b.all = _mm512_slli_epi16(b.all, To - From);
+    return {_mm512_and_si512(b.all, _mm512_set1_epi8(Mask << To))};
   }
-  template <int Shift>
-  static inline Bytes join(Bytes a, Bytes b) {
-    return {_mm512_or_si512(a.all, _mm512_slli_epi16(b.all, Shift))};
-  }
+  static inline Bytes join(Bytes a, Bytes b) { return {_mm512_or_si512(a.all, b.all)}; }
   static inline Bytes lookup(Bytes codes, const int8_t* table) {
     const __m128i values = _mm_load_si128(reinterpret_cast<const __m128i*>(table));
     return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(values), codes.all)};
@@ -67,6 +69,26 @@ struct Int8 {
     return {_mm512_add_epi32(s.all, _mm512_madd_epi16(w.all, _mm512_set1_epi16(1)))};
 #endif
   }
+  static inline Sums flush(Sums s, Wide w, Factor f) {
+    return {_mm512_add_epi32(s.all, _mm512_mullo_epi32(flush(splat(0), w).all, f.all))};
+  }
+  static inline Sums add(Sums a, Sums b) { return {_mm512_add_epi32(a.all, b.all)}; }
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  template <bool Signed>
+  static inline Factor factor(Octets o) {
+    if constexpr (Signed) return {_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(o))};
+    return {_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o))};
+  }
+  static inline Sums even(Factor f, int32_t n) { return {_mm512_mullo_epi32(f.all, _mm512_set1_epi32(2 * n))}; }
+  static inline Sums pairs(Octets a, int32_t n, Octets b, int32_t m) {
+    return {_mm512_add_epi32(times(a, n), times(b, m))};
+  }
+
+ private:
+  static inline __m512i times(Octets o, int32_t n) {
+    return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o)), _mm512_set1_epi32(n));
+  }
 };
 
 struct Vec {
@@ -77,7 +99,9 @@ struct Vec {
   static inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.all, b.all)}; }
   static inline Vec from_ints(Int8::Sums s) { return {_mm512_cvtepi32_ps(s.all)}; }
   static inline Vec from_u8(Octets o) { return from_ints({_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o))}); }
-  static inline Vec from_i8(Octets o) { return from_ints({_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(o))}); }
+  static inline Vec powers_of_two(Octets o) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o)), 23))};
+  }
   static inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v.all); }
 
   static inline Vec zero() { return {_mm512_setzero_ps()}; }

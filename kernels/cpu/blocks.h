@@ -91,10 +91,11 @@ constexpr Layout layout_of(Format format) {
 constexpr bool is_block(Format format) { return layout_of(format).units != 0; }
 
 // A vector of activations in 8 bits: q[k] * d[k / 32]. `q` has padded_units(columns) * 32 numbers, zeros at the end,
-// `d` one scale and `s` two sums (of 16 numbers each) for each unit.
+// for each unit `d` one scale, `s` two sums (of 16 numbers each), `m` d times the sum of both.
 struct Quantized {
   const int8_t* q;
   const float* d;
+  const float* m;
   const int32_t* s;
 };
 
@@ -102,14 +103,14 @@ struct Quantized {
 constexpr int64_t padded_units(int64_t columns) { return (columns + 255) / 256 * 8; }
 
 // Bytes of one Quantized vector's arrays, aligned to 64.
-constexpr int64_t quantized_bytes(int64_t columns) { return (padded_units(columns) * 44 + 63) / 64 * 64; }
+constexpr int64_t quantized_bytes(int64_t columns) { return (padded_units(columns) * 48 + 63) / 64 * 64; }
 
 // Lays a Quantized out in `memory` (quantized_bytes, aligned to 64).
 inline Quantized quantized_at(void* memory, int64_t columns) {
   const int64_t units = padded_units(columns);
   char* at = static_cast<char*>(memory);
   return {reinterpret_cast<const int8_t*>(at), reinterpret_cast<const float*>(at + units * 32),
-          reinterpret_cast<const int32_t*>(at + units * 36)};
+          reinterpret_cast<const float*>(at + units * 36), reinterpret_cast<const int32_t*>(at + units * 40)};
 }
 
 }  // namespace moehive

@@ -1,15 +1,15 @@
 // Products of FP8 weights with vectors of f32, written once and compiled for each instruction set.
 //
 // E4M3: 1 sign, 4 exponent (bias 7), 3 fraction bits; subnormals; no infinities; largest 448; S.1111.111 is no number
-// and is kept out by whoever packs. A block of 128 x 128 shares one f32 scale. Shifted into the bits of an f16, a code
-// means its number times 2^-8, subnormals too: so the processor's own conversion expands it, exactly.
+// and is kept out by whoever packs. A block of 128 x 128 shares one f32 scale. Shifted into the bits of an f16 or f32,
+// a code means its number times a power of two, subnormals too: so it is expanded exactly.
 //
 //     block    [f32 scale] [12 bytes of zeros] [128 columns x 16 rows]       for each 128 columns of 16 rows
 //
 // Rows are padded to 16, columns to 128, with zeros.
 //
-// The sum of a block: its even and its odd columns, each one after the other by fused multiply-add, then the two; blocks
-// are added in order by fma with their scale. The bits are the same everywhere, for any number of tokens and threads.
+// The sum of a block: its columns k, k + 4, k + 8, ... one after the other by fused multiply-add, then the four sums;
+// blocks are added in order by fma with their scale. The bits are the same everywhere, for any number of tokens and threads.
 #pragma once
 
 #include <string.h>
@@ -22,16 +22,33 @@ namespace {
 constexpr int64_t kFp8Head = 16;
 constexpr int64_t kFp8BytesAhead = 4 << 10;
 
-// The numbers of 16 rows in one column, times 2^-8.
+// The numbers of 16 rows in one column, and the power of two that is missing in their products with `scaled` vectors.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// A conversion from f16 takes twice the steps of shifting into the bits of an f32, which is then times 2^-120. Vectors
+// are taken times 2^60 so that products stay far from the smallest f32.
+constexpr float kFp8Missing = 0x1p60f;
+
 inline Vec load_e4m3(const uint8_t* at) {
-#if defined(__AVX2__)
-  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
-#if defined(__AVX512F__)
-  return {_mm512_cvtph_ps(halves)};
+  const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0x87f00000u));
+  const __m256i lo = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+  const __m256i hi = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8)));
+  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(lo, 20), mask)),
+          _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(hi, 20), mask))};
+}
+
+// x[0 .. n), n a multiple of 16, into `memory` [128].
+inline const float* scaled(const float* x, int64_t n, float* memory) {
+  for (int64_t k = 0; k < n; k += kLanes) Vec::store(memory + k, Vec::mul(Vec::load(x + k), Vec::splat(0x1p60f)));
+  return memory;
+}
 #else
-  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
-#endif
+constexpr float kFp8Missing = 0x1p8f;
+
+inline Vec load_e4m3(const uint8_t* at) {
+#if defined(__AVX512F__)
+  const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
+  return {_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), mask))};
 #else
   uint16_t halves[kLanes];
   for (int i = 0; i < kLanes; ++i) halves[i] = static_cast<uint16_t>((at[i] & 0x80) << 8 | (at[i] & 0x7f) << 7);
@@ -39,49 +56,59 @@ inline Vec load_e4m3(const uint8_t* at) {
 #endif
 }
 
+inline const float* scaled(const float* x, int64_t, float*) { return x; }
+#endif
+
 inline float fp8_scale(const uint8_t* block) {
   float scale;
   memcpy(&scale, block, sizeof scale);
-  return scale * 256.0f;
+  return scale * kFp8Missing;
 }
+
+inline Vec plus(Vec a, Vec b) { return Vec::fma(a, Vec::splat(1.0f), b); }
 
 // One token: weights are expanded as they come.
 inline void fp8_one(const uint8_t* weights, int64_t columns, const float* x, float* out) {
+  alignas(64) float memory[kFp8Columns];
   Vec total = Vec::zero();
   for (int64_t first = 0; first < columns; first += kFp8Columns, weights += kFp8Bytes) {
     const int64_t n = padded(columns - first < kFp8Columns ? columns - first : kFp8Columns);
+    const float* here = scaled(x + first, n, memory);
     const uint8_t* w = weights + kFp8Head;
-    Vec even = Vec::zero(), odd = Vec::zero();
+    Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
     for (int64_t k = 0; k < n; k += 4) {
       __builtin_prefetch(w + k * kGroupRows + kFp8BytesAhead);
-      even = Vec::fma(load_e4m3(w + k * kGroupRows), Vec::splat(x[first + k]), even);
-      odd = Vec::fma(load_e4m3(w + (k + 1) * kGroupRows), Vec::splat(x[first + k + 1]), odd);
-      even = Vec::fma(load_e4m3(w + (k + 2) * kGroupRows), Vec::splat(x[first + k + 2]), even);
-      odd = Vec::fma(load_e4m3(w + (k + 3) * kGroupRows), Vec::splat(x[first + k + 3]), odd);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i)
+        sums[i] = Vec::fma(load_e4m3(w + (k + i) * kGroupRows), Vec::splat(here[k + i]), sums[i]);
     }
-    total = Vec::fma(Vec::fma(odd, Vec::splat(1.0f), even), Vec::splat(fp8_scale(weights)), total);
+    total = Vec::fma(plus(plus(sums[3], sums[2]), plus(sums[1], sums[0])), Vec::splat(fp8_scale(weights)), total);
   }
   Vec::store(out, total);
 }
 
-// A block's expanded weights with T tokens; adds to `out`.
+// A block's expanded weights with T tokens; adds to `out`. Two of the four sums at once, so that they fit registers.
 template <int T>
 inline void fp8_block(const float* w, int64_t n, const float* const* x, float scale, float (*out)[kGroupRows]) {
-  Vec even[T], odd[T];
+  Vec pair[2][T];
+#pragma GCC unroll 2
+  for (int part = 0; part < 2; ++part) {
+    Vec even[T], odd[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) even[t] = odd[t] = Vec::zero();
-  for (int64_t k = 0; k < n; k += 2) {
-    const Vec first = Vec::load(w + k * kGroupRows), second = Vec::load(w + (k + 1) * kGroupRows);
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = Vec::zero();
+    for (int64_t k = 2 * part; k < n; k += 4) {
+      const Vec first = Vec::load(w + k * kGroupRows), second = Vec::load(w + (k + 1) * kGroupRows);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) even[t] = Vec::fma(first, Vec::splat(x[t][k]), even[t]);
+      for (int t = 0; t < T; ++t) even[t] = Vec::fma(first, Vec::splat(x[t][k]), even[t]);
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) odd[t] = Vec::fma(second, Vec::splat(x[t][k + 1]), odd[t]);
+      for (int t = 0; t < T; ++t) odd[t] = Vec::fma(second, Vec::splat(x[t][k + 1]), odd[t]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) pair[part][t] = plus(odd[t], even[t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    const Vec sum = Vec::fma(odd[t], Vec::splat(1.0f), even[t]);
-    Vec::store(out[t], Vec::fma(sum, Vec::splat(scale), Vec::load(out[t])));
-  }
+  for (int t = 0; t < T; ++t)
+    Vec::store(out[t], Vec::fma(plus(pair[1][t], pair[0][t]), Vec::splat(scale), Vec::load(out[t])));
 }
 
 // Several tokens: a block is expanded once, into the first cache, for all of them.
@@ -96,10 +123,12 @@ inline void fp8_some(const uint8_t* weights, int64_t columns, const void* const*
       Vec::store(wide + k * kGroupRows, load_e4m3(weights + kFp8Head + k * kGroupRows));
     }
     const float scale = fp8_scale(weights);
+    alignas(64) float memory[kBlockTokens][kFp8Columns];
     const float* x[kBlockTokens];
     int64_t t = 0;
     const auto next = [&](int64_t some) {
-      for (int64_t i = 0; i < some; ++i) x[i] = static_cast<const float*>(tokens[t + i]) + first;
+      for (int64_t i = 0; i < some; ++i)
+        x[i] = scaled(static_cast<const float*>(tokens[t + i]) + first, n, memory[i]);
     };
     for (; t + kBlockTokens <= count; t += kBlockTokens) {
       next(kBlockTokens);

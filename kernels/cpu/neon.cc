@@ -15,22 +15,24 @@ struct Int8 {
     int32x4_t q[4];
   };
   using Wide = Sums;
+  using Factor = Sums;
   static constexpr bool kNarrow = false;
 
   static inline Bytes load(const uint8_t* at) {
     return {{vld1q_u8(at), vld1q_u8(at + 16), vld1q_u8(at + 32), vld1q_u8(at + 48)}};
   }
-  template <int Shift, int Mask>
+  // The bits `Mask` from bit From of each byte, at bit To.
+  template <int From, int To, int Mask>
   static inline Bytes field(Bytes b) {
     for (auto& q : b.q) {
-      if constexpr (Shift != 0) q = vshrq_n_u8(q, Shift);
-      q = vandq_u8(q, vdupq_n_u8(Mask));
+      if constexpr (From > To) q = vshrq_n_u8(q, From - To);
+      if constexpr (From < To) q = vshlq_n_u8(q, To - From);
+      q = vandq_u8(q, vdupq_n_u8(Mask << To));
     }
     return b;
   }
-  template <int Shift>
   static inline Bytes join(Bytes a, Bytes b) {
-    for (int i = 0; i < 4; ++i) a.q[i] = vorrq_u8(a.q[i], vshlq_n_u8(b.q[i], Shift));
+    for (int i = 0; i < 4; ++i) a.q[i] = vorrq_u8(a.q[i], b.q[i]);
     return a;
   }
   static inline Bytes lookup(Bytes codes, const int8_t* table) {
@@ -57,9 +59,39 @@ struct Int8 {
     }
     return w;
   }
-  static inline Sums flush(Sums s, Wide w) {
-    for (int i = 0; i < 4; ++i) s.q[i] = vaddq_s32(s.q[i], w.q[i]);
+  static inline Sums flush(Sums s, Wide w) { return add(s, w); }
+  static inline Sums flush(Sums s, Wide w, Factor f) {
+    for (int i = 0; i < 4; ++i) s.q[i] = vmlaq_s32(s.q[i], w.q[i], f.q[i]);
     return s;
+  }
+  static inline Sums add(Sums a, Sums b) {
+    for (int i = 0; i < 4; ++i) a.q[i] = vaddq_s32(a.q[i], b.q[i]);
+    return a;
+  }
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  template <bool Signed>
+  static inline Factor factor(Octets o) {
+    if constexpr (Signed) {
+      const int8x16_t all = reinterpret_cast<int8x16_t>(o);
+      const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_high_s8(all);
+      return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)),
+               vmovl_high_s16(high)}};
+    }
+    const uint8x16_t all = reinterpret_cast<uint8x16_t>(o);
+    const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(all)));
+    const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(all));
+    return {{vmovl_s16(vget_low_s16(low)), vmovl_high_s16(low), vmovl_s16(vget_low_s16(high)), vmovl_high_s16(high)}};
+  }
+  static inline Sums even(Factor f, int32_t n) {
+    for (auto& q : f.q) q = vmulq_n_s32(q, 2 * n);
+    return f;
+  }
+  static inline Sums pairs(Octets a, int32_t n, Octets b, int32_t m) {
+    Sums sums = factor<false>(a);
+    const Sums others = factor<false>(b);
+    for (int i = 0; i < 4; ++i) sums.q[i] = vmlaq_n_s32(vmulq_n_s32(sums.q[i], n), others.q[i], m);
+    return sums;
   }
 };
 
@@ -78,17 +110,12 @@ struct Vec {
   static inline Vec from_ints(Int8::Sums s) {
     return {{vcvtq_f32_s32(s.q[0]), vcvtq_f32_s32(s.q[1]), vcvtq_f32_s32(s.q[2]), vcvtq_f32_s32(s.q[3])}};
   }
-  static inline Vec from_u8(Octets o) {
-    const uint8x16_t all = reinterpret_cast<uint8x16_t>(o);
-    const uint16x8_t low = vmovl_u8(vget_low_u8(all)), high = vmovl_high_u8(all);
-    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_high_u16(low)),
-             vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_high_u16(high))}};
-  }
-  static inline Vec from_i8(Octets o) {
-    const int8x16_t all = reinterpret_cast<int8x16_t>(o);
-    const int16x8_t low = vmovl_s8(vget_low_s8(all)), high = vmovl_high_s8(all);
-    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_high_s16(low)),
-             vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_high_s16(high))}};
+  static inline Vec from_u8(Octets o) { return from_ints(Int8::factor<false>(o)); }
+  static inline Vec powers_of_two(Octets o) {
+    const Int8::Sums bytes = Int8::factor<false>(o);
+    Vec to;
+    for (int i = 0; i < 4; ++i) to.q[i] = vreinterpretq_f32_s32(vshlq_n_s32(bytes.q[i], 23));
+    return to;
   }
   static inline void store(float* to, Vec v) {
     for (int i = 0; i < 4; ++i) vst1q_f32(to + 4 * i, v.q[i]);

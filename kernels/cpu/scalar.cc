@@ -28,6 +28,7 @@ struct Int8 {
     int32_t v[kLanes];
   };
   using Wide = Sums;
+  using Factor = Sums;
   static constexpr bool kNarrow = false;
 
   static inline Bytes load(const uint8_t* at) {
@@ -35,14 +36,14 @@ struct Int8 {
     memcpy(to.v, at, 64);
     return to;
   }
-  template <int Shift, int Mask>
+  // The bits `Mask` from bit From of each byte, at bit To.
+  template <int From, int To, int Mask>
   static inline Bytes field(Bytes b) {
-    for (int i = 0; i < 64; ++i) b.v[i] = (b.v[i] >> Shift) & Mask;
+    for (int i = 0; i < 64; ++i) b.v[i] = static_cast<uint8_t>((b.v[i] >> From & Mask) << To);
     return b;
   }
-  template <int Shift>
   static inline Bytes join(Bytes a, const Bytes& b) {
-    for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i] << Shift;
+    for (int i = 0; i < 64; ++i) a.v[i] |= b.v[i];
     return a;
   }
   static inline Bytes lookup(Bytes codes, const int8_t* table) {
@@ -64,9 +65,31 @@ struct Int8 {
       }
     return w;
   }
-  static inline Sums flush(Sums s, const Wide& w) {
-    for (int i = 0; i < kLanes; ++i) s.v[i] += w.v[i];
+  static inline Sums flush(Sums s, const Wide& w) { return add(s, w); }
+  static inline Sums flush(Sums s, const Wide& w, const Factor& f) {
+    for (int i = 0; i < kLanes; ++i) s.v[i] += w.v[i] * f.v[i];
     return s;
+  }
+  static inline Sums add(Sums a, const Sums& b) {
+    for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
+    return a;
+  }
+
+  typedef uint8_t Octets __attribute__((vector_size(16)));
+  template <bool Signed>
+  static inline Factor factor(Octets o) {
+    Factor to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = Signed ? static_cast<int8_t>(o[i]) : o[i];
+    return to;
+  }
+  static inline Sums even(Factor f, int32_t n) {
+    for (int i = 0; i < kLanes; ++i) f.v[i] *= 2 * n;
+    return f;
+  }
+  static inline Sums pairs(Octets a, int32_t n, Octets b, int32_t m) {
+    Sums to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = a[i] * n + b[i] * m;
+    return to;
   }
 };
 
@@ -93,9 +116,9 @@ struct Vec {
     for (int i = 0; i < kLanes; ++i) to.v[i] = o[i];
     return to;
   }
-  static inline Vec from_i8(Octets o) {
+  static inline Vec powers_of_two(Octets o) {
     Vec to;
-    for (int i = 0; i < kLanes; ++i) to.v[i] = static_cast<int8_t>(o[i]);
+    for (int i = 0; i < kLanes; ++i) to.v[i] = from_bits(static_cast<uint32_t>(o[i]) << 23);
     return to;
   }
   static inline void store(float* to, const Vec& v) { memcpy(to, v.v, sizeof v.v); }

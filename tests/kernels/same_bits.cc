@@ -30,31 +30,56 @@ float number(Format format, const std::vector<uint8_t>& weights, int64_t i) {
   return result;
 }
 
-// Random blocks, whose f16 factors are numbers of 2^-9 to 2^-8, with random vectors.
-uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
+// Random blocks whose factors are neither very large nor very small: f16 numbers of 2^-9 to 2^-8, powers of two of
+// 2^-16 to 2^15, f32 numbers of 1 to 2.
+void make_sane(Format format, std::vector<uint8_t>& weights) {
   const Layout layout = layout_of(format);
+  if (format == Format::fp8_block) {
+    for (uint8_t& code : weights)
+      if ((code & 127) == 127) code = 0;  // no number
+    for (size_t at = 0; at < weights.size(); at += kFp8Bytes) {
+      const uint32_t scale = 0x3f800000u | next() >> 9;
+      std::memcpy(&weights[at], &scale, 4);
+    }
+    return;
+  }
+  for (size_t at = 0; at < weights.size(); at += layout.bytes()) {
+    for (int64_t i = 0; i < 16 && layout.scales == Scales::e8m0; ++i) weights[at + i] = 111 + (next() >> 27);
+    for (int64_t i = 0; i < 16 && layout.scales == Scales::zeros; ++i) weights[at + 32 + i] &= 0x1f;
+    if (layout.scales == Scales::e8m0) continue;
+    for (int64_t i = 0; i < (layout.minimum && layout.scales != Scales::zeros ? 32 : 16); ++i) {
+      const uint16_t factor = (next() >> 16 & 0x83ffu) | 0x1800u;
+      std::memcpy(&weights[at + 2 * i], &factor, 2);
+    }
+  }
+}
+
+// Random vectors with such blocks.
+uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
   uint64_t hash = static_cast<uint64_t>(format);
   for (int64_t columns : {32, 256, 300, 768})
     for (int64_t rows : {1, 16, 40})
       for (int64_t tokens : {1, 2, 3, 4, 5, 7}) {
         std::vector<uint8_t> weights(rows_bytes(format, rows, columns));
         for (uint8_t& byte : weights) byte = next() >> 24;
-        for (size_t at = 0; at < weights.size(); at += layout.bytes())
-          for (int64_t i = 0; i < (layout.minimum ? 32 : 16); ++i) {
-            const uint16_t factor = (next() >> 16 & 0x83ffu) | 0x1800u;
-            std::memcpy(&weights[at + 2 * i], &factor, 2);
-          }
+        make_sane(format, weights);
         std::vector<Quantized> vectors;
         std::vector<std::vector<float>> memory(tokens);
         for (int64_t t = 0; t < tokens; ++t) {
           std::vector<float> numbers(columns);
           for (float& number : numbers) number = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
+          if (format == Format::fp8_block) {
+            memory[t].assign(numbers.begin(), numbers.end());
+            memory[t].resize(padded(columns));
+            continue;
+          }
           memory[t].resize(quantized_bytes(columns) / sizeof(float));
           kernel.quantize(numbers.data(), columns, memory[t].data());
           vectors.push_back(quantized_at(memory[t].data(), columns));
         }
         std::vector<const void*> x;
         for (const Quantized& vector : vectors) x.push_back(&vector);
+        for (int64_t t = 0; t < tokens && vectors.empty(); ++t) x.push_back(memory[t].data());
         std::vector<float> out(rows * tokens);
         kernel.multiply(
             {format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
@@ -122,7 +147,7 @@ int main() {
                 hash = (hash ^ bits) * 1099511628211ull;
               }
           }
-    for (int number = static_cast<int>(Format::q8_0); number <= static_cast<int>(Format::iq4_xs); ++number)
+    for (int number = static_cast<int>(Format::q8_0); number <= static_cast<int>(Format::fp8_block); ++number)
       hash = (hash ^ hash_of_blocks(*kernel, static_cast<Format>(number))) * 1099511628211ull;
     std::printf("%s %016llx\n", kernel->name, static_cast<unsigned long long>(hash));
   }
