@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import bench, bench_convert, bench_decode, cluster, demo, packs, serve, talk, up
+from . import bench, bench_convert, bench_decode, cluster, demo, packs, plan, serve, talk, up
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -32,6 +32,7 @@ app.command("coordinator")(serve.coordinator)
 app.command(
     "node", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )(serve.node)
+app.command("plan")(plan.plan)
 app.command("token")(cluster.token)
 app.command("convert")(packs.convert)
 app.command("verify")(packs.verify)

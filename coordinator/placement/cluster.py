@@ -1,7 +1,7 @@
 """What the planner knows of a cluster: plain data, and the file that `moehive plan --cluster` reads.
 
-A *place* is memory that computes: a node, or one tier of it (a GPU's memory and the RAM beside it are two places behind
-one round trip). All figures are what nodes measured.
+A *place* is memory that computes: a node, or one tier of it (a GPU's memory and the RAM beside it are two places
+behind one round trip). All figures are what nodes measured.
 """
 
 import json
@@ -95,8 +95,8 @@ def read_cluster(path: Path) -> Cluster:
     """Reads `{"nodes": [{"name", "mem_bytes", "bw_Bps", "rtt_s", "msg_s"}], "expert_bytes"}`.
 
     `expert_bytes` is a number, or a list with one for each layer. A node may also have `token_s`, `reserve_bytes`,
-    `excluded`, `tiers` ([{"mem_bytes", "bw_Bps"}] instead of its own two) and `pinned` ([[layer, expert]]); the cluster
-    may have `shared` ({"bytes", "bw_Bps"}). Raises CoordinatorError.
+    `excluded`, `tiers` ([{"mem_bytes", "bw_Bps"}] instead of its own two) and `pinned` ([[layer, expert]]); the
+    cluster may have `shared` ({"bytes", "bw_Bps"}). Raises CoordinatorError.
     """
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
@@ -125,7 +125,9 @@ def parse_cluster(raw: Any) -> Cluster:
     shared = None
     if table.get("shared") is not None:
         part = _table(table["shared"], '"shared"', {"bytes", "bw_Bps"})
-        shared = SharedExpert(_count(part, "bytes", '"shared"', 1), _number(part, "bw_Bps", '"shared"', positive=True))
+        shared = SharedExpert(
+            _count(part, "bytes", '"shared"', 1), _number(part, "bw_Bps", '"shared"', positive=True)
+        )
     return Cluster(
         tuple(_node(node, index) for index, node in enumerate(nodes)),
         tuple(_count({"expert_bytes": size}, "expert_bytes", "the cluster", 1) for size in sizes),
@@ -184,7 +186,12 @@ def _number(
     table: Mapping[str, Any], key: str, where: str, positive: bool = False, default: float | None = None
 ) -> float:
     value = table.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e18 or (positive and not value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not 0 <= value < 1e18
+        or (positive and not value)
+    ):
         raise CoordinatorError(f'"{key}" of {where} must be a number {"above" if positive else "of at least"} 0.')
     return float(value)
 

@@ -1,8 +1,8 @@
 """What a layer costs: the places' times, and what free placement would need.
 
-A place is done after `fixed + step × distinct experts dispatched to it`, and a layer when its last place is. `fixed` is
-the round trip, the message and the wire time of the batch's hidden states; `step` is an expert's bytes by the place's
-bandwidth. Times of computing are those of reading, as they are in decoding.
+A place is done after `fixed + step × distinct experts dispatched to it`, and a layer when its last place is. `fixed`
+is the round trip, the message and the wire time of the batch's hidden states; `step` is an expert's bytes by the
+place's bandwidth. Times of computing are those of reading, as they are in decoding.
 """
 
 from collections.abc import Sequence
@@ -41,9 +41,13 @@ def time_for(
         return np.where(counts > 0, np.inf, 0.0)
     # The k-th expert to end anywhere ends at the k-th least of these times.
     ends = np.sort((fixed[:, None] + step[:, None] * np.arange(1, most + 1)).ravel())[:most]
-    return np.concatenate([[0.0], ends])[counts]
+    out: Floats = np.concatenate([[0.0], ends])[counts]
+    return out
 
 
-def popularity(hits: npt.NDArray[np.uint16], batch_weights: Floats, offsets: npt.NDArray[np.int64], experts: int) -> Floats:
+def popularity(
+    hits: npt.NDArray[np.uint16], batch_weights: Floats, offsets: npt.NDArray[np.int64], experts: int
+) -> Floats:
     """How often each expert is hit, each batch counting by its weight."""
-    return np.bincount(hits, weights=np.repeat(batch_weights, np.diff(offsets)), minlength=experts)
+    weights = np.repeat(batch_weights, np.diff(offsets))
+    return np.bincount(hits, weights=weights, minlength=experts).astype(np.float64)

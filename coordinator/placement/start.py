@@ -6,13 +6,11 @@ import numpy.typing as npt
 from .native import Floats, Replicas
 
 
-def first_plan(
-    load: Floats, fixed: Floats, step: Floats, slots: npt.NDArray[np.int32], pinned: Replicas
-) -> Replicas:
+def first_plan(load: Floats, fixed: Floats, step: Floats, slots: npt.NDArray[np.int32], pinned: Replicas) -> Replicas:
     """Each expert once, hot ones first, where its place ends earliest; then free slots get the hottest of the rest.
 
-    `load` [experts] are mean hits a batch; `fixed`, `step` (seconds) and `slots` are [places]. A place so far away that
-    the others are done before it answers gets what is left at the end: the coldest. The slots must suffice.
+    `load` [experts] are mean hits a batch; `fixed`, `step` (seconds) and `slots` are [places]. A place so far away
+    that the others are done before it answers gets what is left at the end: the coldest. The slots must suffice.
     """
     experts, places = len(load), len(slots)
     replicas = pinned.copy()

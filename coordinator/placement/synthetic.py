@@ -1,8 +1,8 @@
 """Made-up clusters and routing traces for benchmarks and tests. No real model was traced for them.
 
-A token's experts are drawn without replacement by logits that add up a Zipf popularity (exponent 0.5), the topic of its
-sequence, and the class of the token, which neighbours in a text do not share: the hottest fifth of the experts takes 40
-to 45 % of the load, as published traces show.
+A token's experts are drawn without replacement by logits that add up a Zipf popularity (exponent 0.5), the topic of
+its sequence, and the class of the token, which neighbours in a text do not share: the hottest fifth of the experts
+takes 40 to 45 % of the load, as published traces show.
 """
 
 from collections.abc import Sequence

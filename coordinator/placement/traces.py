@@ -1,7 +1,7 @@
 """Routing traces: which experts each token was sent to, and the batches that are made of them.
 
-The file (`.npz`) has `experts` uint16 [layers, tokens, top_k] and `seq` uint32 [tokens], the sequence of each token. It
-holds no text. A batch of n in decoding is n tokens of unrelated sequences; a prefill chunk is n tokens in a row.
+The file (`.npz`) has `experts` uint16 [layers, tokens, top_k] and `seq` uint32 [tokens], the sequence of each token.
+It holds no text. A batch of n in decoding is n tokens of unrelated sequences; a prefill chunk is n tokens in a row.
 """
 
 import zipfile
@@ -146,14 +146,16 @@ def _unrelated(trace: Trace, size: int, count: int, random: np.random.Generator)
     keys = random.random((count, max(sequences, size)))
     chosen = np.argsort(keys, axis=1)[:, :size] % sequences
     inside = (random.random(chosen.shape) * lengths[chosen]).astype(np.int64)
-    return by_sequence[starts[chosen] + inside]
+    tokens: npt.NDArray[np.int64] = by_sequence[starts[chosen] + inside]
+    return tokens
 
 
 def _runs(trace: Trace, size: int, count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
     """Token numbers [count, size], in a row within one sequence; short sequences are read on into the next."""
     by_sequence = np.argsort(trace.seq, kind="stable")
     start = random.integers(max(1, trace.tokens - size + 1), size=(count, 1))
-    return by_sequence[(start + np.arange(size)) % trace.tokens]
+    tokens: npt.NDArray[np.int64] = by_sequence[(start + np.arange(size)) % trace.tokens]
+    return tokens
 
 
 def save_trace(trace: Trace, path: Path) -> None:

@@ -85,7 +85,9 @@ class Annealer {
     const double cooling =
         search_.moves > 1 ? std::pow(search_.cold / search_.hot, 1.0 / static_cast<double>(search_.moves - 1)) : 1.0;
     double temperature = search_.hot;
+    int64_t since = 0;  // moves without a better plan
     for (int64_t move = 0; move < search_.moves; ++move, temperature *= cooling) {
+      if (++since > search_.moves / 5 && move > search_.moves / 2) break;
       changes_ = 0;
       if (!propose()) continue;
       double copies = 0.0;
@@ -103,7 +105,8 @@ class Annealer {
       commit();
       cost_ += delta;
       total += delta + copies;
-      if (total < best_total - 1e-12) {
+      if (total < best_total * (1.0 - 1e-6)) since = 0;
+      if (total < best_total) {
         best_total = total, best_cost = cost_;
         best.assign(replicas_, replicas_ + layer_.experts);
       }
@@ -249,9 +252,13 @@ class Annealer {
       }
       if (old.tight >> place[i] & 1) same = same && (after[i] & ~old.tight) == 0;
     }
-    const int32_t* before = loads_of(batch);
-    for (int p = 0; p < layer_.places && same; ++p)
-      same = costs.finish(p, load[p]) <= old.makespan && (!(old.tight >> p & 1) || load[p] >= before[p]);
+    const double earlier = old.makespan * (1.0 - 1e-12);
+    double last = 0.0;
+    for (int p = 0; p < layer_.places && same; ++p) {
+      last = std::max(last, costs.finish(p, load[p]));
+      same = !(old.tight >> p & 1) || costs.finish(p, load[p] + 1) >= earlier;
+    }
+    same = same && last == old.makespan;
     if (same) {
       for (int i = 0; i < uses; ++i)
         if (place[i] != was[at[i]]) moved_.push_back({batch, at[i], was[at[i]], place[i]});

@@ -1,0 +1,106 @@
+"""One layer's search: a first plan from mean loads, then simulated annealing on exact makespans."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .cluster import Cluster
+from .makespan import layer_costs, popularity
+from .native import Floats, LayerCosts, Replicas, Search, anneal, makespans
+from .start import first_plan
+from .traces import Batches, Mix, Trace, sample
+
+HOT, COLD = 1e-3, 3e-6  # temperatures, as parts of the cost: flat from 3e-4 to 3e-3 on clusters B and C
+FIT_BATCHES = {1: 800, 4: 500, 16: 200, 64: 100}  # of each kind, by its tokens; three times as many for few layers
+MOVES = 2_400_000  # of all layers together: 60 layers of 512 experts on 8 nodes take half a minute on two cores
+MOST_MOVES = 150_000  # of one layer; little is gained beyond
+FEW_LAYERS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of the problem: what it costs and what it is fitted to."""
+
+    costs: LayerCosts
+    batches: Batches
+    weight: Floats  # [batches]; the plan's cost is the sum of weight × makespan
+    load: Floats  # [experts]: mean hits a batch
+    pinned: Replicas
+    present: Replicas  # where experts are now; all where nothing is
+
+
+def prepare(
+    cluster: Cluster, trace: Trace, experts: int, mixes: Sequence[Mix], seed: int, present: Sequence[Replicas] | None
+) -> list[Layer]:
+    """The layers of a trace, each kind of batch counting the same; `weight` has to be scaled by `weigh`."""
+    factor = 3 if trace.layers <= FEW_LAYERS else 1
+    counts = [factor * next((n for most, n in FIT_BATCHES.items() if mix.tokens <= most), 40) for mix in mixes]
+    layers = []
+    for index, batches in enumerate(sample(trace, mixes, counts, seed)):
+        weight = (1.0 / len(mixes)) / np.bincount(batches.mix, minlength=len(mixes))[batches.mix]
+        middle = len(mixes) // 2
+        load = popularity(batches.hits, (batches.mix == middle) / counts[middle], batches.offsets, experts)
+        there = present[index] if present is not None else np.zeros(experts, dtype=np.uint64)
+        layers.append(
+            Layer(layer_costs(cluster, index, mixes), batches, weight, load, _pinned(cluster, index, experts), there)
+        )
+    return layers
+
+
+def _pinned(cluster: Cluster, layer: int, experts: int) -> Replicas:
+    pinned = np.zeros(experts, dtype=np.uint64)
+    for bit, place in enumerate(cluster.places):
+        if place.tier == 0:
+            for at, expert in cluster.nodes[place.node].pinned:
+                if at == layer and expert < experts:
+                    pinned[expert] |= np.uint64(1) << np.uint64(bit)
+    return pinned
+
+
+def moves_for(layers: int) -> int:
+    """Moves of each layer's search."""
+    return min(MOST_MOVES, MOVES // layers)
+
+
+def begin(layer: Layer, slots: npt.NDArray[np.int32]) -> Replicas:
+    """A first plan; what is there now stays where it is, as far as the slots allow."""
+    kept = layer.pinned.copy()
+    if layer.present.any():
+        for place in range(len(slots)):
+            bit = np.uint64(1) << np.uint64(place)
+            here = np.flatnonzero(layer.present & ~kept & bit)
+            room = int(slots[place]) - int(np.count_nonzero(kept & bit))
+            kept[here[np.argsort(-layer.load[here], kind="stable")][: max(0, room)]] |= bit
+        _make_room(kept, layer, slots)
+    return first_plan(layer.load, layer.costs.fixed.mean(axis=0), layer.costs.step, slots, kept)
+
+
+def _make_room(kept: Replicas, layer: Layer, slots: npt.NDArray[np.int32]) -> None:
+    """Drops replicas, cold ones first, until each expert that is nowhere has a slot."""
+    lacking = int(np.count_nonzero(kept == 0))
+    held = sum(int(np.count_nonzero(kept >> np.uint64(p) & np.uint64(1))) for p in range(len(slots)))
+    for expert in np.argsort(layer.load, kind="stable"):
+        for place in reversed(range(len(slots))):
+            if int(slots.sum()) - held >= lacking:
+                return
+            bit = np.uint64(1) << np.uint64(place)
+            if kept[expert] & bit & ~layer.pinned[expert] and np.bitwise_count(kept[expert]) > 1:
+                kept[expert] &= ~bit
+                held -= 1
+
+
+def improve(
+    layer: Layer, slots: npt.NDArray[np.int32], first: Replicas, moves: int, seed: int, copy_cost: float = 0.0
+) -> tuple[Replicas, float]:
+    """The annealed plan and its cost. `copy_cost`, in units of the cost, is that of each new replica."""
+    base = float(layer.weight @ makespans(layer.costs, layer.batches, first))
+    search = Search(slots, layer.pinned, layer.present, copy_cost, moves, seed, HOT * base, COLD * base)
+    return anneal(layer.costs, layer.batches, layer.weight, first, search)
+
+
+def by_mix(layer: LayerCosts, batches: Batches, replicas: Replicas, mixes: int) -> Floats:
+    """Mean makespan of each kind of batch [mixes], seconds."""
+    times = makespans(layer, batches, replicas)
+    return np.bincount(batches.mix, weights=times, minlength=mixes) / np.bincount(batches.mix, minlength=mixes)
