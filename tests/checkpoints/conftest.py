@@ -4,7 +4,6 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,8 @@ def _module(path: Path) -> ModuleType:
     return module
 
 
-families, gguf_writer = _module(COORDINATOR / "families.py"), _module(COORDINATOR / "gguf_writer.py")
-quantizers = _module(Path(__file__).with_name("quantizers.py"))
+families = _module(COORDINATOR / "families.py")
+quantizers, reading = (_module(Path(__file__).with_name(f"{name}.py")) for name in ("quantizers", "reading"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -32,10 +31,10 @@ def _quiet() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
-def modules() -> dict[str, ModuleType]:
-    """The plain modules `families`, `gguf_writer` and `quantizers`."""
-    return {"families": families, "gguf_writer": gguf_writer, "quantizers": quantizers}
+@pytest.fixture(scope="session", name="reading")
+def reading_module() -> ModuleType:
+    """reading.py: `decoded(checkpoint, expert)`, `check_text(model, checkpoint)`."""
+    return reading
 
 
 @pytest.fixture(scope="session")
@@ -50,9 +49,3 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return make
-
-
-@pytest.fixture(scope="session")
-def greedy() -> Callable[..., Any]:
-    """See `quantizers.greedy`."""
-    return quantizers.greedy  # type: ignore[no-any-return]

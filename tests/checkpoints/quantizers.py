@@ -240,14 +240,3 @@ def reference(means: Tensors, wide: Path, folder: Path) -> Any:
     shutil.copy(wide / "config.json", folder)
     save_file(means, folder / "model.safetensors", {"format": "pt"})
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@torch.no_grad()
-def greedy(model: Any, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
-    """transformers' greedy tokens, and their log-probabilities."""
-    ids, logprobs = list(prompt), []
-    for _ in range(steps):
-        scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
-        ids.append(int(scores.argmax()))
-        logprobs.append(float(scores[ids[-1]]))
-    return ids[len(prompt) :], logprobs

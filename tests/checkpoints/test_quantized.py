@@ -1,6 +1,5 @@
 """Quantized safetensors against what the project that wrote them says that they mean."""
 
-import asyncio
 import importlib.util
 import json
 import shutil
@@ -15,77 +14,23 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
-from moehive.coordinator.dispatch.local import LocalExperts
-from moehive.coordinator.models.base import SequenceInput
 from moehive.coordinator.models.generic import GenericTrunk
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
-from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.geometry import ExpertId
-from moehive.proto.tensors import Routing
 
-_spec = importlib.util.spec_from_file_location("moehive_quantizers", Path(__file__).with_name("quantizers.py"))
-assert _spec is not None and _spec.loader is not None
-quantizers: ModuleType = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(quantizers)
 
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"moehive_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+quantizers, reading = _module("quantizers"), _module("reading")
 Wide = Callable[[str], Path]
-PROMPT = [3, 17, 5, 99, 42, 8, 61, 7, 30]
-STEPS = 12
-
-
-class NativeBackend:
-    """`ExpertBackend` in this process: all experts in RAM, on the native kernels."""
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self._local = LocalExperts(checkpoint.manifest, 1)
-        layers = enumerate(checkpoint.manifest.layers)
-        experts = [ExpertId(layer, e) for layer, geometry in layers for e in range(geometry.experts)]
-        self._local.hold(experts, checkpoint.expert_blob)
-
-    async def submit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        tokens, each = ids.shape
-        routing = Routing(
-            torch.arange(0, (tokens + 1) * each, each).numpy().astype("uint32"),
-            ids.flatten().numpy().astype("uint32"),
-            weights.float().flatten().numpy(),
-        )
-        await asyncio.sleep(0)
-        return self._local.compute(layer, hidden, routing, "partial_sum")
-
-
-def logits(checkpoint: Checkpoint, tokens: list[int]) -> torch.Tensor:
-    trunk, backend = load_trunk(checkpoint, 1), NativeBackend(checkpoint)
-
-    async def run() -> torch.Tensor:
-        sequence = SequenceInput(torch.tensor(tokens), trunk.new_cache(), all_logits=True)
-        return (await trunk.forward([sequence], backend))[0].float()
-
-    return asyncio.run(run())
-
-
-def decoded(checkpoint: Checkpoint, expert: ExpertId) -> dict[str, torch.Tensor]:
-    spec = checkpoint.manifest.layers[expert.layer].spec
-    views = tensor_views(spec, checkpoint.expert_blob(expert))
-    return {place.name: decode_tensor(place, views[place.name]) for place in spec.tensors}
-
-
-def check_text(model: Any, checkpoint: Checkpoint) -> None:
-    """Teacher-forced on transformers' greedy text: the same choices, and a small divergence."""
-    text, _ = quantizers.greedy(model, PROMPT, STEPS)
-    with torch.no_grad():
-        expected = model(input_ids=torch.tensor([PROMPT + text])).logits[0].log_softmax(-1)
-    measured = logits(checkpoint, PROMPT + text).log_softmax(-1)
-    divergence = (expected.exp() * (expected - measured)).sum(-1)
-    # Activations are rounded to 8 bits and bf16 on the way; a wrong scale or row costs some 0.1 nats and more.
-    assert divergence.mean() < 3e-3
-    top = expected.topk(2, -1).values
-    sure = (top[:, 0] - top[:, 1]) > 0.1  # nats; what is nearly a tie may fall either way
-    assert sure.sum() > len(sure) // 2
-    assert torch.equal(measured.argmax(-1)[sure], expected.argmax(-1)[sure])
 
 
 @pytest.mark.parametrize("method", list(quantizers.METHODS))
@@ -97,7 +42,7 @@ def test_weights_keep_their_bits_and_text_is_transformers_own(method: str, wide:
     assert {layer.spec.format for layer in checkpoint.manifest.layers} == {format or "bf16"}
     assert checkpoint.computed_as_stored == (format is not None)
     for expert in (ExpertId(0, 0), ExpertId(1, 3)):
-        found = decoded(checkpoint, expert)
+        found = reading.decoded(checkpoint, expert)
         base = f"model.layers.{expert.layer}.mlp.experts.{expert.expert}"
         up = torch.cat([means[f"{base}.{part}_proj.weight"] for part in ("gate", "up")])
         down = means[f"{base}.down_proj.weight"]
@@ -112,7 +57,7 @@ def test_weights_keep_their_bits_and_text_is_transformers_own(method: str, wide:
         assert matrix.format == (format or "bf16")
         wanted = means[name] if format else means[name].bfloat16().float()
         torch.testing.assert_close(matrix.matrix, wanted, rtol=2e-7, atol=0)
-    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+    reading.check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_5_moe_text", "glm4_moe"])
@@ -122,7 +67,7 @@ def test_fp8_of_other_families(family: str, wide: Wide, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "quantized")
     assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"fp8_block"}
     assert isinstance(load_trunk(checkpoint, 1), LeanTrunk)
-    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+    reading.check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
 
 
 def test_transformers_reads_the_fp8_checkpoint_as_we_do(wide: Wide, tmp_path: Path) -> None:
@@ -130,9 +75,9 @@ def test_transformers_reads_the_fp8_checkpoint_as_we_do(wide: Wide, tmp_path: Pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", dtype=torch.float32).eval()
     assert model.model.layers[0].mlp.experts.gate_up_proj.dtype == torch.float32
     checkpoint = Checkpoint.open(tmp_path / "quantized")
-    found = decoded(checkpoint, ExpertId(1, 2))
+    found = reading.decoded(checkpoint, ExpertId(1, 2))
     torch.testing.assert_close(found["up"], model.model.layers[1].mlp.experts.gate_up_proj[2].detach())
-    check_text(model, checkpoint)
+    reading.check_text(model, checkpoint)
 
 
 def gpt_oss(wide: Path, folder: Path) -> None:
@@ -162,13 +107,13 @@ def test_gpt_oss_as_it_is_published(wide: Wide, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path / "quantized")
     assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"mxfp4"}
     experts = model.model.layers[1].mlp.experts
-    found = decoded(checkpoint, ExpertId(1, 3))
+    found = reading.decoded(checkpoint, ExpertId(1, 3))
     up = experts.gate_up_proj[3].detach().T
     assert torch.equal(found["up"], torch.cat([up[::2], up[1::2]]).float())
     assert torch.equal(found["down"], experts.down_proj[3].detach().T.float())
     bias = experts.gate_up_proj_bias[3].detach().float()
     assert torch.equal(found["up_bias"], torch.cat([bias[::2], bias[1::2]]))
-    check_text(model.float(), checkpoint)
+    reading.check_text(model.float(), checkpoint)
 
 
 def test_experts_fused_in_one_tensor(wide: Wide, tmp_path: Path) -> None:
@@ -201,7 +146,7 @@ def test_a_family_without_a_lean_trunk(method: str, wide: Wide, tmp_path: Path) 
     checkpoint = Checkpoint.open(tmp_path / "quantized")
     assert {layer.spec.format for layer in checkpoint.manifest.layers} == {quantizers.METHODS[method][2]}
     assert isinstance(load_trunk(checkpoint, 1), GenericTrunk)
-    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+    reading.check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
 
 
 def test_layers_and_projections_of_different_formats(wide: Wide, tmp_path: Path) -> None:
@@ -224,7 +169,7 @@ def test_layers_and_projections_of_different_formats(wide: Wide, tmp_path: Path)
     assert (first.format, first.back_format) == ("int4_g32", "bf16")
     assert (second.format, second.back_format) == ("bf16", "int4_g32")
     assert not checkpoint.computed_as_stored
-    check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
+    reading.check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
 
 
 def refusal(folder: Path) -> str:

@@ -6,6 +6,7 @@ compared with those that the converter itself wrote for the same checkpoints.
     write(model, config, Path("x.gguf"), "F32")     # or F16, BF16, Q8_0, Q4_0: of matrices
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,16 @@ ARCHITECTURES = {
 }
 
 
-def write(model: Any, config: Any, path: Path, kind: str = "F32", split: int = 0) -> None:
-    """The model's weights and its config; `split`: at most so many tensors in a file."""
+Encode = Callable[[str, np.ndarray], tuple[np.ndarray, gguf.GGMLQuantizationType]]
+
+
+def write(
+    model: Any, config: Any, path: Path, kind: str = "F32", split: int = 0, encode: Encode | None = None
+) -> None:
+    """The model's weights and its config; `split`: at most so many tensors in a file.
+
+    `encode` gives the bytes and the type of a matrix by its name in the file; else all are of `kind`.
+    """
     family = config.model_type
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family], split_max_tensors=split)
     for key, value in _values(config).items():
@@ -48,7 +57,11 @@ def write(model: Any, config: Any, path: Path, kind: str = "F32", split: int = 0
             data = value.contiguous().numpy()
             if data.ndim > 1 and "conv1d" not in hf and not stored.endswith(".bias"):
                 type_ = getattr(gguf.GGMLQuantizationType, kind)
-                writer.add_tensor(stored, gguf.quantize(data, type_), raw_dtype=type_)
+                if encode is None:
+                    raw = gguf.quantize(data, type_)
+                else:
+                    raw, type_ = encode(stored if stored.endswith(".weight") else f"{stored}.weight", data)
+                writer.add_tensor(stored, raw, raw_dtype=type_)
             else:
                 writer.add_tensor(stored, data.astype(np.float32))
     writer.write_header_to_file()
