@@ -20,12 +20,13 @@ import torch
 
 from moehive.coordinator.checkpoints.slices import SliceSource
 from moehive.coordinator.cluster import membership as membership_module
-from moehive.coordinator.cluster.membership import Membership
+from moehive.coordinator.cluster.membership import Membership, Place
 from moehive.coordinator.cluster.server import ClusterServer
 from moehive.coordinator.cluster.state import ClusterState
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
+from moehive.coordinator.placement.shares import place_by_memory
 from moehive.coordinator.types import CoordinatorError, NodeName
 from moehive.expert_node.node import Node, start
 from moehive.expert_node.settings import Settings
@@ -117,7 +118,13 @@ class Coordinator:
 
     @classmethod
     async def start(
-        cls, folder: Path, model: Model, authority: Authority, min_nodes: int = 1, ports: tuple[int, int] = (0, 0)
+        cls,
+        folder: Path,
+        model: Model,
+        authority: Authority,
+        min_nodes: int = 1,
+        ports: tuple[int, int] = (0, 0),
+        place: Place = place_by_memory,
     ) -> "Coordinator":
         await asyncio.to_thread(folder.mkdir, exist_ok=True)
         store = Store(folder / "state.db")
@@ -134,7 +141,7 @@ class Coordinator:
             tasks.add(task)
             task.add_done_callback(tasks.discard)
 
-        membership = Membership(store, model.manifest, min_nodes, 0, on_change)
+        membership = Membership(store, model.manifest, min_nodes, 0, on_change, place)
         slices = Slices(model)
         server = ClusterServer(
             authority, store, membership, slices,

@@ -83,10 +83,10 @@ def test_sigkill_and_restart_rejoin_from_the_cache(tmp_path, coordinator_class, 
 def test_killed_in_mid_fetch_resumes_after_restart(
     tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch, eventually
 ):
-    from moehive.coordinator.checkpoints import slices as slices_module
     from moehive.kernels.geometry import ExpertSpec
+    from moehive.proto import chunks
 
-    monkeypatch.setattr(slices_module, "MAX_CHUNK_BYTES", 4096)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 4096)
     spec = ExpertSpec(hidden_size=64, intermediate_size=48, activation="silu", format="f32")
     model = model_class.random(spec, layers=1, experts=2)
     state = tmp_path / "a"

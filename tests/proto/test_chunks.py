@@ -1,0 +1,98 @@
+"""Chunks of an expert: what is sent is what is read, compressed only where that pays; hostile frames are refused."""
+
+import contextlib
+import hashlib
+import os
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.proto import cluster_pb2 as pb
+from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_chunk
+from moehive.proto.chunks import chunk_data, make_chunks, sha256_of, spans, worth_compressing
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    data=st.binary(max_size=3000) | st.integers(0, 5000).map(bytes),
+    cut=st.floats(0, 1),
+    most=st.integers(1, 4000),
+    zstd=st.booleans(),
+)
+def test_what_is_sent_is_what_is_read(data, cut, most, zstd):
+    offset = int(cut * len(data))
+    digest = sha256_of(memoryview(data))
+    sent = [
+        chunk
+        for span in spans(offset, len(data), most)
+        for chunk in make_chunks((3, 5), memoryview(data), span, digest, zstd)
+    ]
+    got = b""
+    for chunk in sent:
+        check_chunk(chunk)
+        assert (chunk.layer, chunk.expert, chunk.offset, chunk.total_bytes) == (3, 5, offset + len(got), len(data))
+        assert len(chunk.data) <= max(1, chunk.zstd_bytes or len(chunk.data))
+        got += chunk_data(chunk)
+    assert got == data[offset:]
+    assert [bool(chunk.expert_sha256) for chunk in sent] == [False] * (len(sent) - 1) + [True]
+    assert sent[-1].expert_sha256 == hashlib.sha256(data).digest()
+
+
+def test_random_bytes_are_not_compressed_and_others_are():
+    noise = os.urandom(1 << 20)
+    assert not worth_compressing(memoryview(noise))
+    assert worth_compressing(memoryview(bytes(1 << 20)))
+    assert not worth_compressing(memoryview(noise[: 1 << 19] + noise[: 1 << 19][::-1]))
+    tenth = bytearray(noise)
+    tenth[::10] = bytes(len(tenth[::10]))  # a tenth less to say, which zstd sees in part
+    assert worth_compressing(memoryview(tenth)) == (
+        len(zstandard.ZstdCompressor(level=1).compress(bytes(tenth))) < 0.95 * len(tenth)
+    )
+    (chunk,) = make_chunks((0, 0), memoryview(noise), (0, len(noise)), bytes(32), True)
+    assert chunk.zstd_bytes == 0 and chunk.data == noise  # it would have grown
+
+
+@pytest.mark.parametrize(
+    ("data", "named"),
+    [
+        (zstandard.ZstdCompressor().compress(bytes(100)), 99),
+        (zstandard.ZstdCompressor().compress(bytes(1 << 24)), 1 << 20),
+        (zstandard.ZstdCompressor(write_content_size=False).compress(bytes(100)), 100),
+        (zstandard.ZstdCompressor().compress(os.urandom(100))[:-1], 100),
+        (b"", 100),
+        (b"no frame", 100),
+    ],
+)
+def test_hostile_frames_are_refused(data, named):
+    chunk = pb.SliceChunk(total_bytes=1 << 30, data=data, zstd_bytes=named)
+    check_chunk(chunk)
+    with pytest.raises(BoundsError):
+        chunk_data(chunk)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=200), st.integers(1, MAX_CHUNK_BYTES))
+def test_any_bytes_give_the_named_size_or_our_error(data, named):
+    for payload in (data, zstandard.ZstdCompressor().compress(data)[:-3] + data):
+        with contextlib.suppress(BoundsError):
+            assert len(chunk_data(pb.SliceChunk(data=payload, zstd_bytes=named))) == named
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data": bytes(MAX_CHUNK_BYTES + 1), "total_bytes": 1 << 30},
+        {"data": bytes(8), "zstd_bytes": MAX_CHUNK_BYTES + 1, "total_bytes": 1 << 30},
+        {"data": bytes(8), "total_bytes": 7},
+        {"data": bytes(8), "zstd_bytes": 9, "total_bytes": 8},
+        {"data": bytes(8), "total_bytes": 8},
+        {"data": bytes(8), "total_bytes": 9, "expert_sha256": bytes(32)},
+        {"data": bytes(8), "total_bytes": 8, "expert_sha256": bytes(31)},
+        {"data": bytes(8), "total_bytes": 1 << 62},
+    ],
+)
+def test_chunks_out_of_bounds(wrong):
+    with pytest.raises(BoundsError):
+        check_chunk(pb.SliceChunk(**wrong))
