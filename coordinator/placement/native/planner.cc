@@ -255,8 +255,11 @@ class Annealer {
     const double earlier = old.makespan * (1.0 - 1e-12);
     double last = 0.0;
     for (int p = 0; p < layer_.places && same; ++p) {
-      last = std::max(last, costs.finish(p, load[p]));
-      same = !(old.tight >> p & 1) || costs.finish(p, load[p] + 1) >= earlier;
+      const double time = costs.finish(p, load[p]);
+      same = time <= old.makespan;
+      if (!(old.tight >> p & 1)) continue;
+      last = std::max(last, time);
+      same = same && costs.finish(p, load[p] + 1) >= earlier;
     }
     same = same && last == old.makespan;
     if (same) {
