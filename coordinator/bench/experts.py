@@ -23,7 +23,7 @@ from moehive.kernels.geometry import ExpertSpec, Format
 from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 
-from .geometries import TensorShape
+from ..estimate.geometries import TensorShape
 from .random_model import write_tensor
 from .timing import seconds_of, torch_threads
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..estimate.geometries import CONTEXT, GEOMETRIES, VOCABULARY, ModelShape, TensorShape
 from ..types import CoordinatorError
-from .geometries import CONTEXT, GEOMETRIES, VOCABULARY, ModelShape, TensorShape
 
 # Where a block has its scale and its second scale or offset (f16), by format; the other bits may be anything.
 _SCALES: dict[str, tuple[int, int | None]] = {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from gguf import GGUFReader
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.opening import ModelSource, open_model
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
-from moehive.coordinator.checkpoints.pack.convert import convert
+from moehive.coordinator.checkpoints.pack.convert import Chosen, convert
 from moehive.coordinator.checkpoints.pack.verify import verify
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.blob import build_blob, decode_tensor, tensor_views
@@ -187,7 +188,8 @@ _LIMITED = """
 import resource, sys, torch
 torch.set_num_threads(1)
 from moehive.coordinator.checkpoints.opening import open_model
-from moehive.coordinator.checkpoints.pack.convert import convert
+from moehive.coordinator.checkpoints.pack.convert import Chosen, convert
+from dataclasses import replace
 from pathlib import Path
 source = open_model(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
@@ -229,3 +231,22 @@ def test_kills_at_random_moments_lose_nothing(many_experts: Path, tmp_path: Path
         assert row["same"], row
         assert row["journaled_first"] <= row["journaled"] == row["resumed"] <= row["experts"], row
     assert any(0 < row["journaled_first"] < row["experts"] for row in rows)
+
+
+def test_experts_of_one_layer_may_differ_in_their_formats(safetensors_model: Path, tmp_path: Path) -> None:
+    source = open_model(str(safetensors_model))
+    layers = list(source.manifest.layers)
+    layers[1] = replace(layers[1], formats=(("q8_0", "q4_0"), ("bf16", "bf16"), *[("q4_0", "q8_0")] * 4))
+
+    def encode(expert: ExpertId, blob: torch.Tensor) -> torch.Tensor:
+        tensors = numbers(source.manifest.layers[expert.layer].spec, blob.numpy().tobytes())
+        return build_blob(layers[expert.layer].spec_of(expert.expert), tensors)
+
+    convert(source, tmp_path / "pack", Chosen(tuple(layers), encode), workers=2)
+    pack = opened(tmp_path / "pack")
+    assert pack.manifest.layers == tuple(layers)
+    for expert in (ExpertId(0, 3), ExpertId(1, 0), ExpertId(1, 1), ExpertId(1, 5), ExpertId(2, 5)):
+        blob = source.expert_blob(expert)
+        wanted = blob if expert.layer != 1 or expert.expert == 1 else encode(expert, blob)
+        assert torch.equal(pack.expert_blob(expert), wanted)
+    assert verify(tmp_path / "pack", threads=1).damaged == ()

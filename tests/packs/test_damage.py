@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import shutil
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from moehive.coordinator.checkpoints.opening import open_model
 from moehive.coordinator.checkpoints.pack.convert import convert
 from moehive.coordinator.checkpoints.pack.journal import Journal
-from moehive.coordinator.checkpoints.pack.manifest import NAME, read_manifest, stride
+from moehive.coordinator.checkpoints.pack.manifest import NAME, offsets, read_manifest
 from moehive.coordinator.checkpoints.pack.verify import verify
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
@@ -49,10 +50,10 @@ def test_one_flipped_bit_is_found_and_its_expert_named(seed: int, whole: Path, t
     path = pack / f"experts-{number:05d}.bin"
     offset = draw.randrange(path.stat().st_size)
     flip(path, offset, draw.randrange(8))
-    damaged = ExpertId(number, offset // stride(layer.spec.nbytes))
+    damaged = ExpertId(number, bisect_right(offsets(layer), offset) - 1)
     found = verify(pack, threads=2)
     assert found.damaged == (damaged,) and found.damaged_files == ()
-    if offset % stride(layer.spec.nbytes) < layer.spec.nbytes:  # else between two experts: nobody reads that
+    if offset - offsets(layer)[damaged.expert] < layer.spec.nbytes:  # else between two experts: nobody reads that
         with pytest.raises(CoordinatorError, match=rf"Expert {damaged.expert} of MoE layer {number} .* is damaged"):
             open_model(str(pack)).expert_blob(damaged)
 

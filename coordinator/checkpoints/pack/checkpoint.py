@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
 from ..gguf.tensors import GgufTrunk
 from ..trunk_tensors import SafetensorsTrunk
-from .manifest import NAME, TRUNK, PackManifest, file_name, read_manifest, stride
+from .manifest import NAME, TRUNK, PackManifest, file_name, offsets, read_manifest
 from .trunk import GGUF_NAME
 
 
@@ -90,8 +90,8 @@ class PackCheckpoint:
         """Where one expert's blob lies, for who sends or maps it as it is; None in a pack that is served in place."""
         if self.pack.in_place:
             return None
-        nbytes = self.manifest.nbytes(expert)
-        return FileRange(self.path / file_name(expert.layer), expert.expert * stride(nbytes), nbytes)
+        begin = offsets(self.manifest.layers[expert.layer])[expert.expert]
+        return FileRange(self.path / file_name(expert.layer), begin, self.manifest.nbytes(expert))
 
     def load_trunk(self) -> Architecture:
         """See Checkpoint.load_trunk."""

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from moehive.kernels.geometry import ExpertId, GeometryError, LayerGeometry, Manifest
+import torch
+
+from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError, LayerGeometry, Manifest
 
 from ...types import CoordinatorError
 from ..opening import ModelSource, trunk_of
@@ -31,8 +34,8 @@ from .manifest import (
     content_fingerprint,
     file_name,
     identity_of,
+    offsets,
     read_manifest,
-    stride,
     sync_folder,
     write_manifest,
 )
@@ -44,6 +47,15 @@ COMMIT_SECONDS = 1.0  # between two entries, at most about
 _AHEAD = 8  # experts queued for each worker, so that none waits while the disk is
 
 Progress = Callable[[int, int], None]  # bytes of experts done, and of all
+Encode = Callable[[ExpertId, torch.Tensor], torch.Tensor]  # called in workers
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Formats expert by expert: the layers as they are to be, and what makes an expert's blob of the source's."""
+
+    layers: tuple[LayerGeometry, ...]
+    encode: Encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +74,7 @@ class Converted:
 def convert(
     source: ModelSource,
     folder: Path,
-    format: str | None,
+    format: str | Chosen | None,
     workers: int,
     progress: Progress = lambda *_: None,
     commit_bytes: int = COMMIT_BYTES,
@@ -70,8 +82,8 @@ def convert(
     """Makes the pack `folder` of `source`, or goes on where an earlier run was stopped.
 
     `format`: None serves a source in place whose weights are computed as they are stored, and copies another; "keep"
-    copies in the formats of the source; else the projections of all experts are encoded in that format. `workers`:
-    threads, each with one expert in work. `commit_bytes`: after so many, what is finished is made to last. Raises
+    copies in the formats of the source; else the projections of all experts are encoded in that format, or as was
+    chosen for each. `workers`: threads, each with one expert in work. `commit_bytes`: after so many, what is finished is made to last. Raises
     CoordinatorError, one sentence; what was finished stays, also when the disk is full, and a second call goes on.
     """
     in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
@@ -82,7 +94,8 @@ def convert(
             if done is not None:
                 total = sum(layer.experts for layer in target.layers)
                 return Converted(done.manifest, in_place, total, total, target.total_bytes, 0, 0.0)
-            wanted = _Wanted(source, folder, target, identity, in_place)
+            encode = format.encode if isinstance(format, Chosen) else partial(_reencode, source.manifest, target)
+            wanted = _Wanted(source, folder, target, identity, in_place, encode)
             return _convert(wanted, workers, progress, commit_bytes)
     except OSError as error:
         raise CoordinatorError(
@@ -98,6 +111,7 @@ class _Wanted:
     target: Manifest
     identity: bytes
     in_place: bool
+    encode: Encode
 
 
 def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
@@ -110,7 +124,7 @@ def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: in
             _check_space(folder, target)
         resumed = len(journal.finished)
         files = None if in_place else _Files(folder, target, journal, stack)
-        _run(_Work(source, target, files, journal, commit_bytes), workers, progress)
+        _run(_Work(source, target, files, journal, commit_bytes, wanted.encode), workers, progress)
         hashes = tuple(
             b"".join(journal.finished[ExpertId(number, expert)] for expert in range(layer.experts))
             for number, layer in enumerate(target.layers)
@@ -140,10 +154,12 @@ def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: in
     )
 
 
-def _target(source: Manifest, format: str | None) -> Manifest:
-    if format in (None, KEEP):
+def _target(source: Manifest, format: str | Chosen | None) -> Manifest:
+    if isinstance(format, Chosen):
+        return replace(source, layers=format.layers)
+    if format is None or format == KEEP:
         return source
-    wanted = check_format(str(format))
+    wanted = check_format(format)
     layers = tuple(
         LayerGeometry(layer.experts, layer.top_k, respecified(layer.spec, wanted)) for layer in source.layers
     )
@@ -197,11 +213,11 @@ class _Files:
 
     def __init__(self, folder: Path, target: Manifest, journal: Journal, stack: ExitStack) -> None:
         self._descriptors: list[int] = []
-        self._sizes = [layer.experts * stride(layer.spec.nbytes) for layer in target.layers]
+        self._offsets = [offsets(layer) for layer in target.layers]
         needed = [0] * len(target.layers)  # bytes that a file must have for what the journal says
         for expert in journal.finished:
-            nbytes = target.nbytes(expert)
-            needed[expert.layer] = max(needed[expert.layer], expert.expert * stride(nbytes) + nbytes)
+            end = self._offsets[expert.layer][expert.expert] + target.nbytes(expert)
+            needed[expert.layer] = max(needed[expert.layer], end)
         for number in range(len(target.layers)):
             path = folder / file_name(number)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -213,12 +229,12 @@ class _Files:
 
     def finish(self) -> None:
         """Gives each file its full size: the last expert's page too."""
-        for descriptor, size in zip(self._descriptors, self._sizes, strict=True):
-            os.ftruncate(descriptor, size)
+        for descriptor, size in zip(self._descriptors, self._offsets, strict=True):
+            os.ftruncate(descriptor, size[-1])
             os.fsync(descriptor)
 
     def write(self, expert: ExpertId, blob: memoryview) -> None:
-        offset = expert.expert * stride(len(blob))
+        offset = self._offsets[expert.layer][expert.expert]
         while blob:
             count = os.pwrite(self._descriptors[expert.layer], blob, offset)
             blob, offset = blob[count:], offset + count
@@ -235,14 +251,14 @@ class _Work:
     files: _Files | None
     journal: Journal
     commit_bytes: int
+    encode: Encode
 
     def do(self, expert: ExpertId) -> tuple[ExpertId, bytes]:
         """One expert, in a worker: read, encode, hash, write."""
-        old, new = self.source.manifest.layers[expert.layer].spec, self.target.layers[expert.layer].spec
         blob = self.source.expert_blob(expert)
-        if old != new:
+        if _spec(self.source.manifest, expert) != _spec(self.target, expert):
             try:
-                blob = reencode(old, blob, new)
+                blob = self.encode(expert, blob)
             except GeometryError as error:
                 raise CoordinatorError(
                     f"Expert {expert.expert} of MoE layer {expert.layer} can't be converted: {error}"
@@ -260,6 +276,14 @@ class _Work:
             if self.files is not None:
                 self.files.sync({expert.layer for expert, _ in done})
             self.journal.append(done)
+
+
+def _spec(manifest: Manifest, expert: ExpertId) -> ExpertSpec:
+    return manifest.layers[expert.layer].spec_of(expert.expert)
+
+
+def _reencode(source: Manifest, target: Manifest, expert: ExpertId, blob: torch.Tensor) -> torch.Tensor:
+    return reencode(_spec(source, expert), blob, _spec(target, expert))
 
 
 def _run(work: _Work, workers: int, progress: Progress) -> None:

@@ -11,12 +11,14 @@ A pack that is served in place has neither files nor trunk, only where its sourc
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
 import msgpack
 
-from moehive.kernels.geometry import ExpertId, GeometryError, Manifest
+from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, LayerGeometry, Manifest
 from moehive.kernels.manifest import from_bytes, to_bytes
 
 from ...types import CoordinatorError
@@ -70,9 +72,11 @@ def file_name(layer: int) -> str:
     return f"experts-{layer:05d}.bin"
 
 
-def stride(nbytes: int) -> int:
-    """From one blob of `nbytes` to the next in a file."""
-    return -(-nbytes // PAGE) * PAGE
+@lru_cache(maxsize=2 * MAX_LAYERS)
+def offsets(layer: LayerGeometry) -> tuple[int, ...]:
+    """Where each expert of a layer begins in its file, and, last, where the file ends."""
+    sizes = (layer.spec_of(expert).nbytes for expert in range(layer.experts))
+    return tuple(accumulate((-(-nbytes // PAGE) * PAGE for nbytes in sizes), initial=0))
 
 
 def content_fingerprint(manifest: Manifest, hashes: tuple[bytes, ...]) -> str:
@@ -186,10 +190,7 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
 def _check_files(folder: Path, pack: PackManifest) -> None:
     if pack.in_place:
         return
-    wanted = {
-        folder / file_name(number): layer.experts * stride(layer.spec.nbytes)
-        for number, layer in enumerate(pack.manifest.layers)
-    }
+    wanted = {folder / file_name(number): offsets(layer)[-1] for number, layer in enumerate(pack.manifest.layers)}
     wanted |= {folder / TRUNK / file.name: file.nbytes for file in pack.trunk}
     for path, nbytes in wanted.items():
         try:

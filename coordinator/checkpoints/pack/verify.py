@@ -13,7 +13,7 @@ from moehive.kernels.geometry import ExpertId
 
 from ...types import CoordinatorError
 from .checkpoint import PackCheckpoint
-from .manifest import TRUNK, PackManifest, file_name, read_manifest, stride
+from .manifest import TRUNK, PackManifest, file_name, offsets, read_manifest
 
 _PIECE = 4 << 20  # bytes read at once
 _AHEAD = 64  # experts handed to the threads at once
@@ -66,7 +66,8 @@ def _pieces(experts: list[ExpertId]) -> Iterator[list[ExpertId]]:
 def _copied(folder: Path, pack: PackManifest) -> Callable[[ExpertId], bool]:
     def check(expert: ExpertId) -> bool:
         path, nbytes = folder / file_name(expert.layer), pack.manifest.nbytes(expert)
-        begin, padding = expert.expert * stride(nbytes), stride(nbytes) - nbytes
+        begin, following = offsets(pack.manifest.layers[expert.layer])[expert.expert : expert.expert + 2]
+        padding = following - begin - nbytes
         empty = hashlib.sha256(bytes(padding)).digest()  # up to the next page
         return _sha256(path, begin, nbytes) == pack.sha256(expert) and _sha256(path, begin + nbytes, padding) == empty
 
