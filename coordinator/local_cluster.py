@@ -61,6 +61,7 @@ token = sys.stdin.readline().strip()
 if not token:
     sys.exit(1)
 sys.argv = ["moehive node", "--token", token, *arguments]
+{prelude}
 runpy.run_module("moehive.expert_node", run_name="__main__")
 """
 
@@ -110,13 +111,15 @@ class LocalCluster:
         threads: int | None = None,
         node_threads: int | None = None,
         doors: Sequence[tuple[int, int]] | None = None,
+        prelude: str = "",
     ) -> None:
         """`folder` is from `own_folder`; a port may be 0, any free one.
 
         `deterministic`: see CoordinatorSettings; a row an expert costs little on loopback, and texts can be compared.
         `threads` of the trunk, by default half the cores: more gain nothing in decoding, and nodes want cores too.
         `node_threads` of each node, by default its share of the cores. `doors`: for each node the port that it
-        listens on and the one that leads there, when something stands between.
+        listens on and the one that leads there, when something stands between. `prelude`: Python that each node's
+        process runs first.
         """
         self._settings = CoordinatorSettings(
             model=model,
@@ -133,7 +136,7 @@ class LocalCluster:
         node_threads = node_threads or max(1, cores() // nodes)
         self._issue: asyncio.Future[Callable[[], str]] = asyncio.Future()  # makes tokens, once nodes can join
         self._nodes = [
-            _Node(f"node-{n + 1}", folder, memory, node_threads, doors[n] if doors else None, self._issue)
+            _Node(f"node-{n + 1}", folder, memory, node_threads, doors[n] if doors else None, prelude, self._issue)
             for n in range(nodes)
         ]
         self._tasks: list[asyncio.Task[None]] = []
@@ -208,13 +211,21 @@ class _Node:
         memory_bytes: int,
         threads: int,
         door: tuple[int, int] | None,
+        prelude: str,
         issue: "asyncio.Future[Callable[[], str]]",
     ) -> None:
         self.name = name
         self.may_fail = False  # once the cluster is ready, a node that ends is only started again
         self._state = folder / "nodes" / name
         self._log = folder / "logs" / f"{name}.log"
-        self._command = [sys.executable, "-c", _LAUNCHER, str(os.getpid()), "--name", name]
+        self._command = [
+            sys.executable,
+            "-c",
+            _LAUNCHER.replace("{prelude}", prelude),
+            str(os.getpid()),
+            "--name",
+            name,
+        ]
         listen, advertise = door or (0, None)
         self._command += ["--listen", f"127.0.0.1:{listen}"]
         if advertise is not None:

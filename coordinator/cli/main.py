@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from . import bench, bench_convert, bench_decode, cluster, demo, packs, plan, serve, talk, up
+from . import bench, bench_chaos, bench_convert, bench_decode, cluster, demo, packs, plan, serve, talk, up
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -44,6 +44,7 @@ benches.command("experts")(bench.experts)
 benches.command("hop")(bench.hop)
 benches.command("trunk")(bench.trunk)
 benches.command("decode")(bench_decode.decode)
+benches.command("chaos")(bench_chaos.chaos)
 benches.command("convert")(bench_convert.convert)
 keys.command("new")(cluster.new_key)
 keys.command("list")(cluster.list_keys)

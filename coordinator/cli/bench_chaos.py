@@ -1,0 +1,37 @@
+"""`moehive bench chaos`: faults on a real cluster of this machine, and a verdict."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from .options import Json
+
+
+def chaos(
+    seed: Annotated[int, typer.Option(min=0, help="Draws the faults: the same seed, the same ones.")] = 1,
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long faults go on; fractions are fine.")] = 1.0,
+    as_json: Json = False,
+) -> None:
+    """Kills, stops, cuts off, slows down and corrupts nodes under load, and compares every answer with a calm run's.
+
+    Exit code 1 when an answer differed, a token was lost or repeated, a request failed, or something leaked.
+    """
+    from ..bench.chaos import run_chaos
+
+    report = run_chaos(seed, minutes, told=lambda line: print(line, file=sys.stderr))
+    figures = report.figures()
+    if as_json:
+        typer.echo(json.dumps(figures))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("figure", "value")
+        for name, value in figures.items():
+            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+            table.add_row(name.replace("_", " "), shown)
+        Console().print(table)
+    if not report.passed:
+        raise typer.Exit(1)
