@@ -15,6 +15,7 @@ from .checkpoints.opening import ModelSource, open_model, trunk_of
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
 from .cluster.server import ClusterServer
+from .cluster.state import TierFigures
 from .cluster.store import Store
 from .cluster.tokens import create_token
 from .cluster.trust import Authority
@@ -25,7 +26,7 @@ from .engine.engine import Engine
 from .follower import Follower
 from .public_doors import PublicDoors
 from .serving.generation import GenerationService
-from .serving.status import ClusterStatus, ModelInfo, NodeStatus
+from .serving.status import ClusterStatus, ModelInfo, NodeStatus, TierStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
 from .trunk import load_trunk
@@ -176,7 +177,22 @@ class Coordinator:
             load=node.figures.load,
             resident_bytes=node.figures.resident_bytes,
             load_progress=node.bytes_done / node.bytes_total if node.bytes_total else 0.0,
+            tiers=_tier_status(node.figures.tiers),
         )
+
+
+def _tier_status(tiers: TierFigures | None) -> TierStatus | None:
+    if tiers is None:
+        return None
+    lookups = max(1, tiers.lookups)
+    return TierStatus(
+        ram_bytes=tiers.ram_bytes,
+        disk_bytes=tiers.disk_bytes,
+        vram_bytes=tiers.vram_bytes,
+        hit_rate=tiers.in_ram / lookups,
+        foreseen_rate=tiers.foreseen / lookups,
+        disk_read_bytes=tiers.disk_read_bytes,
+    )
 
 
 def _text(checkpoint: ModelSource) -> Text:

@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", metavar="SIZE", help="memory for experts, for example 12GiB (default: what is free, less a tenth)"
     )
     add(
+        "--disk",
+        metavar="SIZE",
+        help="disk for experts when the cluster's memory is too small for the model, which is then slow; 0: none "
+        "(default: most of what is free)",
+    )
+    add(
         "--threads", type=int, default=_cores(), help="threads that compute experts (default: %(default)s, all cores)"
     )
     add(
@@ -70,6 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             listen=None if parsed.listen is None else parse_listen(parsed.listen),
             advertise=parsed.advertise,
             memory_bytes=None if parsed.memory is None else parse_size(parsed.memory),
+            disk_bytes=None if parsed.disk is None else parse_size(parsed.disk),
             threads=parsed.threads,
         )
         # gRPC's event engine hands each message to another thread and back: half the cost of a hop. It reads this

@@ -211,7 +211,7 @@ class Agent:
                 self._changed()
 
     def _heartbeat(self) -> pb.Heartbeat:
-        return pb.Heartbeat(
+        beat = pb.Heartbeat(
             experts_held=self._store.experts_held,
             bytes_held=self._store.bytes_held,
             calls=self._totals.calls,
@@ -220,6 +220,16 @@ class Agent:
             resident_bytes=self._process.memory_info().rss,
             load=os.getloadavg()[0],
         )
+        tier = self._store.tier
+        if tier is not None:
+            beat.tiers.ram_bytes = self._store.ram_bytes
+            beat.tiers.disk_bytes = self._store.bytes_held
+            beat.tiers.lookups = tier.totals.lookups
+            beat.tiers.in_ram = tier.totals.here
+            beat.tiers.foreseen = tier.totals.foreseen
+            beat.tiers.prefetches = tier.totals.prefetches
+            beat.tiers.disk_read_bytes = tier.reader.totals.nbytes
+        return beat
 
     async def _renew(self) -> None:
         while True:

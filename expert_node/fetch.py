@@ -138,7 +138,8 @@ class SliceLoader:
         await all_of(reader() for _ in range(READERS))
 
     def _add(self, manifest: Manifest, expert: ExpertId, blob: torch.Tensor) -> None:
-        self._store.add(expert, load_expert(manifest.layers[expert.layer].spec, blob))
+        path = self._cache.checked(expert) if self._cache is not None else None
+        self._store.add(expert, load_expert(manifest.layers[expert.layer].spec, blob), path)
         self._coming.discard(expert)
         self._wake()
 

@@ -1,4 +1,4 @@
-"""What this machine can give: RAM for experts, and how fast it is read.
+"""How fast this machine reads its RAM.
 
 The bandwidth is measured once in less than a second and kept for 30 days in <state>/bandwidth.json; another
 processor or another number of threads measures again.
@@ -11,7 +11,6 @@ import platform
 from pathlib import Path
 from time import perf_counter, time
 
-import psutil
 import torch
 
 from .files import write_private
@@ -20,17 +19,6 @@ log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 30 * 86_400
 BUDGET_SECONDS = 0.4
-HEAD_ROOM_BYTES = 1 << 30  # or a tenth of what is free, if that is more: for this process and the rest of the machine
-
-
-def memory_for_experts(available_bytes: int) -> int:
-    """The default of --memory: what is free, less head-room."""
-    return max(0, available_bytes - max(HEAD_ROOM_BYTES, available_bytes // 10))
-
-
-def available_memory() -> int:
-    """Bytes of RAM that programs can still take without swapping."""
-    return int(psutil.virtual_memory().available)
 
 
 def read_bandwidth(state: Path, threads: int) -> float:

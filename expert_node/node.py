@@ -30,6 +30,7 @@ from .peers import PeerService
 from .service import ExpertsService
 from .settings import Settings, default_name
 from .store import ExpertStore
+from .tiers import capacity
 from .types import ConfigError, NodeError
 from .uplink import Uplink
 
@@ -114,11 +115,14 @@ async def start(settings: Settings) -> Node:
     identity = await obtain(settings.state, settings.token, settings.name, default_name())
     memory = settings.memory_bytes
     if memory is None:
-        memory = measure.memory_for_experts(measure.available_memory())
+        memory = capacity.memory_for_experts(capacity.available_memory())
+    disk = settings.disk_bytes
+    if disk is None:
+        disk = await asyncio.to_thread(capacity.disk_for_experts, settings.state / "cache")
     forget_start()
     bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
-    store = ExpertStore(memory)
+    store = ExpertStore(memory, disk)
     executor = Executor(store, ExpertOps(settings.threads))
     service = ExpertsService(executor)
     uplink = Uplink(identity)
@@ -143,6 +147,7 @@ async def start(settings: Settings) -> Node:
     hello = pb.NodeHello(
         address=address,
         ram_bytes=memory,
+        disk_bytes=disk,
         read_bandwidth=bandwidth,
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],

@@ -18,6 +18,7 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
 from moehive.proto.tensors import Routing, read_request, write_values
+from moehive.proto.tiers import read_likely, write_fast
 
 from .executor import Executor
 from .types import NodeError
@@ -60,18 +61,19 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         try:
             while (request := await context.read()) is not grpc.aio.EOF:
                 hidden, routing = read_request(request)
+                likely = read_likely(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
                 # One that waits for the disk would hold up the loop, too.
                 small = self._executor.work(request.layer, len(routing.experts)) <= LARGE_WORK
                 small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
-                    reply = self._answer(request, hidden, routing)
+                    reply = self._answer(request, hidden, routing, likely)
                     async with writing:
                         await context.write(reply)
                 else:
                     await room.acquire()
                     self._in_worker += 1
-                    task = asyncio.create_task(self._answer_later(request, hidden, routing, context, writing))
+                    task = asyncio.create_task(self._answer_later(request, hidden, routing, likely, context, writing))
                     tasks.add(task)
                     task.add_done_callback(tasks.discard)
                     task.add_done_callback(lambda _: self._leave_worker(room))
@@ -97,15 +99,18 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         request: pb.ComputeRequest,
         hidden: torch.Tensor,
         routing: Routing,
+        likely: list[int],
         context: Context,
         writing: asyncio.Lock,
     ) -> None:
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing)
+        reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing, likely)
         async with writing:
             await context.write(reply)
 
-    def _answer(self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing) -> pb.ComputeReply:
+    def _answer(
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+    ) -> pb.ComputeReply:
         """The rows or a refusal."""
         if self.draining:
             return _refusal(request, pb.Refusal.REASON_DRAINING, "This node is leaving; ask the others.")
@@ -116,7 +121,8 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 f"Epoch {request.epoch} is of another model; this node follows {self._executor.store.first_epoch}.",
             )
         try:
-            rows, elapsed = self._executor.compute(request.layer, hidden, routing, REDUCTIONS[request.reduction])
+            reduction = REDUCTIONS[request.reduction]
+            rows, elapsed = self._executor.compute(request.layer, hidden, routing, reduction, likely)
         except KeyError as error:
             return _refusal(
                 request,
@@ -130,6 +136,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             return _refusal(request, pb.Refusal.REASON_FAILED, f"The arithmetic failed on this node: {error}"[:1024])
         reply = pb.ComputeReply(id=request.id, compute_ns=elapsed)
         write_values(reply, rows, request.dtype)
+        tier = self._executor.store.tier
+        if tier is not None:
+            write_fast(reply, tier.resident(request.layer))
         return reply
 
 

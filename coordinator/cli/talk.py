@@ -102,10 +102,21 @@ def _show(found: "Status") -> None:
         experts = f"{node.experts_held:,}"
         if node.experts_held != node.experts_assigned:
             experts += f" of {node.experts_assigned:,} ({node.load_progress:.0%})"
-        memory = f"{_size(node.bytes_held)} of {_size(node.ram_bytes)}"
+        held = node.bytes_held if node.tiers is None else node.tiers.ram_bytes
+        memory = f"{_size(held)} of {_size(node.ram_bytes)}"
         computed = f"{node.compute_ns / 1e9:,.1f} s"
         table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
     console.print(table)
+    for node in found.nodes:
+        if (tiers := node.tiers) is not None:
+            console.print(
+                f"{node.name}: {_size(tiers.disk_bytes)} of experts on disk, {_size(tiers.ram_bytes)} in memory, "
+                f"{_size(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for were in memory, "
+                f"{tiers.foreseen_rate:.0%} thanks to a prefetch",
+                highlight=False,
+            )
+    if found.cache_margin:
+        console.print(f"Cache-aware routing is on, margin {found.cache_margin:g}: it changes the model's answers.")
 
 
 def _size(count: float) -> str:

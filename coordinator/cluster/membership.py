@@ -208,7 +208,7 @@ class Membership:
         if name == LOCAL or name not in self.state.nodes:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
         if policy.is_needed(self.state, name):
-            others = {node: size for node, size in policy.usable(self.state).items() if node != name}
+            others = self._usable(without=name)
             await asyncio.to_thread(self._make_plan, others, self.state)  # raises when they can't hold the experts
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
@@ -219,6 +219,9 @@ class Membership:
         return policy.reason(self.state, self._min_nodes, self._shortage)
 
     # Inside
+
+    def _usable(self, without: NodeName | None = None) -> dict[NodeName, int]:
+        return policy.usable(self.state, self.manifest.total_bytes, without)
 
     def _record(self, event: Event | None) -> None:
         """Applies an event (None: time has passed), and those that follow from it, one after the other."""
@@ -273,7 +276,7 @@ class Membership:
             return
         now = asyncio.get_running_loop().time()
         away = {name: now - since for name, since in self._away_since.items()}
-        capacities = policy.usable(self.state)
+        capacities = self._usable()
         if policy.wants_plan(self.state, self._min_nodes, self._held_bytes, away) and capacities != self._too_small:
             self._planning = asyncio.create_task(self._plan(capacities))
 
@@ -283,7 +286,7 @@ class Membership:
         try:
             plan = await asyncio.to_thread(self._claim_plan, capacities, self.state)
             self._shortage, self._too_small = "", None
-            if policy.usable(self.state) == capacities:  # else: somebody came or went, and it is decided anew
+            if self._usable() == capacities:  # else: somebody came or went, and it is decided anew
                 log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
                 event = Planned(plan, frozenset(capacities))
         except CoordinatorError as error:

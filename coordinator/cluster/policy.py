@@ -11,15 +11,40 @@
 from collections.abc import Mapping
 
 from ..types import LOCAL, NodeName
-from .state import ClusterState
+from .state import Capacity, ClusterState
 
+DISK_MARGIN = 1.05  # for whole experts do not fill a node's share to the last byte
+SHARE_STEPS = 40  # of bisection
 REPLACE_SECONDS = 30.0  # a node away for longer loses its experts to the others
 
 
-def usable(state: ClusterState) -> dict[NodeName, int]:
-    """The nodes that a new plan may count on, and the bytes that each gives."""
+def usable(state: ClusterState, needed_bytes: int, without: NodeName | None = None) -> dict[NodeName, int]:
+    """The nodes that a new plan may count on, and the bytes that each gives: of memory while that is enough.
+
+    When the experts' `needed_bytes` are more, each node gives disk as well, in proportion to its memory as far as its
+    disk allows: one that reads twice as many experts from memory should read twice as many from disk. `without`: a
+    node that is about to leave.
+    """
+    here = {name: capacity for name, capacity in _here(state).items() if name != without}
+    ram = {name: capacity.ram_bytes for name, capacity in here.items()}
+    most = {name: capacity.ram_bytes + capacity.disk_bytes for name, capacity in here.items()}
+    if sum(ram.values()) >= needed_bytes or most == ram:
+        return ram
+
+    def share(factor: float) -> dict[NodeName, int]:
+        return {name: min(int(factor * ram[name]), most[name]) for name in ram}
+
+    low, high = 1.0, max((most[name] / size for name, size in ram.items() if size), default=1.0)
+    for _ in range(SHARE_STEPS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(share(middle).values()) < DISK_MARGIN * needed_bytes else (low, middle)
+    return share(high)
+
+
+def _here(state: ClusterState) -> dict[NodeName, Capacity]:
+    """The nodes that are present and stay."""
     return {
-        name: node.capacity.ram_bytes
+        name: node.capacity
         for name, node in state.nodes.items()
         if node.present and not node.leaving and node.capacity is not None
     }
@@ -35,7 +60,7 @@ def wants_plan(
 
     `held_bytes` are the sizes of the latest plan's slices, `away_seconds` how long each absent node has been so.
     """
-    here = usable(state)
+    here = _here(state)
     if not here or (state.active is None and sum(1 for name in here if name != LOCAL) < min_nodes):
         return False
     if state.epoch == 0:
@@ -43,7 +68,7 @@ def wants_plan(
     # A plan that can't be kept: a node leaves, or has come back with less memory than its slice.
     if any(state.nodes[name].leaving for name in state.members):
         return True
-    if any(held_bytes.get(name, 0) > size for name, size in here.items()):
+    if any(held_bytes.get(name, 0) > c.ram_bytes + c.disk_bytes for name, c in here.items()):
         return True
     absent = [name for name in state.members if not state.nodes[name].present]
     if here.keys() <= state.members and not absent:

@@ -34,6 +34,7 @@ from .state import (
     SliceHeld,
     SliceNotHeld,
     SliceProgressed,
+    TierFigures,
 )
 from .store import Store
 from .tokens import use_token
@@ -214,6 +215,7 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
         hello.read_bandwidth,
         hello.threads,
         hello.software,
+        hello.disk_bytes,
     )
 
 
@@ -224,6 +226,18 @@ def _reachable(address: str, peer: str) -> str:
         return address
     calling = unquote(peer).partition(":")[2].rpartition(":")[0]  # "ipv6:[::1]:50412"
     return bounds.join_host_port(calling.strip("[]"), port)
+
+
+def _tiers(tiers: pb.Tiers) -> TierFigures:
+    return TierFigures(
+        tiers.ram_bytes,
+        tiers.disk_bytes,
+        tiers.vram_bytes,
+        tiers.lookups,
+        tiers.in_ram,
+        tiers.foreseen,
+        tiers.disk_read_bytes,
+    )
 
 
 def _event(name: NodeName, report: pb.NodeReport) -> Event:
@@ -238,6 +252,7 @@ def _event(name: NodeName, report: pb.NodeReport) -> Event:
                 beat.compute_ns,
                 beat.resident_bytes,
                 beat.load,
+                _tiers(beat.tiers) if beat.HasField("tiers") else None,
             )
             return HeartbeatReceived(name, figures)
         case "progress":

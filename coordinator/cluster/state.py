@@ -36,6 +36,20 @@ class Capacity:
     read_bandwidth: float = 0.0  # bytes a second, measured by the node
     threads: int = 1
     software: str = ""
+    disk_bytes: int = 0  # that it gives to experts beyond those
+
+
+@dataclass(frozen=True, slots=True)
+class TierFigures:
+    """Where the experts of a node with several tiers lie, and how often the fast ones served; since its start."""
+
+    ram_bytes: int  # of experts in RAM now
+    disk_bytes: int
+    vram_bytes: int
+    lookups: int  # experts asked for
+    in_ram: int  # of those: were in RAM
+    foreseen: int  # of those: only because they were fetched ahead
+    disk_read_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,7 @@ class Figures:
     compute_ns: int = 0
     resident_bytes: int = 0
     load: float = 0.0
+    tiers: TierFigures | None = None  # of a node that has others than RAM
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ def status_reply(version: str, model: ModelInfo, cluster: ClusterStatus, load: E
         kv_bytes_limit=load.kv_bytes_limit,
         resident_bytes=cluster.resident_bytes,
         uptime_seconds=cluster.uptime_seconds,
+        cache_margin=cluster.cache_margin,
     )
 
 

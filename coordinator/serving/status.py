@@ -17,6 +17,18 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TierStatus:
+    """Where the experts of a node lie that has more tiers than RAM; shares are since its start."""
+
+    ram_bytes: int  # of experts in RAM now
+    disk_bytes: int
+    vram_bytes: int
+    hit_rate: float  # share of the experts asked for that did not have to be read from disk
+    foreseen_rate: float  # share that was there thanks to a prefetch
+    disk_read_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeStatus:
     """One expert node."""
 
@@ -33,6 +45,7 @@ class NodeStatus:
     load: float = 0.0
     resident_bytes: int = 0
     load_progress: float = 0.0  # 0 to 1
+    tiers: TierStatus | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +59,4 @@ class ClusterStatus:
     nodes: tuple[NodeStatus, ...] = field(default=())
     resident_bytes: int = 0  # of the coordinator's process
     uptime_seconds: float = 0.0
+    cache_margin: float = 0.0  # of cache-aware routing; 0: off

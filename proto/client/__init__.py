@@ -7,7 +7,7 @@ with Client("127.0.0.1:50051") as client:
 """
 
 from .client import Client, Options
-from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status, TopLogprob, Usage
+from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status, TierStatus, TopLogprob, Usage
 
 __all__ = [
     "Client",
@@ -18,6 +18,7 @@ __all__ = [
     "Options",
     "Piece",
     "Status",
+    "TierStatus",
     "TopLogprob",
     "Usage",
 ]

@@ -14,7 +14,7 @@ from moehive.proto import inference_pb2_grpc as rpc
 from moehive.proto.handshake import VERSION_KEY
 
 from .messages import generate_request, piece, plain
-from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status
+from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status, TierStatus
 
 
 class Options(TypedDict, total=False):
@@ -113,7 +113,7 @@ class Client:
         """The cluster, its nodes and the load."""
         with self._errors():
             reply = self._stub.Status(pb.StatusRequest(), metadata=self._metadata)
-        return plain(Status, reply, nodes=[plain(NodeStatus, node) for node in reply.nodes])
+        return plain(Status, reply, nodes=[_node_status(node) for node in reply.nodes])
 
     def models(self) -> list[Model]:
         """What the coordinator serves."""
@@ -168,3 +168,8 @@ def _is_loopback(address: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def _node_status(node: pb.NodeStatus) -> NodeStatus:
+    tiers = plain(TierStatus, node.tiers) if node.HasField("tiers") else None
+    return plain(NodeStatus, node, tiers=tiers)

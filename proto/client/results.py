@@ -74,6 +74,18 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True)
+class TierStatus:
+    """Where the experts of a node lie that has more tiers than RAM; shares are since its start."""
+
+    ram_bytes: int  # of experts in RAM now
+    disk_bytes: int
+    vram_bytes: int
+    hit_rate: float  # share of the experts asked for that did not have to be read from disk
+    foreseen_rate: float  # share that was there thanks to a prefetch
+    disk_read_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class NodeStatus:
     """One expert node."""
 
@@ -90,6 +102,7 @@ class NodeStatus:
     load: float  # one-minute load average
     resident_bytes: int
     load_progress: float  # 0 to 1, of the slice being fetched
+    tiers: TierStatus | None  # None: all of its experts are in RAM
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,3 +121,4 @@ class Status:
     kv_bytes_limit: int
     resident_bytes: int  # of the coordinator's process
     uptime_seconds: float
+    cache_margin: float  # of cache-aware routing; 0: off

@@ -1,9 +1,10 @@
 """When a new plan is tried: pure decisions over made-up states."""
 
-from moehive.coordinator.cluster.policy import REPLACE_SECONDS, wants_plan
+from moehive.coordinator.cluster.policy import REPLACE_SECONDS, usable, wants_plan
 from moehive.coordinator.cluster.state import (
     Capacity,
     ClusterState,
+    Node,
     NodeArrived,
     NodeAway,
     Planned,
@@ -57,3 +58,17 @@ def test_nobody_is_replaced_while_another_may_only_be_starting_again() -> None:
 
 def test_a_node_that_came_back_smaller_than_its_slice_needs_a_plan() -> None:
     assert wants_plan(running(A, B), 2, {A: 2 << 30}, {})
+
+
+def test_memory_first_then_disk_in_proportion():
+    def give(ram, disk):
+        return Capacity("h:1", ram, disk_bytes=disk)
+
+    state = ClusterState(
+        nodes={name: Node(name, give(*size), present=True) for name, size in {A: (100, 900), B: (50, 20)}.items()}
+    )
+    assert usable(state, 150) == {A: 100, B: 50}  # memory is enough
+    here = usable(state, 200)
+    assert here[B] == 70 and 200 <= sum(here.values()) <= 215  # B's disk is full before A's
+    assert usable(state, 10_000) == {A: 1000, B: 70}  # what there is, and it will be refused
+    assert usable(state, 500, without=A) == {B: 70}

@@ -72,13 +72,6 @@ def test_defaults(monkeypatch, tmp_path):
     assert default_state() == tmp_path / ".local/state/moehive/node"
 
 
-def test_memory_default_leaves_head_room():
-    assert measure.memory_for_experts(64 << 30) == (64 << 30) - (64 << 30) // 10
-    assert measure.memory_for_experts(4 << 30) == 3 << 30
-    assert measure.memory_for_experts(1 << 29) == 0
-    assert measure.available_memory() > 0
-
-
 def test_bandwidth_is_measured_once(tmp_path, monkeypatch):
     rates = iter([5e9, 6e9, 7e9, 8e9])
     monkeypatch.setattr(measure, "_measure", lambda threads: next(rates))
