@@ -49,3 +49,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return made[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def families_module() -> ModuleType:
+    """tests/coordinator/families.py."""
+    return families

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
+from moehive.kernels.delta_net import MAX_KEY_DIM, MAX_TAPS
+from moehive.kernels.mla import MAX_HEAD_PART, MAX_RANK
 from moehive.kernels.trunk_ops import MAX_HEAD, RouterLayer
 
 from ..tensors import TensorSource
@@ -31,6 +33,19 @@ def unknown(config: Any) -> str | None:
     kinds = {"full_attention", "sliding_attention"} | ({"linear_attention"} if family in HYBRID else set())
     if len(set(getattr(config, "layer_types", None) or ()) - kinds):
         return "it has layers of another kind"
+    return _too_large(config)
+
+
+def _too_large(config: Any) -> str | None:
+    """As `unknown`, for the sizes that the kernels of recurrent and of latent attention have room for."""
+    if config.model_type in HYBRID:
+        keys, taps = config.linear_key_head_dim, config.linear_conv_kernel_dim
+        if keys > MAX_KEY_DIM or not 2 <= taps <= MAX_TAPS:
+            return f"recurrent layers with heads of {keys} keys and {taps} taps do not fit its kernel"
+    if config.model_type == "deepseek_v3":
+        rank, nope, rope = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim
+        if rank > MAX_RANK or max(nope, rope) > MAX_HEAD_PART or rope % 2:
+            return f"latent attention of rank {rank} with heads of {nope} and {rope} numbers does not fit its kernel"
     return None
 
 
