@@ -18,7 +18,7 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
 from moehive.proto.tensors import Routing, read_request, write_values
-from moehive.proto.tiers import read_likely, write_fast
+from moehive.proto.tiers import read_likely, write_on_disk
 
 from .executor import Executor
 from .types import NodeError
@@ -138,7 +138,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         write_values(reply, rows, request.dtype)
         tier = self._executor.store.tier
         if tier is not None:
-            write_fast(reply, tier.resident(request.layer))
+            write_on_disk(reply, tier.on_disk(request.layer))
         return reply
 
 

@@ -59,22 +59,22 @@ class ComputeRequest(_message.Message):
     def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., likely: _Optional[bytes] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales", "fast")
+    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales", "on_disk")
     ID_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
     VALUES_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     SCALES_FIELD_NUMBER: _ClassVar[int]
-    FAST_FIELD_NUMBER: _ClassVar[int]
+    ON_DISK_FIELD_NUMBER: _ClassVar[int]
     id: int
     compute_ns: int
     rows: int
     values: bytes
     refusal: Refusal
     scales: bytes
-    fast: bytes
-    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ..., fast: _Optional[bytes] = ...) -> None: ...
+    on_disk: bytes
+    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ..., on_disk: _Optional[bytes] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "sentence")

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoehive/proto/inference.proto\x12\x14moehive.inference.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.moehive.inference.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd6\x02\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xcd\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".moehive.inference.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.moehive.inference.v1.TokenIdsH\x00\x12:\n\x08sampling\x18\x06 \x01(\x0b\x32(.moehive.inference.v1.SamplingParameters\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x10\n\x08logprobs\x18\t \x01(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x42\x07\n\x05inputB\r\n\x0b_max_tokens\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"a\n\x0bTokenResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12/\n\x03top\x18\x03 \x03(\x0b\x32\".moehive.inference.v1.TokenLogprob\"i\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x16\n\x0eprompt_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\xcb\x01\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x31\n\x06tokens\x18\x03 \x03(\x0b\x32!.moehive.inference.v1.TokenResult\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".moehive.inference.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.moehive.inference.v1.Usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"\xc1\x02\n\nNodeStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0c\x65xperts_held\x18\x04 \x01(\r\x12\x18\n\x10\x65xperts_assigned\x18\x05 \x01(\r\x12\x12\n\nbytes_held\x18\x06 \x01(\x04\x12\x11\n\tram_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x08 \x01(\x01\x12\x14\n\x0c\x65xpert_calls\x18\t \x01(\x04\x12\x12\n\ncompute_ns\x18\n \x01(\x04\x12\x0c\n\x04load\x18\x0b \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x15\n\rload_progress\x18\r \x01(\x01\x12/\n\x05tiers\x18\x0e \x01(\x0b\x32 .moehive.inference.v1.TierStatus\"\x89\x01\n\nTierStatus\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x04\x12\x12\n\nvram_bytes\x18\x03 \x01(\x04\x12\x10\n\x08hit_rate\x18\x04 \x01(\x01\x12\x15\n\rforeseen_rate\x18\x05 \x01(\x01\x12\x17\n\x0f\x64isk_read_bytes\x18\x06 \x01(\x04\"\xa3\x02\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12/\n\x05nodes\x18\x06 \x03(\x0b\x32 .moehive.inference.v1.NodeStatus\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x15\n\rkv_bytes_used\x18\t \x01(\x04\x12\x16\n\x0ekv_bytes_limit\x18\n \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\x12\x14\n\x0c\x63\x61\x63he_margin\x18\r \x01(\x01\"\x0f\n\rModelsRequest\"\x94\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x12\n\nmoe_layers\x18\x05 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x06 \x01(\r\x12\x14\n\x0c\x65xpert_bytes\x18\x07 \x01(\x04\":\n\x0bModelsReply\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.moehive.inference.v1.Model*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xdb\x02\n\tInference\x12X\n\x08Generate\x12%.moehive.inference.v1.GenerateRequest\x1a#.moehive.inference.v1.GenerateReply0\x01\x12P\n\x06\x43\x61ncel\x12#.moehive.inference.v1.CancelRequest\x1a!.moehive.inference.v1.CancelReply\x12P\n\x06Status\x12#.moehive.inference.v1.StatusRequest\x1a!.moehive.inference.v1.StatusReply\x12P\n\x06Models\x12#.moehive.inference.v1.ModelsRequest\x1a!.moehive.inference.v1.ModelsReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmoehive/proto/inference.proto\x12\x14moehive.inference.v1\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"C\n\x0c\x43hatMessages\x12\x33\n\x08messages\x18\x01 \x03(\x0b\x32!.moehive.inference.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd6\x02\n\x12SamplingParameters\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xf9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x10\n\x06prompt\x18\x03 \x01(\tH\x00\x12\x32\n\x04\x63hat\x18\x04 \x01(\x0b\x32\".moehive.inference.v1.ChatMessagesH\x00\x12\x30\n\x06tokens\x18\x05 \x01(\x0b\x32\x1e.moehive.inference.v1.TokenIdsH\x00\x12:\n\x08sampling\x18\x06 \x01(\x0b\x32(.moehive.inference.v1.SamplingParameters\x12\x17\n\nmax_tokens\x18\x07 \x01(\x05H\x01\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x10\n\x08logprobs\x18\t \x01(\r\x12\x12\n\nignore_eos\x18\n \x01(\x08\x12\x19\n\x0cresume_after\x18\x0b \x01(\rH\x02\x88\x01\x01\x42\x07\n\x05inputB\r\n\x0b_max_tokensB\x0f\n\r_resume_after\"?\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"a\n\x0bTokenResult\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12/\n\x03top\x18\x03 \x03(\x0b\x32\".moehive.inference.v1.TokenLogprob\"i\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x16\n\x0eprompt_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x64\x65\x63ode_seconds\x18\x04 \x01(\x01\"\xcb\x01\n\rGenerateReply\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x31\n\x06tokens\x18\x03 \x03(\x0b\x32!.moehive.inference.v1.TokenResult\x12\x39\n\rfinish_reason\x18\x04 \x01(\x0e\x32\".moehive.inference.v1.FinishReason\x12*\n\x05usage\x18\x05 \x01(\x0b\x32\x1b.moehive.inference.v1.Usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"\x1c\n\x0b\x43\x61ncelReply\x12\r\n\x05\x66ound\x18\x01 \x01(\x08\"\x0f\n\rStatusRequest\"\xc1\x02\n\nNodeStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05state\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\x14\n\x0c\x65xperts_held\x18\x04 \x01(\r\x12\x18\n\x10\x65xperts_assigned\x18\x05 \x01(\r\x12\x12\n\nbytes_held\x18\x06 \x01(\x04\x12\x11\n\tram_bytes\x18\x07 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x08 \x01(\x01\x12\x14\n\x0c\x65xpert_calls\x18\t \x01(\x04\x12\x12\n\ncompute_ns\x18\n \x01(\x04\x12\x0c\n\x04load\x18\x0b \x01(\x01\x12\x16\n\x0eresident_bytes\x18\x0c \x01(\x04\x12\x15\n\rload_progress\x18\r \x01(\x01\x12/\n\x05tiers\x18\x0e \x01(\x0b\x32 .moehive.inference.v1.TierStatus\"\x89\x01\n\nTierStatus\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x04\x12\x12\n\nvram_bytes\x18\x03 \x01(\x04\x12\x10\n\x08hit_rate\x18\x04 \x01(\x01\x12\x15\n\rforeseen_rate\x18\x05 \x01(\x01\x12\x17\n\x0f\x64isk_read_bytes\x18\x06 \x01(\x04\"\xa3\x02\n\x0bStatusReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\r\n\x05\x65poch\x18\x05 \x01(\x04\x12/\n\x05nodes\x18\x06 \x03(\x0b\x32 .moehive.inference.v1.NodeStatus\x12\x0f\n\x07running\x18\x07 \x01(\r\x12\x0f\n\x07waiting\x18\x08 \x01(\r\x12\x15\n\rkv_bytes_used\x18\t \x01(\x04\x12\x16\n\x0ekv_bytes_limit\x18\n \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x0b \x01(\x04\x12\x16\n\x0euptime_seconds\x18\x0c \x01(\x01\x12\x14\n\x0c\x63\x61\x63he_margin\x18\r \x01(\x01\"\x0f\n\rModelsRequest\"\x94\x01\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x03 \x01(\r\x12\x12\n\nvocabulary\x18\x04 \x01(\r\x12\x12\n\nmoe_layers\x18\x05 \x01(\r\x12\x19\n\x11\x65xperts_per_layer\x18\x06 \x01(\r\x12\x14\n\x0c\x65xpert_bytes\x18\x07 \x01(\x04\":\n\x0bModelsReply\x12+\n\x06models\x18\x01 \x03(\x0b\x32\x1b.moehive.inference.v1.Model*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xdb\x02\n\tInference\x12X\n\x08Generate\x12%.moehive.inference.v1.GenerateRequest\x1a#.moehive.inference.v1.GenerateReply0\x01\x12P\n\x06\x43\x61ncel\x12#.moehive.inference.v1.CancelRequest\x1a!.moehive.inference.v1.CancelReply\x12P\n\x06Status\x12#.moehive.inference.v1.StatusRequest\x1a!.moehive.inference.v1.StatusReply\x12P\n\x06Models\x12#.moehive.inference.v1.ModelsRequest\x1a!.moehive.inference.v1.ModelsReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moehive.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2423
-  _globals['_FINISHREASON']._serialized_end=2547
+  _globals['_FINISHREASON']._serialized_start=2467
+  _globals['_FINISHREASON']._serialized_end=2591
   _globals['_CHATMESSAGE']._serialized_start=55
   _globals['_CHATMESSAGE']._serialized_end=99
   _globals['_CHATMESSAGES']._serialized_start=101
@@ -42,33 +42,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLINGPARAMETERS']._serialized_start=196
   _globals['_SAMPLINGPARAMETERS']._serialized_end=538
   _globals['_GENERATEREQUEST']._serialized_start=541
-  _globals['_GENERATEREQUEST']._serialized_end=874
-  _globals['_TOKENLOGPROB']._serialized_start=876
-  _globals['_TOKENLOGPROB']._serialized_end=939
-  _globals['_TOKENRESULT']._serialized_start=941
-  _globals['_TOKENRESULT']._serialized_end=1038
-  _globals['_USAGE']._serialized_start=1040
-  _globals['_USAGE']._serialized_end=1145
-  _globals['_GENERATEREPLY']._serialized_start=1148
-  _globals['_GENERATEREPLY']._serialized_end=1351
-  _globals['_CANCELREQUEST']._serialized_start=1353
-  _globals['_CANCELREQUEST']._serialized_end=1388
-  _globals['_CANCELREPLY']._serialized_start=1390
-  _globals['_CANCELREPLY']._serialized_end=1418
-  _globals['_STATUSREQUEST']._serialized_start=1420
-  _globals['_STATUSREQUEST']._serialized_end=1435
-  _globals['_NODESTATUS']._serialized_start=1438
-  _globals['_NODESTATUS']._serialized_end=1759
-  _globals['_TIERSTATUS']._serialized_start=1762
-  _globals['_TIERSTATUS']._serialized_end=1899
-  _globals['_STATUSREPLY']._serialized_start=1902
-  _globals['_STATUSREPLY']._serialized_end=2193
-  _globals['_MODELSREQUEST']._serialized_start=2195
-  _globals['_MODELSREQUEST']._serialized_end=2210
-  _globals['_MODEL']._serialized_start=2213
-  _globals['_MODEL']._serialized_end=2361
-  _globals['_MODELSREPLY']._serialized_start=2363
-  _globals['_MODELSREPLY']._serialized_end=2421
-  _globals['_INFERENCE']._serialized_start=2550
-  _globals['_INFERENCE']._serialized_end=2897
+  _globals['_GENERATEREQUEST']._serialized_end=918
+  _globals['_TOKENLOGPROB']._serialized_start=920
+  _globals['_TOKENLOGPROB']._serialized_end=983
+  _globals['_TOKENRESULT']._serialized_start=985
+  _globals['_TOKENRESULT']._serialized_end=1082
+  _globals['_USAGE']._serialized_start=1084
+  _globals['_USAGE']._serialized_end=1189
+  _globals['_GENERATEREPLY']._serialized_start=1192
+  _globals['_GENERATEREPLY']._serialized_end=1395
+  _globals['_CANCELREQUEST']._serialized_start=1397
+  _globals['_CANCELREQUEST']._serialized_end=1432
+  _globals['_CANCELREPLY']._serialized_start=1434
+  _globals['_CANCELREPLY']._serialized_end=1462
+  _globals['_STATUSREQUEST']._serialized_start=1464
+  _globals['_STATUSREQUEST']._serialized_end=1479
+  _globals['_NODESTATUS']._serialized_start=1482
+  _globals['_NODESTATUS']._serialized_end=1803
+  _globals['_TIERSTATUS']._serialized_start=1806
+  _globals['_TIERSTATUS']._serialized_end=1943
+  _globals['_STATUSREPLY']._serialized_start=1946
+  _globals['_STATUSREPLY']._serialized_end=2237
+  _globals['_MODELSREQUEST']._serialized_start=2239
+  _globals['_MODELSREQUEST']._serialized_end=2254
+  _globals['_MODEL']._serialized_start=2257
+  _globals['_MODEL']._serialized_end=2405
+  _globals['_MODELSREPLY']._serialized_start=2407
+  _globals['_MODELSREPLY']._serialized_end=2465
+  _globals['_INFERENCE']._serialized_start=2594
+  _globals['_INFERENCE']._serialized_end=2941
 # @@protoc_insertion_point(module_scope)

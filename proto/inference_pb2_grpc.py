@@ -62,7 +62,8 @@ class InferenceServicer:
     def Generate(self, request, context):
         """Streams the text of one generation. The last message has finish_reason and usage.
         INVALID_ARGUMENT: a parameter is out of range. RESOURCE_EXHAUSTED: no room for another sequence.
-        UNAVAILABLE: an expert node that is needed is away; the sentence names it.
+        UNAVAILABLE: an expert node that is needed is away; the sentence names it. A request with a request_id is
+        journaled: sent again with resume_after, it goes on where it was. NOT_FOUND: there is no such request.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

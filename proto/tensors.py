@@ -1,5 +1,6 @@
 """Requests and replies of the hop as tensors: raw little-endian bytes, every size checked before use; no pickle."""
 
+import ctypes
 import struct
 import sys
 import warnings
@@ -46,9 +47,9 @@ class Routing(NamedTuple):
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """A contiguous CPU tensor's bytes (one copy)."""
+    """A CPU tensor's bytes in order (one copy, if it is contiguous)."""
     flat = tensor.contiguous()
-    return flat.view(torch.uint8).numpy().tobytes()
+    return ctypes.string_at(flat.data_ptr(), flat.nbytes)  # half the cost of a view, an array and its bytes
 
 
 # Tensors below are views of a message's bytes, which nobody else holds and which are only read. Torch has no such
@@ -71,7 +72,9 @@ def _to_int8(tensor: torch.Tensor) -> tuple[bytes, bytes]:
     """
     rows, columns = tensor.shape
     groups = scale_groups(columns)
-    values = torch.nn.functional.pad(tensor.float(), (0, groups * SCALE_COLUMNS - columns))
+    values = tensor.float()
+    if columns % SCALE_COLUMNS:
+        values = torch.nn.functional.pad(values, (0, groups * SCALE_COLUMNS - columns))
     values = values.view(rows, groups, SCALE_COLUMNS)
     scales = values.abs().amax(dim=2).div_(127)
     steps = values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
@@ -83,7 +86,10 @@ def _from_int8(data: bytes, scales: bytes, rows: int, columns: int, what: str) -
     factors = _tensor(scales, torch.float32, rows, scale_groups(columns), f"scales of {what}")
     if not bool(torch.isfinite(factors).all()):
         raise WireError(f"A scale of {what} is not finite.")
-    return steps * factors.repeat_interleave(SCALE_COLUMNS, dim=1)[:, :columns]
+    if columns % SCALE_COLUMNS:
+        return steps * factors.repeat_interleave(SCALE_COLUMNS, dim=1)[:, :columns]
+    values = steps.float().view(rows, -1, SCALE_COLUMNS)
+    return values.mul_(factors[:, :, None]).view(rows, columns)
 
 
 def scale_groups(columns: int) -> int:

@@ -9,7 +9,7 @@ from . import experts_pb2 as pb
 from .tensors import MAX_EXPERT, WireError
 
 MAX_LIKELY = 256
-MAX_FAST_BYTES = 8192
+MAX_BITS_BYTES = 8192
 
 
 def write_likely(request: pb.ComputeRequest, experts: Sequence[int]) -> None:
@@ -29,21 +29,21 @@ def read_likely(request: pb.ComputeRequest) -> list[int]:
     return experts
 
 
-def write_fast(reply: pb.ComputeReply, fast: Collection[int]) -> None:
-    """Says which experts of the layer are in a fast tier; at least one byte, so that the field is there."""
-    bits = np.zeros(max(fast, default=0) + 1, dtype=np.bool_)
-    bits[list(fast)] = True
-    reply.fast = np.packbits(bits, bitorder="little").tobytes()
+def write_on_disk(reply: pb.ComputeReply, experts: Collection[int]) -> None:
+    """Says which experts of the layer would have to be read first; at least one byte, so that the field is there."""
+    bits = np.zeros(max(experts, default=0) + 1, dtype=np.bool_)
+    bits[list(experts)] = True
+    reply.on_disk = np.packbits(bits, bitorder="little").tobytes()
 
 
-def read_fast(reply: pb.ComputeReply, experts: int) -> npt.NDArray[np.bool_] | None:
-    """For each of a layer's `experts` whether it is in a fast tier; None from a node without slow ones.
+def read_on_disk(reply: pb.ComputeReply, experts: int) -> npt.NDArray[np.bool_] | None:
+    """For each of a layer's `experts` whether the node would have to read it first; None: it has all in memory.
 
     Raises WireError.
     """
-    if not reply.fast:
+    if not reply.on_disk:
         return None
-    if len(reply.fast) > MAX_FAST_BYTES:
-        raise WireError(f"fast has {len(reply.fast)} bytes; it has at most {MAX_FAST_BYTES}.")
-    bits = np.unpackbits(np.frombuffer(reply.fast, dtype=np.uint8), bitorder="little", count=experts)
+    if len(reply.on_disk) > MAX_BITS_BYTES:
+        raise WireError(f"on_disk has {len(reply.on_disk)} bytes; it has at most {MAX_BITS_BYTES}.")
+    bits = np.unpackbits(np.frombuffer(reply.on_disk, dtype=np.uint8), bitorder="little", count=experts)
     return bits.astype(np.bool_)

@@ -101,6 +101,11 @@ class RamTier:
         """The experts of a layer that are in RAM."""
         return self._resident[layer]
 
+    def on_disk(self, layer: int) -> set[int]:
+        """The experts of a layer that would have to be read first."""
+        with self._changed:
+            return self._experts[layer].keys() - self._resident[layer]
+
     def add(self, expert: ExpertId, spec: ExpertSpec, path: Path, pinned: bool = False) -> None:
         """Takes an expert whose checked file of `spec.nbytes` is `path`; it stays on disk until it is asked for."""
         with self._changed:

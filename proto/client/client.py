@@ -4,7 +4,9 @@ import ipaddress
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any, TypedDict, Unpack
+from uuid import uuid4
 
 import grpc
 
@@ -17,11 +19,15 @@ from .messages import generate_request, piece, plain
 from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status, TierStatus
 
 
+RESUME_SECONDS = 60.0  # without a token, before a stream that was cut is given up
+RETRY_SECONDS = (0.1, 2.0)  # between attempts to resume: at first, and at most
+
+
 class Options(TypedDict, total=False):
     """How to generate; what is left out (or None) takes the default in brackets."""
 
     model: str | None  # [the one that is served]
-    request_id: str | None  # for cancel() [the server makes one]
+    request_id: str | None  # for cancel() [the client makes one]
     max_tokens: int | None  # >= 1 [what the context leaves]
     temperature: float | None  # 0 is greedy [1]
     top_k: int | None  # 0 is off [0]
@@ -93,15 +99,36 @@ class Client:
         timeout: float | None = None,
         **options: Unpack[Options],
     ) -> Generator[Piece, None, None]:
-        """As generate, piece by piece. Leaving the loop early cancels the generation."""
+        """As generate, piece by piece. Leaving the loop early cancels the generation.
+
+        A stream that is cut, also by the coordinator's death, goes on once it is back: no token is lost or repeated.
+        """
         request = generate_request(prompt, messages, token_ids, options)
+        request.request_id = request.request_id or uuid4().hex
+        last, end = monotonic(), None if timeout is None else monotonic() + timeout
+        pause, longest = RETRY_SECONDS
+        started = tail = False  # tail: the text after the last token has arrived
         with self._errors():
-            call = self._stub.Generate(request, timeout=timeout, metadata=self._metadata)
-            try:
-                for reply in call:
-                    yield piece(reply, request.logprobs > 0)
-            finally:
-                call.cancel()
+            while True:
+                left = None if end is None else max(0.0, end - monotonic())
+                call = self._stub.Generate(request, timeout=left, metadata=self._metadata)
+                try:
+                    for reply in call:
+                        started, last, pause = True, monotonic(), RETRY_SECONDS[0]
+                        request.resume_after += len(reply.tokens)
+                        if reply.text and not reply.tokens:
+                            if tail:
+                                continue
+                            tail = True
+                        yield piece(reply, request.logprobs > 0)
+                    return
+                except grpc.RpcError as error:
+                    if not started or not _is_cut(error) or monotonic() - last > RESUME_SECONDS:
+                        raise
+                finally:
+                    call.cancel()
+                sleep(pause)
+                pause = min(2 * pause, longest)
 
     def cancel(self, request_id: str) -> bool:
         """Ends a running generation within one step; False when there is none of this id."""
@@ -144,6 +171,14 @@ class Client:
                 "start it, or correct the address."
             )
         return f"The call to {self._address} failed: {details}"
+
+
+def _is_cut(error: Any) -> bool:
+    """Whether an error means that the stream broke, and not that the request was refused."""
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        return True
+    from_coordinator = VERSION_KEY in dict(error.trailing_metadata() or ())
+    return not from_coordinator and error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
 
 
 def _open(address: str, ca_file: str | Path | None) -> Any:
