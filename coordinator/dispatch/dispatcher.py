@@ -106,8 +106,13 @@ class Dispatcher:
         fallback: Fallback | None = None,
         on_lie: Callable[[NodeName, str], None] = lambda node, sentence: None,
         wait_seconds: float = WAIT_SECONDS,
+        cache_margin: float = 0.0,
     ) -> None:
-        """`on_lie` hears of nodes that answered what cannot be true, with a sentence."""
+        """`on_lie` hears of nodes that answered what cannot be true, with a sentence.
+
+        `cache_margin`: of cache-aware routing, see models/lean/foresight.py; 0: off.
+        """
+        self.tiers = TierView([layer.experts for layer in manifest.layers], cache_margin)
         self._manifest = manifest
         self._local = local
         self._reduction = reduction
@@ -115,6 +120,7 @@ class Dispatcher:
         self._on_lie = on_lie
         self._wait_seconds = wait_seconds
         self._asking = Asking(self._place)
+        self._expert_bytes = [layer.spec.nbytes for layer in manifest.layers]
         self._placed: Placed | None = None
         self._prepared: Placed | None = None
         self._speeds = Speeds()
@@ -154,6 +160,7 @@ class Dispatcher:
     def disconnect(self, link: Link) -> None:
         """Forgets `link` if it is still its node's."""
         self._asking.disconnect(link)
+        self.tiers.forget(link.node)
 
     def holding(self, nodes: Collection[NodeName]) -> None:
         """From now on only these hold their slice of the plan in force."""
@@ -175,12 +182,13 @@ class Dispatcher:
 
     def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> "_Sent":
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
-        numbers = ids.to("cpu", torch.int64).numpy()
-        factors = weights.to("cpu", torch.float32).numpy()
+        numbers = _array(ids, torch.int64)
+        factors = _array(weights, torch.float32)
         self._step += 1
         self._speeds.tick()
         sent = _Sent(layer, host, numbers, factors, hidden.device, self._settle)
         self._ask(sent, split(numbers, factors, self._owner(layer, numbers)))
+        self.tiers.sent()
         self._count(layer, numbers)  # while the nodes work
         return sent
 
@@ -192,7 +200,9 @@ class Dispatcher:
             total = self._add_up(parts, sent)
         if not _is_finite(total):
             total = self._add_up(await self._check(sent, parts), sent)
-        return total.to(sent.hidden.dtype).to(sent.device)
+        if total.dtype is not sent.hidden.dtype or total.device != sent.device:
+            total = total.to(sent.device, sent.hidden.dtype)
+        return total
 
     async def _answers(self, sent: "_Sent") -> tuple[list[_Rows], list[Share]]:
         """What was asked for: rows, and the shares that failed."""
@@ -344,6 +354,7 @@ class Dispatcher:
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
         eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(rows.nbytes)
         write_request(request, rows, share.routing, eight_bit)
+        self.tiers.tell(request)
         reply = link.send(request)
         timeline.current.hop(node, reply, _compute_ns)
         speed = self._speeds.of(node)
@@ -392,7 +403,7 @@ class Dispatcher:
         pairs = len(share.pairs)
         if len(share.tokens) > 1:
             pairs = len(set(share.routing.experts.tolist())) if len(share.tokens) <= FEW_TOKENS else 0
-        return pairs * self._manifest.layers[layer].spec.nbytes
+        return pairs * self._expert_bytes[layer]
 
     def _owner(self, layer: int, ids: npt.NDArray[np.int64], avoid: Collection[NodeName] = ()) -> Owner:
         """A node's index for each expert that `ids` name; other experts' do not matter."""
@@ -404,7 +415,6 @@ class Dispatcher:
         if not placed.has_choice[layer]:
             return placed.first[layer] if one else placed.owners[layer]
         options = placed.options(layer)
-        spec = self._manifest.layers[layer].spec
         if one:
             experts = [e for e in ids[0].tolist() if 0 <= e < len(options) and options[e]]
             sizes = [1.0] * len(experts)
@@ -414,7 +424,7 @@ class Dispatcher:
             experts = [e for e in np.flatnonzero(tokens).tolist() if options[e]]
             # Many tokens are computed as pairs, few are read as bytes.
             sizes = tokens[experts].tolist() if len(ids) > FEW_TOKENS else [1.0] * len(experts)
-        base, per = self._costs(placed, spec.nbytes)
+        base, per = self._costs(placed, self._expert_bytes[layer])
         chosen = choose([options[e] for e in experts], sizes, base, per)
         owner = placed.first[layer].copy()
         for expert, node in zip(experts, chosen, strict=True):
@@ -514,6 +524,13 @@ class _Answer:
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._dispatcher._collect(self._sent).__await__()
+
+
+def _array(tensor: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
+    """A tensor's numbers as `dtype`; on the CPU and of that type already, the usual case, they are not copied."""
+    if tensor.dtype is not dtype or tensor.device.type != "cpu":
+        tensor = tensor.to("cpu", dtype)
+    return tensor.numpy()
 
 
 def _compute_ns(reply: pb.ComputeReply) -> int:
