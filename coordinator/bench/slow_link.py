@@ -40,6 +40,7 @@ class Cable:
     source: str
     target: str
     port: int
+    door: tuple[str, int] = ("127.0.0.1", 0)  # the cable's own end; port 0: any free one
 
 
 class SlowLinks:
@@ -79,7 +80,7 @@ class _Network:
         self._flows: list[_Flow] = []
 
     def listen(self, cable: Cable) -> int:
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = socket.create_server((cable.door[0], cable.door[1]))
         self._listeners[listener] = cable
         return int(listener.getsockname()[1])
 

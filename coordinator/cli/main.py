@@ -5,7 +5,21 @@ import sys
 
 import typer
 
-from . import bench, bench_chaos, bench_convert, bench_decode, cluster, demo, packs, plan, serve, talk, up
+from . import (
+    bench,
+    bench_chaos,
+    bench_convert,
+    bench_decode,
+    bench_fetch,
+    bench_plan,
+    cluster,
+    demo,
+    packs,
+    plan,
+    serve,
+    talk,
+    up,
+)
 from .errors import exit_code, sentence
 
 app = typer.Typer(
@@ -43,6 +57,8 @@ benches.command("fairness")(bench.fairness)
 benches.command("experts")(bench.experts)
 benches.command("hop")(bench.hop)
 benches.command("trunk")(bench.trunk)
+benches.command("fetch")(bench_fetch.fetch)
+benches.command("plan")(bench_plan.plan)
 benches.command("decode")(bench_decode.decode)
 benches.command("chaos")(bench_chaos.chaos)
 benches.command("convert")(bench_convert.convert)
