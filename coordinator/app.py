@@ -80,6 +80,7 @@ class Coordinator:
         return ClusterStatus(
             ready=self._follower.reachable,
             has_plan=state.active is not None,
+            cache_margin=self.settings.cache_margin,
             reason=self._follower.reason(),
             epoch=self.dispatcher.epoch,
             nodes=tuple(self._node_status(name) for name in state.nodes),
@@ -107,7 +108,9 @@ class Coordinator:
         if settings.fallback_bytes:
             fallback = Fallback(manifest, checkpoint.expert_blob, settings.fallback_bytes, settings.threads)
             self._cleanup.push_async_callback(fallback.stop)
-        self.dispatcher = Dispatcher(manifest, self._local, reduction, fallback, self._quarantine)
+        self.dispatcher = Dispatcher(
+            manifest, self._local, reduction, fallback, self._quarantine, cache_margin=settings.cache_margin
+        )
         await self._start_cluster(checkpoint)
 
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)

@@ -63,6 +63,9 @@ class CoordinatorSettings:
     fallback_bytes: int = field(default_factory=lambda: available_memory() // 8)  # for experts whose nodes are away
     kv_bytes: int = field(default_factory=lambda: available_memory() // 4)  # bound of all sequences' caches together
     deterministic: bool = False  # same bits for any placement; costs a row for each expert on the wire, not a token
+    # Cache-aware routing: an expert in memory may take the place of one on disk whose score is larger by this share.
+    # It changes the model's answers; 0: off.
+    cache_margin: float = 0.0
     threads: int = field(default_factory=cores)  # that compute the trunk
 
     def __post_init__(self) -> None:
@@ -74,6 +77,7 @@ class CoordinatorSettings:
         _check(self.local_bytes >= 0, "local_bytes", "0 or more bytes")
         _check(self.fallback_bytes >= 0, "fallback_bytes", "0 or more bytes")
         _check(self.kv_bytes >= 1 << 20, "kv_bytes", "at least 1MiB")
+        _check(0.0 <= self.cache_margin <= 10.0, "cache_margin", "0 (off) to 10")
         _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
         if not self.cluster_advertise:
             object.__setattr__(self, "cluster_advertise", _own_name(self.cluster_host))
@@ -141,6 +145,11 @@ def _value(name: str, value: Any, source: str) -> Any:
         if type(value) is int:
             return value
         raise SettingsError(f"{name} must be a whole number, not {value!r} (from {source}).")
+    if kind is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise SettingsError(f"{name} must be a number, not {value!r} (from {source}).") from None
     if not isinstance(value, str | Path):
         raise SettingsError(f"{name} must be text, not {value!r} (from {source}).")
     return Path(value).expanduser().absolute() if kind is Path else str(value)

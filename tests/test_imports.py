@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "coordinator.bench",
         "client",
         "proto",
+        "coordinator.estimate",
     ),
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
     "coordinator.trunk": (*COMMON, "coordinator.checkpoints", "coordinator.models", "kernels"),
@@ -62,6 +63,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "coordinator.checkpoints": (*COMMON, "coordinator.models.tensors", "kernels", "proto"),
     "coordinator.placement": COMMON,
+    "coordinator.estimate": (*COMMON, "coordinator.checkpoints", "kernels.memory"),  # the latter inside functions
 }
 # part → packages of others that it must not import, even inside a function.
 MUST_NOT_IMPORT = {
@@ -78,6 +80,7 @@ TOUCH_MESSAGES = {
     "coordinator/cluster/service.py",
     "coordinator/dispatch/dispatcher.py",
     "coordinator/dispatch/link.py",
+    "coordinator/dispatch/tiers.py",
     "coordinator/serving/grpc_api.py",
     "coordinator/serving/grpc_messages.py",
     "expert_node/agent.py",
@@ -101,6 +104,7 @@ LIGHT = {
     "moehive.client": ("torch", "transformers", "numpy", "fastapi"),
     "moehive.coordinator.cli.main": ("torch", "transformers", "triton", "fastapi"),
     "moehive.coordinator.placement.shares": ("torch", "grpc"),
+    "moehive.coordinator.estimate.estimate": ("torch", "transformers", "grpc"),
 }
 
 

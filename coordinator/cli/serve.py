@@ -59,6 +59,14 @@ def coordinator(
         str | None,
         typer.Option("--kv-memory", help="Memory for KV caches.", show_default="a quarter of what is free"),
     ] = None,
+    cache_margin: Annotated[
+        float | None,
+        typer.Option(
+            "--cache-margin",
+            help="Cache-aware routing: an expert in memory may replace one on disk whose score is larger by this "
+            "share, for example 0.2. Faster, and answers differ from the model's own. 0: off.",
+        ),
+    ] = None,
     deterministic: Annotated[
         bool | None,
         typer.Option("--deterministic", help="The same text for any placement; more bytes on the wire."),
@@ -84,6 +92,7 @@ def coordinator(
             "min_nodes": min_nodes,
             "local_bytes": local_bytes,
             "kv_bytes": kv_bytes,
+            "cache_margin": cache_margin,
             "deterministic": deterministic,
             "threads": threads,
         },

@@ -34,6 +34,7 @@ from .placed import LOST, Placed
 from .replicas import choose
 from .routing import Owner, Share, only, pieces, split
 from .speeds import FEW_TOKENS, Speeds
+from .tiers import TierView
 from .watch import Due, Watch
 
 log = logging.getLogger(__name__)
@@ -382,6 +383,7 @@ class Dispatcher:
         rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
         try:
             values = read_values(reply, rows, hidden.shape[1], hidden.dtype)
+            self.tiers.note(node, part.layer, reply)
         except WireError as error:
             sentence = f"Node {node} answered something else than asked: {error}"
             self._lied(node, sentence)

@@ -9,6 +9,8 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -28,6 +30,27 @@ class ExpertBackend(Protocol):
         Gives [tokens, hidden] of hidden's dtype. Raises NodeUnavailable, here or when awaited.
         """
         ...
+
+
+class Tiers(Protocol):
+    """What a backend knows of nodes that keep experts on disk."""
+
+    margin: float  # of cache-aware routing; 0: off
+    slow: bool  # whether there is such a node
+
+    def expect(self, experts: Sequence[int]) -> None:
+        """The layer after the one that is submitted next may ask for these, likeliest first."""
+        ...
+
+    def on_disk(self, layer: int) -> npt.NDArray[np.bool_] | None:
+        """For each expert of a layer whether it would have to be read first; None: not known."""
+        ...
+
+
+def tiers_of(experts: ExpertBackend) -> Tiers | None:
+    """The `tiers` of a backend that has them and whose nodes keep experts on disk; None for all others."""
+    tiers: Tiers | None = getattr(experts, "tiers", None)
+    return tiers if tiers is not None and tiers.slow else None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

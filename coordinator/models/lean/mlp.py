@@ -9,8 +9,9 @@ from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import RouterLayer
 
 from ... import timeline
-from ..base import ExpertBackend
+from ..base import ExpertBackend, tiers_of
 from .batch import Ops
+from .foresight import likely, prefer_in_memory
 
 
 class Addend(NamedTuple):
@@ -73,13 +74,22 @@ class MoeMlp:
         self._shared = shared
         self._shared_gate = shared_gate
 
+    def foresee(self, x: torch.Tensor) -> list[int]:
+        """Experts that this layer may ask for, likeliest first, judged by `x` f32 [T, hidden] of an earlier layer."""
+        with timeline.current.span("foresee"):
+            return likely(self._router, self._ops.linear.linear(self._router_weights, x))
+
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""
         linear = self._ops.linear
         shape = len(x), self._router.top_k
         ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
         with timeline.current.span("router"):
-            self._ops.trunk.route(self._native, linear.linear(self._router_weights, x), ids, weights)
+            logits = linear.linear(self._router_weights, x)
+            self._ops.trunk.route(self._native, logits, ids, weights)
+            tiers = tiers_of(experts)
+            if tiers is not None and tiers.margin and (on_disk := tiers.on_disk(self._ordinal)) is not None:
+                prefer_in_memory(self._router, logits, on_disk, tiers.margin, ids, weights)
         pending = experts.submit(self._ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:

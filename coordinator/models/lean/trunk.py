@@ -8,12 +8,13 @@ import torch
 from moehive.kernels.linear import FEW_TOKENS, LinearWeights
 
 from ... import timeline
-from ..base import ExpertBackend, SequenceInput
+from ..base import ExpertBackend, SequenceInput, tiers_of
 from ..tensors import Embedding
 from .attention import Attention
 from .batch import Batch, Ops
 from .cache import CacheLayout, SequenceCache
-from .mlp import Mlp
+from .foresight import FEW_TOKENS as FORESEEN_TOKENS
+from .mlp import Mlp, MoeMlp
 from .rope import Rope
 
 PREFILL_CHUNK = 512  # tokens; bounds how long one prompt holds the loop
@@ -60,6 +61,10 @@ class LeanTrunk:
         self._ops = ops
         norms = [layer.attention_norm for layer in parts.layers[1:]]
         self._next_norms: list[torch.Tensor | None] = [*norms, None]
+        self._next_moe: list[Layer | None] = [None] * len(parts.layers)  # the next layer that has experts
+        for number in reversed(range(len(parts.layers) - 1)):
+            following = parts.layers[number + 1]
+            self._next_moe[number] = following if isinstance(following.mlp, MoeMlp) else self._next_moe[number + 1]
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of KV cache and states of a sequence of `tokens`."""
@@ -85,10 +90,15 @@ class LeanTrunk:
         half = None if parts.dtype == torch.float32 else torch.empty(hidden.shape, dtype=torch.bfloat16)
         sent = x if half is None else half
         add_norm(hidden, norm=parts.layers[0].attention_norm, eps=eps, out=x)
-        for layer, next_norm in zip(parts.layers, self._next_norms, strict=True):
+        for layer, next_norm, next_moe in zip(parts.layers, self._next_norms, self._next_moe, strict=True):
             with timeline.current.span("attention"):
                 mixed = layer.attention.forward(run, x)
                 add_norm(hidden, mixed, norm=layer.mlp_norm, eps=eps, out=x, half_out=half)
+            if next_moe is not None and len(x) <= FORESEEN_TOKENS and (tiers := tiers_of(experts)) is not None:
+                ahead = torch.empty_like(hidden)
+                add_norm(hidden, norm=next_moe.mlp_norm, eps=eps, out=ahead)
+                assert isinstance(next_moe.mlp, MoeMlp)
+                tiers.expect(next_moe.mlp.foresee(ahead))
             add, more, gate = await layer.mlp.forward(x, sent, experts)
             add_norm(hidden, add, more, gate, norm=next_norm, eps=eps, out=x)
         run.finish()
