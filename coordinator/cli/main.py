@@ -14,6 +14,7 @@ from . import (
     bench_plan,
     cluster,
     demo,
+    estimate,
     packs,
     plan,
     serve,
@@ -48,6 +49,7 @@ app.command(
 )(serve.node)
 app.command("plan")(plan.plan)
 app.command("token")(cluster.token)
+app.command("estimate")(estimate.estimate)
 app.command("convert")(packs.convert)
 app.command("verify")(packs.verify)
 app.add_typer(keys, name="key")

@@ -1,4 +1,4 @@
-"""The planner's native library by ctypes: exact makespans and the annealing search (native/planner.cc)."""
+"""The planner's native library by ctypes: exact makespans and the annealing search (cpp/planner.cc)."""
 
 import ctypes
 import functools
@@ -18,7 +18,7 @@ Replicas = npt.NDArray[np.uint64]  # [experts]: bit p says that place p holds th
 
 
 class _Layer(ctypes.Structure):
-    """MoehiveLayer of native/planner.h, field for field."""
+    """MoehiveLayer of cpp/planner.h, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in ("experts", "places", "sizes", "reserved")),
@@ -28,7 +28,7 @@ class _Layer(ctypes.Structure):
 
 
 class _Search(ctypes.Structure):
-    """MoehiveSearch of native/planner.h."""
+    """MoehiveSearch of cpp/planner.h."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("slots", "pinned", "present")),
