@@ -1,8 +1,8 @@
 """The shapes of known models, as their GGUF files have them: every tensor's name, size and role, and the metadata.
 
-Names and keys are llama.cpp's; the sizes are those of the models' published configs. Two uses: `moehive estimate` knows
-these models without a network, and benchmarks make files of random weights of the shapes in GEOMETRIES, with a small
-vocabulary of their own, so that what is compared is the layers.
+Names and keys are llama.cpp's; the sizes are those of the models' published configs. Two uses: `moehive estimate`
+knows these models without a network, and benchmarks make files of random weights of the shapes in GEOMETRIES, with a
+small vocabulary of their own, so that what is compared is the layers.
 """
 
 from collections.abc import Callable, Iterator

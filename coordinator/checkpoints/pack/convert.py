@@ -83,8 +83,9 @@ def convert(
 
     `format`: None serves a source in place whose weights are computed as they are stored, and copies another; "keep"
     copies in the formats of the source; else the projections of all experts are encoded in that format, or as was
-    chosen for each. `workers`: threads, each with one expert in work. `commit_bytes`: after so many, what is finished is made to last. Raises
-    CoordinatorError, one sentence; what was finished stays, also when the disk is full, and a second call goes on.
+    chosen for each. `workers`: threads, each with one expert in work. `commit_bytes`: after so many, what is finished
+    is made to last. Raises CoordinatorError, one sentence; what was finished stays, also when the disk is full, and a
+    second call goes on.
     """
     in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
     target = _target(source.manifest, format)

@@ -1,0 +1,125 @@
+"""`moehive estimate`: whether a model would run here, and how fast, before anything of it is downloaded."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .options import Json
+
+if TYPE_CHECKING:
+    from ..estimate.estimate import Estimate
+    from ..estimate.model import Model
+
+
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Hub id (org/name), a name of the built-in table, a .gguf file, a directory, or a pack."),
+    ],
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="cluster.toml; `moehive status --cluster-file FILE` writes one.",
+            show_default="this machine",
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes for the whole model, as 120GB, or 'cluster'.", show_default="what the cluster holds"
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Of the weights, as q4_k.", show_default="the best that fits")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Bytes, who would hold what, tokens a second, time to load, and what would help most. Reads no weights.
+
+    Needs no network for the models of the built-in table (--json lists nothing of it; an unknown name does).
+    """
+    from ..estimate.cluster import read_cluster
+    from ..estimate.estimate import estimate as run
+    from ..estimate.this_machine import this_machine
+    from ..settings import parse_size
+
+    machines = read_cluster(cluster) if cluster is not None else this_machine()
+    limit = None if budget is None or budget == "cluster" else parse_size(budget)
+    found = run(_models(model), machines, limit, format)
+    if as_json:
+        typer.echo(json.dumps(found.row()))
+    else:
+        _show(found)
+
+
+def _models(model: str) -> "dict[str, Model]":
+    """The model in each format that it is to be had in."""
+    from ..estimate.estimate import in_all_formats
+    from ..estimate.geometries import find_shape
+    from ..estimate.headers import download_config, of_config, of_files
+    from ..estimate.model import of_shape
+
+    if Path(model).expanduser().exists():
+        stored = of_files(model)
+        smaller = {f: m for f, m in in_all_formats(stored).items() if m.total_bytes < stored.total_bytes}
+        return {stored.format: stored} | smaller
+    known = find_shape(model)
+    if known is not None:
+        return in_all_formats(of_shape(model, known[1], "bf16"))
+    return in_all_formats(of_config(download_config(model), model))
+
+
+def _show(found: "Estimate") -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    model = found.model
+    fits = "fits" if found.fits else "does not fit"
+    console.print(
+        f"[bold]{model.name}[/bold] in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
+        f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}"
+    )
+    for sentence in found.warnings:
+        console.print(f"[bold]Mind:[/bold] {sentence}", soft_wrap=True)
+    step = found.step
+    console.print(
+        f"About [bold]{found.decode_tokens_per_s:.3g} tokens/s[/bold] (a token: trunk {step.trunk_s * 1e3:.3g} ms, "
+        f"experts {step.experts_s * 1e3:.3g} ms, hops {step.hop_s * 1e3:.3g} ms); prompts "
+        f"{found.prefill_tokens_per_s:.3g} tokens/s; loaded in {_time(found.load_s)}.",
+        soft_wrap=True,
+    )
+    parts = Table("part", "bytes", box=SIMPLE_HEAD)
+    for part, nbytes in {**model.part_bytes(), "routed experts": model.expert_bytes}.items():
+        parts.add_row(part, _size(nbytes))
+    console.print(parts)
+    nodes = Table("machine", "trunk and cache", "in VRAM", "in RAM", "on disk", box=SIMPLE_HEAD)
+    for holding in found.placed.holdings:
+        trunk = holding.trunk_bytes + holding.kv_bytes
+        tiers = [_size(holding.experts.get(tier, 0)) for tier in ("vram", "ram", "disk")]
+        nodes.add_row(holding.machine.name, _size(trunk), *tiers)
+    console.print(nodes)
+    formats = Table("format", "bytes", "", box=SIMPLE_HEAD)
+    for size in found.formats:
+        where = (
+            "does not fit" if not size.fits else f"{_size(size.disk_bytes)} on disk" if size.disk_bytes else "fits"
+        )
+        formats.add_row(size.format, _size(size.total_bytes), where)
+    console.print(formats)
+    advice = Table("what would help", "tokens/s", "", box=SIMPLE_HEAD)
+    for one in found.advice:
+        advice.add_row(one.what, f"{one.decode_tokens_per_s:.3g}", "" if one.fits else "still does not fit")
+    if found.advice:
+        console.print(advice)
+
+
+def _size(nbytes: float) -> str:
+    return "" if not nbytes else f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

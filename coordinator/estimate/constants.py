@@ -1,0 +1,30 @@
+"""What a step costs beside bytes and distance: figures measured on one machine, each with its command.
+
+All are of a core of an AMD EPYC (Zen 3, AVX2) and of this version; docs/models.md says so. `moehive bench estimate`
+shows estimates beside measurements, and the constants that would have fitted best.
+"""
+
+# Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`).
+KERNEL_SHARES = {
+    "f32": 0.62, "bf16": 0.82, "f16": 0.73, "q8_0": 0.85, "q4_0": 0.82, "q4_1": 0.84, "q5_0": 0.89, "q5_1": 0.89,
+    "iq4_nl": 0.82, "iq4_xs": 0.58, "q2_k": 0.49, "q3_k": 0.47, "q4_k": 0.69, "q5_k": 0.67, "q6_k": 0.86,
+    "int4_g32": 0.80, "int4_g64": 0.78, "int4_g128": 0.78, "mxfp4": 0.76, "fp8_block": 0.65,
+}  # fmt: skip
+OTHER_SHARE = 0.75  # of a mixture of formats
+
+# `moehive bench estimate`, see there.
+TOKEN_S = 0.6e-3  # sampling and the engine, a token
+LAYER_S = 0.15e-3  # calls and small operations of one decoder layer in the trunk
+HOP_S = 0.45e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
+MESSAGE_S = 0.10e-3  # for each node beyond the first that a layer asks
+
+# Multiplications with one weight that a machine does while it reads a byte (`moehive bench decode`, prefill).
+PRODUCTS_PER_BYTE = 8.0
+CHUNK_TOKENS = 128  # of a prompt that go through the layers together
+
+# Bytes that are not for weights.
+COORDINATOR_BYTES = 700 * 10**6  # Python and its libraries (docs/benchmarks.md)
+NODE_BYTES = 300 * 10**6
+CONTEXT_TOKENS = 8192  # whose keys and values are kept room for
+
+WIFI_RTT_S = 1.5e-3  # no wired home network has so long a round trip

@@ -1,0 +1,138 @@
+"""How long a step takes.
+
+    decode   trunk's bytes by the coordinator's speed, and in each layer: fixed cost of the trunk, and, of the
+             machines that a token's experts lie on, the slowest (round trip, cost of a message, its experts' bytes
+             by its speed)
+    prefill  the same for a chunk of tokens: nearly all experts are read, products count, and so does the wire
+
+Which experts a token is sent to is not known, so they are drawn at random, all alike likely: the mean over many draws
+of the slowest machine's time, with each distinct expert of a batch counted once. Real routers prefer some experts, so
+a batch hits fewer of them; one token is not affected.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from moehive.kernels.geometry import LayerGeometry
+
+from .cluster import Cluster
+from .constants import CHUNK_TOKENS, HOP_S, KERNEL_SHARES, LAYER_S, MESSAGE_S, OTHER_SHARE, PRODUCTS_PER_BYTE, TOKEN_S
+from .holding import Holding, Placed, kernel_share
+from .model import Model
+
+_DRAWS = 400
+_REPLY_BYTES, _REQUEST_BYTES = 4, 2  # of one number of a hidden state
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Seconds of one decode step, for the whole batch; `experts_s` and `hop_s` as the coordinator sees them."""
+
+    trunk_s: float
+    experts_s: float
+    hop_s: float
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.trunk_s + self.experts_s + self.hop_s
+
+
+def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) -> Step:
+    """One token for each of `batch` sequences."""
+    ram = cluster.coordinator.ram
+    assert ram is not None
+    share = KERNEL_SHARES.get(model.format, OTHER_SHARE)
+    trunk = TOKEN_S + model.decoder_layers * LAYER_S + model.trunk_bytes_a_token / (ram.bytes_per_s * share)
+    experts = hop = 0.0
+    for layer, count in _kinds(model.layers):
+        computing, whole = _layer(layer, model, cluster, placed.holdings, batch)
+        experts += count * computing
+        hop += count * (whole - computing)
+    return Step(trunk, experts, hop)
+
+
+def prefill_rate(model: Model, cluster: Cluster, placed: Placed) -> float:
+    """Tokens a second of a long prompt."""
+    tokens = CHUNK_TOKENS
+    ram = cluster.coordinator.ram
+    assert ram is not None
+    step = decode_step(model, cluster, placed, tokens)
+    weights = model.active_weights - sum(layer.top_k * _numbers(layer) for layer in model.layers)  # of the trunk
+    trunk = max(step.trunk_s, tokens * weights / (ram.bytes_per_s * PRODUCTS_PER_BYTE))
+    asked = [h for h in placed.holdings if h.expert_bytes]
+    layers = 0.0
+    for layer, count in _kinds(model.layers):
+        reading, whole = _layer(layer, model, cluster, placed.holdings, tokens)
+        products = tokens * layer.top_k * _numbers(layer)
+        computing = max(_products_s(h, products * h.expert_bytes / model.expert_bytes) for h in asked)
+        # The coordinator's one link carries what goes to all nodes.
+        remote = sum(not h.machine.coordinator for h in asked)
+        wire = remote * tokens * model.hidden * max(_REPLY_BYTES, _REQUEST_BYTES) / cluster.bandwidth
+        layers += count * (max(reading, computing) + (whole - reading) + wire)
+    return tokens / (trunk + layers)
+
+
+def load_seconds(cluster: Cluster, placed: Placed, trunk_bytes: int) -> float:
+    """From a model on the coordinator's disk (as quick as its link if it has none in the table) to the first token.
+
+    All slices leave through the coordinator's one link; those of its own memory do not.
+    """
+    remote = sum(h.expert_bytes for h in placed.holdings if not h.machine.coordinator)
+    local = sum(h.expert_bytes for h in placed.holdings if h.machine.coordinator) + trunk_bytes
+    disk = cluster.coordinator.disk
+    source = disk.bytes_per_s if disk is not None else cluster.bandwidth
+    return max(remote / cluster.bandwidth, (remote + local) / source)
+
+
+def _kinds(layers: Sequence[LayerGeometry]) -> list[tuple[LayerGeometry, int]]:
+    """Equal layers together."""
+    kinds: dict[LayerGeometry, int] = {}
+    for layer in layers:
+        kinds[layer] = kinds.get(layer, 0) + 1
+    return list(kinds.items())
+
+
+def _layer(
+    layer: LayerGeometry, model: Model, cluster: Cluster, holdings: Sequence[Holding], batch: int
+) -> tuple[float, float]:
+    """Mean seconds of a layer's experts: the slowest machine's computing, and from the first message to the sum."""
+    held = [h for h in holdings if h.expert_bytes]
+    if not held:
+        return 0.0, 0.0
+    counts = _distinct(layer, [h.expert_bytes for h in held], batch)
+    share, size = kernel_share(model), layer.nbytes / layer.experts
+    computing = counts * np.array([h.seconds(size, share) for h in held])
+    remote = np.array([not h.machine.coordinator for h in held])
+    asked = (counts > 0) & remote
+    message = batch * model.hidden * (_REQUEST_BYTES + _REPLY_BYTES) / cluster.bandwidth
+    whole = computing + asked * (cluster.rtt_s + HOP_S + message)
+    others = np.maximum(asked.sum(1) - 1, 0) * MESSAGE_S
+    return float(computing.max(1).mean()), float((whole.max(1) + others).mean())
+
+
+def _distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.NDArray[np.float64]:
+    """[draws, machines]: how many distinct experts of a batch lie on each machine, experts split by `weights`."""
+    rng = np.random.Generator(np.random.PCG64(1))
+    bounds = np.cumsum(weights) / sum(weights) * layer.experts
+    owner = np.searchsorted(bounds, np.arange(layer.experts) + 0.5)
+    owner = np.minimum(owner, len(weights) - 1)
+    draws = max(16, _DRAWS // batch)
+    hit = np.zeros((draws, layer.experts), dtype=bool)
+    for _ in range(batch):
+        drawn = rng.random((draws, layer.experts)).argpartition(layer.top_k - 1, axis=1)[:, : layer.top_k]
+        np.put_along_axis(hit, drawn, True, axis=1)
+    return np.stack([hit[:, owner == n].sum(1) for n in range(len(weights))], 1).astype(np.float64)
+
+
+def _numbers(layer: LayerGeometry) -> int:
+    return (layer.spec.projected_size + layer.spec.intermediate_size) * layer.spec.hidden_size
+
+
+def _products_s(holding: Holding, products: float) -> float:
+    """Seconds to multiply, where the quickest of its tiers computes."""
+    speed = max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.experts)
+    return products / (speed * PRODUCTS_PER_BYTE)

@@ -1,0 +1,112 @@
+"""cluster.toml: what is written is read again, and what is wrong is said in one sentence."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.coordinator.estimate.cluster import (
+    Cluster,
+    Machine,
+    Tier,
+    parse_cluster,
+    read_cluster,
+    to_toml,
+    write_cluster,
+)
+from moehive.coordinator.types import CoordinatorError
+
+GOOD = """
+[link]
+rtt_s = 0.0003
+bandwidth_Bps = 125000000
+
+[[nodes]]
+name = "desktop"
+coordinator = true
+vram_bytes = 24000000000
+vram_Bps = 9e11
+ram_bytes = 32000000000
+ram_Bps = 4.5e10
+
+[[nodes]]
+name = "mini"
+ram_bytes = 16000000000
+ram_Bps = 6e10
+disk_bytes = 1000000000000
+disk_Bps = 3e9
+"""
+
+
+def test_the_file_of_the_documents_is_read() -> None:
+    cluster = parse_cluster(GOOD)
+    assert (cluster.rtt_s, cluster.bandwidth) == (0.0003, 1.25e8)
+    desktop, mini = cluster.machines
+    assert cluster.coordinator is desktop and not mini.coordinator
+    assert desktop.vram == Tier(24 * 10**9, 9e11) and desktop.disk is None
+    assert mini.vram is None and mini.disk == Tier(10**12, 3e9)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("coordinator = true", "", "coordinator = true on one node"),
+        ('name = "mini"', 'name = "mini"\ncoordinator = true', "on one alone"),
+        ('name = "mini"', 'name = "desktop"', "two nodes alike"),
+        ("ram_Bps = 6e10", "", "both ram_bytes and ram_Bps"),
+        ("ram_Bps = 6e10", "ram_Bps = -1", "must be a number above 0"),
+        ("ram_Bps = 6e10", "ram_Bps = nan", "must be a number above 0"),
+        ("ram_Bps = 6e10", "ram_Bps = 6e10\ncores = 4", "unknown key 'cores'"),
+        ("rtt_s = 0.0003", "", "rtt_s of"),
+        ("[link]", "[lnk]", "unknown key 'lnk'"),
+        ("[link]", "[link", "not valid TOML"),
+        ("ram_bytes = 32000000000\nram_Bps = 4.5e10", "", "gives the coordinator no ram_bytes"),
+    ],
+)
+def test_what_is_wrong_is_said(old: str, new: str, sentence: str) -> None:
+    assert old in GOOD
+    with pytest.raises(CoordinatorError, match=sentence):
+        parse_cluster(GOOD.replace(old, new))
+
+
+tiers = st.none() | st.builds(Tier, st.integers(1, 2**50), st.floats(1, 1e15))
+names = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_what_is_written_is_read_again(data: st.DataObject) -> None:
+    found = data.draw(st.lists(names, min_size=1, max_size=5, unique=True))
+    machines = [
+        Machine(
+            name,
+            number == 0,
+            data.draw(tiers),
+            Tier(data.draw(st.integers(1, 2**50)), 1e9) if number == 0 else data.draw(tiers),
+            data.draw(tiers),
+        )
+        for number, name in enumerate(found)
+    ]
+    cluster = Cluster(data.draw(st.floats(0, 1)), data.draw(st.floats(1, 1e12)), tuple(machines))
+    assert parse_cluster(to_toml(cluster)) == cluster
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=300))
+def test_any_text_gives_a_cluster_or_a_sentence(text: str) -> None:
+    with pytest.raises(CoordinatorError) as caught:
+        parse_cluster(text)
+    assert str(caught.value)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.toml"
+    cluster = parse_cluster(GOOD)
+    write_cluster(path, cluster)
+    assert read_cluster(path) == cluster
+    assert [file.name for file in tmp_path.iterdir()] == ["cluster.toml"]
+    with pytest.raises(CoordinatorError, match="can't be written"):
+        write_cluster(tmp_path / "nowhere" / "cluster.toml", cluster)
+    with pytest.raises(CoordinatorError, match="can't be read"):
+        read_cluster(tmp_path / "other.toml")

@@ -1,0 +1,202 @@
+"""Estimates: sizes as published, the arithmetic by hand, and what must always hold."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_cluster
+from moehive.coordinator.estimate.constants import (
+    COORDINATOR_BYTES,
+    HOP_S,
+    KERNEL_SHARES,
+    LAYER_S,
+    NODE_BYTES,
+    TOKEN_S,
+)
+from moehive.coordinator.estimate.estimate import estimate, in_all_formats
+from moehive.coordinator.estimate.geometries import MODELS, find_shape
+from moehive.coordinator.estimate.holding import hold
+from moehive.coordinator.estimate.model import Model, of_shape
+from moehive.coordinator.estimate.step import _distinct, decode_step
+from moehive.coordinator.types import CoordinatorError
+
+GB = 10**9
+BIG = Machine("big", coordinator=True, ram=Tier(2000 * GB, 100e9))
+
+
+def model(name: str = "qwen3-30b", format: str = "q4_0") -> Model:
+    return of_shape(name, MODELS[name], "bf16").in_format(format)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hub_id", "billions", "active"),
+    [
+        ("Qwen/Qwen3.5-397B-A17B", 397, 17),
+        ("Qwen/Qwen3.5-35B-A3B", 35, 3),
+        ("unsloth/Qwen3-30B-A3B-GGUF", 30.5, 3.3),
+        ("Qwen/Qwen3-235B-A22B-Instruct-2507", 235, 22),
+        ("Qwen/Qwen3-Next-80B-A3B-Instruct", 80, 3.9),
+        ("moonshotai/Kimi-K2-Instruct", 1026, 32),
+        ("deepseek-ai/DeepSeek-V3-0324", 671, 37),
+        ("deepseek-ai/DeepSeek-R1", 671, 37),
+        ("zai-org/GLM-4.5", 355, 32),
+        ("zai-org/GLM-4.5-Air-FP8", 106, 12),
+        ("openai/gpt-oss-120b", 117, 5.1),
+        ("openai/gpt-oss-20b", 21, 3.6),
+        ("mistralai/Mixtral-8x7B-Instruct-v0.1", 46.7, 12.9),
+        ("mistralai/Mixtral-8x22B-v0.1", 141, 39),
+    ],
+)
+def test_the_table_has_the_sizes_that_were_published(hub_id: str, billions: float, active: float) -> None:
+    found = find_shape(hub_id)
+    assert found is not None
+    known = of_shape(*found, "bf16")
+    assert known.weights / 1e9 == pytest.approx(billions, rel=0.015)
+    assert known.active_weights / 1e9 == pytest.approx(active, rel=0.16)  # publishers count the embedding or do not
+    assert known.total_bytes == pytest.approx(2 * known.weights, rel=0.01)
+
+
+def test_names_that_only_begin_like_a_known_one_are_not_taken_for_it() -> None:
+    assert find_shape("deepseek-ai/DeepSeek-V3.2") is None
+    assert find_shape("deepseek-ai/DeepSeek-R1-Distill-Llama-70B") is None
+    assert find_shape("someone/qwen3-30b-a3bx") is None
+    assert find_shape("meta-llama/Llama-3.1-8B") is None
+
+
+def test_one_machine_has_no_hop_and_reads_its_bytes() -> None:
+    known = model()
+    cluster = Cluster(0.01, 1e6, (BIG,))
+    step = decode_step(known, cluster, hold(known, cluster))
+    speed = 100e9 * KERNEL_SHARES["q4_0"]
+    assert step.hop_s == 0
+    assert step.experts_s == pytest.approx(known.active_expert_bytes / speed)
+    fixed = TOKEN_S + known.decoder_layers * LAYER_S
+    assert step.trunk_s == pytest.approx(fixed + known.trunk_bytes_a_token / speed)
+
+
+def test_each_layer_pays_the_round_trip() -> None:
+    known = model()
+    node = Machine("node", ram=Tier(200 * GB, 100e9))
+    small = replace(BIG, ram=Tier(known.trunk_bytes + 3 * GB, 100e9))  # no room for experts beside the trunk
+    near = Cluster(0.0, 1e12, (small, node))
+    far = replace(near, rtt_s=0.003)
+    placed = hold(known, near)
+    if placed.holdings[0].expert_bytes:  # what is left of 3 GB after the program and the cache
+        small = replace(small, ram=Tier(small.ram.nbytes - placed.holdings[0].expert_bytes, 100e9))  # type: ignore[union-attr]
+        near, far = replace(near, machines=(small, node)), replace(far, machines=(small, node))
+    times = [decode_step(known, c, hold(known, c)) for c in (near, far)]
+    assert times[1].hop_s - times[0].hop_s == pytest.approx(48 * 0.003, rel=1e-6)
+    assert times[0].hop_s == pytest.approx(48 * HOP_S, rel=1e-3)
+    found = estimate({"q4_0": known}, far)
+    assert any("Wi-Fi" in sentence and "48 layers" in sentence for sentence in found.warnings)
+    assert not estimate({"q4_0": known}, replace(far, rtt_s=0.0003)).warnings
+
+
+@pytest.mark.parametrize("batch", [1, 4, 16])
+def test_distinct_experts_are_what_chance_gives(batch: int) -> None:
+    layer = model("qwen3.5-35b").layers[0]
+    counts = _distinct(layer, [1, 1], batch)
+    expected = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** batch)
+    assert counts.sum(1).mean() == pytest.approx(expected, rel=0.03)
+    assert counts.sum(1).max() <= min(layer.experts, batch * layer.top_k)
+    if batch == 1:
+        assert (counts.sum(1) == layer.top_k).all()
+        assert counts.max(1).mean() > layer.top_k / 2  # the slowest of two has more than half
+
+
+machines = st.builds(
+    Machine,
+    st.just("m"),
+    st.just(False),
+    st.none() | st.builds(Tier, st.integers(1, 80 * GB), st.floats(1e11, 2e12)),
+    st.none() | st.builds(Tier, st.integers(1, 200 * GB), st.floats(5e9, 4e11)),
+    st.none() | st.builds(Tier, st.integers(1, 2000 * GB), st.floats(1e8, 7e9)),
+)
+clusters = st.builds(
+    lambda rtt, bandwidth, ram, others: Cluster(
+        rtt,
+        bandwidth,
+        (replace(BIG, ram=Tier(ram, 5e10)), *(replace(m, name=f"m{n}") for n, m in enumerate(others))),
+    ),
+    st.floats(0, 0.01), st.floats(1e6, 1e10), st.integers(GB, 300 * GB), st.lists(machines, max_size=5),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(clusters, st.sampled_from(["q4_k", "bf16", "mxfp4"]), st.sampled_from(["qwen3-30b", "kimi-k2"]))
+def test_bytes_are_conserved_and_no_memory_holds_more_than_it_has(cluster: Cluster, format: str, name: str) -> None:
+    known = model(name, format)
+    placed = hold(known, cluster)
+    held = sum(holding.expert_bytes for holding in placed.holdings)
+    assert held + placed.missing_bytes == pytest.approx(known.expert_bytes, abs=100)
+    for holding in placed.holdings:
+        tiers = holding.machine.tiers()
+        for tier, nbytes in holding.experts.items():
+            room = tiers[tier].nbytes
+            if tier == "ram":
+                used = holding.trunk_bytes + holding.kv_bytes + COORDINATOR_BYTES
+                room = max(0, room - (used if holding.machine.coordinator else NODE_BYTES))
+            assert nbytes <= room + 1
+    memory = sum(t.nbytes for m in cluster.machines for k, t in m.tiers().items() if k != "disk")
+    if placed.disk_bytes and memory > known.total_bytes + len(cluster.machines) * GB + placed.holdings[0].kv_bytes:
+        raise AssertionError("a disk is used though memory is left")
+    if held:
+        step = decode_step(known, cluster, placed)
+        assert step.seconds > 0
+        far = replace(cluster, rtt_s=cluster.rtt_s + 0.001)
+        assert decode_step(known, far, placed).seconds >= step.seconds
+
+
+def test_the_best_format_that_memory_holds_is_chosen() -> None:
+    models = in_all_formats(model())
+    room = replace(BIG, ram=Tier(24 * GB, 100e9))
+    found = estimate(models, Cluster(0.0, 1e9, (room,)))
+    beside = COORDINATOR_BYTES + found.placed.holdings[0].kv_bytes
+    wanted = next(name for name, known in models.items() if known.total_bytes + beside <= 24 * GB)
+    assert found.fits and found.model.format == wanted != "bf16"
+    assert estimate(models, Cluster(0.0, 1e9, (BIG,))).model.format == "bf16"
+    assert estimate(models, Cluster(0.0, 1e9, (BIG,)), budget=20 * GB).model.total_bytes <= 20 * GB
+    assert estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q2_k").model.format == "q2_k"
+    with pytest.raises(CoordinatorError, match="not to be had in q1_0"):
+        estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q1_0")
+
+
+def test_what_does_not_fit_says_what_is_missing_and_what_would_help() -> None:
+    models = in_all_formats(model("qwen3.5-397b"))
+    machines = (replace(BIG, ram=Tier(32 * GB, 5e10)), Machine("node", ram=Tier(96 * GB, 6e10)))
+    found = estimate(models, Cluster(0.0003, 1.25e8, machines))
+    assert not found.fits and found.model.format == "q2_k"
+    assert found.row()["missing_bytes"] > 0
+    assert any("does not fit" in sentence for sentence in found.warnings)
+    assert found.advice and found.advice[0].fits  # one more machine, or 32 GB more, does it
+    with_disk = (machines[0], replace(machines[1], disk=Tier(500 * GB, 3e9)))
+    slow = estimate(models, Cluster(0.0003, 1.25e8, with_disk))
+    assert slow.fits and slow.placed.disk_bytes > 0
+    assert any("lie on disks" in sentence for sentence in slow.warnings)
+    assert slow.decode_tokens_per_s < found.decode_tokens_per_s
+
+
+def test_the_command_needs_no_network(tmp_path: Path) -> None:
+    cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(64 * GB, 5e10)), Machine("n", ram=Tier(192 * GB, 6e10))))
+    write_cluster(tmp_path / "cluster.toml", cluster)
+    command = [sys.executable, "-m", "moehive.coordinator.cli.main", "estimate", "Qwen/Qwen3.5-397B-A17B"]
+    command += ["--cluster", str(tmp_path / "cluster.toml")]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "HTTPS_PROXY": "http://127.0.0.1:1"}
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, env=offline)
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert row.keys() >= {"fits", "total_bytes", "decode_tokens_per_s", "prefill_tokens_per_s", "load_s", "nodes"}
+    assert row["fits"] is True and row["format"] in ("q4_k", "mxfp4", "q4_0", "int4_g32")
+    assert sum(node["ram_bytes"] for node in row["nodes"]) == pytest.approx(row["expert_bytes"], abs=100)
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, env=offline)
+    assert told.returncode == 0 and "what would help" in told.stdout
+    command[-3] = "nobody/no-such-model"
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=120, env=offline)
+    assert refused.returncode == 1 and refused.stderr.startswith("moehive: nobody/no-such-model is no file")
