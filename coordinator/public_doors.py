@@ -16,6 +16,7 @@ from .serving.doors import Tls, is_loopback
 from .serving.generation import GenerationService
 from .serving.grpc_api import GrpcDoor, serve_grpc
 from .serving.http import HttpDoor, serve_http
+from .serving.journal import Journal
 from .serving.openai import openai_app
 from .settings import CoordinatorSettings
 from .types import CoordinatorError
@@ -53,7 +54,8 @@ class PublicDoors:
             def may_enter(key: str) -> bool:
                 return check_key(self._store, key) is not None
 
-        grpc_door: GrpcDoor = await serve_grpc(settings.host, settings.grpc_port, service, tls, may_enter)
+        journal = await asyncio.to_thread(Journal, settings.state_dir / "journal")
+        grpc_door: GrpcDoor = await serve_grpc(settings.host, settings.grpc_port, service, tls, may_enter, journal)
         self._cleanup.push_async_callback(grpc_door.stop)
         self.grpc_port = grpc_door.port
         app = openai_app(service, may_enter)

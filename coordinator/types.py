@@ -62,6 +62,7 @@ class GenerationRequest:
     max_tokens: int | None = None  # None: what the context leaves
     stop_tokens: frozenset[int] = frozenset()  # end-of-text ids
     logprobs: int = 0  # alternatives for each token; 0: no log-probabilities
+    forced: tuple[int, ...] = ()  # the answer's first tokens, which an earlier run of the same request has made
 
 
 class FinishReason(Enum):

@@ -124,7 +124,10 @@ class Engine:
         if sequence.prompt_left:
             return
         with timeline.current.span("sample"):
-            token = sequence.sampler.next(logits)
+            forced = sequence.request.forced
+            token = sequence.sampler.next(
+                logits, forced[sequence.generated] if sequence.generated < len(forced) else None
+            )
         sequence.publish(token)
         self._generated_tokens += 1
 

@@ -84,8 +84,11 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             self._counts = torch.zeros(vocab_size)
 
-    def next(self, logits: torch.Tensor) -> Token:
-        """The token after f32 logits [vocab]. Raises CoordinatorError when they are not numbers."""
+    def next(self, logits: torch.Tensor, forced: int | None = None) -> Token:
+        """The token after f32 logits [vocab]: `forced`, if given, as if it had been drawn.
+
+        Raises CoordinatorError when the logits are not numbers.
+        """
         logits = logits.detach().to("cpu", torch.float32)
         values = logits.numpy()
         best = int(values.argmax())  # of a NaN, if there is one
@@ -95,6 +98,8 @@ class Sampler:
                 "check the checkpoint and the nodes' logs."
             )
         chosen = best if self._greedy else self._choose(logits)
+        if forced is not None:
+            chosen = forced
         if self._seen is not None:
             self._seen[chosen] = True
         if self._counts is not None:

@@ -45,6 +45,7 @@ class TextRequest:
     stop: tuple[str, ...] = ()
     logprobs: int = 0
     ignore_eos: bool = False
+    forced: tuple[int, ...] = ()  # see GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +134,7 @@ class GenerationService:
             max_tokens=request.max_tokens,
             stop_tokens=frozenset() if request.ignore_eos else self.text.stop_tokens,
             logprobs=request.logprobs,
+            forced=request.forced,
         )
 
     async def _prompt(self, given: str | Chat | tuple[int, ...]) -> tuple[int, ...]:

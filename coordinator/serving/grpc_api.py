@@ -1,6 +1,9 @@
 """The client's gRPC door: translates, delegates, and turns errors into statuses. Bounds: proto/inference.proto."""
 
+import asyncio
+import hashlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -19,14 +22,23 @@ from moehive.proto.handshake import VERSION_KEY, software_version
 from ..types import CoordinatorError, InvalidRequest, NodeUnavailable, NoRoom, NotReady
 from . import grpc_messages
 from .doors import CheckKey, Tls, bearer_key, check_may_open
-from .generation import GenerationService, UnknownModel, new_request_id
+from .generation import GenerationService, Piece, UnknownModel, new_request_id
+from .journal import Entry, Journal
 
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 OURS = ((VERSION_KEY, software_version()),)  # metadata by which a client knows that it was we who refused, not gRPC
+TAKE_OVER_SECONDS = 10.0  # for a stream to end that its client has left
+
+
+class UnknownRequest(InvalidRequest):
+    """A client wants the rest of a text that nobody remembers."""
+
+
 STATUS_OF_ERROR = (  # the first class that an error belongs to
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (UnknownRequest, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (NoRoom, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (NodeUnavailable, grpc.StatusCode.UNAVAILABLE),
@@ -82,16 +94,72 @@ async def errors_as_status(context: Any) -> AsyncIterator[None]:
 class InferenceServicer(rpc.InferenceServicer):
     """moehive.inference.v1.Inference."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, journal: Journal | None) -> None:
+        """`journal` None: no request can be resumed."""
         self._service = service
+        self._journal = journal
+        self._running: dict[str, asyncio.Task[None]] = {}  # the streams of journaled requests
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Writes the stream itself, so that a client's going away closes the generation at once."""
-        wanted = grpc_messages.text_request(request)
-        wanted = replace(wanted, request_id=wanted.request_id or new_request_id())
+        request_id, received = request.request_id, request.resume_after
+        if self._journal is None or not request_id:
+            await self._stream(request, request_id or new_request_id(), None, 0, context)
+            return
+        owner = hashlib.sha256((bearer_key(_authorization(context)) or "").encode()).hexdigest()
+        entry = None
+        if request.HasField("resume_after"):
+            await self._take_over(request_id)
+            entry = self._journal.find(request_id, owner)
+            if entry is not None:
+                request = pb.GenerateRequest.FromString(entry.request)
+            elif received:
+                raise UnknownRequest("This request is not known here any more; send it anew.", "request_id")
+        if entry is None:
+            request.ClearField("resume_after")
+            if not request.sampling.HasField("seed"):
+                request.sampling.seed = secrets.randbits(63)
+            if request_id in self._running:
+                raise InvalidRequest("A generation with this request_id is running; choose another.", "request_id")
+            entry = self._journal.begin(request_id, owner, request.SerializeToString())
+        task = asyncio.current_task()
+        assert task is not None
+        self._running[request_id] = task
+        try:
+            await self._stream(request, request_id, entry, received, context)
+        except (InvalidRequest, NoRoom):
+            self._journal.drop(request_id)
+            raise
+        finally:
+            entry.close()
+            if self._running.get(request_id) is task:
+                del self._running[request_id]
+
+    async def _stream(
+        self, request: pb.GenerateRequest, request_id: str, entry: Entry | None, received: int, context: Any
+    ) -> None:
+        """Generates, writes each token down before it is sent, and sends those beyond the `received` first ones."""
+        wanted = replace(grpc_messages.text_request(request), request_id=request_id)
+        if entry is not None:
+            wanted = replace(wanted, forced=tuple(entry.tokens))
+        count = 0
         async with aclosing(self._service.generate(wanted)) as events:
             async for event in events:
-                await context.write(grpc_messages.generate_reply(wanted.request_id, event, self._service.text))
+                if isinstance(event, Piece) and event.tokens:
+                    for token in event.tokens:
+                        count += 1
+                        if entry is not None and count > len(entry.tokens):
+                            entry.add(token.id)
+                    if count <= received:
+                        continue
+                await context.write(grpc_messages.generate_reply(request_id, event, self._service.text))
+
+    async def _take_over(self, request_id: str) -> None:
+        """Ends a stream whose client has come back on another one."""
+        task = self._running.get(request_id)
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=TAKE_OVER_SECONDS)
 
     async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelReply:
         return pb.CancelReply(found=self._service.cancel(request.request_id))
@@ -119,6 +187,10 @@ class KeyInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc 
         if handler is None or is_health or self._check_key(bearer_key(metadata.get("authorization"))):
             return handler
         return _refusing(handler)
+
+
+def _authorization(context: Any) -> str | None:
+    return dict(context.invocation_metadata() or ()).get("authorization")
 
 
 def _refusing(handler: Any) -> Any:
@@ -150,9 +222,17 @@ class GrpcDoor:
 
 
 async def serve_grpc(
-    host: str, port: int, service: GenerationService, tls: Tls | None = None, check_key: CheckKey | None = None
+    host: str,
+    port: int,
+    service: GenerationService,
+    tls: Tls | None = None,
+    check_key: CheckKey | None = None,
+    journal: Journal | None = None,
 ) -> GrpcDoor:
     """Serves on host:port (0: any free one). `check_key` None lets everybody in, on loopback only.
+
+    `journal` keeps requests that have an id, so that their clients may come back for the rest.
+
 
     Raises CoordinatorError for an address that would be open to others, OSError with a sentence for a port in use.
     """
@@ -161,7 +241,7 @@ async def serve_grpc(
     server = grpc.aio.server(
         options=channel.options(channel.MAX_CLIENT_BYTES), interceptors=[*keys, ErrorInterceptor()]
     )
-    rpc.add_InferenceServicer_to_server(InferenceServicer(service), server)
+    rpc.add_InferenceServicer_to_server(InferenceServicer(service, journal), server)
     health_service = health.aio.HealthServicer()  # type: ignore[attr-defined]  # grpc_health has no types
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)  # type: ignore[no-untyped-call]
     for name in ("", SERVICE):

@@ -60,8 +60,8 @@ class Door:
     def run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
 
-    def serve(self, **options: Any) -> Any:
-        return self.run(serve_grpc("127.0.0.1", 0, self.service, **options))
+    def serve(self, port: int = 0, **options: Any) -> Any:
+        return self.run(serve_grpc("127.0.0.1", port, self.service, **options))
 
 
 @pytest.fixture
