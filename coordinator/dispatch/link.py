@@ -158,7 +158,6 @@ class Link:
             self._fail(f"Node {self.node} is unavailable; the request can be sent again once it is back.")
         else:
             assert waited is not None
-            waited._asyncio_future_blocking = False  # the protocol between a coroutine and what runs it
             waited.add_done_callback(partial(self._step, write))
 
     async def _watch(self) -> None:

@@ -63,10 +63,10 @@ def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: Owner) -
             places.setdefault(int(owner[expert]), []).append(place)
     shares: dict[int, Share] = {}
     for node in sorted(places):
-        pairs = places[node]
-        experts = np.array([ids[place] for place in pairs], dtype=np.uint32)
+        pairs = np.array(places[node], dtype=np.int64)
+        experts = np.array([ids[place] for place in places[node]], dtype=np.uint32)
         offsets = np.array([0, len(pairs)], dtype=np.uint32)
-        shares[node] = Share(_ONE, np.array(pairs, dtype=np.int64), Routing(offsets, experts, weights[pairs]))
+        shares[node] = Share(_ONE, pairs, Routing(offsets, experts, weights[pairs]))
     return shares
 
 
