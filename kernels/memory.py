@@ -4,7 +4,7 @@ import ctypes
 
 import torch
 
-from .native import NativeLibraryError, _library
+from .native import NativeLibraryError, library
 
 
 def read_memory(memory: torch.Tensor, threads: int) -> None:
@@ -12,7 +12,7 @@ def read_memory(memory: torch.Tensor, threads: int) -> None:
 
     Raises NativeLibraryError if the library is missing or can't start its threads.
     """
-    read = _library().moehive_read
+    read = library().moehive_read
     read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p)
     total = ctypes.c_uint64()
     if read(memory.data_ptr(), memory.nbytes, threads, ctypes.byref(total)) != 0:

@@ -55,26 +55,27 @@ def _describe(spec: ExpertSpec) -> _Spec:
 
 
 @functools.cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
+    """The native library, with the signatures of what this file calls. Raises NativeLibraryError."""
     path = files("moehive.kernels") / "libmoehive_kernels.so"
     try:
-        library = ctypes.CDLL(str(path))
-        abi = library.moehive_abi()
+        loaded = ctypes.CDLL(str(path))
+        abi = loaded.moehive_abi()
     except (OSError, AttributeError) as error:
         raise NativeLibraryError(f"The native library {path} can't be loaded: {error}.") from error
     if abi != _ABI:
         raise NativeLibraryError(f"The native library {path} is of another build; install moehive again.")
-    library.moehive_kernel.argtypes = (ctypes.c_int32,)
-    library.moehive_kernel.restype = ctypes.c_char_p
-    library.moehive_create.argtypes = (ctypes.c_char_p, ctypes.c_int32)
-    library.moehive_create.restype = ctypes.c_void_p
-    library.moehive_destroy.argtypes = (ctypes.c_void_p,)
-    library.moehive_destroy.restype = None
+    loaded.moehive_kernel.argtypes = (ctypes.c_int32,)
+    loaded.moehive_kernel.restype = ctypes.c_char_p
+    loaded.moehive_create.argtypes = (ctypes.c_char_p, ctypes.c_int32)
+    loaded.moehive_create.restype = ctypes.c_void_p
+    loaded.moehive_destroy.argtypes = (ctypes.c_void_p,)
+    loaded.moehive_destroy.restype = None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
-    library.moehive_experts.argtypes = (pointer, pointer, pointer, size, pointer, pointer, pointer, pointer)
-    library.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
-    library.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
-    return library
+    loaded.moehive_experts.argtypes = (pointer, pointer, pointer, size, pointer, pointer, pointer, pointer)
+    loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
+    loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
+    return loaded
 
 
 def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> None:
@@ -83,15 +84,14 @@ def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> N
     `rows` uint8 [rows, bytes of `blocks` blocks of the block format `fmt`], `out` uint8 [tensor_bytes], both
     contiguous. Raises NativeLibraryError.
     """
-    if _library().moehive_pack(FORMAT_NUMBERS[fmt], rows.data_ptr(), len(rows), blocks, out.data_ptr()) != 0:
+    if library().moehive_pack(FORMAT_NUMBERS[fmt], rows.data_ptr(), len(rows), blocks, out.data_ptr()) != 0:
         raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
 
 
 def kernels() -> list[str]:
     """Names of the kernels that this machine's processor can run, best first. Raises NativeLibraryError."""
-    library = _library()
     names: list[str] = []
-    while name := library.moehive_kernel(len(names)):
+    while name := library().moehive_kernel(len(names)):
         names.append(name.decode())
     return names
 
@@ -101,7 +101,7 @@ class NativeExperts:
 
     def __init__(self, kernel: str, threads: int) -> None:
         """`kernel` is one of `kernels()`. Raises NativeLibraryError."""
-        self._library = _library()
+        self._library = library()
         self._handle = self._library.moehive_create(kernel.encode(), threads)
         if not self._handle:
             raise NativeLibraryError(f"The native library can't start its kernel {kernel!r} with {threads} threads.")

@@ -11,21 +11,6 @@ namespace {
 
 using namespace moehive;
 
-// Those that this machine can run, best first.
-const Kernel* usable(int place) {
-#if defined(__x86_64__)
-  // Every processor with AVX2 and FMA has F16C too.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && __builtin_cpu_supports("avx512vnni") && place-- == 0) return &kAvx512Vnni;
-  if (avx512 && place-- == 0) return &kAvx512;
-  if (avx2 && place-- == 0) return &kAvx2;
-#elif defined(__aarch64__)
-  if (place-- == 0) return &kNeon;
-#endif
-  return place == 0 ? &kScalar : nullptr;
-}
-
 bool known(int32_t format) { return format >= 0 && format <= static_cast<int32_t>(Format::fp8_block); }
 
 bool sound(const MoehiveSpec& spec) {
@@ -47,14 +32,14 @@ MOEHIVE_API int32_t moehive_abi() { return 4; }
 
 // Names of the kernels that this machine can run, best first; null after the last.
 MOEHIVE_API const char* moehive_kernel(int32_t place) {
-  const Kernel* kernel = place < 0 ? nullptr : usable(place);
+  const Kernel* kernel = place < 0 ? nullptr : usable_kernel(place);
   return kernel ? kernel->name : nullptr;
 }
 
 // Null if there is no such kernel here, or no memory or threads. To be freed by moehive_destroy.
 MOEHIVE_API void* moehive_create(const char* name, int32_t threads) {
   if (threads < 1) return nullptr;
-  for (int place = 0; const Kernel* kernel = usable(place); ++place) {
+  for (int place = 0; const Kernel* kernel = usable_kernel(place); ++place) {
     if (std::strcmp(kernel->name, name) != 0) continue;
     try {
       return new Experts(*kernel, threads);

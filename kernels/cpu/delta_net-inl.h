@@ -25,12 +25,12 @@ void convolve(const MoehiveDeltaNet& layer, const MoehiveDeltaNetCall& call, int
       tap[j] = at < 0 ? state + (at + kept) * channels : x + at * layer.row;
     }
     int64_t c = 0;
-    for (; c + kEight <= count; c += kEight) {
-      F8 sum = {};
+    for (; c + kWidth <= count; c += kWidth) {
+      V sum = {};
       for (int64_t j = 0; j < taps; ++j) {
-        sum = fma8(load8(layer.conv + j * channels + channel + c), load8(tap[j] + c), sum);
+        sum = fma(load(layer.conv + j * channels + channel + c), load(tap[j] + c), sum);
       }
-      store8(out + t * channels + c, silu8(sum));
+      store(out + t * channels + c, silu(sum));
     }
     for (; c < count; ++c) {
       float sum = 0.0f;
@@ -61,31 +61,31 @@ inline float softplus(float x) { return x > 20.0f ? x : log1pf(expf(x)); }
 
 // Reads of a block of 16 values: sums of its rows weighted by the key and by the query.
 struct Reads {
-  F8 key[2], query[2];
+  V key[2], query[2];
 };
 
 // The state takes up token t and is read by the next, in one pass over its block: state = state * decay + key * delta.
 // With kUpdate or kRead off, only the other half. What is added in which order does not depend on the split, so
 // neither do the bits depend on how a prompt is cut into chunks.
 template <bool kUpdate, bool kRead>
-inline Reads pass(float* block, int64_t rows, float decay, const float* key, const F8* delta, const float* next_key,
+inline Reads pass(float* block, int64_t rows, float decay, const float* key, const V* delta, const float* next_key,
                   const float* next_query) {
   Reads reads = {};
   for (int64_t i = 0; i < rows; ++i) {
-    F8 low = load8(block + i * kBlock), high = load8(block + i * kBlock + kEight);
+    V low = load(block + i * kBlock), high = load(block + i * kBlock + kWidth);
     if constexpr (kUpdate) {
-      const F8 k = all8(key[i]), d = all8(decay);
-      low = fma8(k, delta[0], low * d);
-      high = fma8(k, delta[1], high * d);
-      store8(block + i * kBlock, low);
-      store8(block + i * kBlock + kEight, high);
+      const V k = same(key[i]), d = same(decay);
+      low = fma(k, delta[0], low * d);
+      high = fma(k, delta[1], high * d);
+      store(block + i * kBlock, low);
+      store(block + i * kBlock + kWidth, high);
     }
     if constexpr (kRead) {
-      const F8 k = all8(next_key[i]), q = all8(next_query[i]);
-      reads.key[0] = fma8(k, low, reads.key[0]);
-      reads.key[1] = fma8(k, high, reads.key[1]);
-      reads.query[0] = fma8(q, low, reads.query[0]);
-      reads.query[1] = fma8(q, high, reads.query[1]);
+      const V k = same(next_key[i]), q = same(next_query[i]);
+      reads.key[0] = fma(k, low, reads.key[0]);
+      reads.key[1] = fma(k, high, reads.key[1]);
+      reads.query[0] = fma(q, low, reads.query[0]);
+      reads.query[1] = fma(q, high, reads.query[1]);
     }
   }
   return reads;
@@ -96,8 +96,8 @@ inline void gated_norm(float* y, const float* z, const MoehiveDeltaNet& layer) {
   const int64_t n = layer.value_dim;
   const float scale = 1.0f / sqrtf(dot(y, y, n) / static_cast<float>(n) + layer.norm_eps);
   int64_t i = 0;
-  for (; i + kEight <= n; i += kEight) {
-    store8(y + i, load8(y + i) * scale * load8(layer.norm + i) * silu8(load8(z + i)));
+  for (; i + kWidth <= n; i += kWidth) {
+    store(y + i, load(y + i) * scale * load(layer.norm + i) * silu(load(z + i)));
   }
   for (; i < n; ++i) y[i] = y[i] * scale * layer.norm[i] * (z[i] / (1.0f + expf(-z[i])));
 }
@@ -133,10 +133,10 @@ void head(const MoehiveDeltaNet& layer, const MoehiveDeltaNetCall& call, int64_t
         alignas(64) float value[kBlock] = {}, out[kBlock];
         memcpy(value, call.mixed + (first + t) * channels + 2 * layer.key_heads * keys + number * values + at,
                width * sizeof(float));
-        F8 delta[2];
+        V delta[2];
         for (int half = 0; half < 2; ++half) {
-          delta[half] = (load8(value + half * kEight) - reads.key[half] * step.decay) * step.beta;
-          store8(out + half * kEight, fma8(delta[half], all8(step.key_query), reads.query[half] * step.decay));
+          delta[half] = (load(value + half * kWidth) - reads.key[half] * step.decay) * step.beta;
+          store(out + half * kWidth, fma(delta[half], same(step.key_query), reads.query[half] * step.decay));
         }
         memcpy(to + (first + t) * outs + at, out, width * sizeof(float));
         if (t + 1 < tokens) {

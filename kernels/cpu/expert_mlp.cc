@@ -135,7 +135,7 @@ void Experts::run(const Layer& layer) {
 
   // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
   const int64_t up_step = piece_rows(up_format, hidden), up_pieces = (middle + up_step - 1) / up_step;
-  pool_.run(static_cast<int64_t>(groups.size()) * up_pieces, [&](uint32_t item) {
+  pool_->run(static_cast<int64_t>(groups.size()) * up_pieces, [&](uint32_t item) {
     for_piece(groups, item, up_pieces, up_step, middle,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
@@ -165,14 +165,14 @@ void Experts::run(const Layer& layer) {
   });
 
   if (middle_bytes) {
-    pool_.run(count, [&](uint32_t i) {
+    pool_->run(count, [&](uint32_t i) {
       kernel_.quantize(middles + i * middle_stride, middle, quantized_middles + i * middle_bytes);
     });
   }
 
   // intermediate → hidden
   const int64_t down_step = piece_rows(down_format, middle), down_pieces = (hidden + down_step - 1) / down_step;
-  pool_.run(static_cast<int64_t>(groups.size()) * down_pieces, [&](uint32_t item) {
+  pool_->run(static_cast<int64_t>(groups.size()) * down_pieces, [&](uint32_t item) {
     for_piece(groups, item, down_pieces, down_step, hidden,
               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
                 alignas(64) float out[kMaxRows * kMaxTokens];
@@ -192,7 +192,7 @@ void Experts::run(const Layer& layer) {
   });
 
   if (spec.post_norm < 0) return;
-  pool_.run(count, [&](uint32_t i) {
+  pool_->run(count, [&](uint32_t i) {
     const Pair& pair = pairs[i];
     const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec.post_norm);
     normalize(layer.out + pair.pair * hidden, norm, hidden, spec.post_norm_eps, layer.weights[pair.pair]);

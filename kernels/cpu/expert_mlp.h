@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 
 #include "kernel.h"
@@ -56,13 +57,13 @@ class Scratch {
 
 class Experts {
  public:
-  Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(threads) {}
+  Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
   void run(const Layer& layer);  // throws std::bad_alloc; safe to call from several threads, which wait in line
 
  private:
   const Kernel& kernel_;
-  Pool pool_;
-  std::mutex mutex_;
+  std::shared_ptr<SharedPool> pool_;
+  std::mutex mutex_;  // of what follows
   Scratch inputs_, middles_, quantized_;
 };
 

@@ -59,4 +59,7 @@ extern const Kernel kAvx512Vnni;
 extern const Kernel kNeon;
 #endif
 
+// Those that this processor can run, best first; null after the last.
+const Kernel* usable_kernel(int place);
+
 }  // namespace moehive

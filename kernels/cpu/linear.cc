@@ -24,18 +24,6 @@ using namespace moehive;
 constexpr int64_t kPieceBytes = 64 << 10;  // as in expert_mlp.cc
 constexpr int64_t kMaxRows = 64, kMaxTokens = 32;
 
-const Kernel& best() {
-#if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kScalar;
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw")) return kAvx2;
-  return __builtin_cpu_supports("avx512vnni") ? kAvx512Vnni : kAvx512;
-#elif defined(__aarch64__)
-  return kNeon;
-#else
-  return kScalar;
-#endif
-}
-
 int64_t piece_rows(const MoehiveMatrix& m) {
   const int64_t group = rows_bytes(static_cast<Format>(m.format), kGroupRows, m.columns);
   const int64_t rows = kPieceBytes / group * kGroupRows;
@@ -118,7 +106,7 @@ MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, i
     pieces += (matrices[m].rows + piece_rows(matrices[m]) - 1) / piece_rows(matrices[m]);
   }
   try {
-    const Kernel& kernel = best();
+    static const Kernel& kernel = *usable_kernel(0);
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
       const Inputs inputs(kernel, x, tokens < kMaxTokens ? tokens : kMaxTokens, columns, floats, quantized);
       static_cast<Trunk*>(trunk)->each(pieces, inputs.tokens() * all_rows * columns, [&](int64_t item) {

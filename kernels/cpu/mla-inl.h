@@ -20,41 +20,36 @@ inline void rotate(float* to, const float* from, const float* cos, const float* 
 // to[t][0 .. 8 * kWide) = sum over n of x[t][n] * rows[n][...], for kTokens tokens: kWide * kTokens sums in registers.
 template <int kWide, int kTokens, class Stored>
 inline void combine(const Stored* rows, int64_t stride, int64_t count, const float* const* x, float* const* to) {
-  F8 sums[kTokens][kWide] = {};
+  V sums[kTokens][kWide] = {};
   for (int64_t n = 0; n < count; ++n) {
-    F8 wide[kWide];
+    V wide[kWide];
 #pragma GCC unroll 8
-    for (int w = 0; w < kWide; ++w) wide[w] = load8(rows + n * stride + w * kEight);
+    for (int w = 0; w < kWide; ++w) wide[w] = load(rows + n * stride + w * kWidth);
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
-      const F8 factor = all8(x[t][n]);
+      const V factor = same(x[t][n]);
 #pragma GCC unroll 8
-      for (int w = 0; w < kWide; ++w) sums[t][w] = fma8(factor, wide[w], sums[t][w]);
+      for (int w = 0; w < kWide; ++w) sums[t][w] = fma(factor, wide[w], sums[t][w]);
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t)
 #pragma GCC unroll 8
-    for (int w = 0; w < kWide; ++w) store8(to[t] + w * kEight, sums[t][w]);
+    for (int w = 0; w < kWide; ++w) store(to[t] + w * kWidth, sums[t][w]);
 }
 
 inline float widen(float x) { return x; }
-inline float widen(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
+inline float widen(uint16_t x) { return from_bf16(x); }
 
 // Columns column .. column + 8 * kWide of a head's matrix, for tokens that share it: first all of these columns become
 // floats that lie together, since rows that are a power of two apart would throw each other out of the first cache.
 template <int kWide, class Stored>
 inline void combine_panel(const Stored* rows, int64_t stride, int64_t count, const float* const* x, float* const* to,
                           int64_t tokens, int64_t column) {
-  alignas(64) float panel[kMaxNope * kWide * kEight];
+  alignas(64) float panel[kMaxNope * kWide * kWidth];
   for (int64_t n = 0; n < count; ++n)
     for (int64_t w = 0; w < kWide; ++w)
-      store8(panel + (n * kWide + w) * kEight, load8(rows + n * stride + column + w * kEight));
+      store(panel + (n * kWide + w) * kWidth, load(rows + n * stride + column + w * kWidth));
   for (int64_t t = 0; t < tokens; t += 4) {
     const float* from[4];
     float* out[4];
@@ -63,7 +58,7 @@ inline void combine_panel(const Stored* rows, int64_t stride, int64_t count, con
       from[i] = x[at];
       out[i] = to[at] + column;
     }
-    combine<kWide, 4>(panel, kWide * kEight, count, from, out);
+    combine<kWide, 4>(panel, kWide * kWidth, count, from, out);
   }
 }
 
@@ -81,12 +76,12 @@ void absorb_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head
   }
   int64_t c = 0;
   if (tokens == 1) {  // the rows come from memory: longer pieces of them
-    for (; c + 8 * kEight <= rank; c += 8 * kEight) {
+    for (; c + 8 * kWidth <= rank; c += 8 * kWidth) {
       float* shifted = to[0] + c;
       combine<8, 1>(rows + c, rank, layer.nope, x, &shifted);
     }
   }
-  for (; c + 2 * kEight <= rank; c += 2 * kEight) combine_panel<2>(rows, rank, layer.nope, x, to, tokens, c);
+  for (; c + 2 * kWidth <= rank; c += 2 * kWidth) combine_panel<2>(rows, rank, layer.nope, x, to, tokens, c);
   for (; c < rank; ++c) {
     for (int64_t t = 0; t < tokens; ++t) {
       float sum = 0.0f;
@@ -139,24 +134,24 @@ void append(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSe
 // scores[q][key] for a few queries with a few keys: eight sums in registers. A score's bits depend on nothing else.
 template <int kQueries, int kKeys, class Stored>
 inline void score(const float* const* query, const Stored* const* keys, int64_t n, float scale, float (*scores)[kPage]) {
-  F8 sums[kQueries][kKeys] = {};
+  V sums[kQueries][kKeys] = {};
   int64_t i = 0;
-  for (; i + kEight <= n; i += kEight) {
-    F8 wide[kKeys];
+  for (; i + kWidth <= n; i += kWidth) {
+    V wide[kKeys];
 #pragma GCC unroll 8
-    for (int k = 0; k < kKeys; ++k) wide[k] = load8(keys[k] + i);
+    for (int k = 0; k < kKeys; ++k) wide[k] = load(keys[k] + i);
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
-      const F8 part = load8(query[q] + i);
+      const V part = load(query[q] + i);
 #pragma GCC unroll 8
-      for (int k = 0; k < kKeys; ++k) sums[q][k] = fma8(part, wide[k], sums[q][k]);
+      for (int k = 0; k < kKeys; ++k) sums[q][k] = fma(part, wide[k], sums[q][k]);
     }
   }
 #pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
 #pragma GCC unroll 8
     for (int k = 0; k < kKeys; ++k) {
-      float total = sum8(sums[q][k]);
+      float total = sum(sums[q][k]);
       for (int64_t rest = i; rest < n; ++rest) total += query[q][rest] * widen(keys[k][rest]);
       scores[q][k] = total * scale;
     }
@@ -168,26 +163,26 @@ template <class Stored>
 inline void weigh(float (*sums)[kMaxRank], const float* fade, const float (*scores)[kPage],
                   const Stored* const* latents, int64_t keys, int64_t rank) {
   int64_t c = 0;
-  for (; c + 2 * kEight <= rank; c += 2 * kEight) {
-    F8 total[kHeadsTogether][2];
+  for (; c + 2 * kWidth <= rank; c += 2 * kWidth) {
+    V total[kHeadsTogether][2];
 #pragma GCC unroll 4
     for (int h = 0; h < kHeadsTogether; ++h) {
-      total[h][0] = load8(sums[h] + c) * fade[h];
-      total[h][1] = load8(sums[h] + c + kEight) * fade[h];
+      total[h][0] = load(sums[h] + c) * fade[h];
+      total[h][1] = load(sums[h] + c + kWidth) * fade[h];
     }
     for (int64_t key = 0; key < keys; ++key) {
-      const F8 low = load8(latents[key] + c), high = load8(latents[key] + c + kEight);
+      const V low = load(latents[key] + c), high = load(latents[key] + c + kWidth);
 #pragma GCC unroll 4
       for (int h = 0; h < kHeadsTogether; ++h) {
-        const F8 score = all8(scores[h][key]);
-        total[h][0] = fma8(score, low, total[h][0]);
-        total[h][1] = fma8(score, high, total[h][1]);
+        const V score = same(scores[h][key]);
+        total[h][0] = fma(score, low, total[h][0]);
+        total[h][1] = fma(score, high, total[h][1]);
       }
     }
 #pragma GCC unroll 4
     for (int h = 0; h < kHeadsTogether; ++h) {
-      store8(sums[h] + c, total[h][0]);
-      store8(sums[h] + c + kEight, total[h][1]);
+      store(sums[h] + c, total[h][0]);
+      store(sums[h] + c + kWidth, total[h][1]);
     }
   }
   for (; c < rank; ++c) {
@@ -232,14 +227,14 @@ void attend_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const Moehiv
       for (int64_t key = keys; key < kPage; ++key) scores[h][key] = -INFINITY;
       fade[h] = expf(top[h] - highest);
       top[h] = highest;
-      F8 added = {};
-      for (int64_t key = 0; key < kPage; key += kEight) {
-        const F8 weight = exp8(load8(scores[h] + key) - highest);
-        store8(scores[h] + key, weight);
+      V added = {};
+      for (int64_t key = 0; key < kPage; key += kWidth) {
+        const V weight = exponential(load(scores[h] + key) - highest);
+        store(scores[h] + key, weight);
         added += weight;
       }
-      for (int64_t key = keys; key < kPage; ++key) added[key % kEight] -= scores[h][key];
-      total[h] = total[h] * fade[h] + sum8(added);
+      for (int64_t key = keys; key < kPage; ++key) added[key % kWidth] -= scores[h][key];
+      total[h] = total[h] * fade[h] + sum(added);
     }
     weigh(sums, fade, scores, latents, keys, layer.rank);
   }

@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <map>
 
 namespace moehive {
 namespace {
@@ -150,6 +151,15 @@ bool Pool::watch() {
     if (waited >= longest || stop_.load(std::memory_order_relaxed)) return false;
     if (waited >= kSpin) std::this_thread::yield();
   }
+}
+
+std::shared_ptr<SharedPool> SharedPool::of(int threads) {
+  static std::mutex mutex;
+  static std::map<int, std::weak_ptr<SharedPool>> pools;
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::shared_ptr<SharedPool> pool = pools[threads].lock();
+  if (!pool) pools[threads] = pool = std::make_shared<SharedPool>(threads);
+  return pool;
 }
 
 void Pool::serve() {

@@ -5,8 +5,10 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace moehive {
@@ -25,7 +27,8 @@ class Pool {
 
   template <class Work>
   void run(int64_t items, Work&& work) {
-    run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<Work*>(self))(item); }, &work);
+    run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<std::remove_reference_t<Work>*>(self))(item); },
+        &work);
   }
 
  private:
@@ -52,6 +55,27 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
+};
+
+// The pool of this process with so many threads: all who compute here share it, for more threads than cores would take
+// each other's time. Jobs of several callers wait in line.
+class SharedPool {
+ public:
+  static std::shared_ptr<SharedPool> of(int threads);  // lives as long as someone holds it
+
+  explicit SharedPool(int threads) : pool_(threads), threads_(threads) {}
+
+  template <class Work>
+  void run(int64_t items, Work&& work) {
+    if (threads_ == 1) return pool_.run(items, work);  // on the caller's own thread: nobody is in the way
+    const std::lock_guard<std::mutex> lock(mutex_);
+    pool_.run(items, work);
+  }
+
+ private:
+  std::mutex mutex_;
+  Pool pool_;
+  const int threads_;
 };
 
 }  // namespace moehive

@@ -5,17 +5,12 @@
 #pragma once
 
 #include <math.h>
-#include <string.h>
 
 #include "trunk.h"
+#include "vec-inl.h"
 
 namespace moehive {
 namespace {
-
-typedef float V __attribute__((vector_size(kWidth * 4)));
-typedef int32_t I __attribute__((vector_size(kWidth * 4)));
-typedef uint32_t U __attribute__((vector_size(kWidth * 4)));
-typedef uint16_t H __attribute__((vector_size(kWidth * 2)));
 
 constexpr int kTile = 4;  // query rows at once: kTile * 2 sums in registers
 constexpr float kNone = -1e30f;
@@ -24,56 +19,8 @@ inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t padded_head(int64_t n) { return (n + 15) / 16 * 16; }
 
-inline V load(const float* at) {
-  V v;
-  memcpy(&v, at, sizeof v);
-  return v;
-}
-inline V load(const uint16_t* at) {
-  H h;
-  memcpy(&h, at, sizeof h);
-  return (V)(__builtin_convertvector(h, U) << 16);
-}
-inline void store(float* at, V v) { memcpy(at, &v, sizeof v); }
-inline V same(float x) { return x - V{}; }
-inline float sum(V v) {
-  float total = 0.0f;
-  for (int i = 0; i < kWidth; ++i) total += v[i];
-  return total;
-}
-
-inline uint16_t to_half(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-inline float from_half(uint16_t h) {
-  const uint32_t bits = static_cast<uint32_t>(h) << 16;
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
 inline void put(float* at, float x) { *at = x; }
-inline void put(uint16_t* at, float x) { *at = to_half(x); }
-
-// e^x for x <= 0 or so (Cephes' expf; relative error about 1e-7); 0 below -87.
-inline V exponential(V x) {
-  const V low = same(-87.0f), bounded = x > low ? x : low;
-  const V scaled = bounded * 1.44269504088896341f;
-  const I whole = __builtin_convertvector(scaled + (scaled < 0.0f ? same(-0.5f) : same(0.5f)), I);
-  const V n = __builtin_convertvector(whole, V);
-  const V r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-  V y = same(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const V power = (V)((whole + 127) << 23);
-  return x > low ? y * power : V{};
-}
+inline void put(uint16_t* at, float x) { *at = to_bf16(x); }
 
 inline float squares(const float* x, int64_t n) {
   V sums[2] = {};
@@ -99,7 +46,7 @@ void add_norm(const AddNorm& p, int64_t token) {
   float* hidden = p.hidden + token * n;
   if (p.add && p.add_half) {
     const uint16_t* add = static_cast<const uint16_t*>(p.add) + token * n;
-    for (int64_t i = 0; i < n; ++i) hidden[i] += from_half(add[i]);
+    for (int64_t i = 0; i < n; ++i) hidden[i] += from_bf16(add[i]);
   } else if (p.add) {
     const float* add = static_cast<const float*>(p.add) + token * n;
     for (int64_t i = 0; i < n; ++i) hidden[i] += add[i];
@@ -114,7 +61,7 @@ void add_norm(const AddNorm& p, int64_t token) {
   float* out = p.out + token * n;
   for (int64_t i = 0; i < n; ++i) out[i] = hidden[i] * factor * p.norm[i];
   if (p.half_out)
-    for (int64_t i = 0; i < n; ++i) p.half_out[token * n + i] = to_half(out[i]);
+    for (int64_t i = 0; i < n; ++i) p.half_out[token * n + i] = to_bf16(out[i]);
 }
 
 // Norm and rotation of one head, in place.
@@ -369,12 +316,8 @@ inline float activated(float x, int32_t activation) {
 
 void gate(const float* in, int64_t middle, int32_t activation, float* out) {
   int64_t i = 0;
-  if (activation == 0) {  // x / (1 + e^-x), from e^-|x| so that nothing overflows
-    for (; i + kWidth <= middle; i += kWidth) {
-      const V x = load(in + i), up = load(in + middle + i);
-      const V small = exponential(x < 0.0f ? x : -x);
-      store(out + i, x * (x < 0.0f ? small : same(1.0f)) / (small + 1.0f) * up);
-    }
+  if (activation == 0) {
+    for (; i + kWidth <= middle; i += kWidth) store(out + i, silu(load(in + i)) * load(in + middle + i));
   }
   for (; i < middle; ++i) out[i] = activated(in[i], activation) * in[middle + i];
 }

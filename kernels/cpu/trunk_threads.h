@@ -1,8 +1,8 @@
-// What a handle of moehive_trunk_create is: the trunk's threads, and the kernel chosen for this processor.
+// What a handle of moehive_trunk_create is: the process's threads, and the kernel chosen for this processor.
 #pragma once
 
 #include <cstdint>
-#include <mutex>
+#include <memory>
 
 #include "pool.h"
 #include "trunk.h"
@@ -14,7 +14,7 @@ constexpr int64_t kLongWork = 1 << 18;
 
 class Trunk {
  public:
-  Trunk(const TrunkKernel& kernel, int threads) : kernel_(kernel), pool_(threads) {}
+  Trunk(const TrunkKernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
 
   // run(i) for each i < items, on this thread alone if `work` (multiplications, in all) is little.
   template <class Work>
@@ -23,16 +23,14 @@ class Trunk {
       for (int64_t i = 0; i < items; ++i) run(i);
       return;
     }
-    const std::lock_guard<std::mutex> lock(mutex_);
-    pool_.run(items, [&](uint32_t i) { run(i); });
+    pool_->run(items, [&](uint32_t i) { run(i); });
   }
 
   const TrunkKernel& kernel() const { return kernel_; }
 
  private:
   const TrunkKernel& kernel_;
-  Pool pool_;
-  std::mutex mutex_;
+  std::shared_ptr<SharedPool> pool_;
 };
 
 }  // namespace moehive

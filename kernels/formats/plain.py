@@ -1,8 +1,11 @@
 """Formats that store each number by itself: f32, bf16, f16."""
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
+
+PLAIN_TYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)

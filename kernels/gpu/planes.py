@@ -23,13 +23,14 @@ from typing import Final
 
 import torch
 
+from ..formats.plain import PLAIN_TYPES
+
 ALIGNMENT: Final = 128  # bytes; what one warp loads at once
 
-_PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 _GROUP = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
 # Columns of one block: a row is padded to whole blocks, and a kernel's step is a multiple of the smaller ones.
 BLOCK_COLUMNS: Final = {
-    **dict.fromkeys(_PLAIN, 1),
+    **dict.fromkeys(PLAIN_TYPES, 1),
     **_GROUP,
     "fp8_block": 128,
     "mxfp4": 32,
@@ -73,8 +74,8 @@ def planes(fmt: str, rows: int, columns: int) -> Planes:
 
 def _plane_bytes(fmt: str, rows: int, columns: int) -> tuple[int, int, int, int]:
     numbers = rows * columns
-    if fmt in _PLAIN:
-        return numbers * _PLAIN[fmt].itemsize, 0, 0, 0
+    if fmt in PLAIN_TYPES:
+        return numbers * PLAIN_TYPES[fmt].itemsize, 0, 0, 0
     if fmt in _GROUP:
         groups = 4 * numbers // _GROUP[fmt]
         return numbers // 2, groups, groups, 0
@@ -117,8 +118,8 @@ _Four = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tens
 
 
 def _split(fmt: str, source: Mapping[str, torch.Tensor], place: Planes) -> _Four:
-    if fmt in _PLAIN:
-        return source["values"].to(_PLAIN[fmt]), None, None, None
+    if fmt in PLAIN_TYPES:
+        return source["values"].to(PLAIN_TYPES[fmt]), None, None, None
     if "rows" in source:
         return _FILE_TYPES[fmt](source["rows"])
     values = source["values"]

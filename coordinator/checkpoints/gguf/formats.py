@@ -6,6 +6,7 @@ from typing import get_args
 import torch
 
 from moehive.kernels.formats.file_rows import FILE_FORMATS, pack_file_rows
+from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import Format
 
@@ -21,7 +22,7 @@ class TensorType:
     @property
     def format(self) -> Format:
         """Our format of the same bits, or bf16 for a type that kernels do not compute in."""
-        rows_of_files = (*_PLAIN, *FILE_FORMATS)
+        rows_of_files = (*PLAIN_TYPES, *FILE_FORMATS)
         return next((known for known in get_args(Format) if known == self.name and known in rows_of_files), "bf16")
 
 
@@ -58,13 +59,12 @@ TYPES: dict[int, TensorType] = {
     35: TensorType("tq2_0", 256, 66),
     39: TensorType("mxfp4", 32, 17),
 }
-_PLAIN: dict[str, torch.dtype] = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def numbers(kind: TensorType, rows: torch.Tensor) -> torch.Tensor:
     """`rows`, uint8 [n, bytes of a row], as f32 [n, columns]."""
-    if kind.name in _PLAIN:
-        return rows.contiguous().view(_PLAIN[kind.name]).float()
+    if kind.name in PLAIN_TYPES:
+        return rows.contiguous().view(PLAIN_TYPES[kind.name]).float()
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 
@@ -78,7 +78,7 @@ def encode(kind: TensorType, rows: torch.Tensor, columns: int, format: Format, o
     """
     if kind.name != format:
         FORMATS[format].encode(numbers(kind, rows), out)
-    elif kind.name in _PLAIN:
+    elif kind.name in PLAIN_TYPES:
         out.view(rows.shape).copy_(rows)
     else:
         pack_file_rows(format, rows, columns, out)

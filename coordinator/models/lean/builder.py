@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.geometry import Activation
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
@@ -23,7 +24,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }  # a config's hidden_act → ours
-_PLAIN = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def head_dim_of(config: Any) -> int:
@@ -134,7 +134,7 @@ class Builder:
         if "lm_head.weight" in self.tensors and not self.config.tie_word_embeddings:
             return self.tensors.embedding(name), self.tensors.linear("lm_head.weight")
         head = self.tensors.linear(name)
-        dtype = _PLAIN.get(head.format)
+        dtype = PLAIN_TYPES.get(head.format)
         if dtype is None:
             return self.tensors.embedding(name), head
         table = head.blob[: head.rows * head.columns * dtype.itemsize].view(dtype).view(head.rows, head.columns)
