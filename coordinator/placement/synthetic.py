@@ -58,20 +58,25 @@ def cluster(name: str, experts: int, layers: int, expert_bytes: int, spare: floa
     )
 
 
-def trace(layers: int, experts: int, top_k: int, sequences: int, seed: int, drift: Sequence[float] = ()) -> Trace:
-    """`sequences` made-up sequences. `drift` has an entry for each: 0 to 1, how far its traffic is another one."""
-    random = np.random.default_rng(seed)
+def trace(
+    layers: int, experts: int, top_k: int, sequences: int, seed: int, drift: Sequence[float] = (), draw: int = 0
+) -> Trace:
+    """`sequences` made-up sequences of the traffic `seed`; another `draw` has other sequences of the same traffic.
+
+    `drift` has an entry for each sequence: 0 to 1, how far its traffic is another one.
+    """
+    world, random = np.random.default_rng(seed), np.random.default_rng([seed, draw])
     lengths = np.maximum(8, random.geometric(1 / MEAN_LENGTH, size=sequences))
     seq = np.repeat(np.arange(sequences, dtype=np.uint32), lengths)
     topic = random.integers(TOPICS, size=sequences)[seq]
     kind = np.minimum(random.zipf(1.4, size=len(seq)) - 1, CLASSES - 1)
-    along = np.asarray(drift or np.zeros(sequences))[seq]
+    along = (np.asarray(drift) if len(drift) else np.zeros(sequences))[seq]
     chosen = np.empty((layers, len(seq), top_k), dtype=np.uint16)
     for layer in range(layers):
-        popularity = -ZIPF * np.log(random.permutation(experts) + 1.0)
-        later = -ZIPF * np.log(random.permutation(experts) + 1.0)
-        by_topic = random.normal(0, TOPIC_SPREAD, size=(TOPICS, experts))
-        by_kind = random.normal(0, CLASS_SPREAD, size=(CLASSES, experts))
+        popularity = -ZIPF * np.log(world.permutation(experts) + 1.0)
+        later = -ZIPF * np.log(world.permutation(experts) + 1.0)
+        by_topic = world.normal(0, TOPIC_SPREAD, size=(TOPICS, experts))
+        by_kind = world.normal(0, CLASS_SPREAD, size=(CLASSES, experts))
         by_kind -= by_kind.mean(axis=0)  # a class says which, not how much: popularity is Zipf's
         for start in range(0, len(seq), 4096):
             part = slice(start, start + 4096)
