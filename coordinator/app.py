@@ -148,6 +148,7 @@ class Coordinator:
             advertise=settings.cluster_advertise,
             join_port=settings.join_port,
             cluster_port=settings.cluster_port,
+            busy=lambda: self.dispatcher.busy,
         )
         self._cleanup.push_async_callback(self._server.stop)
         self._cleanup.push_async_callback(follower.stop)

@@ -16,6 +16,7 @@ from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
 from moehive.proto.channel import bind, options, server_credentials
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
+from moehive.proto.pacing import Pace
 from moehive.proto.sd_notify import notify, watchdog_interval
 from moehive.proto.tensors import WireError
 
@@ -24,7 +25,7 @@ from .agent import Agent
 from .executor import Executor
 from .fetch import SliceLoader
 from .files import lock_folder
-from .footprint import forget_start
+from .footprint import forget_code_pages
 from .identity import NodeIdentity, obtain
 from .peers import PeerService
 from .service import ExpertsService
@@ -119,7 +120,7 @@ async def start(settings: Settings) -> Node:
     disk = settings.disk_bytes
     if disk is None:
         disk = await asyncio.to_thread(capacity.disk_for_experts, settings.state / "cache")
-    forget_start()
+    forget_code_pages()
     bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
     store = ExpertStore(memory, disk)
@@ -133,7 +134,7 @@ async def start(settings: Settings) -> Node:
         interceptors=[CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})], options=options()
     )
     experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
-    cluster_pb2_grpc.add_PeersServicer_to_server(PeerService(loader.file_of), server)
+    cluster_pb2_grpc.add_PeersServicer_to_server(PeerService(loader.file_of, Pace(lambda: service.busy)), server)
     try:
         port = bind(server, host, port, server_credentials(identity.current))
     except OSError as error:

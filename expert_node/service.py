@@ -7,6 +7,7 @@ costs more than the wait. What takes longer goes to a worker, so that heartbeats
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 from typing import Any, TypeAlias
 
 import grpc
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 LARGE_WORK = 100_000_000
 # Requests of one stream that the worker has or is yet to take; beyond it the stream is not read: the sender waits.
 MAX_WAITING = 8
+BUSY_SECONDS = 0.5  # after a request, copies to other nodes are still paced
 
 REDUCTIONS = {
     pb.REDUCTION_PARTIAL_SUM: Reduction.PARTIAL_SUM,
@@ -44,6 +46,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     def __init__(self, executor: Executor) -> None:
         self.draining = False
+        self._asked_at = 0.0  # seconds, monotonic clock
         self._executor = executor
         self._in_worker = 0  # requests that the worker has or is yet to take, of all streams
         # One: the kernels spread each request over their own threads.
@@ -60,6 +63,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         tasks: set[asyncio.Task[None]] = set()
         try:
             while (request := await context.read()) is not grpc.aio.EOF:
+                self._asked_at = monotonic()
                 hidden, routing = read_request(request)
                 likely = read_likely(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
@@ -85,6 +89,11 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
     def may_ask(self, context: Context) -> bool:
         """Whether the caller may have experts computed: the coordinator, by its certificate."""
         return COORDINATOR_NAME in peer_names(context)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests come in now."""
+        return monotonic() - self._asked_at < BUSY_SECONDS
 
     async def close(self) -> None:
         """Waits for the worker's request in hand and drops those that wait for it."""

@@ -1,6 +1,7 @@
 """Starts and stops the two internal doors and the membership behind them."""
 
 import asyncio
+from collections.abc import Callable
 
 import grpc
 import grpc.aio
@@ -8,6 +9,7 @@ import grpc.aio
 from moehive.proto import channel, cluster_pb2_grpc
 from moehive.proto.bounds import join_host_port
 from moehive.proto.interceptor import CallGuard
+from moehive.proto.pacing import Pace
 
 from ..checkpoints.slices import SliceMismatch, SliceSource
 from ..types import CoordinatorError
@@ -52,7 +54,9 @@ class ClusterServer:
         advertise: str,
         join_port: int,
         cluster_port: int,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`busy`: whether requests are being answered, so that experts are to be sent at leisure."""
         self.identity = authority.renewing(authority.issue_coordinator)
         self.join_port = join_port
         self.cluster_port = cluster_port
@@ -60,6 +64,7 @@ class ClusterServer:
         self._store = store
         self._membership = membership
         self._slices = slices
+        self._pace = Pace(busy)
         self.sources = Sources(lambda: membership.state, membership.manifest.nbytes)
         self._host = host
         self._advertise = advertise
@@ -84,7 +89,8 @@ class ClusterServer:
         self.join_port = channel.bind(join, self._host, self.join_port, credentials)
         await self._membership.start()
         cluster_pb2_grpc.add_ClusterServicer_to_server(
-            ClusterService(self._authority, self._store, self._membership, self._slices, self.sources), cluster
+            ClusterService(self._authority, self._store, self._membership, self._slices, self.sources, self._pace),
+            cluster,
         )
         address = join_host_port(self._advertise, self.cluster_port)
         cluster_pb2_grpc.add_EnrollmentServicer_to_server(

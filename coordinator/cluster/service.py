@@ -6,7 +6,6 @@ never who a message says.
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any, TypeAlias
 from urllib.parse import unquote
 
@@ -18,6 +17,7 @@ from moehive.kernels.manifest import to_bytes
 from moehive.proto import bounds, channel, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import BoundsError
+from moehive.proto.pacing import Pace
 
 from ..checkpoints.slices import SliceSource
 from ..types import LOCAL, CoordinatorError, NodeName
@@ -86,13 +86,20 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     """What nodes that are in the cluster ask and report."""
 
     def __init__(
-        self, authority: Authority, store: Store, membership: Membership, slices: SliceSource, sources: Sources
+        self,
+        authority: Authority,
+        store: Store,
+        membership: Membership,
+        slices: SliceSource,
+        sources: Sources,
+        pace: Pace,
     ) -> None:
         self._authority = authority
         self._store = store
         self._membership = membership
         self._slices = slices
         self._sources = sources
+        self._pace = pace
         self._manifest = to_bytes(membership.manifest)
 
     async def Attend(
@@ -117,9 +124,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
         """See checkpoints/slices.py."""
         self._caller(context)
-        async with aclosing(self._slices.stream(request)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        async for chunk in self._pace.chunks(self._slices.stream(request)):
+            yield chunk
 
     async def Locate(self, request: pb.LocateRequest, context: Context) -> pb.LocateReply:
         """See sources.py."""

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, Generator
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +93,12 @@ class _Sent:
             part.reply.cancel()  # those that are done stay as they are
 
 
-_Rows = tuple[Share, torch.Tensor]
+class _Rows(NamedTuple):
+    """What was computed of a share: [rows, hidden]."""
+
+    share: Share
+    values: torch.Tensor
+    node: NodeName | None  # None: this process
 
 
 class Dispatcher:
@@ -141,6 +146,11 @@ class Dispatcher:
     def lost(self) -> int:
         """Experts of the plan that no node can be asked for now."""
         return self._placed.lost if self._placed is not None else 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether layers are being asked for, of nodes that hold all of them."""
+        return self.lost == 0 and self._watch.active
 
     async def prepare(self, plan: Plan) -> None:
         """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
@@ -212,13 +222,13 @@ class Dispatcher:
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
-                parts.append((sent.here, self._here(sent, sent.here)))
+                parts.append(_Rows(sent.here, self._here(sent, sent.here), None))
         for part in sent.waiting:
             try:
                 with timeline.current.span("wait"):
                     answer = await part.reply
                 with timeline.current.span("read"):
-                    parts.append((part.share, self._values(part, sent.hidden, answer)))
+                    parts.append(_Rows(part.share, self._values(part, sent.hidden, answer), part.node))
             except NodeUnavailable as error:
                 self._failed(part, str(error))
                 failed.append(part.share)
@@ -263,32 +273,32 @@ class Dispatcher:
             self._ask(again, split(ids, sent.weights, self._owner(sent.layer, ids, avoid)))
             lost, again.lost = again.lost, []
             for share in lost:
-                parts += await self._last_resort(again, share, started + self._wait_seconds)
+                parts += await self._last_resort(again, share, avoid, started + self._wait_seconds)
             done, failed = await self._answers(again)
             parts += done
         self.longest_pause_s = max(self.longest_pause_s, loop.time() - started)
         return parts
 
-    async def _last_resort(self, sent: "_Sent", share: Share, deadline: float) -> list[_Rows]:
+    async def _last_resort(
+        self, sent: "_Sent", share: Share, avoid: Collection[NodeName], deadline: float
+    ) -> list[_Rows]:
         """Rows of experts that nobody can be asked for: read here, else asked for once somebody is back.
 
         Raises NodeUnavailable at `deadline`.
         """
         fallback = self._fallback
-        if fallback is not None:
-            at_once = fallback.experts_at_once(sent.layer)
+        if fallback is not None and (at_once := fallback.experts_at_once(sent.layer)) > 0:
             try:
-                return [
-                    (
-                        piece,
-                        await fallback.compute(sent.layer, _rows(sent.hidden, piece), piece.routing, self._reduction),
-                    )
-                    for piece in pieces(sent.ids, sent.weights, share, at_once)
-                ]
+                done: list[_Rows] = []
+                for piece in pieces(sent.ids, sent.weights, share, at_once):
+                    hidden = _rows(sent.hidden, piece)
+                    values = await fallback.compute(sent.layer, hidden, piece.routing, self._reduction)
+                    done.append(_Rows(piece, values, None))
+                return done
             except (CoordinatorError, OSError, MemoryError) as error:
                 log.warning("Experts of layer %d could not be read from the checkpoint: %s", sent.layer, error)
         assert self._placed is not None
-        while not self._placed.held_without(sent.layer, share.routing.experts, None):
+        while not self._placed.held_without(sent.layer, share.routing.experts, avoid):
             try:
                 async with asyncio.timeout_at(deadline):
                     await self._change()
@@ -298,36 +308,33 @@ class Dispatcher:
         return []
 
     async def _check(self, sent: "_Sent", parts: list[_Rows]) -> list[_Rows]:
-        """Rows that are not numbers are computed by somebody else; if theirs are, the node has lied."""
+        """Rows that are not numbers are computed by others; if theirs are, the nodes have lied."""
         if not bool(torch.isfinite(sent.hidden).all()):
             return parts  # what was asked was no number
-        checked: list[_Rows] = []
-        nodes = {id(part.share): part.node for part in sent.waiting}
-        for share, values in parts:
-            node = nodes.get(id(share))
-            if node is None or bool(torch.isfinite(values).all()):
-                checked.append((share, values))
-                continue
-            others = await self._recover(sent, [share], frozenset((node,)))
-            if all(bool(torch.isfinite(rows).all()) for _, rows in others):
+        suspects: frozenset[NodeName] = frozenset()
+        while damaged := [rows for rows in parts if rows.node is not None and not _is_finite(rows.values.float())]:
+            suspects |= {rows.node for rows in damaged if rows.node is not None}
+            parts = [rows for rows in parts if not any(rows is bad for bad in damaged)]
+            parts += await self._recover(sent, [rows.share for rows in damaged], suspects)
+        if all(_is_finite(rows.values.float()) for rows in parts):
+            for node in suspects:
                 self._lied(node, f"Node {node} answered values that are not numbers in layer {sent.layer}.")
-            checked += others
-        return checked
+        return parts
 
     def _add_up(self, parts: list[_Rows], sent: "_Sent") -> torch.Tensor:
         """f32 [tokens, hidden]."""
         (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
         if self._reduction is Reduction.PER_EXPERT:
             pairs = torch.zeros((tokens * k, size), dtype=torch.float32)
-            for share, values in parts:
+            for share, values, _ in parts:
                 pairs[torch.from_numpy(share.pairs)] = values.float()
             return pairs.view(tokens, k, size).sum(dim=1)
         rest = iter(parts)
-        if parts and len(parts[0][0].tokens) == tokens:
-            total = next(rest)[1].to(torch.float32, copy=True)  # a reply's own rows are not to be written to
+        if parts and len(parts[0].share.tokens) == tokens:
+            total = next(rest).values.to(torch.float32, copy=True)  # a reply's own rows are not to be written to
         else:
             total = torch.zeros((tokens, size), dtype=torch.float32)
-        for share, values in rest:
+        for share, values, _ in rest:
             if len(share.tokens) == tokens:
                 total += values
             else:
@@ -468,7 +475,7 @@ class Dispatcher:
             return
         now = asyncio.get_running_loop().time()
         placed = self._placed
-        elsewhere = placed is not None and placed.held_without(part.layer, part.share.routing.experts, part.node)
+        elsewhere = placed is not None and placed.held_without(part.layer, part.share.routing.experts, (part.node,))
         if not elsewhere and now < part.due + SILENT_SECONDS:
             return
         part.given_up = True

@@ -64,8 +64,7 @@ class Placed:
         shut = {i for i, name in enumerate(self.names) if name in avoid}
         return [next((n for n in nodes if n not in shut), LOST) for nodes in self.options(layer)]
 
-    def held_without(self, layer: int, experts: npt.NDArray[np.uint32], node: NodeName | None) -> bool:
-        """Whether each of `experts` can be asked for, of others than `node`."""
-        without = self.names.index(node) if node in self.names else LOST
-        options = self.options(layer)
-        return all(any(n != without for n in options[e]) for e in set(experts.tolist()))
+    def held_without(self, layer: int, experts: npt.NDArray[np.uint32], avoid: Collection[NodeName]) -> bool:
+        """Whether each of `experts` can be asked for, of others than `avoid`."""
+        owners = self.owners_but(layer, avoid)
+        return all(owners[expert] != LOST for expert in set(experts.tolist()))

@@ -36,6 +36,11 @@ class Watch:
         """Forgets `thing`, if it is still watched."""
         self._things.pop(id(thing), None)
 
+    @property
+    def active(self) -> bool:
+        """Whether anything was watched within the last TICK_SECONDS."""
+        return self._timer is not None
+
     def _arm(self, loop: asyncio.AbstractEventLoop) -> None:
         self._wake_at = loop.time() + TICK_SECONDS
         self._timer = loop.call_later(TICK_SECONDS, self._look, loop)

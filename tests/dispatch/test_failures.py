@@ -206,6 +206,26 @@ def test_without_a_replica_the_coordinator_reads_the_experts(room: int, behave: 
     asyncio.run(main())
 
 
+def test_two_liars_are_both_found() -> None:
+    async def main() -> None:
+        case = Case(BOTH, not_a_number, Reduction.PER_EXPERT, Fallback(MANIFEST, blob, 1 << 20, threads=1))
+        case.links[B].behave = not_a_number
+        assert torch.equal(await case.submit(7), await wanted(7, Reduction.PER_EXPERT))
+        assert {node for node, _ in case.lies} == {A, B}
+
+    asyncio.run(main())
+
+
+def test_a_liar_that_nobody_can_replace_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        case = Case(ONLY_A, not_a_number, Reduction.PARTIAL_SUM)
+        monkeypatch.setattr(case.dispatcher, "_wait_seconds", 0.2)
+        with pytest.raises(NodeUnavailable, match="Node a"):
+            await case.submit(1)
+
+    asyncio.run(main())
+
+
 def test_a_checkpoint_that_cant_be_read_makes_the_layer_wait_for_its_node() -> None:
     def unreadable(expert: ExpertId) -> torch.Tensor:
         raise OSError("The disk is gone.")
