@@ -4,6 +4,7 @@ import os
 import socket
 import threading
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
@@ -44,13 +45,44 @@ def test_what_passes_a_slow_link_is_unchanged() -> None:
 @pytest.mark.parametrize("link", ["loopback", str(hop.LINK)])
 def test_every_way_is_measured(link: str) -> None:
     rows = [hop.HopRow(nodes, 8192, tls, link) for nodes, tls in ((1, False), (2, True))]
+    rows.append(hop.HopRow(1, 8192, True, link, dtype="bfloat16", exact=True))
     with ExitStack() as stack:
         bench = hop._Bench(stack, 2)
         for row in rows:
             bench.measure(row, 4)
     for row in rows:
-        assert len(row.ours) == len(row.raw) == len(row.plain) == 4
+        assert len(row.ours) == len(row.compute) == len(row.raw) == len(row.plain) == 4
+        assert min(row.compute) > 0 and not row.eight_bit  # 8 KiB are not worth it
         figures = row.figures()
         assert 0 < figures["p50_us"] <= figures["p99_us"]
         if link != "loopback":  # twice the delay, at the least
             assert min(row.ours + row.raw + row.plain) >= 2 * hop.LINK.delay_s
+
+
+def test_the_summary_is_of_the_rows_that_it_names() -> None:
+    def row(seconds: float, *arguments: Any, compute: float = 0.0, **named: Any) -> hop.HopRow:
+        return hop.HopRow(*arguments, **named, ours=[seconds], compute=[compute], raw=[1e-3], plain=[4e-3])
+
+    small, large, slow = hop.PAYLOADS[0], hop.PAYLOADS[-1], str(hop.LINK)
+    rows = [
+        row(2e-3, 1, small, False, "loopback"),
+        row(3e-3, 1, small, True, "loopback"),
+        row(4e-3, 1, large, False, "loopback"),
+        row(5e-3, 1, small, True, slow),
+        row(6e-3, 4, small, True, slow),
+    ]
+    for dtype, exact, rounded in (("float32", 9e-3, 2e-3), ("bfloat16", 5e-3, 3e-3)):
+        rows.append(row(exact, 1, large, True, slow, dtype=dtype, exact=True, compute=1e-3))
+        rows.append(row(rounded, 1, large, True, slow, dtype=dtype, compute=1e-3))
+    assert hop.summary(rows) == pytest.approx(
+        {
+            "plain_ratio": 0.5,
+            "tls_ratio": 1.5,
+            "four_nodes_ratio": 1.2,
+            "raw_share_of_1_mib": 0.25,
+            "added_us_on_loopback": 2000,
+            "added_us_on_slow_link": 4000,
+            "prefill_gain_of_8_bits_float32": 10 / 3,
+            "prefill_gain_of_8_bits_bfloat16": 1.5,
+        }
+    )
