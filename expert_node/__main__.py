@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moehive.proto.malloc import keep_freed_memory
 
+from .footprint import share_one_heap
 from .settings import Settings, default_state, parse_listen, parse_size, read_token
 from .types import ConfigError, NodeError
 
@@ -85,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
         import uvloop
 
         keep_freed_memory()
+        share_one_heap()
         from .node import run
 
         uvloop.run(run(settings))

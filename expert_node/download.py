@@ -17,20 +17,20 @@ import torch
 
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
-from moehive.proto.bounds import MAX_FAULTS, BoundsError, check_chunk, check_hashes, check_located
+from moehive.proto.bounds import MAX_FAULTS, BoundsError, check_hashes, check_located
 from moehive.proto.chunks import chunk_data
 from moehive.proto.handshake import metadata
 
 from .backoff import Backoff
 from .cache import DiskCache, PartFile
 from .concurrency import all_of, in_thread
-from .peers import Peer, PeerChannels
+from .peers import Peer, SourceChannels
 from .types import NodeError
 from .uplink import Uplink, is_loopback
 
 log = logging.getLogger(__name__)
 
-STREAMS = 4  # batches at once: while one is located, opened or checked, the others fill the link
+STREAMS = 3  # batches at once: while one is located, opened or checked, the others fill the link
 BATCH_BYTES = 32 << 20  # a quarter of a second at 1 Gbit/s
 BATCH_EXPERTS = 256
 CHUNK_SECONDS = 60.0  # a coordinator that is silent for longer is asked again
@@ -77,7 +77,7 @@ class Download:
         self._uplink = uplink
         self._arrived = arrived
         self._progress = progress
-        self._peers = PeerChannels(uplink.identity)
+        self._sources = SourceChannels(uplink.identity, uplink.address)
         self._todo: deque[ExpertId] = deque()
         self._here: dict[ExpertId, int] = {}  # bytes of each expert
         self._bytes = 0  # of all
@@ -92,7 +92,7 @@ class Download:
         try:
             await all_of(self._work() for _ in range(STREAMS))
         finally:
-            await self._peers.close()
+            await self._sources.close()
 
     async def _work(self) -> None:
         """Fetches batch after batch; what could not be had goes back to the front."""
@@ -149,13 +149,13 @@ class Download:
             request.experts.add(layer=layer, expert=expert)
         for name, (layer, expert) in faults:
             request.faults.add(node_name=name, layer=layer, expert=expert)
-        reply = await self._uplink.stub().Locate(request, metadata=metadata(), timeout=CHUNK_SECONDS)
+        reply = await self._sources.coordinator().Locate(request, metadata=metadata(), timeout=CHUNK_SECONDS)
         check_located(reply, len(batch))
         peers = [None, *(Peer(peer.node_name, peer.address) for peer in reply.peers)]
         return [peers[number] for number in reply.sources]
 
     async def _from_coordinator(self, experts: list[ExpertId]) -> None:
-        call = self._uplink.stub().FetchSlice
+        call = self._sources.coordinator().FetchSlice
         async for expert, part, digest in self._stream(call, experts, CHUNK_SECONDS, self._uplink.address):
             if part.sha256 != digest.hex():
                 self._drop(expert, part)
@@ -167,7 +167,7 @@ class Download:
         """Gets what it can; a node that fails is avoided from here on. Raises what the coordinator's call raises."""
         whole: list[tuple[ExpertId, PartFile]] = []
         try:
-            call = self._peers.stub(peer).FetchSlice
+            call = self._sources.peer(peer).FetchSlice
             async for expert, part, _ in self._stream(call, experts, PEER_SECONDS, peer.address):
                 whole.append((expert, part))
         except grpc.aio.AioRpcError as error:
@@ -181,7 +181,7 @@ class Download:
         request = pb.HashRequest(fingerprint=self._manifest.fingerprint)
         for (layer, number), _ in whole:
             request.experts.add(layer=layer, expert=number)
-        reply = await self._uplink.stub().HashExperts(request, metadata=metadata(), timeout=CHUNK_SECONDS)
+        reply = await self._sources.coordinator().HashExperts(request, metadata=metadata(), timeout=CHUNK_SECONDS)
         check_hashes(reply, len(whole))
         for (expert, part), digest in zip(whole, reply.sha256, strict=True):
             if part.sha256 == digest.hex():
@@ -249,10 +249,10 @@ def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -
     """Checks the next chunk and appends it. Raises BadAnswer, BoundsError and CacheError."""
     if (chunk.layer, chunk.expert, chunk.offset, chunk.total_bytes) != (*expert, part.offset, nbytes):
         raise BadAnswer(f"These are not the bytes of {_words(expert)} that were asked for.")
-    check_chunk(chunk)
-    if not chunk.data:
+    data = chunk_data(chunk)
+    if not data:
         raise BadAnswer(f"A chunk of {_words(expert)} is empty.")
-    part.append(chunk_data(chunk))
+    part.append(data)
 
 
 def _words(expert: ExpertId) -> str:

@@ -20,6 +20,7 @@ from moehive.proto import cluster_pb2 as pb
 from .cache import DiskCache
 from .concurrency import all_of, in_thread
 from .download import Download, SliceError
+from .footprint import forget_code_pages
 from .store import ExpertStore
 from .uplink import Uplink
 
@@ -85,6 +86,7 @@ class SliceLoader:
             return
         cache = self._cache = await in_thread(DiskCache, self._cache_root, manifest.fingerprint, self._cache)
         self._coming.update(missing)
+        forget_code_pages()
         try:
             cached = [expert for expert in missing if expert in cache]
             if cached:

@@ -105,7 +105,7 @@ async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) ->
             zstd = may_compress and await asyncio.to_thread(worth_compressing, view)
             expert = (want.layer, want.expert)
             for span in spans(want.offset, len(view), _AHEAD_BYTES):
-                for chunk in await asyncio.to_thread(make_chunks, expert, view, span, digest, zstd):
+                for chunk, _ in await asyncio.to_thread(make_chunks, expert, view, span, digest, zstd):
                     yield chunk
         finally:
             view.release()

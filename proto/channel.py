@@ -52,11 +52,18 @@ def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
     ]
 
 
-def open_channel(address: str, identity: Identity, server_name: str) -> grpc.aio.Channel:
-    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`."""
+def open_channel(
+    address: str, identity: Identity, server_name: str, window_bytes: int | None = None
+) -> grpc.aio.Channel:
+    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`.
+
+    `window_bytes`: what a stream of it may hold that nobody has read yet; None: gRPC finds out, and may take much.
+    """
     credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.chain_pem)
-    override = [("grpc.ssl_target_name_override", server_name)]
-    return grpc.aio.secure_channel(address, credentials, options=options() + override)
+    more: list[tuple[str, int | str]] = [("grpc.ssl_target_name_override", server_name)]
+    if window_bytes is not None:
+        more += [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window_bytes)]
+    return grpc.aio.secure_channel(address, credentials, options=options() + more)
 
 
 def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) -> grpc.ServerCredentials:

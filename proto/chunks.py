@@ -5,12 +5,12 @@ before it is used. Hashing each chunk as well took longer than the transport (0.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import zstandard
 
 from . import cluster_pb2 as pb
-from .bounds import MAX_CHUNK_BYTES, BoundsError
+from .bounds import MAX_CHUNK_BYTES, BoundsError, check_chunk
 
 WORTH = 0.95  # a sample that zstd does not make smaller than this share of it is sent as it is
 _LEVEL = 1  # some 500 MB/s on one core, several times a home network
@@ -27,8 +27,11 @@ def worth_compressing(data: memoryview) -> bool:
 
 def make_chunks(
     expert: tuple[int, int], data: memoryview, span: tuple[int, int], sha256: bytes, zstd: bool
-) -> Sequence[pb.SliceChunk]:
-    """The chunks of bytes [start, end) of an expert (layer, number) whose bytes are `data`; one, empty, of none."""
+) -> list[tuple[pb.SliceChunk, int]]:
+    """The chunks of bytes [start, end) of an expert (layer, number) whose bytes are `data`; one, empty, of none.
+
+    Each comes with the bytes that it sends.
+    """
     start, end = span
     starts = range(start, end, MAX_CHUNK_BYTES) or (start,)
     return [_chunk(expert, data, at, min(at + MAX_CHUNK_BYTES, end), sha256, zstd) for at in starts]
@@ -41,14 +44,15 @@ def spans(offset: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
 
 
 def chunk_data(chunk: pb.SliceChunk) -> bytes:
-    """The expert's bytes in a chunk that is within its bounds. Raises BoundsError when it does not decompress."""
+    """The expert's bytes in a chunk. Raises BoundsError for one out of its bounds, or that does not decompress."""
+    data = check_chunk(chunk)
     if not chunk.zstd_bytes:
-        return chunk.data
+        return data
     try:
         # The frame's own word on its size is what the decompressor would allocate.
-        if zstandard.get_frame_parameters(chunk.data).content_size != chunk.zstd_bytes:
+        if zstandard.get_frame_parameters(data).content_size != chunk.zstd_bytes:
             raise BoundsError("A compressed chunk is not of the size that it names.")
-        return zstandard.ZstdDecompressor(max_window_size=2 * MAX_CHUNK_BYTES).decompress(chunk.data)
+        return zstandard.ZstdDecompressor(max_window_size=2 * MAX_CHUNK_BYTES).decompress(data)
     except zstandard.ZstdError as error:
         raise BoundsError("A compressed chunk does not decompress.") from error
 
@@ -59,15 +63,20 @@ def sha256_of(data: memoryview) -> bytes:
 
 
 def _chunk(
-    expert: tuple[int, int], data: memoryview, start: int, end: int, sha256: bytes, zstd: bool
-) -> pb.SliceChunk:
-    layer, number = expert
-    plain = bytes(data[start:end])
-    chunk = pb.SliceChunk(layer=layer, expert=number, offset=start, total_bytes=len(data), data=plain)
-    if zstd and plain:
-        packed = zstandard.ZstdCompressor(level=_LEVEL).compress(plain)
-        if len(packed) < len(plain):
-            chunk.data, chunk.zstd_bytes = packed, len(plain)
-    if end == len(data):
-        chunk.expert_sha256 = sha256
-    return chunk
+    expert: tuple[int, int], whole: memoryview, start: int, end: int, sha256: bytes, zstd: bool
+) -> tuple[pb.SliceChunk, int]:
+    data, zstd_bytes = bytes(whole[start:end]), 0
+    if zstd and data:
+        packed = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
+        if len(packed) < len(data):
+            data, zstd_bytes = packed, len(data)
+    chunk = pb.SliceChunk(
+        layer=expert[0],
+        expert=expert[1],
+        offset=start,
+        total_bytes=len(whole),
+        data=data,
+        zstd_bytes=zstd_bytes,
+        expert_sha256=sha256 if end == len(whole) else b"",
+    )
+    return chunk, len(data)

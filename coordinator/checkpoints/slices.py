@@ -57,8 +57,8 @@ class SliceSource:
             async with self._slots:
                 blob, digest, zstd = await asyncio.to_thread(self._read, expert, request.zstd)
                 for span in spans(offset, len(blob), _AHEAD_BYTES):
-                    for chunk in await asyncio.to_thread(make_chunks, expert, blob, span, digest, zstd):
-                        self.bytes_sent += len(chunk.data)
+                    for chunk, nbytes in await asyncio.to_thread(make_chunks, expert, blob, span, digest, zstd):
+                        self.bytes_sent += nbytes
                         yield chunk
 
     async def hashes(self, request: pb.HashRequest) -> list[bytes]:
