@@ -10,11 +10,14 @@ from . import (
     bench_chaos,
     bench_convert,
     bench_decode,
+    bench_estimate,
     bench_fetch,
     bench_plan,
+    bench_tiers,
     cluster,
     demo,
     estimate,
+    models,
     packs,
     plan,
     serve,
@@ -50,6 +53,8 @@ app.command(
 app.command("plan")(plan.plan)
 app.command("token")(cluster.token)
 app.command("estimate")(estimate.estimate)
+app.command("pull")(models.pull)
+app.command("models")(models.models)
 app.command("convert")(packs.convert)
 app.command("verify")(packs.verify)
 app.add_typer(keys, name="key")
@@ -59,11 +64,13 @@ benches.command("fairness")(bench.fairness)
 benches.command("experts")(bench.experts)
 benches.command("hop")(bench.hop)
 benches.command("trunk")(bench.trunk)
+benches.command("tiers")(bench_tiers.tiers)
 benches.command("fetch")(bench_fetch.fetch)
 benches.command("plan")(bench_plan.plan)
 benches.command("decode")(bench_decode.decode)
 benches.command("chaos")(bench_chaos.chaos)
 benches.command("convert")(bench_convert.convert)
+benches.command("estimate")(bench_estimate.estimate)
 keys.command("new")(cluster.new_key)
 keys.command("list")(cluster.list_keys)
 keys.command("revoke")(cluster.revoke_key)

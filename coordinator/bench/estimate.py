@@ -1,0 +1,104 @@
+"""`moehive bench estimate`: what `moehive estimate` says of this machine's clusters, and what they then do.
+
+For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
+model's), a coordinator and nodes on this machine, each with one thread. The speeds that the estimate is given are
+those that as many threads as work at once read at, measured just before.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..estimate.cluster import Cluster, Machine, Tier
+from ..estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
+from ..estimate.geometries import GEOMETRIES, VOCABULARY
+from ..estimate.holding import hold
+from ..estimate.model import Model, check_format, of_shape
+from ..estimate.step import decode_step, prefill_rate
+from ..estimate.this_machine import read_speed
+from ..types import CoordinatorError
+from .decode import DecodeSettings, measure_decode
+from .random_model import RandomModel, random_model
+
+FORMATS = ("q8_0", "q4_k")
+# Layers and experts of each: all kinds of layers, and files below 1 GB.
+SIZES = {"qwen3.5-35b": (8, 16), "qwen3.5-397b": (4, 12), "qwen3-30b": (6, 16), "kimi-k2": (2, 8)}
+NODES = 2
+_PLENTY = 1 << 45  # bytes: the nodes hold everything
+_LOOPBACK_BANDWIDTH = 2e9  # bytes a second; small messages do not feel it
+
+
+def measure_estimate(
+    state_dir: Path, geometries: Sequence[str], quick: bool, progress: Callable[[str], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """A row for each shape and format; `quick`: shorter texts. Raises CoordinatorError, OSError."""
+    unknown = sorted(set(geometries) - SIZES.keys())
+    if unknown:
+        raise CoordinatorError(f"Unknown geometry {unknown[0]!r}; known are {', '.join(SIZES)}.")
+    rows = []
+    for geometry in geometries or SIZES:
+        layers, experts = SIZES[geometry]
+        for format in FORMATS:
+            progress(f"{geometry} {format}")
+            wanted = RandomModel(geometry=geometry, format=format, layers=layers, experts=experts)
+            path = random_model(wanted, state_dir / "bench" / "models")
+            shape = GEOMETRIES[geometry]
+            model = of_shape(geometry, shape, check_format(format), layers, experts, VOCABULARY)
+            rows.append(_row(model, path, state_dir, quick))
+    return rows
+
+
+def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
+    alone, together = read_speed(1), read_speed(NODES) / NODES
+    cluster = _cluster(model, alone, together)
+    placed = hold(model, cluster)
+    step = decode_step(model, cluster, placed)
+    measured = measure_decode(
+        DecodeSettings(
+            model=path,
+            state_dir=state_dir,
+            nodes=NODES,
+            trunk_threads=1,
+            prompt=32 if quick else 128,
+            tokens=16 if quick else 64,
+            rounds=1 if quick else 3,
+        )
+    )
+    token_s = 1 / measured.decode_tokens_per_s
+    return {
+        "geometry": model.name,
+        "format": model.format,
+        "layers": model.decoder_layers,
+        "estimated_tokens_per_s": 1 / step.seconds,
+        "measured_tokens_per_s": measured.decode_tokens_per_s,
+        "ratio": 1 / step.seconds / measured.decode_tokens_per_s,
+        "estimated_trunk_ms": step.trunk_s * 1e3,
+        "measured_trunk_ms": measured.trunk_share * token_s * 1e3,
+        "estimated_experts_and_hop_ms": (step.experts_s + step.hop_s) * 1e3,
+        "measured_experts_and_hop_ms": (1 - measured.trunk_share) * token_s * 1e3,
+        "measured_experts_ms": measured.experts_ms,
+        # The constants of coordinator/estimate/constants.py with which this row would have been met.
+        "fitting_layer_s": _fitting(step.trunk_s, measured.trunk_share * token_s, model.decoder_layers, "LAYER_S"),
+        "fitting_hop_s": _fitting(
+            step.experts_s + step.hop_s, (1 - measured.trunk_share) * token_s, len(model.layers), "HOP_S"
+        ),
+        "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed),
+        "measured_prefill_tokens_per_s": measured.prefill_tokens_per_s,
+        "read_Bps_alone": alone,
+        "read_Bps_together": together,
+    }
+
+
+def _cluster(model: Model, alone: float, together: float) -> Cluster:
+    """As `bench decode` starts it: the coordinator keeps no experts."""
+    kv = CONTEXT_TOKENS * model.kv_bytes_a_token
+    own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, alone)
+    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, together)) for n in range(NODES))
+    return Cluster(0.0, _LOOPBACK_BANDWIDTH, (Machine("coordinator", coordinator=True, ram=own), *nodes))
+
+
+def _fitting(estimated: float, measured: float, times: int, constant: str) -> float:
+    from ..estimate import constants
+
+    used: float = getattr(constants, constant)
+    return used + (measured - estimated) / times
