@@ -34,6 +34,7 @@ from .placed import LOST, Placed
 from .replicas import choose
 from .routing import Owner, Share, only, pieces, split
 from .speeds import FEW_TOKENS, Speeds
+from .statistics import RoutingStatistics
 from .tiers import TierView
 from .watch import Due, Watch
 
@@ -132,6 +133,7 @@ class Dispatcher:
         self._speeds = Speeds()
         self._watch = Watch(self._late)
         self._uses = [np.zeros(layer.experts, dtype=np.int64) for layer in manifest.layers]  # tokens, by expert
+        self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         self._step = 0
         self._waiters: set[asyncio.Future[None]] = set()
         self.counters: dict[NodeName, NodeCounters] = {}
@@ -201,6 +203,7 @@ class Dispatcher:
         self._ask(sent, split(numbers, factors, self._owner(layer, numbers)))
         self.tiers.sent()
         self._count(layer, numbers)  # while the nodes work
+        self.statistics.note(layer, numbers)
         return sent
 
     async def _collect(self, sent: "_Sent") -> torch.Tensor:

@@ -18,6 +18,7 @@ from functools import partial
 import torch
 
 from .. import timeline
+from ..dispatch.statistics import Pass, passing
 from ..models.base import ExpertBackend, SequenceInput, Trunk
 from .micro_batches import MicroBatches
 
@@ -65,6 +66,7 @@ class Batches:
             raise
 
     async def _pass(self, batch: list[SequenceInput]) -> list[torch.Tensor]:
+        passing.set(Pass([(id(one.cache), len(one.tokens)) for one in batch]))  # of this task
         if not timeline.current.on:
             return await self._trunk.forward(batch, self._experts)
         tokens = sum(len(one.tokens) for one in batch)
