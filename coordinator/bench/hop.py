@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,8 +103,8 @@ def summary(rows: list[HopRow]) -> dict[str, float]:
     return figures
 
 
-def measure_hop(quick: bool) -> list[HopRow]:
-    """All rows; `quick`: fewer sizes, nodes and rounds. Raises CoordinatorError."""
+def measure_hop(quick: bool, report: Callable[[float], None]) -> list[HopRow]:
+    """All rows; `quick`: fewer sizes, nodes and rounds. `report` hears what part is done. Raises CoordinatorError."""
     payloads = (PAYLOADS[0], PAYLOADS[-1]) if quick else PAYLOADS
     nodes = (1, 4) if quick else NODES
     rounds = 3 if quick else 10
@@ -122,8 +123,9 @@ def measure_hop(quick: bool) -> list[HopRow]:
             bench.measure(row, 3)
             for times in (row.ours, row.compute, row.raw, row.plain):
                 times.clear()  # that was to warm up
-        for _ in range(rounds):
-            for row in rows:
+        for number in range(rounds):
+            for place, row in enumerate(rows):
+                report((number + place / len(rows)) / rounds)
                 bench.measure(row, max(5, min(50, (4 << 20) // row.payload_bytes // row.nodes)))
     return rows
 

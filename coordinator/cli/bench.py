@@ -64,13 +64,18 @@ def hop(
     as_json: Json = False,
 ) -> None:
     """One layer's way to the nodes and back, beside an echo of the same bytes over TCP and over plain gRPC."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from ..bench.hop import measure_hop, summary
     from ..demo.build import is_built
 
     demo = state_dir / "demo" / "smollm2-135m-moe"
     if model is None and not quick and is_built(demo):
         model = str(demo)
-    rows = measure_hop(quick)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("The hop", total=1.0)
+        rows = measure_hop(quick, lambda done: progress.update(task, completed=done))
     figures: dict[str, Any] = {**summary(rows)}
     if model is not None:
         from ..bench.rounding import measure_rounding
