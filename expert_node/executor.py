@@ -53,13 +53,14 @@ class Executor:
         hidden: torch.Tensor,
         routing: Routing,
         reduction: Reduction,
-        likely: Sequence[int] = (),
+        likely: Sequence[int] | None = (),
     ) -> tuple[torch.Tensor, int]:
         """The rows for `hidden` [tokens, hidden] f32 or bf16, in its dtype, and the time taken in nanoseconds.
 
         Rows are [tokens, hidden], or [pairs, hidden] with Reduction.PER_EXPERT. `likely`: experts that the next layer
-        may ask for, likeliest first. Waits for experts on disk. Raises KeyError(expert) when this node does not hold
-        an expert, CannotCompute when the model has no such layer or another hidden size, DiskReadError.
+        may ask for, likeliest first; None: nothing is read ahead. Waits for experts on disk. Raises KeyError(expert)
+        when this node does not hold an expert, CannotCompute when the model has no such layer or another hidden size,
+        DiskReadError.
         """
         start = perf_counter_ns()
         spec = self.store.spec(layer)
@@ -103,14 +104,14 @@ class Executor:
         hidden: torch.Tensor,
         routing: Routing,
         reduction: Reduction,
-        likely: Sequence[int],
+        likely: Sequence[int] | None,
     ) -> torch.Tensor:
         """Computes the experts that are in RAM while the others are read, and those as they come."""
         numbers = set(routing.experts.tolist())
         staying = self.store.layer(layer)
         lease = tier.lease(layer, numbers - staying.keys())
         try:
-            if len(hidden) <= FORESEEN_TOKENS:
+            if likely is not None and len(hidden) <= FORESEEN_TOKENS:
                 tier.prefetch(layer, numbers, likely)
             if lease.whole:
                 held = {**staying, **next(lease, {})}

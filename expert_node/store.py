@@ -137,6 +137,11 @@ class ExpertStore:
             self._reader.choose(list(self._files.values()))
             tier.fill()
 
+    def close(self) -> None:
+        """Ends the reading from disk; nothing may be computing any more."""
+        if self._reader is not None:
+            self._reader.close()
+
     def _staying_bytes(self) -> int:
         return sum(weights.spec.nbytes for held in self._layers.values() for weights in held.values())
 

@@ -168,11 +168,11 @@ class RamTier:
     def prefetch(self, layer: int, experts: Collection[int], likely: Iterable[int]) -> None:
         """While `experts` of `layer` are computed: reads those that the next layer will ask for.
 
-        `likely`: the coordinator's guess, likeliest first; what followed these experts before comes after it.
+        `likely`: the coordinator's guess, likeliest first; without one, what followed these experts before.
         """
         with self._changed:
             following = self._transitions.next_layer(layer)
-            guess = list(dict.fromkeys([*likely, *self._transitions.likely(layer, experts, LIKELY_SHARE)]))
+            guess = list(dict.fromkeys(likely)) or self._transitions.likely(layer, experts, LIKELY_SHARE)
             known = self._experts[following]
             former = self._ahead.pop(following, None)
             while len(self._ahead) >= AHEAD_LAYERS:

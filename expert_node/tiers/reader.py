@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 THREADS = 4  # reads in flight; more gained nothing on NVMe and virtual disks, one alone left a third unused
 PIECE_BYTES = 1 << 20  # of one read: an expert that is waited for is read by all threads
 _DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
-_SAMPLE_BYTES = 64 << 20  # read each way to choose
+SAMPLE_BYTES = 64 << 20  # read each way to choose
 
 Done = Callable[[OSError | None], None]
 
@@ -145,6 +145,7 @@ class DiskReader:
                 ended = job.claimed == job.nbytes and not job.reading
             if ended:
                 self._end(job)
+            del job  # or this thread would hold its memory while it waits
 
     def _open(self, job: ReadJob) -> None:
         try:
@@ -209,7 +210,7 @@ def sample_rate(paths: Sequence[Path], direct: bool) -> float:
     sizes = {path: path.stat().st_size for path in paths}
     total, chosen = 0, []
     for path, nbytes in sizes.items():
-        if total < _SAMPLE_BYTES and nbytes:
+        if total < SAMPLE_BYTES and nbytes:
             chosen.append(path)
             total += nbytes
     if not chosen:

@@ -11,7 +11,7 @@ from math import log2
 import numpy as np
 import numpy.typing as npt
 
-HALF_LIFE = 128.0  # tokens, or steps of a batch
+HALF_LIFE = 16.0  # tokens, or steps of a batch
 _FULL = 60_000  # of a transition's counter of 16 bits: all of a row are then halved
 
 

@@ -78,8 +78,8 @@ def test_groups_that_were_not_chosen_stay_out():
 
 
 @pytest.mark.parametrize("name", ["softmax", "chosen", "sigmoid"])
-def test_the_likely_experts_are_the_routers_choice_and_more(name):
+def test_the_likely_experts_are_the_routers_choice(name):
     router, logits = ROUTERS[name], torch.randn(1, EXPERTS, generator=torch.Generator().manual_seed(5))
     ids, _ = routed(router, logits)
     guess = likely(router, logits)
-    assert guess[:TOP_K] == ids[0].tolist() and len(guess) == TOP_K + TOP_K // 2
+    assert guess == ids[0].tolist()

@@ -7,13 +7,15 @@ import torch
 from moehive.kernels.trunk_ops import RouterLayer
 
 FEW_TOKENS = 8  # in a pass; the experts of more are nearly all of them
-SPARE_SHARE = 2  # an expert in so many more than a token takes is foreseen, too
 
 
 def likely(router: RouterLayer, logits: torch.Tensor) -> list[int]:
-    """Experts that a layer with these router logits f32 [T, experts] would choose, likeliest first, and some more."""
+    """Experts that a layer with these router logits f32 [T, experts] would choose, likeliest first.
+
+    No more than that: a disk that is read all the time has none to spare for what is not asked for.
+    """
     choice = _choice(router, _scores(router, logits)).amax(0)
-    count = min(router.experts, len(logits) * router.top_k + router.top_k // SPARE_SHARE)
+    count = min(router.experts, len(logits) * router.top_k)
     return choice.topk(count).indices.tolist()
 
 

@@ -1,0 +1,233 @@
+"""Experts twice as large as the RAM for them: how near decoding comes to what the disk allows.
+
+A node's store and executor (expert_node/bench_tiers.py) run in a process whose control group has room for the RAM
+allowance and the process itself, over a trace from a small model of routing: a token's state drifts from layer to
+layer and from token to token, routers are random with some experts more popular than others, and a layer's experts
+are foreseen by its router on the state of the layer before. Ways take turns; the disk is measured around each run.
+"""
+
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moehive.kernels.blob import build_blob
+from moehive.kernels.geometry import ExpertSpec
+
+from ..types import CoordinatorError
+from .memory_group import MemoryGroup, memory_group
+from .peers import Peer
+
+SPEC = ExpertSpec(hidden_size=2048, intermediate_size=512, activation="silu", format="q4_0")  # Qwen3.5-35B's
+EXPERTS, TOP_K = 64, 8
+STATE = 48  # numbers of the routing model's state
+SKEW, CARRY, ALONG, SHARPNESS = 0.5, 0.6, 0.97, 2.0  # popularity; correlation of tokens, of layers; of the scores
+PROCESS_BYTES = (
+    448 << 20
+)  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
+MARGINS = (0.1, 0.3)
+MODULE = "moehive.expert_node.bench_tiers"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TierRow:
+    """Medians of the rounds of one way.
+
+    The limit is the time to read what RAM did not have (`1 - hit_rate`, prefetches not counted as hits) at the disk's
+    measured `disk_Bps`; `limit_share` is the measured speed's share of it.
+    """
+
+    way: str
+    margin: float
+    decode_tokens_per_s: float
+    limit_tokens_per_s: float
+    limit_share: float
+    hit_rate: float  # of the RAM, without the help of prefetches
+    foreseen_rate: float  # of the experts asked for: there because they were fetched ahead
+    late_rate: float  # on their way when they were asked for
+    unused_share: float  # of the prefetches: not used
+    disk_Bps: float
+    disk_busy: float  # share of the time in which it was read
+    experts_alone_ms: float  # computing for one token, all in RAM
+    expert_bytes: int
+    ram_bytes: int  # allowance
+    most_ram_bytes: int  # of experts, at any time
+    group_limit_bytes: int  # 0: no control group could be made here
+    group_peak_bytes: int
+    killed: int  # processes, by the limit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiersReport:
+    """What `moehive bench tiers` prints."""
+
+    rows: list[TierRow]
+    prefetch_gain: float  # speed with prefetch over that without
+    disk: dict[str, float]  # bytes a second of each way to read
+    policies: dict[str, float]  # hit rates of ways to choose who makes room, on the same trace, without prefetch
+
+
+def measure_tiers(quick: bool, folder: Path | None = None) -> TiersReport:
+    """Measures, with experts below `folder` (None: the folder for temporary files). Raises CoordinatorError."""
+    layers, tokens, rounds = (6, 24, 2) if quick else (16, 48, 3)
+    size = layers * EXPERTS * SPEC.nbytes
+    with tempfile.TemporaryDirectory(prefix="moehive-tiers-", dir=folder) as name:
+        place = Path(name)
+        if shutil.disk_usage(place).free < size + (1 << 30):
+            raise CoordinatorError(
+                f"{place} has no room for experts of {size} bytes; name another folder with TMPDIR."
+            )
+        scores, ahead = routing_trace(2 * tokens, layers, np.random.default_rng(0))
+        _write(place, layers, scores, ahead)
+        with memory_group(size // 2 + PROCESS_BYTES) as group:
+            return _measure(place, layers, tokens, rounds, size // 2, group, scores)
+
+
+def _measure(
+    place: Path, layers: int, tokens: int, rounds: int, ram: int, group: MemoryGroup | None, scores: npt.NDArray[Any]
+) -> TiersReport:
+    config = {
+        "folder": str(place),
+        "spec": asdict(SPEC),
+        "layers": layers,
+        "experts": EXPERTS,
+        "top_k": TOP_K,
+        "ram_bytes": ram,
+        "threads": 1,
+        "group": None if group is None else str(group.folder),
+    }
+    ways = [("no prefetch", False, 0.0), ("prefetch", True, 0.0)]
+    ways += [(f"prefetch, cache-aware {margin}", True, margin) for margin in MARGINS]
+    peer = Peer(MODULE, json.dumps(config))
+    found: dict[str, list[dict[str, float]]] = {way: [] for way, _, _ in ways}
+    disk: dict[str, list[float]] = {"direct": [], "buffered": [], "mmap": []}
+    try:
+        alone = float(peer.ask({"alone": 8}))
+        for _ in range(rounds):
+            for way in ("buffered", "mmap"):
+                disk[way].append(float(peer.ask({"disk": way})))
+            for way, prefetch, margin in ways:
+                before = float(peer.ask({"disk": "direct"}))
+                # The coordinator's part of a layer takes as long as the experts': as in bench decode on two cores.
+                run = peer.ask({"prefetch": prefetch, "margin": margin, "trunk_s": alone / layers, "tokens": tokens})
+                after = float(peer.ask({"disk": "direct"}))
+                disk["direct"] += [before, after]
+                found[way].append({**run, "disk_Bps": (before + after) / 2})
+    finally:
+        peer.end()
+    rows = [_row(way, margin, found[way], layers, alone, ram, group) for way, _, margin in ways]
+    return TiersReport(
+        rows=rows,
+        prefetch_gain=rows[1].decode_tokens_per_s / rows[0].decode_tokens_per_s,
+        disk={way: statistics.median(rates) for way, rates in disk.items()},
+        policies=policy_hit_rates(scores, ram // SPEC.nbytes),
+    )
+
+
+def _row(
+    way: str,
+    margin: float,
+    runs: Sequence[dict[str, float]],
+    layers: int,
+    alone: float,
+    ram: int,
+    group: MemoryGroup | None,
+) -> TierRow:
+    def middle(figure: Any) -> float:
+        return float(statistics.median(figure(run) for run in runs))
+
+    def limit(run: dict[str, float]) -> float:
+        missed = 1 - (run["here"] - run["foreseen"]) / run["lookups"]
+        return run["disk_Bps"] / max(1.0, missed * layers * TOP_K * run["expert_bytes"])
+
+    return TierRow(
+        way=way,
+        margin=margin,
+        decode_tokens_per_s=middle(lambda run: run["tokens"] / run["seconds"]),
+        limit_tokens_per_s=middle(limit),
+        limit_share=middle(lambda run: run["tokens"] / run["seconds"] / limit(run)),
+        hit_rate=middle(lambda run: (run["here"] - run["foreseen"]) / run["lookups"]),
+        foreseen_rate=middle(lambda run: run["foreseen"] / run["lookups"]),
+        late_rate=middle(lambda run: run["late"] / run["lookups"]),
+        unused_share=middle(lambda run: run["unused"] / max(1, run["prefetches"])),
+        disk_Bps=middle(lambda run: run["disk_Bps"]),
+        disk_busy=middle(lambda run: run["read_s"] / run["seconds"]),
+        experts_alone_ms=alone * 1e3,
+        expert_bytes=SPEC.nbytes,
+        ram_bytes=ram,
+        most_ram_bytes=int(max(run["most_ram_bytes"] for run in runs)),
+        group_limit_bytes=0 if group is None else ram + PROCESS_BYTES,
+        group_peak_bytes=0 if group is None else group.peak_bytes(),
+        killed=0 if group is None else group.killed(),
+    )
+
+
+def routing_trace(
+    tokens: int, layers: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Scores [tokens, layers, experts], positive, and the same as the layer before would have them."""
+    routers = rng.standard_normal((layers, EXPERTS, STATE)) / STATE**0.5
+    popularity = rng.standard_normal((layers, EXPERTS)) * SKEW
+    scores = np.empty((tokens, layers, EXPERTS), dtype=np.float32)
+    ahead = np.empty_like(scores)
+    first = rng.standard_normal(STATE)
+    for token in range(tokens):
+        first = CARRY * first + (1 - CARRY**2) ** 0.5 * rng.standard_normal(STATE)
+        state = first
+        for layer in range(layers):
+            before = state
+            state = ALONG * state + (1 - ALONG**2) ** 0.5 * rng.standard_normal(STATE)
+            scores[token, layer] = np.exp(SHARPNESS * (routers[layer] @ state + popularity[layer]))
+            ahead[token, layer] = np.exp(SHARPNESS * (routers[layer] @ before + popularity[layer]))
+    return scores, ahead
+
+
+def policy_hit_rates(scores: npt.NDArray[Any], room: int) -> dict[str, float]:
+    """Hit rates over the trace's second half when `room` experts stay: those used last, or most, or fading counts."""
+    layers = scores.shape[1]
+    # Tokens in which a count halves; both ends are this, too.
+    half_lives = {"least recently used": 1 / TOP_K / layers, "least frequently used": np.inf, "fading count": 16.0}
+    return {name: _hit_rate(scores, room, half_life) for name, half_life in half_lives.items()}
+
+
+def _hit_rate(scores: npt.NDArray[Any], room: int, half_life: float) -> float:
+    tokens, layers, _ = scores.shape
+    chosen = np.argsort(-scores, axis=2)[:, :, :TOP_K]
+    counts: dict[tuple[int, int], tuple[float, float]] = {}  # the count, and when it was that
+    held: set[tuple[int, int]] = set()
+    hits: int = 0
+    for token, layer in np.ndindex(tokens, layers):
+        now = token + layer / layers
+        for expert in ((layer, int(number)) for number in chosen[token, layer]):
+            hits += int(expert in held and 2 * token >= tokens)
+            before = 2.0 ** max(-60.0, _worth(counts[expert], now, half_life)) if expert in counts else 0.0
+            counts[expert] = (before + 1, now)
+            if expert not in held and len(held) >= room:
+                worths = [(_worth(counts[other], now, half_life), other) for other in held]
+                held.remove(min(worths)[1])
+            held.add(expert)
+    return float(hits / ((tokens - tokens // 2) * layers * TOP_K))
+
+
+def _worth(count: tuple[float, float], now: float, half_life: float) -> float:
+    """The logarithm of what is left of a count."""
+    return float(np.log2(count[0]) - (now - count[1]) / half_life)
+
+
+def _write(place: Path, layers: int, scores: npt.NDArray[Any], ahead: npt.NDArray[Any]) -> None:
+    """All experts have the same bytes: what is measured does not look at them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {t.name: torch.randn(t.shape, generator=generator) / t.shape[-1] ** 0.5 for t in SPEC.tensors}
+    blob = build_blob(SPEC, tensors).numpy().tobytes()
+    for layer in range(layers):
+        for number in range(EXPERTS):
+            (place / f"{layer}-{number}.expert").write_bytes(blob)
+    np.savez(place / "trace.npz", scores=scores, ahead=ahead)

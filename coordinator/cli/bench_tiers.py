@@ -1,0 +1,52 @@
+"""`moehive bench tiers`."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from .options import Json
+
+
+def tiers(
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, tokens and rounds.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Experts twice as large as the memory for them: speed beside the disk's limit, with and without prefetch."""
+    from dataclasses import asdict
+
+    from ..bench.tiers import measure_tiers
+
+    report = measure_tiers(quick)
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("way", "tokens/s", "of limit", "hit rate", "foreseen", "late", "unused", "disk GB/s", "busy")
+    for row in report.rows:
+        table.add_row(
+            row.way,
+            f"{row.decode_tokens_per_s:.1f}",
+            f"{row.limit_share:.2f}",
+            *(f"{share:.0%}" for share in (row.hit_rate, row.foreseen_rate, row.late_rate, row.unused_share)),
+            f"{row.disk_Bps / 1e9:.2f}",
+            f"{row.disk_busy:.0%}",
+        )
+    console.print(table)
+    last = report.rows[-1]
+    console.print(f"Prefetch gains {report.prefetch_gain:.2f} times.", highlight=False)
+    console.print("Disk: " + ", ".join(f"{way} {rate / 1e9:.2f} GB/s" for way, rate in report.disk.items()))
+    console.print("Hit rates: " + ", ".join(f"{name} {rate:.1%}" for name, rate in report.policies.items()))
+    most = max(row.most_ram_bytes for row in report.rows)
+    console.print(f"Experts took at most {most / 1e6:,.0f} of {last.ram_bytes / 1e6:,.0f} MB.", highlight=False)
+    if last.group_limit_bytes:
+        console.print(
+            f"Its control group held at most {last.group_peak_bytes / 1e6:,.0f} MB, limit "
+            f"{last.group_limit_bytes / 1e6:,.0f}; {last.killed} times a process was ended for it.",
+            highlight=False,
+        )
+    else:
+        console.print("No control group could be made here: the process had no limit.")
