@@ -19,9 +19,10 @@ from .cluster.state import TierFigures
 from .cluster.store import Store
 from .cluster.tokens import create_token
 from .cluster.trust import Authority
-from .dispatch.dispatcher import Dispatcher, NodeCounters
+from .dispatch.dispatcher import Dispatcher
 from .dispatch.fallback import Fallback
 from .dispatch.local import LocalExperts
+from .dispatch.parts import NodeCounters
 from .engine.engine import Engine
 from .follower import Follower
 from .public_doors import PublicDoors

@@ -80,6 +80,7 @@ TOUCH_MESSAGES = {
     "coordinator/cluster/service.py",
     "coordinator/dispatch/dispatcher.py",
     "coordinator/dispatch/link.py",
+    "coordinator/dispatch/parts.py",
     "coordinator/dispatch/tiers.py",
     "coordinator/serving/grpc_api.py",
     "coordinator/serving/grpc_messages.py",

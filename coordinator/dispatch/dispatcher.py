@@ -11,11 +11,8 @@ was asked for goes to other holders, else to the coordinator's fallback; a layer
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Generator
-from dataclasses import dataclass, field
-from math import isfinite
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -25,15 +22,16 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import WireError, read_values, write_request
 
 from .. import timeline
-from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, NotReady, Plan
-from .asking import Asking
+from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
 from .fallback import Fallback
 from .link import Link
 from .local import LocalExperts
-from .placed import LOST, Placed
-from .replicas import choose
-from .routing import Owner, Share, only, pieces, split
-from .speeds import FEW_TOKENS, Speeds
+from .parts import NodeCounters, Part, Sent
+from .placed import LOST
+from .routes import Routes
+from .routing import Share, only, pieces, split
+from .rows import Rows, add_up, is_finite, rows_of
+from .speeds import FEW_TOKENS
 from .statistics import RoutingStatistics
 from .tiers import TierView
 from .watch import Due, Watch
@@ -49,57 +47,6 @@ _WIRE_REDUCTION = {
     Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM,
     Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT,
 }
-
-
-@dataclass(slots=True)
-class NodeCounters:
-    """What one node has done for this coordinator."""
-
-    requests: int = 0
-    expert_calls: int = 0  # (token, expert) pairs
-    compute_ns: int = 0  # the node's own time, as it reports it
-    failed: int = 0  # requests that were computed elsewhere in the end
-
-
-@dataclass(slots=True, eq=False)
-class _Part:
-    """One node's part of a layer, asked for."""
-
-    layer: int
-    node: NodeName
-    share: Share
-    reply: "asyncio.Future[pb.ComputeReply]"
-    expected: float  # seconds until the reply
-    due: float  # seconds of the loop's clock: it is late from then on
-    given_up: bool = False  # `reply` was cancelled because it was late
-
-
-@dataclass(slots=True)
-class _Sent:
-    """A layer whose messages have left. Dropping it drops the replies that have not come."""
-
-    layer: int
-    hidden: torch.Tensor  # [tokens, hidden] on the CPU
-    ids: npt.NDArray[np.int64]  # [tokens, k]
-    weights: npt.NDArray[np.float32]
-    device: torch.device
-    settle: Callable[[_Part], None]  # to be called with each part when it is over
-    here: Share | None = None
-    lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
-    waiting: list[_Part] = field(default_factory=list)
-
-    def __del__(self) -> None:
-        for part in self.waiting:
-            self.settle(part)
-            part.reply.cancel()  # those that are done stay as they are
-
-
-class _Rows(NamedTuple):
-    """What was computed of a share: [rows, hidden]."""
-
-    share: Share
-    values: torch.Tensor
-    node: NodeName | None  # None: this process
 
 
 class Dispatcher:
@@ -126,28 +73,26 @@ class Dispatcher:
         self._fallback = fallback
         self._on_lie = on_lie
         self._wait_seconds = wait_seconds
-        self._asking = Asking(self._place)
         self._expert_bytes = [layer.spec.nbytes for layer in manifest.layers]
-        self._placed: Placed | None = None
-        self._prepared: Placed | None = None
-        self._speeds = Speeds()
+        self._routes = Routes(self._expert_bytes, local is not None, self._routes_changed)
+        self._speeds = self._routes.speeds
+        self._links = self._routes.asking.links
+        self._lost_before = 0
         self._watch = Watch(self._late)
-        self._uses = [np.zeros(layer.experts, dtype=np.int64) for layer in manifest.layers]  # tokens, by expert
         self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         self._step = 0
-        self._waiters: set[asyncio.Future[None]] = set()
         self.counters: dict[NodeName, NodeCounters] = {}
         self.longest_pause_s = 0.0  # from the first failure in a layer to its sum
 
     @property
     def epoch(self) -> int:
         """The plan that is dispatched by; 0 before the first."""
-        return self._placed.plan.epoch if self._placed is not None else 0
+        return self._routes.epoch
 
     @property
     def lost(self) -> int:
         """Experts of the plan that no node can be asked for now."""
-        return self._placed.lost if self._placed is not None else 0
+        return self._routes.lost
 
     @property
     def busy(self) -> bool:
@@ -156,82 +101,74 @@ class Dispatcher:
 
     async def prepare(self, plan: Plan) -> None:
         """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
-        self._prepared = await asyncio.to_thread(Placed, plan)
+        await self._routes.prepare(plan)
 
     def follow(self, plan: Plan, holding: Collection[NodeName] | None = None) -> None:
         """Dispatches by `plan` from the next layer on; asks those that are `holding` their slices (None: all)."""
-        prepared, self._prepared = self._prepared, None
-        self._placed = prepared if prepared is not None and prepared.plan is plan else Placed(plan)
-        if holding is not None:
-            self._asking.holding(holding)
-        self._place()
+        self._routes.follow(plan, holding)
 
     def connect(self, link: Link) -> None:
         """Uses `link` for its node, in place of an older one."""
-        self._asking.connect(link)
+        self._routes.asking.connect(link)
 
     def disconnect(self, link: Link) -> None:
         """Forgets `link` if it is still its node's."""
-        self._asking.disconnect(link)
+        self._routes.asking.disconnect(link)
         self.tiers.forget(link.node)
 
     def holding(self, nodes: Collection[NodeName]) -> None:
         """From now on only these hold their slice of the plan in force."""
-        self._asking.holding(nodes)
-        self._place()
+        self._routes.holding(nodes)
 
     def link(self, node: NodeName) -> Link | None:
         """The node's link, if it is connected."""
-        return self._asking.links.get(node)
+        return self._links.get(node)
 
     def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> Awaitable[torch.Tensor]:
         """See ExpertBackend.submit. Raises NotReady before the first plan."""
-        if self._placed is None:
-            raise NotReady("The cluster does not hold the model yet; `moehive status` says what is missing.")
         with timeline.current.span("submit"):
             return _Answer(self, self._submit(layer, hidden, ids, weights))
 
-    def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> "_Sent":
+    def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
         numbers = _array(ids, torch.int64)
         factors = _array(weights, torch.float32)
         self._step += 1
         self._speeds.tick()
-        sent = _Sent(layer, host, numbers, factors, hidden.device, self._settle)
-        self._ask(sent, split(numbers, factors, self._owner(layer, numbers)))
+        sent = Sent(layer, host, numbers, factors, hidden.device, self._settle)
+        self._ask(sent, split(numbers, factors, self._routes.owner(layer, numbers)))
         self.tiers.sent()
-        self._count(layer, numbers)  # while the nodes work
-        self.statistics.note(layer, numbers)
+        self.statistics.note(layer, numbers)  # while the nodes work
         return sent
 
-    async def _collect(self, sent: "_Sent") -> torch.Tensor:
+    async def _collect(self, sent: Sent) -> torch.Tensor:
         parts, failed = await self._answers(sent)
         if failed:
             parts += await self._recover(sent, failed)
         with timeline.current.span("add up"):
-            total = self._add_up(parts, sent)
-        if not _is_finite(total):
-            total = self._add_up(await self._check(sent, parts), sent)
+            total = self._sum(parts, sent)
+        if not is_finite(total):
+            total = self._sum(await self._check(sent, parts), sent)
         if total.dtype is not sent.hidden.dtype or total.device != sent.device:
             total = total.to(sent.device, sent.hidden.dtype)
         return total
 
-    async def _answers(self, sent: "_Sent") -> tuple[list[_Rows], list[Share]]:
+    async def _answers(self, sent: Sent) -> tuple[list[Rows], list[Share]]:
         """What was asked for: rows, and the shares that failed."""
-        parts: list[_Rows] = []
+        parts: list[Rows] = []
         failed = list(sent.lost)
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
-                parts.append(_Rows(sent.here, self._here(sent, sent.here), None))
+                parts.append(Rows(sent.here, self._here(sent, sent.here), None))
         for part in sent.waiting:
             try:
                 with timeline.current.span("wait"):
                     answer = await part.reply
                 with timeline.current.span("read"):
-                    parts.append(_Rows(part.share, self._values(part, sent.hidden, answer), part.node))
+                    parts.append(Rows(part.share, self._values(part, sent.hidden, answer), part.node))
             except NodeUnavailable as error:
                 self._failed(part, str(error))
                 failed.append(part.share)
@@ -245,10 +182,9 @@ class Dispatcher:
                 self._settle(part)
         return parts, failed
 
-    def _ask(self, sent: "_Sent", shares: dict[int, Share]) -> None:
+    def _ask(self, sent: Sent, shares: dict[int, Share]) -> None:
         """Sends each node its share; those that can't be sent are `sent.lost`."""
-        assert self._placed is not None
-        names = self._placed.names
+        names = self._routes.placed.names
         for index, share in shares.items():
             if index == LOST:
                 sent.lost.append(share)
@@ -260,20 +196,18 @@ class Dispatcher:
                 except NodeUnavailable:
                     sent.lost.append(share)
 
-    async def _recover(
-        self, sent: "_Sent", failed: list[Share], avoid: frozenset[NodeName] = frozenset()
-    ) -> list[_Rows]:
+    async def _recover(self, sent: Sent, failed: list[Share], avoid: frozenset[NodeName] = frozenset()) -> list[Rows]:
         """The rows of `failed` from whoever else has the experts, but not from `avoid`.
 
         Raises NodeUnavailable when nobody could compute them for `wait_seconds`.
         """
         loop = asyncio.get_running_loop()
         started = loop.time()
-        parts: list[_Rows] = []
+        parts: list[Rows] = []
         while failed:
             ids = only(sent.ids, failed)
-            again = _Sent(sent.layer, sent.hidden, ids, sent.weights, sent.device, self._settle)
-            self._ask(again, split(ids, sent.weights, self._owner(sent.layer, ids, avoid)))
+            again = Sent(sent.layer, sent.hidden, ids, sent.weights, sent.device, self._settle)
+            self._ask(again, split(ids, sent.weights, self._routes.owner(sent.layer, ids, avoid)))
             lost, again.lost = again.lost, []
             for share in lost:
                 parts += await self._last_resort(again, share, avoid, started + self._wait_seconds)
@@ -283,8 +217,8 @@ class Dispatcher:
         return parts
 
     async def _last_resort(
-        self, sent: "_Sent", share: Share, avoid: Collection[NodeName], deadline: float
-    ) -> list[_Rows]:
+        self, sent: Sent, share: Share, avoid: Collection[NodeName], deadline: float
+    ) -> list[Rows]:
         """Rows of experts that nobody can be asked for: read here, else asked for once somebody is back.
 
         Raises NodeUnavailable at `deadline`.
@@ -292,76 +226,55 @@ class Dispatcher:
         fallback = self._fallback
         if fallback is not None and (at_once := fallback.experts_at_once(sent.layer)) > 0:
             try:
-                done: list[_Rows] = []
+                done: list[Rows] = []
                 for piece in pieces(sent.ids, sent.weights, share, at_once):
-                    hidden = _rows(sent.hidden, piece)
+                    hidden = rows_of(sent.hidden, piece)
                     values = await fallback.compute(sent.layer, hidden, piece.routing, self._reduction)
-                    done.append(_Rows(piece, values, None))
+                    done.append(Rows(piece, values, None))
                 return done
             except (CoordinatorError, OSError, MemoryError) as error:
                 log.warning("Experts of layer %d could not be read from the checkpoint: %s", sent.layer, error)
-        assert self._placed is not None
-        while not self._placed.held_without(sent.layer, share.routing.experts, avoid):
+        while not self._routes.placed.held_without(sent.layer, share.routing.experts, avoid):
             try:
                 async with asyncio.timeout_at(deadline):
-                    await self._change()
+                    await self._routes.change()
             except TimeoutError:
                 raise self._unavailable(sent.layer, int(share.routing.experts[0])) from None
         sent.lost.append(share)  # to be asked for again
         return []
 
-    async def _check(self, sent: "_Sent", parts: list[_Rows]) -> list[_Rows]:
+    async def _check(self, sent: Sent, parts: list[Rows]) -> list[Rows]:
         """Rows that are not numbers are computed by others; if theirs are, the nodes have lied."""
         if not bool(torch.isfinite(sent.hidden).all()):
             return parts  # what was asked was no number
         suspects: frozenset[NodeName] = frozenset()
-        while damaged := [rows for rows in parts if rows.node is not None and not _is_finite(rows.values.float())]:
+        while damaged := [rows for rows in parts if rows.node is not None and not is_finite(rows.values.float())]:
             suspects |= {rows.node for rows in damaged if rows.node is not None}
             parts = [rows for rows in parts if not any(rows is bad for bad in damaged)]
             parts += await self._recover(sent, [rows.share for rows in damaged], suspects)
-        if all(_is_finite(rows.values.float()) for rows in parts):
+        if all(is_finite(rows.values.float()) for rows in parts):
             for node in suspects:
                 self._lied(node, f"Node {node} answered values that are not numbers in layer {sent.layer}.")
         return parts
 
-    def _add_up(self, parts: list[_Rows], sent: "_Sent") -> torch.Tensor:
-        """f32 [tokens, hidden]."""
-        (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
-        if self._reduction is Reduction.PER_EXPERT:
-            pairs = torch.zeros((tokens * k, size), dtype=torch.float32)
-            for share, values, _ in parts:
-                pairs[torch.from_numpy(share.pairs)] = values.float()
-            return pairs.view(tokens, k, size).sum(dim=1)
-        rest = iter(parts)
-        if parts and len(parts[0].share.tokens) == tokens:
-            total = next(rest).values.to(torch.float32, copy=True)  # a reply's own rows are not to be written to
-        else:
-            total = torch.zeros((tokens, size), dtype=torch.float32)
-        for share, values, _ in rest:
-            if len(share.tokens) == tokens:
-                total += values
-            else:
-                total.index_add_(0, torch.from_numpy(share.tokens), values.float())
-        return total
-
-    def _here(self, sent: "_Sent", share: Share) -> torch.Tensor:
+    def _here(self, sent: Sent, share: Share) -> torch.Tensor:
         assert self._local is not None
-        values = self._local.compute(sent.layer, _rows(sent.hidden, share), share.routing, self._reduction)
+        values = self._local.compute(sent.layer, rows_of(sent.hidden, share), share.routing, self._reduction)
         counters = self.counters.setdefault(LOCAL, NodeCounters())
         counters.requests += 1
         counters.expert_calls = self._local.expert_calls
         counters.compute_ns = self._local.compute_ns
         return values
 
-    def _send(self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share) -> _Part:
+    def _send(self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share) -> Part:
         """Raises NodeUnavailable when the node's link has just gone."""
-        link = self._asking.links.get(node)
+        link = self._links.get(node)
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
         request = pb.ComputeRequest(
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
-        rows = _rows(hidden, share)
+        rows = rows_of(hidden, share)
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
         eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(rows.nbytes)
         write_request(request, rows, share.routing, eight_bit)
@@ -375,17 +288,17 @@ class Dispatcher:
         else:
             patience = 3 * (speed.backlog_s + expected + link.speed.round_trip_s) + SLACK_SECONDS
         speed.backlog_s += expected
-        part = _Part(layer, node, share, reply, expected, asyncio.get_running_loop().time() + patience)
+        part = Part(layer, node, share, reply, expected, asyncio.get_running_loop().time() + patience)
         self._watch.add(part)
         return part
 
-    def _settle(self, part: _Part) -> None:
+    def _settle(self, part: Part) -> None:
         """A part is over, however it ended."""
         self._watch.remove(part)
         self._speeds.of(part.node).backlog_s -= part.expected
         part.expected = 0.0
 
-    def _values(self, part: _Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
+    def _values(self, part: Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
         """The rows of a reply. Raises NodeUnavailable when the node refused or answered nonsense."""
         node, share = part.node, part.share
         if reply.HasField("refusal"):
@@ -417,120 +330,65 @@ class Dispatcher:
             pairs = len(set(share.routing.experts.tolist())) if len(share.tokens) <= FEW_TOKENS else 0
         return pairs * self._expert_bytes[layer]
 
-    def _owner(self, layer: int, ids: npt.NDArray[np.int64], avoid: Collection[NodeName] = ()) -> Owner:
-        """A node's index for each expert that `ids` name; other experts' do not matter."""
-        placed = self._placed
-        assert placed is not None
-        if avoid:
-            return placed.owners_but(layer, avoid)
-        one = len(ids) == 1
-        if not placed.has_choice[layer]:
-            return placed.first[layer] if one else placed.owners[layer]
-        options = placed.options(layer)
-        if one:
-            experts = [e for e in ids[0].tolist() if 0 <= e < len(options) and options[e]]
-            sizes = [1.0] * len(experts)
-        else:
-            flat = ids[(ids >= 0) & (ids < len(options))]
-            tokens = np.bincount(flat, minlength=len(options))
-            experts = [e for e in np.flatnonzero(tokens).tolist() if options[e]]
-            # Many tokens are computed as pairs, few are read as bytes.
-            sizes = tokens[experts].tolist() if len(ids) > FEW_TOKENS else [1.0] * len(experts)
-        base, per = self._costs(placed, self._expert_bytes[layer])
-        chosen = choose([options[e] for e in experts], sizes, base, per)
-        owner = placed.first[layer].copy()
-        for expert, node in zip(experts, chosen, strict=True):
-            owner[expert] = node
-        return owner
-
-    def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
-        """For each node of the plan: seconds before anything comes from it, and seconds for an expert."""
-        base = []
-        for name in placed.names:
-            link = self._asking.links.get(name)
-            base.append(self._speeds.of(name).backlog_s + (link.speed.round_trip_s if link is not None else 0.0))
-        return base, [s * nbytes for s in self._speeds.per_byte(placed.names)]
-
-    def _count(self, layer: int, ids: npt.NDArray[np.int64]) -> None:
-        uses = self._uses[layer]
-        if len(ids) == 1:
-            for expert in ids[0].tolist():
-                if 0 <= expert < len(uses):
-                    uses[expert] += 1
-        else:
-            uses += np.bincount(ids[(ids >= 0) & (ids < len(uses))], minlength=len(uses))
-
-    def _failed(self, part: _Part, sentence: str) -> None:
+    def _failed(self, part: Part, sentence: str) -> None:
         """A part did not come: its node is not asked until it has answered a probe."""
         self.counters.setdefault(part.node, NodeCounters()).failed += 1
-        if self._asking.shun(part.node):
+        if self._routes.asking.shun(part.node):
             log.warning("%s", sentence)
 
     def _lied(self, node: NodeName, sentence: str) -> None:
-        self._asking.shun(node)
+        self._routes.asking.shun(node)
         self._on_lie(node, sentence)
 
     def _late(self, thing: Due) -> None:
         """A part's time is over: gives it up, at once when its experts are elsewhere too, else a little later."""
-        part = cast(_Part, thing)
+        part = cast(Part, thing)
         if part.reply.done():
             self._watch.remove(part)
             return
         now = asyncio.get_running_loop().time()
-        placed = self._placed
-        elsewhere = placed is not None and placed.held_without(part.layer, part.share.routing.experts, (part.node,))
+        elsewhere = self._routes.placed.held_without(part.layer, part.share.routing.experts, (part.node,))
         if not elsewhere and now < part.due + SILENT_SECONDS:
             return
         part.given_up = True
         part.reply.cancel()
 
-    def _place(self) -> None:
-        """Who can be asked has changed."""
-        if self._placed is None:
+    def _routes_changed(self) -> None:
+        """Experts that nobody can be asked for are read ahead, the most used ones first."""
+        lost, before = self._routes.lost, self._lost_before
+        self._lost_before = lost
+        if self._fallback is None:
             return
-        before = self._placed.lost
-        self._placed.use(self._asking.live(with_local=self._local is not None))
-        if self._fallback is not None:
-            if self._placed.lost == 0:
-                self._fallback.rest()
-            elif self._placed.lost != before:
-                self._fallback.prefetch(self._in_order_of_use())
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        if lost == 0:
+            self._fallback.rest()
+        elif lost != before:
+            placed = self._routes.placed
+            missing = [
+                (-float(counts[expert]), layer, expert)
+                for layer in range(len(self._expert_bytes))
+                if (numbers := placed.lost_experts(layer))
+                for counts in (self.statistics.counts(layer),)
+                for expert in numbers
+            ]
+            self._fallback.prefetch([ExpertId(layer, expert) for _, layer, expert in sorted(missing)])
 
-    def _in_order_of_use(self) -> list[ExpertId]:
-        """The experts that nobody can be asked for, the most used ones first."""
-        assert self._placed is not None
-        lost = [
-            (-int(self._uses[layer][expert]), layer, expert)
-            for layer in range(len(self._uses))
-            for expert in self._placed.lost_experts(layer)
-        ]
-        return [ExpertId(layer, expert) for _, layer, expert in sorted(lost)]
+    def _sum(self, parts: list[Rows], sent: Sent) -> torch.Tensor:
+        (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
+        return add_up(parts, tokens, k, size, self._reduction)
 
     def _unavailable(self, layer: int, expert: int) -> NodeUnavailable:
-        assert self._placed is not None
-        node = self._placed.plan.owners[layer][expert][0]
+        node = self._routes.placed.plan.owners[layer][expert][0]
         return NodeUnavailable(
             node,
             f"Node {node} is away, and nobody else could load the experts that this request needs; the request can "
             "be sent again once it is back.",
         )
 
-    async def _change(self) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
-
 
 class _Answer:
     """The sum that `submit` promises: awaiting it, once, collects."""
 
-    def __init__(self, dispatcher: Dispatcher, sent: _Sent) -> None:
+    def __init__(self, dispatcher: Dispatcher, sent: Sent) -> None:
         self._dispatcher = dispatcher
         self._sent = sent
 
@@ -547,15 +405,3 @@ def _array(tensor: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
 
 def _compute_ns(reply: pb.ComputeReply) -> int:
     return reply.compute_ns
-
-
-def _rows(hidden: torch.Tensor, share: Share) -> torch.Tensor:
-    if len(share.tokens) == hidden.shape[0]:
-        return hidden
-    return hidden[torch.from_numpy(share.tokens)]
-
-
-def _is_finite(rows: torch.Tensor) -> bool:
-    """Whether every number of f32 [tokens, hidden] is one; squares that are too large count as none."""
-    flat = rows.numpy().reshape(-1)
-    return isfinite(float(np.dot(flat, flat)))

@@ -1,0 +1,57 @@
+"""What was asked of the nodes for one layer, until it is answered; and what each node has answered so far."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moehive.proto import experts_pb2 as pb
+
+from ..types import NodeName
+from .routing import Share
+
+
+@dataclass(slots=True)
+class NodeCounters:
+    """What one node has done for this coordinator."""
+
+    requests: int = 0
+    expert_calls: int = 0  # (token, expert) pairs
+    compute_ns: int = 0  # the node's own time, as it reports it
+    failed: int = 0  # requests that were computed elsewhere in the end
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One node's part of a layer, asked for."""
+
+    layer: int
+    node: NodeName
+    share: Share
+    reply: "asyncio.Future[pb.ComputeReply]"
+    expected: float  # seconds until the reply
+    due: float  # seconds of the loop's clock: it is late from then on
+    given_up: bool = False  # `reply` was cancelled because it was late
+
+
+@dataclass(slots=True)
+class Sent:
+    """A layer whose messages have left. Dropping it drops the replies that have not come."""
+
+    layer: int
+    hidden: torch.Tensor  # [tokens, hidden] on the CPU
+    ids: npt.NDArray[np.int64]  # [tokens, k]
+    weights: npt.NDArray[np.float32]
+    device: torch.device
+    settle: Callable[[Part], None]  # to be called with each part when it is over
+    here: Share | None = None
+    lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
+    waiting: list[Part] = field(default_factory=list)
+
+    def __del__(self) -> None:
+        for part in self.waiting:
+            self.settle(part)
+            part.reply.cancel()  # those that are done stay as they are

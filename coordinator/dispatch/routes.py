@@ -1,0 +1,114 @@
+"""Which node computes which expert now: the plan in force, who of its nodes can be asked, and how quick each is."""
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ..types import NodeName, NotReady, Plan
+from .asking import Asking
+from .placed import Placed
+from .replicas import choose
+from .routing import Owner
+from .speeds import FEW_TOKENS, Speeds
+
+
+class Routes:
+    """Use it on the event loop's thread. `changed` is called when somebody can be asked again or no more."""
+
+    def __init__(self, expert_bytes: Sequence[int], with_local: bool, changed: Callable[[], None]) -> None:
+        """`expert_bytes`: of an expert of each layer; `with_local`: this process holds experts too."""
+        self.asking = Asking(self._place)
+        self.speeds = Speeds()
+        self._expert_bytes = expert_bytes
+        self._with_local = with_local
+        self._changed = changed
+        self._placed: Placed | None = None
+        self._prepared: Placed | None = None
+        self._waiters: set[asyncio.Future[None]] = set()
+
+    @property
+    def placed(self) -> Placed:
+        """The plan in force. Raises NotReady before the first."""
+        if self._placed is None:
+            raise NotReady("The cluster does not hold the model yet; `moehive status` says what is missing.")
+        return self._placed
+
+    @property
+    def epoch(self) -> int:
+        """Of the plan in force; 0 before the first."""
+        return self._placed.plan.epoch if self._placed is not None else 0
+
+    @property
+    def lost(self) -> int:
+        """Experts that no node can be asked for now."""
+        return self._placed.lost if self._placed is not None else 0
+
+    async def prepare(self, plan: Plan) -> None:
+        """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
+        self._prepared = await asyncio.to_thread(Placed, plan)
+
+    def follow(self, plan: Plan, holding: Collection[NodeName] | None) -> None:
+        """Puts `plan` in force; asks those that are `holding` their slices (None: as before)."""
+        prepared, self._prepared = self._prepared, None
+        self._placed = prepared if prepared is not None and prepared.plan is plan else Placed(plan)
+        if holding is not None:
+            self.asking.holding(holding)
+        self._place()
+
+    def holding(self, nodes: Collection[NodeName]) -> None:
+        """From now on only these hold their slice of the plan in force."""
+        self.asking.holding(nodes)
+        self._place()
+
+    def owner(self, layer: int, ids: npt.NDArray[np.int64], avoid: Collection[NodeName] = ()) -> Owner:
+        """A node's index for each expert that `ids` [tokens, k] name; other experts' do not matter."""
+        placed = self.placed
+        if avoid:
+            return placed.owners_but(layer, avoid)
+        one = len(ids) == 1
+        if not placed.has_choice[layer]:
+            return placed.first[layer] if one else placed.owners[layer]
+        options = placed.options(layer)
+        if one:
+            experts = [e for e in ids[0].tolist() if 0 <= e < len(options) and options[e]]
+            sizes = [1.0] * len(experts)
+        else:
+            flat = ids[(ids >= 0) & (ids < len(options))]
+            tokens = np.bincount(flat, minlength=len(options))
+            experts = [e for e in np.flatnonzero(tokens).tolist() if options[e]]
+            # Many tokens are computed as pairs, few are read as bytes.
+            sizes = tokens[experts].tolist() if len(ids) > FEW_TOKENS else [1.0] * len(experts)
+        base, per = self._costs(placed, self._expert_bytes[layer])
+        chosen = choose([options[e] for e in experts], sizes, base, per)
+        owner = placed.first[layer].copy()
+        for expert, node in zip(experts, chosen, strict=True):
+            owner[expert] = node
+        return owner
+
+    async def change(self) -> None:
+        """Returns when somebody can be asked again or no more."""
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.add(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.discard(waiter)
+
+    def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
+        """For each node of the plan: seconds before anything comes from it, and seconds for an expert."""
+        base = []
+        for name in placed.names:
+            link = self.asking.links.get(name)
+            base.append(self.speeds.of(name).backlog_s + (link.speed.round_trip_s if link is not None else 0.0))
+        return base, [s * nbytes for s in self.speeds.per_byte(placed.names)]
+
+    def _place(self) -> None:
+        if self._placed is None:
+            return
+        self._placed.use(self.asking.live(self._with_local))
+        self._changed()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
