@@ -25,11 +25,13 @@ from .dispatch.local import LocalExperts
 from .dispatch.parts import NodeCounters
 from .engine.engine import Engine
 from .follower import Follower
+from .placement.place import Measured
 from .public_doors import PublicDoors
 from .serving.generation import GenerationService
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus, TierStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
+from .traffic import Traffic, statistics_path
 from .trunk import load_trunk
 from .types import LOCAL, NodeName, Plan
 
@@ -112,6 +114,10 @@ class Coordinator:
         self.dispatcher = Dispatcher(
             manifest, self._local, reduction, fallback, self._quarantine, cache_margin=settings.cache_margin
         )
+        self._traffic = Traffic(statistics_path(settings.state_dir, manifest), manifest)
+        self.dispatcher.statistics = self._traffic.statistics
+        self._cleanup.push_async_callback(self._traffic.stop)
+        self._traffic.start()
         await self._start_cluster(checkpoint)
 
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
@@ -136,7 +142,12 @@ class Coordinator:
         # The follower is told of changes, and asks back: each needs the other, so one is named later.
         follower = Follower(self.dispatcher, self._local, checkpoint.expert_blob, lambda: self._server.identity())
         membership = Membership(
-            self._store, manifest, settings.min_nodes, settings.local_bytes, on_change=follower.changed
+            self._store,
+            manifest,
+            settings.min_nodes,
+            settings.local_bytes,
+            on_change=follower.changed,
+            place=lambda *args: self._traffic.place(self._measured(), *args),
         )
         follower.follow(membership)
         self._follower, self._membership = follower, membership
@@ -157,11 +168,25 @@ class Coordinator:
         self.cluster_port, self.join_port = self._server.cluster_port, self._server.join_port
         self.cluster_open.set()
 
+    def _measured(self) -> dict[NodeName, Measured]:
+        """What the nodes said of themselves and their links have shown so far."""
+        found = {}
+        for name, node in self._membership.state.nodes.items():
+            link = self.dispatcher.link(name)
+            bandwidth = node.capacity.read_bandwidth if node.capacity is not None else 0.0
+            if link is None:
+                found[name] = Measured(bandwidth)
+            else:
+                row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
+                found[name] = Measured(bandwidth, link.speed.round_trip_s, row * link.speed.s_per_byte)
+        return found
+
     def _node_status(self, name: NodeName) -> NodeStatus:
         state = self._membership.state
         node = state.nodes[name]
         plan = state.active or state.pending
         counters = self.dispatcher.counters.get(name, NodeCounters())
+        link = self.dispatcher.link(name)
         assigned = sum(map(len, plan.slice_of(name))) if plan is not None else 0
         held, nbytes = node.figures.experts_held, node.figures.bytes_held
         if plan is not None and plan.epoch in node.ready:
@@ -183,6 +208,8 @@ class Coordinator:
             resident_bytes=node.figures.resident_bytes,
             load_progress=node.bytes_done / node.bytes_total if node.bytes_total else 0.0,
             tiers=_tier_status(node.figures.tiers),
+            round_trip_s=link.speed.round_trip_s if link is not None else 0.0,
+            link_bandwidth=1 / link.speed.s_per_byte if link is not None and link.speed.s_per_byte else 0.0,
         )
 
 

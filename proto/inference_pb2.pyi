@@ -147,7 +147,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress", "tiers")
+    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress", "tiers", "round_trip_s", "link_bandwidth")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -162,6 +162,8 @@ class NodeStatus(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOAD_PROGRESS_FIELD_NUMBER: _ClassVar[int]
     TIERS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_TRIP_S_FIELD_NUMBER: _ClassVar[int]
+    LINK_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     address: str
@@ -176,7 +178,9 @@ class NodeStatus(_message.Message):
     resident_bytes: int
     load_progress: float
     tiers: TierStatus
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ..., tiers: _Optional[_Union[TierStatus, _Mapping]] = ...) -> None: ...
+    round_trip_s: float
+    link_bandwidth: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ..., tiers: _Optional[_Union[TierStatus, _Mapping]] = ..., round_trip_s: _Optional[float] = ..., link_bandwidth: _Optional[float] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("ram_bytes", "disk_bytes", "vram_bytes", "hit_rate", "foreseen_rate", "disk_read_bytes")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -69,17 +70,40 @@ def _answer(client: "Client", messages: list[dict[str, str]], max_tokens: int | 
 
 
 def status(
-    address: Address = DEFAULT_ADDRESS, api_key: ApiKey = None, ca_file: CaFile = None, as_json: Json = False
+    address: Address = DEFAULT_ADDRESS,
+    api_key: ApiKey = None,
+    ca_file: CaFile = None,
+    cluster_file: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="Write cluster.toml for `moehive estimate`, on the coordinator's machine."),
+    ] = None,
+    as_json: Json = False,
 ) -> None:
     """Shows a running coordinator's model, its nodes, what each holds, and the load."""
     from moehive.client import Client
 
     with Client(address, api_key=api_key, ca_file=ca_file) as client:
         found = client.status()
+    if cluster_file is not None:
+        _write_cluster_file(found, cluster_file)
     if as_json:
         print(json.dumps(asdict(found)))
     else:
         _show(found)
+
+
+def _write_cluster_file(found: "Status", path: Path) -> None:
+    """What the nodes measured, and this machine as the coordinator, measured now."""
+    from ..estimate.cluster import write_cluster
+    from ..estimate.from_status import of_status
+    from ..estimate.this_machine import read_speed
+    from ..settings import available_memory, cores
+
+    own_ram = available_memory() + found.resident_bytes
+    cluster, assumed = of_status(found.nodes, own_ram, read_speed(cores()))
+    write_cluster(path, cluster)
+    for sentence in [f"{path} is written: {len(cluster.machines)} machines.", *assumed]:
+        print(sentence, file=sys.stderr)
 
 
 def _show(found: "Status") -> None:

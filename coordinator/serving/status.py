@@ -45,6 +45,8 @@ class NodeStatus:
     load: float = 0.0
     resident_bytes: int = 0
     load_progress: float = 0.0  # 0 to 1
+    round_trip_s: float = 0.0  # of the link, measured; 0: not yet
+    link_bandwidth: float = 0.0  # bytes a second, measured; 0: not yet
     tiers: TierStatus | None = None
 
 

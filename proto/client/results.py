@@ -103,6 +103,8 @@ class NodeStatus:
     resident_bytes: int
     load_progress: float  # 0 to 1, of the slice being fetched
     tiers: TierStatus | None  # None: all of its experts are in RAM
+    round_trip_s: float  # of the link to it, measured; 0: not yet
+    link_bandwidth: float  # bytes a second, measured; 0: not yet
 
 
 @dataclass(frozen=True, slots=True)

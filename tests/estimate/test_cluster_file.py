@@ -1,5 +1,6 @@
 """cluster.toml: what is written is read again, and what is wrong is said in one sentence."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from moehive.coordinator.estimate.cluster import (
     to_toml,
     write_cluster,
 )
+from moehive.coordinator.estimate.from_status import of_status
 from moehive.coordinator.types import CoordinatorError
 
 GOOD = """
@@ -110,3 +112,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_cluster(tmp_path / "nowhere" / "cluster.toml", cluster)
     with pytest.raises(CoordinatorError, match="can't be read"):
         read_cluster(tmp_path / "other.toml")
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a status says of one."""
+
+    name: str
+    ram_bytes: int = 16 * 10**9
+    read_bandwidth: float = 2e10
+    round_trip_s: float = 0.0
+    link_bandwidth: float = 0.0
+
+
+def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
+    nodes = [Node("coordinator"), Node("a", round_trip_s=2e-4, link_bandwidth=1.1e8), Node("b", round_trip_s=3e-4)]
+    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10)
+    assert not assumed and (cluster.rtt_s, cluster.bandwidth) == (3e-4, 1.1e8)
+    assert [machine.name for machine in cluster.machines] == ["coordinator", "a", "b"]
+    assert cluster.coordinator.ram == Tier(8 * 10**9, 3e10)
+    assert parse_cluster(to_toml(cluster)) == cluster
+    assert of_status([Node("a", round_trip_s=1e-4)], 1, 1.0)[1][0].startswith("No large message")
+    with pytest.raises(CoordinatorError, match="send the model a request"):
+        of_status([Node("a")], 1, 1.0)

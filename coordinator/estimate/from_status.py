@@ -1,0 +1,44 @@
+"""A cluster's description from what it measured of itself: `moehive status --cluster-file`."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from ..types import LOCAL, CoordinatorError
+from .cluster import Cluster, Machine, Tier
+from .this_machine import BANDWIDTH
+
+
+class MeasuredNode(Protocol):
+    """What a status says of a node; moehive.client's NodeStatus."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ram_bytes(self) -> int: ...
+    @property
+    def read_bandwidth(self) -> float: ...
+    @property
+    def round_trip_s(self) -> float: ...
+    @property
+    def link_bandwidth(self) -> float: ...
+
+
+def of_status(nodes: Sequence[MeasuredNode], own_ram: int, own_speed: float) -> tuple[Cluster, list[str]]:
+    """The cluster, and sentences on what was not measured and is assumed.
+
+    `own_ram`, `own_speed`: the coordinator's machine, bytes and bytes a second. The slowest link counts for all.
+    Raises CoordinatorError when no link was measured.
+    """
+    remote = [node for node in nodes if node.name != LOCAL and node.ram_bytes and node.read_bandwidth]
+    trips = [node.round_trip_s for node in remote if node.round_trip_s]
+    if not trips:
+        raise CoordinatorError("No link to a node was measured yet; send the model a request, then try again.")
+    speeds = [node.link_bandwidth for node in remote if node.link_bandwidth]
+    assumed = []
+    if not speeds:
+        assumed.append("No large message was sent yet, so 1 Gbit/s is assumed; a long prompt measures it.")
+    machines = (
+        Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed)),
+        *(Machine(node.name, ram=Tier(node.ram_bytes, node.read_bandwidth)) for node in remote),
+    )
+    return Cluster(max(trips), min(speeds, default=BANDWIDTH), machines), assumed
