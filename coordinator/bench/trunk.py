@@ -2,7 +2,8 @@
 
 Two questions. Layers 64 wide read nothing worth mentioning: what is left is overhead. Layers of real sizes should
 take as long as memory takes to give their weights. The lean trunk and transformers' eager layer (the generic trunk)
-have the same random weights and take turns, and between them the same threads read plain memory.
+have the same random weights and take turns, and between them the same threads read plain memory. Only the first rows
+of a large quantized matrix are really quantized, and stand for the others too: times do not depend on the numbers.
 """
 
 import statistics
@@ -14,6 +15,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moehive.kernels.blob import empty_blob
+from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearOps, LinearWeights
@@ -29,6 +31,7 @@ from .timing import seconds_of, torch_threads
 
 PROMPT = 128  # tokens in the cache before the first that is timed
 _READ_BYTES = 256 << 20
+_QUANTIZED_ROWS = 128  # whole blocks of every format
 _SMALL: dict[str, Any] = {  # what the layers are asked for is their width; the rest as little as goes
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8,
     "num_experts": 8, "num_local_experts": 8, "n_routed_experts": 8, "num_experts_per_tok": 2,
@@ -56,7 +59,8 @@ _REAL_FORMATS = ("bf16", "q8_0", "q4_0", "q4_k", "q6_k", "fp8_block")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkRow:
-    """One layer, the mean over a trunk's layers. Times in microseconds, bytes of weights a layer reads for a token.
+    """One layer, the mean over a trunk's layers. Times in microseconds, bytes of weights and recurrent state that a
+    layer reads for a token.
 
     `bandwidth` and `read_bandwidth` are bytes a second, of the layer and of a plain read in the same run; `ratio` is
     the first by the second, and means something where the layer does not fit into caches. `eager_us` is of the same
@@ -76,13 +80,14 @@ class TrunkRow:
 
 
 class _Case(NamedTuple):
-    """One trunk to be measured; `tokens` in a repetition."""
+    """One trunk to be measured; tokens in a repetition, of transformers' layers `eager_tokens`."""
 
     shape: str
     family: str
     config: dict[str, Any]
     formats: tuple[str, ...]
     tokens: int
+    eager_tokens: int
 
 
 def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
@@ -93,14 +98,14 @@ def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
     small = _SMALL_FAMILIES[:1] if quick else _SMALL_FAMILIES
     real = list(_REAL)[:1] if quick else list(_REAL)
     formats = tuple(fmt for fmt in (_REAL_FORMATS[:3] if quick else _REAL_FORMATS) if fmt in FORMATS)
-    cases = [_Case("64 wide", family, _SMALL, ("f32",), 40) for family in small]
-    cases += [_Case(name, *_REAL[name], formats, 6) for name in real]
+    cases = [_Case("64 wide", family, _SMALL, ("f32",), 40, 10) for family in small]
+    cases += [_Case(name, *_REAL[name], formats, 6, 1) for name in real]
     rows: list[TrunkRow] = []
     with torch.no_grad():
         for case in cases:
             count = 1 if case.config is _SMALL else threads
             with torch_threads(count):
-                rows += _measure(case, count, repeats=5 if quick else 11)
+                rows += _measure(case, count, repeats=3 if quick else 9)
     return [asdict(row) for row in rows]
 
 
@@ -116,19 +121,20 @@ def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
         steps = [_Decode(trunk) for trunk in (lean, eager)]
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
-            for step, series in zip(steps, times, strict=False):
-                series.append(seconds_of(step.token, case.tokens))
+            times[0].append(seconds_of(steps[0].token, case.tokens))
+            times[1].append(seconds_of(steps[1].token, case.eager_tokens))
             times[2].append(seconds_of(lambda: read_memory(memory, threads), 1))
         lean_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s = lean_s / case.tokens / layers
-        nbytes, read_bandwidth = tensors.layer_bytes // layers, _READ_BYTES / read_s
+        nbytes = (tensors.layer_bytes + steps[0].state_bytes) // layers
+        read_bandwidth = _READ_BYTES / read_s
         yield TrunkRow(
             family=case.family,
             shape=case.shape,
             format=fmt,
             threads=threads,
             layer_us=layer_s * 1e6,
-            eager_us=eager_s / case.tokens / layers * 1e6,
+            eager_us=eager_s / case.eager_tokens / layers * 1e6,
             bytes=nbytes,
             bandwidth=nbytes / layer_s,
             read_bandwidth=read_bandwidth,
@@ -174,7 +180,11 @@ class _ModelTensors:
         numbers = self._tensors[name]
         rows, columns = numbers.shape
         blob = empty_blob(tensor_bytes(self._format, rows, columns))
-        FORMATS[self._format].encode(numbers.float(), blob)
+        some = numbers if self._format in PLAIN_TYPES else numbers[:_QUANTIZED_ROWS]
+        first = blob[: tensor_bytes(self._format, len(some), columns)]
+        FORMATS[self._format].encode(some.float(), first)
+        for start in range(len(first), len(blob), len(first)):
+            blob[start : start + len(first)] = first[: len(blob) - start]
         if ".layers." in name:
             self.layer_bytes += len(blob)
         bias = self._tensors.get(f"{name.removesuffix('weight')}bias")
@@ -232,6 +242,11 @@ class _Decode:
     def token(self) -> torch.Tensor:
         """The next token's logits, f32 [vocab]."""
         return self._run(torch.tensor([3]))
+
+    @property
+    def state_bytes(self) -> int:
+        """Of recurrent layers, which a token reads whatever came before; of a lean trunk's sequence."""
+        return sum(state.nbytes for state in self._cache.states)
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
         return _finish(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]

@@ -30,6 +30,8 @@ int64_t piece_rows(const MoehiveMatrix& m) {
   return rows < 16 ? 16 : rows > kMaxRows ? kMaxRows : rows;
 }
 
+int64_t pieces_of(const MoehiveMatrix& m) { return (m.rows + piece_rows(m) - 1) / piece_rows(m); }
+
 // The inputs of a call, in the forms that its matrices want.
 class Inputs {
  public:
@@ -103,18 +105,27 @@ MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, i
       return 1;
     (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
     all_rows += matrices[m].rows;
-    pieces += (matrices[m].rows + piece_rows(matrices[m]) - 1) / piece_rows(matrices[m]);
+    pieces += pieces_of(matrices[m]);
   }
   try {
+    Trunk& self = *static_cast<Trunk*>(trunk);
     static const Kernel& kernel = *usable_kernel(0);
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
       const Inputs inputs(kernel, x, tokens < kMaxTokens ? tokens : kMaxTokens, columns, floats, quantized);
-      static_cast<Trunk*>(trunk)->each(pieces, inputs.tokens() * all_rows * columns, [&](int64_t item) {
+      // One token: a thread takes pieces that follow each other, so that what it fetches ahead is its own.
+      const int64_t runs = pieces / (8 * self.threads()), run = inputs.tokens() > 1 || runs < 1 ? 1 : runs < 4 ? runs : 4;
+      self.each((pieces + run - 1) / run, inputs.tokens() * all_rows * columns, [&](int64_t item) {
         const MoehiveMatrix* m = matrices;
-        int64_t first = 0;
-        for (int64_t here; item >= (here = (m->rows + piece_rows(*m) - 1) / piece_rows(*m)); item -= here)
-          first += m++->rows;
-        multiply_piece(kernel, *m, item * piece_rows(*m), inputs, out + first, all_rows);
+        int64_t first = 0, piece = item * run;
+        for (int64_t here; piece >= (here = pieces_of(*m)); piece -= here) first += m++->rows;
+        for (int64_t end = piece + (run < pieces - item * run ? run : pieces - item * run); piece < end; ++piece) {
+          while (piece == pieces_of(*m)) {  // on with the next matrix
+            end -= piece;
+            piece = 0;
+            first += m++->rows;
+          }
+          multiply_piece(kernel, *m, piece * piece_rows(*m), inputs, out + first, all_rows);
+        }
       });
     }
   } catch (const std::exception&) {

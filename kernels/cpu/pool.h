@@ -64,6 +64,7 @@ class SharedPool {
   static std::shared_ptr<SharedPool> of(int threads);  // lives as long as someone holds it
 
   explicit SharedPool(int threads) : pool_(threads), threads_(threads) {}
+  int threads() const { return threads_; }
 
   template <class Work>
   void run(int64_t items, Work&& work) {

@@ -13,7 +13,7 @@ from moehive.kernels.trunk_ops import TrunkOps
 
 @pytest.mark.parametrize("family", bench._SMALL_FAMILIES)
 def test_both_trunks_give_the_same_logits(family: str) -> None:
-    case = bench._Case("64 wide", family, bench._SMALL | {"num_hidden_layers": 4}, ("f32",), 1)
+    case = bench._Case("64 wide", family, bench._SMALL | {"num_hidden_layers": 4}, ("f32",), 1, 1)
     with torch.no_grad():
         model = bench._random_model(case)
         tensors = bench._ModelTensors(model, "f32")
@@ -26,7 +26,7 @@ def test_both_trunks_give_the_same_logits(family: str) -> None:
 
 
 def test_a_row_holds_what_was_measured() -> None:
-    case = bench._Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2)
+    case = bench._Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1)
     with torch.no_grad():
         (row,) = bench._measure(case, 1, repeats=1)
     assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 1)
