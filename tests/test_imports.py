@@ -38,6 +38,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "coordinator.checkpoints",
         "coordinator.demo",
         "coordinator.placement",
+        "coordinator.dispatch.statistics",  # the file that `moehive trace` reads
+        "coordinator.precision",
+        "coordinator.trunk",
         "coordinator.bench",
         "client",
         "proto",
@@ -45,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
     "coordinator.trunk": (*COMMON, "coordinator.checkpoints", "coordinator.models", "kernels"),
+    "coordinator.traffic": (*COMMON, "coordinator.dispatch", "coordinator.placement"),
     "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
     "coordinator.local_cluster": (*COMMON, "coordinator.app", "coordinator.cluster"),  # and node processes
     "coordinator.public_doors": (*COMMON, "coordinator.serving", "coordinator.cluster", "proto"),
@@ -63,6 +67,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "coordinator.checkpoints": (*COMMON, "coordinator.models.tensors", "kernels", "proto"),
     "coordinator.placement": COMMON,
+    "coordinator.precision": (*COMMON, "coordinator.models", "kernels"),
     "coordinator.estimate": (*COMMON, "coordinator.checkpoints", "kernels.memory"),  # the latter inside functions
 }
 # part → packages of others that it must not import, even inside a function.

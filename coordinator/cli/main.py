@@ -22,6 +22,7 @@ from . import (
     plan,
     serve,
     talk,
+    trace,
     up,
 )
 from .errors import exit_code, sentence
@@ -51,6 +52,7 @@ app.command(
     "node", context_settings={"ignore_unknown_options": True, "allow_extra_args": True}, add_help_option=False
 )(serve.node)
 app.command("plan")(plan.plan)
+app.command("trace")(trace.trace)
 app.command("token")(cluster.token)
 app.command("estimate")(estimate.estimate)
 app.command("pull")(models.pull)

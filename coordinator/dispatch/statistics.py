@@ -75,6 +75,10 @@ class RoutingStatistics:
             current.rows = None
             self._keep(rows, current.sequences)
 
+    def same_layers(self, other: "RoutingStatistics") -> bool:
+        """Whether both are of one model's layers."""
+        return self._experts == other._experts and self._top_k == other._top_k
+
     def counts(self, layer: int) -> npt.NDArray[np.float64]:
         """Tokens that each expert [experts] was sent, the recent ones counting most."""
         start = int(self._starts[layer, 0, 0])

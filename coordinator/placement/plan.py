@@ -53,10 +53,11 @@ class Placement:
 
 def make_plan(
     cluster: Cluster, trace: Trace, mixes: Sequence[Mix] = DEFAULT_MIXES, seed: int = 0, threads: int = 1,
-    experts: int | None = None,
+    experts: int | None = None, effort: float = 1.0,
 ) -> Placement:  # fmt: skip
-    """Plans for `trace`, minimizing the expected makespan; `experts` of a layer, where the trace does not hit them
-    all.
+    """Plans for `trace`, minimizing the expected makespan.
+
+    `experts` are those of a layer, where the trace may not hit all; `effort` scales the length of the search.
 
     Raises CoordinatorError, one sentence, when the model does not fit.
     """
@@ -74,7 +75,7 @@ def make_plan(
 
         layers = weigh(cluster, layers, experts, len(mixes))
         slots = budget(cluster, experts, layers, seed, each)
-        moves = moves_for(len(layers))
+        moves = int(effort * moves_for(len(layers)))
 
         def solve(index: int) -> Replicas:
             first = begin(layers[index], slots[index])

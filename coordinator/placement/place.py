@@ -1,0 +1,94 @@
+"""The running cluster's plan: by its traffic where that is known, else by shares of memory.
+
+The planner is given what nodes have measured and what the dispatcher has recorded. What it must not do is ask a node
+for more memory than it has while it changes over from the plan in force: it then holds the slices of both. So
+replicas fill a part of the spare memory only, and where that is not enough, shares, which move least, are the plan.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from moehive.kernels.geometry import LayerGeometry
+
+from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from .cluster import MAX_NODES, Cluster, Node, Tier
+from .plan import make_plan
+from .shares import place_by_memory
+from .traces import Trace
+
+log = logging.getLogger(__name__)
+
+SPARE = 0.25  # of the model's size: memory that replicas may take, where there is as much
+FILLED = 0.8  # of a node's memory that a plan may take, so that there is room to change over
+EFFORT = 0.2  # of the search: a node that joins or goes should not wait for the last percent
+USUAL_BANDWIDTH = 10e9  # bytes a second, of a node that has not said
+USUAL_RTT_S = 3e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a node and the link to it were measured to do; 0: not known."""
+
+    bandwidth: float = 0.0  # bytes a second of reading experts
+    rtt_s: float = 0.0
+    token_s: float = 0.0  # on the wire, of one token's hidden states, there and back
+
+
+def place(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace | None,
+    epoch: int,
+    previous: Plan | None = None,
+) -> Plan:
+    """A plan within `capacities` (bytes of each node). Raises CoordinatorError when the experts don't fit."""
+    shares = place_by_memory(capacities, layers, epoch, previous)
+    experts = {layer.experts for layer in layers}
+    if trace is None or len(experts) > 1 or trace.layers != len(layers) or len(capacities) > MAX_NODES:
+        return shares
+    total = sum(layer.experts * layer.spec.nbytes for layer in layers)
+    memory = sum(capacities.values())
+    part = min(FILLED, (1 + SPARE) * total / memory)
+    names = sorted(capacities)
+    cluster = Cluster(
+        tuple(_node(name, int(part * capacities[name]), measured.get(name, Measured())) for name in names),
+        tuple(layer.spec.nbytes for layer in layers),
+    )
+    try:
+        made = make_plan(cluster, trace, experts=experts.pop(), effort=EFFORT)
+    except CoordinatorError:
+        return shares  # the model fits, but with no memory to spare
+    owners = tuple(
+        tuple(tuple(names[node] for node in made.holders(layer, expert)) for expert in range(geometry.experts))
+        for layer, geometry in enumerate(layers)
+    )
+    plan = Plan(epoch, owners)
+    if previous is not None and not _fits_beside(plan, previous, capacities, layers):
+        log.info("The plan by traffic would need more memory than there is while nodes change over.")
+        return shares
+    log.info(
+        "Planned for %d tokens of traffic: %.3f ms of experts a step; no plan takes less than %.3f ms.",
+        trace.tokens, 1e3 * made.expected_s, 1e3 * made.bound_s,
+    )  # fmt: skip
+    return plan
+
+
+def _node(name: NodeName, nbytes: int, measured: Measured) -> Node:
+    rtt = 0.0 if name == LOCAL else measured.rtt_s or USUAL_RTT_S
+    bandwidth = measured.bandwidth or USUAL_BANDWIDTH
+    return Node(name=name, rtt_s=rtt, token_s=measured.token_s, tiers=(Tier(nbytes, bandwidth),))
+
+
+def _fits_beside(
+    plan: Plan, previous: Plan, capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry]
+) -> bool:
+    """Whether each node has room for its slices of both plans."""
+    held: Counter[NodeName] = Counter()
+    for new, old, geometry in zip(plan.owners, previous.owners, layers, strict=True):
+        for ours, theirs in zip(new, old, strict=True):
+            for name in {*ours, *theirs}:
+                held[name] += geometry.spec.nbytes
+    return all(held[name] <= size for name, size in capacities.items())

@@ -1,0 +1,62 @@
+"""The running cluster's plan: shares without traffic, the planner with it, and never more memory than there is."""
+
+import numpy as np
+import pytest
+
+from moehive.coordinator.placement import plan as planning
+from moehive.coordinator.placement import search, synthetic
+from moehive.coordinator.placement.place import Measured, place
+from moehive.coordinator.placement.shares import place_by_memory
+from moehive.coordinator.types import LOCAL
+from moehive.kernels.geometry import ExpertSpec, LayerGeometry
+
+SPEC = ExpertSpec(hidden_size=64, intermediate_size=32, activation="silu", format="bf16")
+LAYERS = [LayerGeometry(24, 4, SPEC)] * 2
+TRACE = synthetic.trace(2, 24, 4, 24, 1)
+
+
+@pytest.fixture(autouse=True)
+def short_searches(monkeypatch):
+    monkeypatch.setattr(search, "MOVES", 20_000)
+    monkeypatch.setattr(search, "FIT_BATCHES", {1: 60, 4: 40, 16: 20, 64: 10})
+    monkeypatch.setattr(planning, "SCORE_BATCHES", {1: 60, 4: 40, 16: 20, 64: 10})
+
+
+def held(plan, name):
+    return sum(map(len, plan.slice_of(name))) * SPEC.nbytes
+
+
+def test_without_traffic_it_is_shares():
+    capacities = {"a": 40 * SPEC.nbytes, "b": 40 * SPEC.nbytes}
+    assert place(capacities, {}, LAYERS, None, 3) == place_by_memory(capacities, LAYERS, 3)
+
+
+def test_with_traffic_a_quick_node_is_asked_for_more_and_hot_experts_have_replicas():
+    capacities = {"quick": 60 * SPEC.nbytes, "slow": 60 * SPEC.nbytes}
+    measured = {"quick": Measured(40e9, 1e-4), "slow": Measured(1e9, 1e-4)}
+    plan = place(capacities, measured, LAYERS, TRACE, 5)
+    assert plan.epoch == 5 and [len(layer) for layer in plan.owners] == [24, 24]
+    assert all(held(plan, name) <= size for name, size in capacities.items())
+    assert any(len(nodes) == 2 for layer in plan.owners for nodes in layer)
+    load = np.bincount(TRACE.experts[0].ravel(), minlength=24)
+    asked = [nodes[0] == "quick" for nodes in plan.owners[0]]
+    assert load[asked].sum() > load.sum() / 2
+
+
+def test_the_coordinators_own_memory_has_no_hop():
+    capacities = {LOCAL: 30 * SPEC.nbytes, "far": 60 * SPEC.nbytes}
+    plan = place(capacities, {"far": Measured(10e9, 5e-3), LOCAL: Measured(10e9)}, LAYERS, TRACE, 1)
+    load = np.bincount(TRACE.experts[0].ravel(), minlength=24)
+    local = [LOCAL in nodes for nodes in plan.owners[0]]
+    assert load[local].mean() > load.mean()
+
+
+def test_nodes_have_room_for_both_plans_while_they_change_over():
+    capacities = {"a": 30 * SPEC.nbytes, "b": 30 * SPEC.nbytes}
+    before = place_by_memory(capacities, LAYERS, 1)
+    for seed in range(3):
+        measured = {"a": Measured(10e9 * (seed + 1), 1e-4), "b": Measured(5e9, 1e-4)}
+        plan = place(capacities, measured, LAYERS, TRACE, 2, before)
+        for name, size in capacities.items():
+            both = [set(x) | set(y) for x, y in zip(plan.slice_of(name), before.slice_of(name), strict=True)]
+            assert sum(map(len, both)) * SPEC.nbytes <= size
