@@ -28,7 +28,6 @@ from ..types import CoordinatorError
 from .architecture import Architecture
 from .quantized.tensor import AnyTensor
 
-
 # Types of numbers that mean nothing without a scale.
 _CODES = (torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)
 

@@ -11,6 +11,7 @@ from .safetensors_file import StoredTensor, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+MAX_JSON = 64 << 20  # bytes of a config or an index; those of the largest models have some 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ def open_directory(path: Path) -> Directory:
             raise CoordinatorError(f"{path} is not a directory; give the directory with config.json and safetensors.")
     except OSError as error:  # a parent that may not be searched, a name too long
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
+    _refuse_links_out(path)
     config_bytes = _read(path / "config.json")
     config = _object(path / "config.json", config_bytes)
     digest = hashlib.sha256(config_bytes)
@@ -59,6 +61,27 @@ def open_directory(path: Path) -> Directory:
     if not tensors:
         raise CoordinatorError(f"{path} holds no tensors; download the checkpoint again.")
     return Directory(path, config, tensors, digest.hexdigest())
+
+
+def _refuse_links_out(path: Path) -> None:
+    """A directory that was downloaded may hold links to whatever else this user can read: none may lead out of it.
+
+    The hub's cache keeps contents in `blobs` beside its snapshots; links there are its own.
+    """
+    inside = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":
+        inside.append(path.resolve().parents[1] / "blobs")
+    try:
+        links = sorted(entry for entry in path.iterdir() if entry.is_symlink())
+        for link in links:
+            if not any(link.resolve().is_relative_to(folder) for folder in inside):
+                raise CoordinatorError(
+                    f"{link} is a link that leads out of the model's directory; put the file itself there."
+                )
+    except OSError as error:
+        raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
+    except RuntimeError as error:  # links in a circle, as older Pythons say it
+        raise CoordinatorError(f"{path} holds links that lead in a circle.") from error
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:
@@ -82,15 +105,8 @@ def _shards(path: Path) -> dict[Path, set[str]]:
                 " convert the checkpoint to safetensors."
             )
         raise CoordinatorError(f"{path} has neither {SINGLE} nor {INDEX}; download the checkpoint again.")
-    weight_map = _object(index, _read(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CoordinatorError(f"{index} has no weight_map; download the checkpoint again.")
     shards: dict[Path, set[str]] = {}
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise CoordinatorError(f"{index} places {name!r} in {file!r}, which is not a file of that directory.")
-        if not file.endswith(".safetensors"):
-            raise CoordinatorError(f"{index} places {name!r} in {file!r}, which is not a safetensors file.")
+    for name, file in read_index(index).items():
         shards.setdefault(path / file, set()).add(name)
     missing = sorted(shard.name for shard in shards if not shard.exists())
     if missing:
@@ -100,8 +116,32 @@ def _shards(path: Path) -> dict[Path, set[str]]:
     return dict(sorted(shards.items()))
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """An index file's tensors, each with the file beside it that holds it. Raises CoordinatorError."""
+    weight_map = _object(index, _read(index)).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CoordinatorError(f"{index} has no weight_map; download the checkpoint again.")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\0" in file:
+            raise CoordinatorError(
+                f"{index} places {_shown(name)} in {_shown(file)}, which is not a file of that directory."
+            )
+        if not file.endswith(".safetensors"):
+            raise CoordinatorError(
+                f"{index} places {_shown(name)} in {_shown(file)}, which is not a safetensors file."
+            )
+    return weight_map
+
+
+def _shown(value: object) -> str:
+    """What a file claims, short enough for a sentence."""
+    return repr(value)[:120]
+
+
 def _read(path: Path) -> bytes:
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CoordinatorError(f"{path} has {path.stat().st_size} bytes, far too many for such a file.")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise CoordinatorError(f"{path.parent} has no {path.name}, so it is not a model directory.") from error

@@ -19,13 +19,14 @@ def open_model(model: str) -> ModelSource:
     A directory or file goes by its own name, a model from a hub by its id. Raises CoordinatorError, one sentence.
     """
     path = resolve(model)
+    name = None if Path(model).expanduser().exists() else model
     if not path.is_dir():
-        return GgufCheckpoint.open(path)
+        return GgufCheckpoint.open(path, name)
     if is_pack(path):
         return PackCheckpoint.open(path)
     if (path / JOURNAL).exists():
         raise CoordinatorError(f"{path} is a pack that is not finished; run the same `moehive convert` again.")
-    return Checkpoint.open(path, None if Path(model).expanduser().exists() else model)
+    return Checkpoint.open(path, name)
 
 
 def trunk_of(source: ModelSource) -> Checkpoint | GgufCheckpoint:

@@ -140,19 +140,20 @@ def _tensors(path: Path, header: dict[str, Any], data_begin: int, data_size: int
         except (TypeError, KeyError, ValueError):
             whole = False
         if not whole:
-            raise CoordinatorError(f"{path} is corrupt: its header does not describe {name!r}; copy it again.")
-        if code not in DTYPES:
+            raise CoordinatorError(f"{path} is corrupt: its header does not say what {name[:120]!r} is; copy it.")
+        if not isinstance(code, str) or code not in DTYPES:
             raise CoordinatorError(
-                f"{path} holds {name!r} as {code!r}, which is not supported; known are {', '.join(DTYPES)}."
+                f"{path} holds {name[:120]!r} as {str(code)[:40]!r}, which is not supported; known are"
+                f" {', '.join(DTYPES)}."
             )
         if end > data_size:
             raise CoordinatorError(
-                f"{path} is truncated: {name!r} ends at byte {data_begin + end}, the file at"
+                f"{path} is truncated: {name[:120]!r} ends at byte {data_begin + end}, the file at"
                 f" {data_begin + data_size}; copy it again."
             )
         tensor = StoredTensor(path, name, DTYPES[code], tuple(shape), data_begin + begin)
         if tensor.nbytes != end - begin:
             raise CoordinatorError(
-                f"{path} is corrupt: {name!r} of shape {tuple(shape)} has {end - begin} bytes; copy it again."
+                f"{path} is corrupt: {name[:120]!r} of shape {tuple(shape)} has {end - begin} bytes; copy it again."
             )
         yield tensor

@@ -24,7 +24,8 @@ def coordinator(
     context: typer.Context,
     state_dir: StateDir,
     model: Annotated[
-        str | None, typer.Option(help="Directory of safetensors with config.json, or a hub id (org/name).")
+        str | None,
+        typer.Option(help="Directory of safetensors, a .gguf file, a pack, or a hub id (org/name, org/name:Q4_K_M)."),
     ] = None,
     config: Annotated[
         Path | None, typer.Option(help="TOML file with settings; flags and MOEHIVE_COORDINATOR_… win over it.")

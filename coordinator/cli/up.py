@@ -16,7 +16,8 @@ from .process import prepare
 
 def up(
     model: Annotated[
-        str, typer.Option(help="Directory of safetensors with config.json, a .gguf file, or a hub id (org/name).")
+        str,
+        typer.Option(help="Directory of safetensors, a .gguf file, a pack, or a hub id (org/name, org/name:Q4_K_M)."),
     ],
     state_dir: StateDir,
     nodes: Nodes = 3,

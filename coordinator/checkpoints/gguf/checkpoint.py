@@ -113,4 +113,4 @@ def _layer(file: GgufFile, family: str, module: ExpertsModule) -> LayerExperts:
 
 
 def _short_name(path: Path) -> str:
-    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.resolve().name) or path.name
+    return re.sub(r"(-\d{5}-of-\d{5})?\.gguf$", "", path.absolute().name) or path.name

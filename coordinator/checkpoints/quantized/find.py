@@ -6,7 +6,7 @@
     X.qweight, X.qzeros, X.scales, X.g_idx   GPTQ, AWQ (`Method.awq`)
     Y_blocks, Y_scales                       gpt-oss: MXFP4, of all experts, without `.weight`
 
-Nothing is read here but headers: the format of each follows from shapes and types.
+Nothing is read here but headers, and the few bytes of weight_shape: formats follow from shapes and types.
 """
 
 from dataclasses import dataclass
