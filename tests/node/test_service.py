@@ -129,11 +129,11 @@ def test_a_small_request_does_not_wait_on_the_loop_behind_a_large_one(serving, m
             started, go_on = asyncio.Event(), threading.Event()
             compute = service._executor.compute
 
-            def slow(layer, hidden, routing, reduction):
+            def slow(layer, hidden, *rest):
                 if len(hidden) == 40:
                     loop.call_soon_threadsafe(started.set)
                     assert go_on.wait(30)
-                return compute(layer, hidden, routing, reduction)
+                return compute(layer, hidden, *rest)
 
             monkeypatch.setattr(service._executor, "compute", slow)
             call = experts_pb2_grpc.ExpertsStub(channel).Compute(metadata=metadata())
