@@ -5,38 +5,60 @@ those after it, as far as what they are multiplied with goes together. Scales of
 comes, to the numbers as they are by then.
 """
 
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 
 from .grids import GRIDS, Fit
 from .rows import block_bytes
 
-_DAMPING = 0.02  # of the mean diagonal: keeps the inverse tame where few vectors were seen
+_DAMPING: Final = 0.02  # of the mean diagonal: keeps the inverse tame where few vectors were seen
+_WIDEST: Final = 256  # columns of the largest block
 
 
-def quantize(name: str, weight: torch.Tensor, moments: torch.Tensor | None = None) -> torch.Tensor:
-    """`weight` f32 [rows, columns] → uint8 [rows, bytes of a row], a GGUF file's rows of type `name`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Moments:
+    """How the vectors that a matrix is multiplied with go together: what `quantize` needs, made once for all formats.
 
-    `moments` f32 [columns, columns] is the sum of x xᵀ over the vectors that the matrix is multiplied with; None:
-    each column counts the same and errors are not compensated. Columns are padded to whole blocks with zeros.
+    `importance` f32 [columns, padded to 256]: mean squares; `factor` f32 [the same twice]: upper Cholesky factor of
+    the inverse of the second moments.
+    """
+
+    importance: torch.Tensor
+    factor: torch.Tensor
+
+    @classmethod
+    def of(cls, moments: torch.Tensor) -> "Moments":
+        """`moments` f32 [columns, columns]: the sum of x xᵀ over the vectors, each weighted as it counts."""
+        width = -(-len(moments) // _WIDEST) * _WIDEST
+        full = torch.zeros(width, width, dtype=torch.float64)
+        full[: len(moments), : len(moments)] = moments
+        full.diagonal().add_(_DAMPING * full.diagonal().sum().clamp_min(1e-12) / len(moments))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
+        return cls(full.diagonal().float(), torch.linalg.cholesky(inverse, upper=True).float())
+
+
+def quantize(name: str, weight: torch.Tensor, moments: Moments | None = None) -> torch.Tensor:
+    """`weight` [rows, columns] of any float type → uint8 [rows, bytes of a row], a GGUF file's rows of type `name`.
+
+    Without `moments` each column counts the same and errors are not compensated. A row's bytes depend on no other
+    row. Columns are padded to whole blocks with zeros.
     """
     grid = GRIDS[name]
     columns = weight.shape[1]
     width = -(-columns // grid.columns) * grid.columns
     w = torch.nn.functional.pad(weight.float(), (0, width - columns))
-    inverse = None
-    importance = torch.ones(width)
-    if moments is not None:
-        moments, inverse = _prepared(moments, width)
-        importance = moments.diagonal()
     stored = []
     for start in range(0, width, grid.columns):
         end = start + grid.columns
-        fit = grid.fit(w[:, start:end].contiguous(), importance[start:end])
-        if inverse is None:
+        if moments is None:
+            fit = grid.fit(w[:, start:end].contiguous(), torch.ones(grid.columns))
             codes = grid.codes(w[:, start:end], *_spread(fit, grid.sub))
         else:
-            codes, errors = _round(name, w[:, start:end], fit, inverse[start:end, start:end])
-            w[:, end:] -= errors @ inverse[start:end, end:]
+            fit = grid.fit(w[:, start:end].contiguous(), moments.importance[start:end])
+            codes, errors = _round(name, w[:, start:end], fit, moments.factor[start:end, start:end])
+            w[:, end:] -= errors @ moments.factor[start:end, end:width]
         stored.append(block_bytes(name, codes, fit))
     return torch.cat(stored, 1)
 
@@ -45,16 +67,6 @@ def _spread(fit: Fit, sub: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """A scale and a minimum for each column."""
     minimum = None if fit.minimum is None else fit.minimum.repeat_interleave(sub, 1)
     return fit.scale.repeat_interleave(sub, 1), minimum
-
-
-def _prepared(moments: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Damped moments [width, width], and the upper factor of their inverse."""
-    full = torch.zeros(width, width)
-    full[: len(moments), : len(moments)] = moments
-    mean = full.diagonal().mean().clamp_min(1e-12)
-    full.diagonal().add_(_DAMPING * mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(full.double()))
-    return full, torch.linalg.cholesky(inverse, upper=True).float()
 
 
 def _round(name: str, block: torch.Tensor, fit: Fit, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,7 @@ from typing import Final
 
 import torch
 
-_STEPS = 9  # roundings that are tried for a sub-block's scale, to each side of the plain one
+_STEPS = 6  # roundings that are tried for a sub-block's scale, to each side of the plain one
 _TINY = 1e-30
 
 

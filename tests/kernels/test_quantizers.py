@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import tensor_bytes
-from moehive.kernels.quantizers.feedback import quantize
+from moehive.kernels.quantizers.feedback import Moments, quantize
 from moehive.kernels.quantizers.grids import GRIDS
 
 # Mean square error by mean square of normal numbers; the best uniform quantizers of 2, 3, 4, 5, 6 bits reach 0.119,
@@ -41,7 +41,7 @@ def test_errors_that_go_together_are_compensated(name: str) -> None:
     x = torch.randn(1500, 48, generator=generator) @ torch.randn(48, 512, generator=generator)
     x += 0.5 * torch.randn(1500, 512, generator=generator)
     plain = loss(weight, read(name, quantize(name, weight)), x)
-    answered = loss(weight, read(name, quantize(name, weight, x[:1000].T @ x[:1000])), x[1000:])
+    answered = loss(weight, read(name, quantize(name, weight, Moments.of(x[:1000].T @ x[:1000]))), x[1000:])
     assert answered < 0.35 * plain
 
 
@@ -50,7 +50,7 @@ def test_columns_that_matter_are_kept_better(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(16, 256, generator=generator)
     moments = torch.diag(torch.where(torch.arange(256) % 4 == 0, 100.0, 1.0))
-    plain, aware = (read(name, quantize(name, weight, m)) for m in (None, moments))
+    plain, aware = (read(name, quantize(name, weight, m)) for m in (None, Moments.of(moments)))
     important = torch.arange(0, 256, 4)
     assert (aware - weight)[:, important].square().sum() < (plain - weight)[:, important].square().sum()
 

@@ -1,0 +1,187 @@
+"""Chooses the format of every expert's projections so that the model's output diverges least for the bytes.
+
+The damage of a choice is estimated as a sum over projections:
+
+    gain of the layer * mean square by which the layer's output changes
+
+The second factor is measured for each projection and format on calibration text, with the quantizer that will write
+it, on some of its rows (calibration.py). The first is how much the output's KL divergence grows for a square of
+change in that layer's output: each layer in turn is rounded, and both are measured on the text. KL divergence is
+quadratic in small changes, and changes of different layers are taken to be independent, so that they add up. The
+choice itself is a knapsack.py, which says how far from the best choice it may be.
+
+Sources: layer-wise second moments and error feedback as in GPTQ (Frantar et al., 2022); a layer's sensitivity
+measured at the output as in HAWQ (Dong et al., 2019), with KL in place of the Hessian's trace; the importance of
+columns as in llama.cpp's importance matrix.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import gguf
+import numpy as np
+import torch
+
+from moehive.kernels.geometry import ExpertId, ExpertSpec, Format, LayerGeometry, Manifest, tensor_bytes
+from moehive.kernels.quantizers.feedback import Moments, quantize
+
+from ..models.base import Trunk
+from .calibration import LayerInputs, Projection, Recorder, projections
+from .encode import encode
+from .forward import Experts, Read, Ready, divergence, log_probabilities
+from .knapsack import Option, choose
+
+CANDIDATES: Final[tuple[Format, ...]] = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k", "q6_k", "q8_0")
+_PROBE: Final[Format] = "q3_k"  # what a layer is rounded to when its gain is measured
+_ROWS = 64  # of a projection, on which a format's error is measured
+_PROBED_LAYERS = 16  # whose gain is measured; between them it is interpolated
+_PROBE_TOKENS = 384  # of the text, for the gains
+
+Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """What was chosen: `layers` with each expert's formats, their bytes, the damage that is expected, nats a token.
+
+    No choice among these formats has less expected damage than `bound`.
+    """
+
+    layers: tuple[LayerGeometry, ...]
+    nbytes: int
+    damage: float
+    bound: float
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """A model's layers on its calibration text, and what a change in each layer does to the output."""
+
+    inputs: list[LayerInputs]
+    gains: list[float]  # KL divergence, nats a token, for a mean square of change in the layer's output
+
+
+def calibrate(trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], progress: Progress) -> Calibrated:
+    """Runs `texts` (int64 [T] each) through the model, as it is and with one layer after the other rounded."""
+    recorder = Recorder(experts)
+    log_probabilities(trunk, recorder, texts)
+    inputs = recorder.inputs()
+    probes = [text[:_PROBE_TOKENS] for text in texts[: max(1, _PROBE_TOKENS // max(1, len(texts[0])))]]
+    reference = log_probabilities(trunk, experts, probes)
+    layers = len(inputs)
+    probed = sorted(
+        {round(n * (layers - 1) / max(1, min(layers, _PROBED_LAYERS) - 1)) for n in range(_PROBED_LAYERS)}
+    )
+    probed = [layer for layer in probed if layer < layers]
+    measured = []
+    for done, layer in enumerate(probed):
+        progress("Measuring layers", done, len(probed))
+        changed = _Rounded(experts, layer)
+        kl = divergence(reference, log_probabilities(trunk, changed, probes))
+        measured.append(kl / (changed.squares / changed.tokens))
+    gains = np.exp(np.interp(range(layers), probed, np.log(np.maximum(measured, 1e-30))))
+    return Calibrated(inputs, gains.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What each projection of each expert would cost in each format."""
+
+    manifest: Manifest
+    owners: list[tuple[ExpertId, str]]  # whose projection it is, and its name in `ExpertSpec.tensors`
+    formats: list[list[Format]]  # its own, then those of CANDIDATES
+    options: list[list[Option]]  # the same as bytes and damage
+
+
+def measure(manifest: Manifest, read: Read, calibrated: Calibrated, progress: Progress) -> Measured:
+    """Quantizes some rows of every projection in every format."""
+    measured = Measured(manifest, [], [], [])
+    total = sum(layer.experts for layer in manifest.layers)
+    for number, layer in enumerate(manifest.layers):
+        for expert in range(layer.experts):
+            progress("Measuring formats", len(measured.owners) // 2, total)
+            spec, name = layer.spec_of(expert), ExpertId(number, expert)
+            for projection in projections(spec, read(name), calibrated.inputs[number], expert):
+                own = spec.format if projection.name == "up" else spec.back_format
+                formats = [own, *(fmt for fmt in CANDIDATES if fmt != own)]
+                damages = [0.0, *_damages(projection, formats[1:])]
+                measured.owners.append((name, projection.name))
+                measured.formats.append(formats)
+                measured.options.append(
+                    [
+                        Option(_nbytes(spec, projection, fmt), calibrated.gains[number] * damage)
+                        for fmt, damage in zip(formats, damages, strict=True)
+                    ]
+                )
+    return measured
+
+
+def plan(measured: Measured, budget: int) -> Precision | None:
+    """The formats for `budget` bytes of experts; None if even the smallest are more."""
+    chosen = choose(measured.options, budget)
+    if chosen is None:
+        return None
+    picked: dict[ExpertId, dict[str, Format]] = {}
+    for (name, projection), formats, pick in zip(measured.owners, measured.formats, chosen.picks, strict=True):
+        picked.setdefault(name, {})[projection] = formats[pick]
+    layers = tuple(
+        replace(
+            layer,
+            formats=tuple(
+                (picked[ExpertId(number, e)]["up"], picked[ExpertId(number, e)]["down"]) for e in range(layer.experts)
+            ),
+        )
+        for number, layer in enumerate(measured.manifest.layers)
+    )
+    return Precision(layers, sum(layer.nbytes for layer in layers), chosen.damage, chosen.bound)
+
+
+def _damages(projection: Projection, formats: Sequence[Format]) -> list[float]:
+    rows = slice(0, None, max(1, len(projection.weight) // _ROWS))
+    sampled = projection.weight[rows]
+    moments = Moments.of(projection.moments)
+    found = []
+    for fmt in formats:
+        stored = quantize(fmt, sampled, moments)
+        numbers = torch.from_numpy(gguf.dequantize(stored.numpy(), gguf.GGMLQuantizationType[fmt.upper()]))
+        damage = projection.damage(numbers[:, : sampled.shape[1]], rows)
+        found.append(damage * len(projection.weight) / len(sampled))
+    return found
+
+
+def _nbytes(spec: ExpertSpec, projection: Projection, fmt: Format) -> int:
+    matrices = 2 if projection.name == "up" and spec.gated else 1
+    rows, columns = projection.weight.shape
+    return matrices * tensor_bytes(fmt, rows // matrices, columns)
+
+
+class _Rounded:
+    """An ExpertBackend in which one layer's experts are rounded; it sums up the squares of what that changes."""
+
+    def __init__(self, exact: Experts, layer: int) -> None:
+        self._exact = exact
+        self._layer = layer
+        manifest = exact.manifest
+        old = manifest.layers[layer]
+        new = replace(old, spec=replace(old.spec, format=_PROBE, down_format=None), formats=())
+
+        def read(expert: ExpertId) -> torch.Tensor:
+            return encode(old.spec_of(expert.expert), exact.read(expert), new.spec, None)
+
+        layers = (*manifest.layers[:layer], new, *manifest.layers[layer + 1 :])
+        self._rounded = Experts(replace(manifest, layers=layers), read, exact.ops, 0)
+        self.squares = 0.0
+        self.tokens = 0
+
+    def submit(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> Awaitable[torch.Tensor]:
+        """See ExpertBackend.submit."""
+        exact = self._exact.compute(layer, hidden, ids, weights)
+        if layer != self._layer:
+            return Ready(exact)
+        other = self._rounded.compute(layer, hidden, ids, weights)
+        self.squares += float((other.float() - exact.float()).square().sum())
+        self.tokens += len(hidden)
+        return Ready(other)

@@ -1,0 +1,118 @@
+"""A choice of formats, measured at the model's output on text that nothing was fitted to."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import MixtralConfig
+
+from moehive.coordinator.bench.trained_like import save_trained_like, texts
+from moehive.coordinator.checkpoints.opening import ModelSource, open_model
+from moehive.coordinator.models.base import Trunk
+from moehive.coordinator.precision.calibration import projections
+from moehive.coordinator.precision.encode import encode
+from moehive.coordinator.precision.forward import Experts, divergence, log_probabilities
+from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan
+from moehive.coordinator.trunk import load_trunk
+from moehive.kernels.blob import decode_tensor, tensor_views
+from moehive.kernels.geometry import ExpertId, Format, Manifest
+from moehive.kernels.ops import ExpertOps
+
+OPS = ExpertOps(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    folder = tmp_path_factory.mktemp("small")
+    config = MixtralConfig(
+        vocab_size=1024, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_local_experts=4,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    save_trained_like(config, folder)
+    return open_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def trunk(source: ModelSource) -> Trunk:
+    return load_trunk(source, 1)
+
+
+@pytest.fixture(scope="module")
+def calibrated(source: ModelSource, trunk: Trunk) -> Calibrated:
+    experts = Experts(source.manifest, source.expert_blob, OPS, 1 << 30)
+    return calibrate(trunk, experts, texts((1024, 256))[0], lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def measured(source: ModelSource, calibrated: Calibrated) -> Measured:
+    return measure(source.manifest, source.expert_blob, calibrated, lambda *_: None)
+
+
+def kl(source: ModelSource, trunk: Trunk, changed: Manifest, calibrated: Calibrated | None) -> float:
+    def read(expert: ExpertId) -> torch.Tensor:
+        old, new = (m.layers[expert.layer].spec_of(expert.expert) for m in (source.manifest, changed))
+        known = None if calibrated is None else (calibrated.inputs[expert.layer], expert.expert)
+        return encode(old, source.expert_blob(expert), new, known)
+
+    held_back = texts((1024, 256))[1]
+    exact = log_probabilities(trunk, Experts(source.manifest, source.expert_blob, OPS, 0), held_back)
+    return divergence(exact, log_probabilities(trunk, Experts(changed, read, OPS, 0), held_back))
+
+
+def uniform(source: ModelSource, name: Format) -> Manifest:
+    layers = tuple(
+        replace(layer, spec=replace(layer.spec, format=name, down_format=None)) for layer in source.manifest.layers
+    )
+    return replace(source.manifest, layers=layers)
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q4_k"])
+def test_less_divergence_than_a_uniform_format_of_the_same_bytes(
+    source: ModelSource, trunk: Trunk, calibrated: Calibrated, measured: Measured, name: Format
+) -> None:
+    same = uniform(source, name)
+    chosen = plan(measured, same.total_bytes)
+    assert chosen is not None
+    assert chosen.nbytes <= same.total_bytes
+    assert chosen.bound <= chosen.damage <= 1.5 * chosen.bound  # sixteen parts: one step is much
+    ours = kl(source, trunk, replace(source.manifest, layers=chosen.layers), calibrated)
+    assert ours < 0.9 * kl(source, trunk, same, None)
+    # What the choice was made by is about what comes of it.
+    assert chosen.damage / 4 < ours < chosen.damage * 4
+
+
+def test_all_the_bytes_change_nothing(source: ModelSource, measured: Measured) -> None:
+    chosen = plan(measured, source.manifest.total_bytes)
+    assert chosen is not None
+    assert chosen.damage == 0
+    assert {pair for layer in chosen.layers for pair in layer.formats} == {("bf16", "bf16")}
+
+
+def test_too_few_bytes_are_no_choice(measured: Measured) -> None:
+    assert plan(measured, 1000) is None
+
+
+def test_damage_of_a_projection_is_what_the_layer_changes_by(source: ModelSource, calibrated: Calibrated) -> None:
+    spec = source.manifest.layers[0].spec
+    inputs, expert = calibrated.inputs[0], 1
+    blob = source.expert_blob(ExpertId(0, expert))
+    views = tensor_views(spec, blob)
+    up, down = (decode_tensor(place, views[place.name]) for place in spec.tensors)
+    x, counts = inputs.of(expert)
+
+    def output(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        gate, linear = (x @ up.T).chunk(2, 1)
+        return (torch.nn.functional.silu(gate) * linear) @ down.T
+
+    generator = torch.Generator().manual_seed(5)
+    parts = projections(spec, blob, inputs, expert)
+    for part, weight in zip(parts, (up, down), strict=True):
+        noise = 1e-3 * torch.randn(weight.shape, generator=generator)
+        changed = output(up + noise, down) if part.name == "up" else output(up, down + noise)
+        expected = float(((changed - output(up, down)).square().sum(1) * counts).sum())
+        assert part.damage(weight + noise, slice(None)) == pytest.approx(expected, rel=0.6)
