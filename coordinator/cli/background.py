@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,6 +25,7 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
     import uvloop
 
     from ..local_cluster import LocalCluster, own_folder
+    from .loading import wait_started
 
     signal.signal(signal.SIGTERM, _terminate)
     with own_folder(base) as folder:
@@ -45,11 +46,16 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
 
         cluster = asyncio.run_coroutine_threadsafe(make(), loop).result()
         try:
-            run(cluster.start(), None)
+            starting = asyncio.run_coroutine_threadsafe(cluster.start(), loop)
+            try:
+                wait_started(starting, cluster)
+            except BaseException:  # Ctrl-C while it starts
+                starting.cancel()
+                raise
             yield cluster
         finally:
             with contextlib.suppress(TimeoutError):
-                run(cluster.stop(), STOP_SECONDS)
+                asyncio.run_coroutine_threadsafe(cluster.stop(), loop).result(STOP_SECONDS)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(1.0)
 

@@ -14,6 +14,7 @@ from moehive.proto.pacing import Pace
 from ..checkpoints.slices import SliceMismatch, SliceSource
 from ..types import CoordinatorError
 from .membership import Membership
+from .rates import LoadRates
 from .records import save_join_address
 from .service import ClusterService, EnrollmentService, NameTaken, NotAllowed
 from .session import SessionEnded
@@ -65,6 +66,7 @@ class ClusterServer:
         self._membership = membership
         self._slices = slices
         self._pace = Pace(busy)
+        self.rates = LoadRates()
         self.sources = Sources(lambda: membership.state, membership.manifest.nbytes)
         self._host = host
         self._advertise = advertise
@@ -89,7 +91,9 @@ class ClusterServer:
         self.join_port = channel.bind(join, self._host, self.join_port, credentials)
         await self._membership.start()
         cluster_pb2_grpc.add_ClusterServicer_to_server(
-            ClusterService(self._authority, self._store, self._membership, self._slices, self.sources, self._pace),
+            ClusterService(
+                self._authority, self._store, self._membership, self._slices, self.sources, self.rates, self._pace
+            ),
             cluster,
         )
         address = join_host_port(self._advertise, self.cluster_port)

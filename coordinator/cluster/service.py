@@ -22,6 +22,7 @@ from moehive.proto.pacing import Pace
 from ..checkpoints.slices import SliceSource
 from ..types import LOCAL, CoordinatorError, NodeName
 from .membership import Membership
+from .rates import LoadRates
 from .records import admit_node, is_revoked, quarantined_nodes, renew_node
 from .session import Assign, Commit, Direction, Session
 from .sources import Sources
@@ -92,6 +93,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         membership: Membership,
         slices: SliceSource,
         sources: Sources,
+        rates: LoadRates,
         pace: Pace,
     ) -> None:
         self._authority = authority
@@ -99,6 +101,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self._membership = membership
         self._slices = slices
         self._sources = sources
+        self._rates = rates
         self._pace = pace
         self._manifest = to_bytes(membership.manifest)
 
@@ -118,6 +121,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         finally:
             self._membership.depart(session)
             self._sources.forget(name)
+            self._rates.forget(name)
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
@@ -190,7 +194,16 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def _read(self, session: Session, reports: AsyncIterator[pb.NodeReport]) -> None:
         async for report in reports:
             bounds.check_report(report)
+            self._note_load(session.name, report)
             self._membership.report(session, _event(session.name, report))
+
+    def _note_load(self, name: NodeName, report: pb.NodeReport) -> None:
+        kind = report.WhichOneof("report")
+        if kind == "progress":
+            now = asyncio.get_running_loop().time()
+            self._rates.note(name, report.progress.epoch, report.progress.bytes_done, now)
+        elif kind in ("ready", "failed"):
+            self._rates.forget(name)
 
     def _directive(self, name: NodeName, direction: Direction) -> pb.Directive:
         if isinstance(direction, Assign):

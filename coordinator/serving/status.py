@@ -45,6 +45,10 @@ class NodeStatus:
     load: float = 0.0
     resident_bytes: int = 0
     load_progress: float = 0.0  # 0 to 1
+    load_bytes: int = 0  # of the slice being loaded, that are here
+    load_total_bytes: int = 0  # 0: nothing is being loaded
+    load_bytes_per_s: float = 0.0  # of late; 0: not known
+    source_fault: str = ""  # the last wrong bytes that it gave to another node, in words
     round_trip_s: float = 0.0  # of the link, measured; 0: not yet
     link_bandwidth: float = 0.0  # bytes a second, measured; 0: not yet
     tiers: TierStatus | None = None

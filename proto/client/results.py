@@ -102,6 +102,10 @@ class NodeStatus:
     load: float  # one-minute load average
     resident_bytes: int
     load_progress: float  # 0 to 1, of the slice being fetched
+    load_bytes: int  # of that slice, that are here
+    load_total_bytes: int  # 0: nothing is being loaded
+    load_bytes_per_s: float  # of late; 0: not known
+    source_fault: str  # the last wrong bytes that it gave to another node, in words
     tiers: TierStatus | None  # None: all of its experts are in RAM
     round_trip_s: float  # of the link to it, measured; 0: not yet
     link_bandwidth: float  # bytes a second, measured; 0: not yet
