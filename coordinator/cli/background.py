@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..local_cluster import LocalCluster
@@ -32,14 +32,6 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
         loop = uvloop.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="cluster", daemon=True)
         thread.start()
-
-        def run(work: Coroutine[Any, Any, None], seconds: float | None) -> None:
-            future = asyncio.run_coroutine_threadsafe(work, loop)
-            try:
-                future.result(seconds)
-            except BaseException:  # Ctrl-C while it starts
-                future.cancel()
-                raise
 
         async def make() -> LocalCluster:
             return LocalCluster(model, folder, nodes, grpc_port=grpc_port, http_port=http_port)

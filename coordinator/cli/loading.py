@@ -1,9 +1,12 @@
-"""What a person sees while the nodes of a local cluster load their slices: bytes, rate and time left of each."""
+"""What a person sees while nodes load their slices: bytes, rate and time left of each."""
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from moehive.client.results import NodeStatus
+
     from ..local_cluster import LocalCluster
 
 POLL_SECONDS = 0.5
@@ -39,3 +42,16 @@ def wait_started(started: "Future[None]", cluster: "LocalCluster") -> None:
                 if node.name not in tasks:
                     tasks[node.name] = progress.add_task(node.name)
                 progress.update(tasks[node.name], completed=node.load_bytes, total=node.load_total_bytes)
+
+
+def load_sentences(nodes: "Sequence[NodeStatus]") -> Iterator[str]:
+    """One for each node that loads a slice, and for each that gave wrong bytes to another."""
+    for node in nodes:
+        if node.state == "loading" and node.load_total_bytes:
+            text = f"{node.name} has loaded {node.load_bytes / 1e9:.2f} of {node.load_total_bytes / 1e9:.2f} GB"
+            if node.load_bytes_per_s > 0:
+                left = (node.load_total_bytes - node.load_bytes) / node.load_bytes_per_s
+                text += f", {node.load_bytes_per_s / 1e6:,.0f} MB/s, {left:,.0f} s left"
+            yield text + "."
+        if node.source_fault:
+            yield f"{node.name} {node.source_fault}; they were fetched again from elsewhere."
