@@ -1,4 +1,4 @@
-"""`moehive bench chaos`: faults on a real cluster of this machine, and a verdict."""
+"""`moehive bench chaos`: faults on a real cluster, and a verdict. `moehive bench dispatch`: choosing a replica."""
 
 import json
 import sys
@@ -35,3 +35,20 @@ def chaos(
         Console().print(table)
     if not report.passed:
         raise typer.Exit(1)
+
+
+def dispatch(as_json: Json = False) -> None:
+    """Choosing among replicas: what it costs for a layer, and how much slower a choice by chance would be."""
+    from ..bench.dispatch import measure_dispatch
+
+    rows = measure_dispatch()
+    if as_json:
+        typer.echo(json.dumps({"rows": rows}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    Console().print(table)

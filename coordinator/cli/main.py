@@ -8,6 +8,7 @@ import typer
 from . import (
     bench,
     bench_chaos,
+    bench_budget,
     bench_convert,
     bench_decode,
     bench_estimate,
@@ -71,6 +72,8 @@ benches.command("fetch")(bench_fetch.fetch)
 benches.command("plan")(bench_plan.plan)
 benches.command("decode")(bench_decode.decode)
 benches.command("chaos")(bench_chaos.chaos)
+benches.command("dispatch")(bench_chaos.dispatch)
+benches.command("budget")(bench_budget.budget)
 benches.command("convert")(bench_convert.convert)
 benches.command("estimate")(bench_estimate.estimate)
 keys.command("new")(cluster.new_key)
