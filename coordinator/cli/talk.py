@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .loading import load_sentences
 from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
+from .status_words import in_words
 
 if TYPE_CHECKING:
     from moehive.client import Client, Status
@@ -131,6 +133,10 @@ def _show(found: "Status") -> None:
         computed = f"{node.compute_ns / 1e9:,.1f} s"
         table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
     console.print(table)
+    for sentence in load_sentences(found.nodes):
+        console.print(sentence, highlight=False)
+    for sentence in in_words(found.nodes):
+        console.print(sentence, highlight=False)
     for node in found.nodes:
         if (tiers := node.tiers) is not None:
             console.print(

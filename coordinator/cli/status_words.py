@@ -1,0 +1,57 @@
+"""`moehive status` in sentences: why a node holds what it holds, what is waited for, what one more would bring."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from moehive.client.results import NodeStatus
+
+ENOUGH_CALLS = 1000  # of experts, before figures say something
+
+
+def in_words(nodes: "Sequence[NodeStatus]") -> list[str]:
+    """Sentences for a person; few or none while there is nothing to say yet."""
+    holding = [node for node in nodes if node.experts_held]
+    memory = sum(node.ram_bytes for node in nodes)
+    held = sum(node.experts_held for node in holding)
+    calls = sum(node.expert_calls for node in holding)
+    sentences = []
+    for node in holding:
+        text = (
+            f"{node.name} holds {node.experts_held / held:.0%} of what is held: it gives "
+            f"{node.ram_bytes / memory if memory else 0:.0%} of the memory"
+        )
+        if node.read_bandwidth:
+            text += f" and reads {node.read_bandwidth / 1e9:.1f} GB/s"
+        if node.round_trip_s:
+            text += f", {1e3 * node.round_trip_s:.2f} ms away"
+        if calls >= ENOUGH_CALLS and node.expert_calls:
+            text += (
+                f"; {node.expert_calls / calls:.0%} of the calls went there, "
+                f"at {node.compute_ns / node.expert_calls / 1e3:.0f} µs each"
+            )
+        sentences.append(text + ".")
+    if calls < ENOUGH_CALLS or len(holding) < 2:
+        return sentences
+    spent = sum(node.compute_ns for node in holding)
+    slowest = max(holding, key=lambda node: node.compute_ns)
+    farthest = max(holding, key=lambda node: node.round_trip_s)
+    each = slowest.compute_ns / slowest.expert_calls / 1e9 if slowest.expert_calls else 0.0
+    if farthest.round_trip_s > 4 * each:
+        sentences.append(
+            f"A layer waits most for the way to {farthest.name}: {1e3 * farthest.round_trip_s:.2f} ms, and an expert "
+            f"takes {1e3 * each:.2f} ms. A quicker link would bring more than another machine."
+        )
+    elif spent:
+        sentences.append(
+            f"A layer waits most for {slowest.name}: {slowest.compute_ns / spent:.0%} of the nodes' computing "
+            "was its."
+        )
+    rate = sum(node.read_bandwidth for node in holding)
+    if slowest.read_bandwidth and rate:
+        share = slowest.read_bandwidth / (rate + slowest.read_bandwidth)
+        sentences.append(
+            f"One more machine like {slowest.name} would take over up to {share:.0%} of what nodes compute in a "
+            "layer; round trips would stay."
+        )
+    return sentences

@@ -1,0 +1,36 @@
+"""What `moehive status` says of its nodes."""
+
+from types import SimpleNamespace
+
+from moehive.coordinator.cli.status_words import in_words
+
+
+def node(**figures):
+    """What the sentences read of a node."""
+    usual = {
+        "name": "near", "experts_held": 60, "ram_bytes": 3 << 30, "read_bandwidth": 30e9, "expert_calls": 6000,
+        "compute_ns": 60_000_000, "round_trip_s": 1e-5,
+    }  # fmt: skip
+    return SimpleNamespace(**(usual | figures))
+
+
+NEAR = node()
+SLOW = node(name="slow", experts_held=20, ram_bytes=1 << 30, read_bandwidth=10e9, compute_ns=180_000_000)
+
+
+def test_it_says_why_and_who_is_waited_for():
+    words = in_words([NEAR, SLOW])
+    assert words[0].startswith("near holds 75% of what is held: it gives 75% of the memory and reads 30.0 GB/s")
+    assert "50% of the calls went there, at 10 µs each" in words[0]
+    assert words[2] == "A layer waits most for slow: 75% of the nodes' computing was its."
+    assert "like slow would take over up to 20%" in words[3]
+
+
+def test_a_far_node_is_named_for_its_way():
+    assert "the way to far: 5.00 ms" in " ".join(in_words([NEAR, node(name="far", round_trip_s=5e-3)]))
+
+
+def test_it_is_silent_about_what_is_not_known():
+    fresh = {"expert_calls": 0, "compute_ns": 0, "read_bandwidth": 0.0, "round_trip_s": 0.0}
+    assert in_words([node(**fresh)]) == ["near holds 100% of what is held: it gives 100% of the memory."]
+    assert in_words([node(**fresh, experts_held=0)]) == []
