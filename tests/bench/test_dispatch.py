@@ -5,5 +5,6 @@ from moehive.coordinator.bench.dispatch import SHAPES, measure_dispatch
 
 def test_the_choice_is_better_than_chance() -> None:
     rows = measure_dispatch()
-    assert {(row["batch"], row["nodes"], row["holders"]) for row in rows} == {(b, *s) for b in (1, 16) for s in SHAPES}
+    shapes = {(row["batch"], row["nodes"], row["holders"]) for row in rows}
+    assert shapes == {(batch, *shape) for batch in (1, 16) for shape in SHAPES}
     assert all(row["random_ratio"] > 1 and row["choice_us"] > 0 for row in rows)

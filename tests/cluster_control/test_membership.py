@@ -7,6 +7,7 @@ import grpc.aio
 import pytest
 
 from moehive.coordinator.cluster import membership
+from moehive.coordinator.cluster.records import readmit_node, revoke_node
 from moehive.coordinator.cluster.state import Phase
 from moehive.coordinator.types import LOCAL, CoordinatorError
 from moehive.kernels.geometry import Manifest
@@ -386,5 +387,46 @@ def test_each_change_is_told_in_order(cluster):
             epochs = [state.epoch for state in harness.states]
             assert epochs == sorted(epochs)
             assert [state.ready for state in harness.states].index(True) > 0
+
+    asyncio.run(main())
+
+
+def test_a_revoked_nodes_open_stream_is_ended(cluster):
+    async def main():
+        async with cluster() as harness:
+            node = await harness.join("a")
+            await node.attend()
+            await node.hear_assign()
+            revoke_node(harness.store, "a")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                while await node.hear():
+                    pass
+            assert "was shut out of this cluster" in caught.value.details()
+            assert harness.membership.state.phase("a") is Phase.AWAY
+
+    asyncio.run(main())
+
+
+def test_a_quarantined_node_is_told_so_and_comes_back_when_it_is_readmitted(cluster):
+    async def main():
+        async with cluster(min_nodes=2) as harness:
+            a = await harness.join_obedient("a")
+            b = await harness.join_obedient("b")
+            await harness.membership.wait_ready(10.0)
+            harness.membership.quarantine("a", "Node a answered values that are not numbers.")
+            assert harness.membership.state.phase("a") is Phase.QUARANTINED
+            await harness.until(lambda: harness.membership.state.active_owners == {b.name})  # at once
+            await a.attend()
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await a.hear()
+            assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
+            assert "`moehive node readmit a`" in caught.value.details()
+            readmit_node(harness.store, "a")
+            with pytest.raises(CoordinatorError, match="No node named 'a' is quarantined"):
+                readmit_node(harness.store, "a")
+            await harness.until(lambda: "a" not in harness.membership.state.nodes)
+            await a.attend()
+            harness.obey(a)
+            await harness.until(lambda: harness.membership.state.active_owners == {"a", "b"})
 
     asyncio.run(main())
