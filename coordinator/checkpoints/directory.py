@@ -1,17 +1,15 @@
 """A checkpoint's directory: its config.json, its shards, and a fingerprint of them."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..types import CoordinatorError
+from .json_files import INDEX, json_object, read_bytes, read_index
 from .safetensors_file import StoredTensor, read_header
 
-INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-MAX_JSON = 64 << 20  # bytes of a config or an index; those of the largest models have some 10 MB
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +39,8 @@ def open_directory(path: Path) -> Directory:
     except OSError as error:  # a parent that may not be searched, a name too long
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
     _refuse_links_out(path)
-    config_bytes = _read(path / "config.json")
-    config = _object(path / "config.json", config_bytes)
+    config_bytes = read_bytes(path / "config.json")
+    config = json_object(path / "config.json", config_bytes)
     digest = hashlib.sha256(config_bytes)
     tensors: dict[str, StoredTensor] = {}
     wanted = _shards(path)
@@ -114,49 +112,6 @@ def _shards(path: Path) -> dict[Path, set[str]]:
             f"{path} lacks {missing[0]}{_more(missing)} of its {len(shards)} shards; finish the copy or the download."
         )
     return dict(sorted(shards.items()))
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """An index file's tensors, each with the file beside it that holds it. Raises CoordinatorError."""
-    weight_map = _object(index, _read(index)).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CoordinatorError(f"{index} has no weight_map; download the checkpoint again.")
-    for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", "..") or "\0" in file:
-            raise CoordinatorError(
-                f"{index} places {_shown(name)} in {_shown(file)}, which is not a file of that directory."
-            )
-        if not file.endswith(".safetensors"):
-            raise CoordinatorError(
-                f"{index} places {_shown(name)} in {_shown(file)}, which is not a safetensors file."
-            )
-    return weight_map
-
-
-def _shown(value: object) -> str:
-    """What a file claims, short enough for a sentence."""
-    return repr(value)[:120]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise CoordinatorError(f"{path} has {path.stat().st_size} bytes, far too many for such a file.")
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise CoordinatorError(f"{path.parent} has no {path.name}, so it is not a model directory.") from error
-    except OSError as error:
-        raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _object(path: Path, data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise CoordinatorError(f"{path} is not valid JSON: {error}; copy it again.") from error
-    if not isinstance(value, dict):
-        raise CoordinatorError(f"{path} must hold a JSON object, not a {type(value).__name__}.")
-    return value
 
 
 def _more(names: list[str]) -> str:

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..types import CoordinatorError
-from .directory import INDEX, read_index
+from .json_files import INDEX, read_index
 
 # Beside the weights; pickles, other frameworks' weights, pictures and documents stay away.
 _BESIDE = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken")

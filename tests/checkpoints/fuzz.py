@@ -27,9 +27,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from moehive.coordinator.checkpoints.directory import INDEX, open_directory
+from moehive.coordinator.checkpoints.directory import open_directory
 from moehive.coordinator.checkpoints.gguf.config import read_config
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
+from moehive.coordinator.checkpoints.json_files import INDEX
 from moehive.coordinator.checkpoints.pack.manifest import NAME as PACK
 from moehive.coordinator.checkpoints.pack.manifest import PackManifest, TrunkFile, read_manifest, write_manifest
 from moehive.coordinator.checkpoints.quantized.find import ordinary_tensors

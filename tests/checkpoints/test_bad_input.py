@@ -1,0 +1,136 @@
+"""Files and directories that are wrong, each refused in one sentence that says what and where."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.checkpoints.directory import open_directory
+from moehive.coordinator.checkpoints.gguf.file import open_gguf
+from moehive.coordinator.types import CoordinatorError
+
+Wide = Callable[[str], Path]
+
+
+def refusal(opening: Callable[[], object]) -> str:
+    with pytest.raises(CoordinatorError) as caught:
+        opening()
+    sentence = str(caught.value)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+@pytest.fixture
+def copy(wide: Wide, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(wide("mixtral"), tmp_path / "model"))
+
+
+def test_links_out_of_the_directory(copy: Path, tmp_path: Path) -> None:
+    """A link to a file of this user's that a pack would copy, or a node would be sent."""
+    (tmp_path / "secret").write_text("{}")
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (copy / name).symlink_to(tmp_path / "secret")
+        assert "leads out of" in refusal(lambda: Checkpoint.open(copy))
+        (copy / name).unlink()
+    shutil.move(copy / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (copy / "model.safetensors").symlink_to(Path("..") / "elsewhere.safetensors")
+    assert "leads out of" in refusal(lambda: Checkpoint.open(copy))
+    (copy / "model.safetensors").unlink()
+    (copy / "model.safetensors").symlink_to("model.safetensors")
+    assert refusal(lambda: Checkpoint.open(copy))
+
+
+def test_links_of_the_hub_s_cache_are_its_own(copy: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--o--m"
+    (repository / "blobs").mkdir(parents=True)
+    snapshot = repository / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.move(copy / name, repository / "blobs" / name.upper())
+        (snapshot / name).symlink_to(Path("..") / ".." / "blobs" / name.upper())
+    assert open_directory(snapshot).tensors
+    (tmp_path / "linked").symlink_to(snapshot)  # the user's own name for it
+    assert open_directory(tmp_path / "linked").tensors
+
+
+def test_a_config_or_index_as_large_as_weights(copy: Path) -> None:
+    with (copy / "config.json").open("r+b") as file:
+        file.truncate(10 << 30)  # a hole; nothing of it may be read
+    assert "far too many" in refusal(lambda: Checkpoint.open(copy))
+
+
+def gguf_file(path: Path) -> bytes:
+    writer = gguf.GGUFWriter(path, "qwen3moe")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path.read_bytes()
+
+
+NAME = b"token_embd.weight"
+# The tensor's description after its name: dimensions (4 bytes), sizes (8 each), type (4), offset (8).
+CASES = {
+    "magic": (0, b"GGML", "not a GGUF file"),
+    "version": (4, struct.pack("<I", 99), "version 99"),
+    "big-endian": (4, struct.pack(">I", 3), "big-endian"),
+    "tensors": (8, struct.pack("<Q", 2**60), "truncated or corrupt"),
+    "values": (16, struct.pack("<Q", 2**60), "truncated or corrupt"),
+}
+AFTER_NAME = {
+    "no dimensions": (0, struct.pack("<I", 0), "0 dimensions"),
+    "many dimensions": (0, struct.pack("<I", 2**31), "dimensions"),
+    "negative size": (4, struct.pack("<q", -64), "truncated or corrupt"),
+    "huge size": (12, struct.pack("<Q", 2**62), "truncated or corrupt"),
+    "huge sizes that overflow": (4, struct.pack("<QQ", 2**33, 2**33), "truncated or corrupt"),
+    "empty": (12, struct.pack("<Q", 0), "empty"),
+    "unknown type": (20, struct.pack("<I", 4242), "number 4242"),
+    "removed type": (20, struct.pack("<I", 4), "number 4"),
+    "offset beyond the file": (24, struct.pack("<Q", 2**40), "does not lie within it"),
+    "offset that is not aligned": (24, struct.pack("<Q", 1), "does not lie within it"),
+    "offset that overflows": (24, struct.pack("<Q", 2**64 - 32), "does not lie within it"),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *AFTER_NAME])
+def test_a_gguf_that_lies(case: str, tmp_path: Path) -> None:
+    data = bytearray(gguf_file(tmp_path / "x.gguf"))
+    open_gguf(tmp_path / "x.gguf")
+    if case in CASES:
+        at, new, words = CASES[case]
+    else:
+        at, new, words = AFTER_NAME[case]
+        at += data.index(NAME) + len(NAME)
+    data[at : at + len(new)] = new
+    (tmp_path / "x.gguf").write_bytes(data)
+    assert words in refusal(lambda: open_gguf(tmp_path / "x.gguf"))
+
+
+def test_a_safetensors_header_that_lies(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + length])
+    name = next(name for name in header if name != "__metadata__")
+    lies = [
+        {"shape": [-1, 4]},
+        {"shape": [2**62, 2**62]},
+        {"shape": [1.5]},
+        {"data_offsets": [0, 2**62]},
+        {"data_offsets": [-4, 4]},
+        {"data_offsets": [100, 0]},
+        {"dtype": "I4"},
+        {"dtype": ["F32"]},
+        {"dtype": None},
+    ]
+    for lie in lies:
+        raw = json.dumps(header | {name: header[name] | lie}).encode()
+        file.write_bytes(len(raw).to_bytes(8, "little") + raw + whole[8 + length :])
+        assert refusal(lambda: open_directory(copy)), lie
