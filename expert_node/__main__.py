@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         "--memory", metavar="SIZE", help="memory for experts, for example 12GiB (default: what is free, less a tenth)"
     )
     add(
+        "--vram",
+        metavar="SIZE",
+        help="memory of a GPU for the experts that are used most; 0: do not use it (default: most of what is free)",
+    )
+    add(
         "--disk",
         metavar="SIZE",
         help="disk for experts when the cluster's memory is too small for the model, which is then slow; 0: none "
@@ -77,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
             listen=None if parsed.listen is None else parse_listen(parsed.listen),
             advertise=parsed.advertise,
             memory_bytes=None if parsed.memory is None else parse_size(parsed.memory),
+            vram_bytes=None if parsed.vram is None else parse_size(parsed.vram),
             disk_bytes=None if parsed.disk is None else parse_size(parsed.disk),
             threads=parsed.threads,
         )

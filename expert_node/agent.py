@@ -220,7 +220,10 @@ class Agent:
             resident_bytes=self._process.memory_info().rss,
             load=os.getloadavg()[0],
         )
-        tier = self._store.tier
+        tier, gpu = self._store.tier, self._store.gpu
+        if gpu is not None:
+            beat.tiers.vram_bytes = gpu.bytes_held
+            beat.tiers.ram_bytes = self._store.ram_bytes
         if tier is not None:
             beat.tiers.ram_bytes = self._store.ram_bytes
             beat.tiers.disk_bytes = self._store.bytes_held

@@ -6,9 +6,10 @@ whichever tier its experts come.
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter_ns
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,8 +19,12 @@ from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction
 from moehive.proto.tensors import Routing
 
 from .store import ExpertStore
-from .tiers.ram import Lease, RamTier
+from .tiers.parts import part_of
+from .tiers.ram import RamTier
 from .types import NodeError
+
+if TYPE_CHECKING:
+    from .tiers.gpu import GpuTier  # imports Triton, which only a node with a GPU needs
 
 # A request of more tokens, a piece of a prompt, is no guide to the next layer's experts: it wants nearly all of them.
 FORESEEN_TOKENS = 8
@@ -70,7 +75,11 @@ class Executor:
                 "coordinator serves another model than it assigned."
             )
         tier = self.store.tier
-        if tier is None:
+        gpu = self.store.gpu
+        if gpu is not None:
+            with gpu.lock:
+                rows = self._beside_gpu(gpu, layer, spec, hidden, routing, reduction, likely)
+        elif tier is None:
             held = self.store.layer(layer)
             rows = self._ops.moe_layer(
                 spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
@@ -118,35 +127,67 @@ class Executor:
                 return self._ops.moe_layer(
                     spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
                 )
-            return self._in_groups(lease, staying, spec, hidden, routing, reduction)
+            pairs = self._in_groups(itertools.chain([staying], lease), layer, spec, hidden, routing)
+            return self._reduce(pairs, hidden, routing, reduction)
+        finally:
+            lease.close()
+
+    def _beside_gpu(
+        self,
+        gpu: "GpuTier",
+        layer: int,
+        spec: ExpertSpec,
+        hidden: torch.Tensor,
+        routing: Routing,
+        reduction: Reduction,
+        likely: Sequence[int] | None,
+    ) -> torch.Tensor:
+        """What the GPU holds is computed there, the rest wherever it is cheaper (tiers/gpu.py)."""
+        tier, staying = self.store.tier, self.store.layer(layer)
+        if tier is None:
+            pairs = gpu.compute(layer, spec, staying, hidden, routing)
+            return self._reduce(pairs, hidden, routing, reduction)
+        numbers = set(routing.experts.tolist())
+        there = gpu.layer(layer).keys()
+        lease = tier.lease(layer, numbers - staying.keys() - there)
+        try:
+            if likely is not None and len(hidden) <= FORESEEN_TOKENS:
+                tier.prefetch(layer, numbers, likely)
+            groups = itertools.chain([staying], lease)
+            pairs = self._in_groups(groups, layer, spec, hidden, routing, gpu, frozenset(there))
+            return self._reduce(pairs, hidden, routing, reduction)
         finally:
             lease.close()
 
     def _in_groups(
         self,
-        lease: Lease,
-        staying: Mapping[int, ExpertWeights],
+        groups: Iterable[Mapping[int, ExpertWeights]],
+        layer: int,
         spec: ExpertSpec,
         hidden: torch.Tensor,
         routing: Routing,
-        reduction: Reduction,
+        gpu: "GpuTier | None" = None,
+        on_gpu: Collection[int] = (),
     ) -> torch.Tensor:
-        """Group by group, each pair in f32; then all are added up as one call would."""
+        """All pairs in f32 [pairs, hidden], group by group of the experts in RAM; `on_gpu` go with the first."""
         x = hidden.float()
         pairs = torch.empty(len(routing.experts), spec.hidden_size)
-        for held in itertools.chain([staying], lease):
-            mine = np.isin(routing.experts, list(held))
-            ends = np.concatenate([[0], np.cumsum(mine)]).astype(np.uint32)
-            rows = self._ops.moe_layer(
-                spec,
-                held,
-                x,
-                ends[routing.offsets],
-                routing.experts[mine],
-                routing.weights[mine],
-                Reduction.PER_EXPERT,
-            )
-            pairs[torch.from_numpy(np.flatnonzero(mine))] = rows
+        for held in groups:
+            mine = np.isin(routing.experts, [*held, *on_gpu])
+            on_gpu = ()
+            part = part_of(routing, mine)
+            if gpu is not None:
+                rows = gpu.compute(layer, spec, held, x, part)
+            else:
+                rows = self._ops.moe_layer(
+                    spec, held, x, part.offsets, part.experts, part.weights, Reduction.PER_EXPERT
+                )
+            pairs[torch.from_numpy(mine)] = rows
+        return pairs
+
+    def _reduce(
+        self, pairs: torch.Tensor, hidden: torch.Tensor, routing: Routing, reduction: Reduction
+    ) -> torch.Tensor:
         if reduction is Reduction.PER_EXPERT:
             return pairs.to(hidden.dtype)
         return self._ops.sum_pairs(pairs, routing.offsets).to(hidden.dtype)

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import signal
 import socket
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
@@ -34,6 +35,9 @@ from .store import ExpertStore
 from .tiers import capacity
 from .types import ConfigError, NodeError
 from .uplink import Uplink
+
+if TYPE_CHECKING:
+    from .tiers.gpu import GpuTier
 
 log = logging.getLogger(__name__)
 
@@ -123,8 +127,10 @@ async def start(settings: Settings) -> Node:
     forget_code_pages()
     bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
-    store = ExpertStore(memory, disk)
-    executor = Executor(store, ExpertOps(settings.threads))
+    ops = ExpertOps(settings.threads)
+    gpu = _gpu(settings, ops)
+    store = ExpertStore(memory, disk, gpu)
+    executor = Executor(store, ops)
     service = ExpertsService(executor)
     uplink = Uplink(identity)
     loader = SliceLoader(store, settings.state / "cache", uplink)
@@ -149,6 +155,7 @@ async def start(settings: Settings) -> Node:
         address=address,
         ram_bytes=memory,
         disk_bytes=disk,
+        vram_bytes=0 if gpu is None else gpu.capacity_bytes,
         read_bandwidth=bandwidth,
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],
@@ -156,6 +163,20 @@ async def start(settings: Settings) -> Node:
     node = Node(identity, uplink, service, server)
     node.agent = Agent(identity, uplink, hello, store, loader, executor.totals, node.tell)
     return node
+
+
+def _gpu(settings: Settings, ops: ExpertOps) -> "GpuTier | None":
+    """A GPU's memory as the fastest tier, where there is one."""
+    if settings.vram_bytes == 0 or not torch.cuda.is_available():
+        return None
+    from .tiers.gpu import GpuTier, free_bytes
+
+    device = torch.device("cuda")
+    capacity = free_bytes(device) if settings.vram_bytes is None else settings.vram_bytes
+    log.info(
+        "%s holds %.2f GB of the experts that are used most.", torch.cuda.get_device_name(device), capacity / 1e9
+    )
+    return GpuTier(device, capacity, ops)
 
 
 def _own_address(coordinator: str) -> str:

@@ -29,6 +29,7 @@ class Settings:
     listen: tuple[str, int] | None = None  # else the address that reaches the coordinator, any free port
     advertise: str | None = None  # host:port; else where it listens
     memory_bytes: int | None = None  # for experts; else what is free, less head-room
+    vram_bytes: int | None = None  # of a GPU, for the experts that are used most; else most of what is free
     disk_bytes: int | None = None  # for experts that memory does not hold; else most of what is free
     threads: int  # that compute experts
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec, Manifest
 from moehive.kernels.ops import ExpertWeights
@@ -20,6 +21,9 @@ from .tiers.arena import padded
 from .tiers.ram import RamTier
 from .tiers.reader import DiskReader
 from .types import NodeError
+
+if TYPE_CHECKING:
+    from .tiers.gpu import GpuTier  # imports Triton, which only a node with a GPU needs
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,9 @@ class StoreFull(NodeError):
 class ExpertStore:
     """Experts by layer and number. Change it on the event loop's thread; `layer`, `spec`, `tier` are safe on any."""
 
-    def __init__(self, capacity_bytes: int, disk_bytes: int = 0) -> None:
-        """`capacity_bytes` of RAM, and `disk_bytes` of disk for what is more."""
+    def __init__(self, capacity_bytes: int, disk_bytes: int = 0, gpu: "GpuTier | None" = None) -> None:
+        """`capacity_bytes` of RAM, `disk_bytes` of disk for what is more, a GPU's memory for what is used most."""
+        self.gpu = gpu
         self.capacity_bytes = capacity_bytes
         self.disk_bytes = disk_bytes
         self.bytes_held = 0  # in all tiers
@@ -126,6 +131,8 @@ class ExpertStore:
         for expert in gone:
             assert self.manifest is not None
             self._files.pop(expert, None)
+            if self.gpu is not None:
+                self.gpu.remove(expert)
             self.bytes_held -= self.manifest.nbytes(expert)
         self.experts_held -= len(gone)
         return len(gone)
@@ -136,6 +143,9 @@ class ExpertStore:
         if tier is not None and self._reader is not None:
             self._reader.choose(list(self._files.values()))
             tier.fill()
+        staying = next((weights for held in self._layers.values() for weights in held.values()), None)
+        if self.gpu is not None and staying is not None:
+            self.gpu.measure_break_even(staying)
 
     def close(self) -> None:
         """Ends the reading from disk; nothing may be computing any more."""

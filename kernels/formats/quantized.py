@@ -73,6 +73,10 @@ class Int4Format:
         return raw
 
     def decode(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.unpack(stored, shape).decode()
+
+    def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> Int4Weights:
+        """What `pack` was given, with a scale for each of this format's groups."""
         rows, columns = shape
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // self.group)
         parts = stored.view(groups, blocks, -1)
@@ -80,8 +84,7 @@ class Int4Format:
         coded = _apart(parts[:, :, 32:48])
         scales = torch.ldexp(halves, -8 * (coded >> 4).int())
         codes = _codes(parts[:, :, 48:], groups, blocks)
-        weights = Int4Weights(codes[:rows, :columns], scales[:rows], (coded & 15)[:rows], self.group)
-        return weights.decode()
+        return Int4Weights(codes[:rows, :columns], scales[:rows], (coded & 15)[:rows], self.group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,13 +133,21 @@ class Mxfp4Format:
 
     def decode(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         rows, columns = shape
+        blocks = -(-columns // 32)
+        source = self.unpack(stored, (rows, blocks * 32))
+        exponents = source.scales.int()
+        numbers = torch.tensor(E2M1)[source.codes.long()].view(rows, blocks, 32)
+        numbers = torch.ldexp(numbers, (exponents - 127).unsqueeze(2))
+        numbers[exponents == 0] = 0.0
+        return numbers.flatten(1)[:, :columns].contiguous()
+
+    def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> Mxfp4Weights:
+        """What `pack` was given."""
+        rows, columns = shape
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // 32)
         parts = stored.view(groups, blocks, -1)
-        numbers = torch.tensor(E2M1)[_codes(parts[:, :, 16:], groups, blocks).long()]
-        exponents = _apart(parts[:, :, :16]).int()
-        numbers = torch.ldexp(numbers.view(len(numbers), blocks, 32), (exponents - 127).unsqueeze(2))
-        numbers[exponents == 0] = 0.0
-        return numbers.flatten(1)[:rows, :columns].contiguous()
+        codes = _codes(parts[:, :, 16:], groups, blocks)
+        return Mxfp4Weights(codes[:rows, :columns], _apart(parts[:, :, :16])[:rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -182,12 +193,19 @@ class Fp8Format:
 
     def decode(self, stored: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         rows, columns = shape
+        source = self.unpack(stored, shape)
+        scales = source.scales.repeat_interleave(FP8_ROWS, 0)[:rows].repeat_interleave(128, 1)[:, :columns]
+        return source.codes.float() * scales
+
+    def unpack(self, stored: torch.Tensor, shape: tuple[int, ...]) -> Fp8Weights:
+        """What `pack` was given."""
+        rows, columns = shape
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // 128)
         parts = stored.view(groups, blocks, -1)
-        scales = parts[:, :, :4].contiguous().view(torch.float32)
-        codes = parts[:, :, 16:].contiguous().view(torch.float8_e4m3fn).float() * scales
-        numbers = codes.view(groups, blocks, 128, GROUP_ROWS).permute(0, 3, 1, 2)
-        return numbers.reshape(groups * GROUP_ROWS, -1)[:rows, :columns].contiguous()
+        scales = parts[:: FP8_ROWS // GROUP_ROWS, :, :4].contiguous().view(torch.float32).squeeze(2)
+        codes = parts[:, :, 16:].reshape(groups, blocks, 128, GROUP_ROWS).permute(0, 3, 1, 2)
+        codes = codes.reshape(groups * GROUP_ROWS, -1)[:rows, :columns].contiguous()
+        return Fp8Weights(codes.view(torch.float8_e4m3fn), scales)
 
 
 def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

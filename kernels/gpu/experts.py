@@ -12,6 +12,7 @@ from ..geometry import ExpertSpec
 from ..ops import Reduction
 from ..reference import post_norm
 from . import grouped
+from .from_blob import expert_sources
 from .planes import ALIGNMENT, Planes, lay_out, planes
 
 # Rows of a projection and columns of a step in one program: for one vector (wide loads), and for tensor cores.
@@ -59,7 +60,7 @@ class GpuExperts:
 
     def __init__(self, device: torch.device) -> None:
         """`device` is a GPU, or the CPU under TRITON_INTERPRET=1."""
-        self._device = device
+        self.device = device
         self._layouts: dict[ExpertSpec, _Layout] = {}
         self._base = _empty(ALIGNMENT, device)  # experts are addressed from here
 
@@ -77,15 +78,19 @@ class GpuExperts:
         `down_bias`, `post_norm` that the spec names. Raises PlanesError, or torch's OutOfMemoryError.
         """
         place = self._layout(spec)
-        memory = _empty(place.nbytes, self._device)
+        memory = _empty(place.nbytes, self.device)
         lay_out(spec.format, up, memory[place.up_at : place.up_at + place.up.nbytes])
         lay_out(spec.back_format, down, memory[place.down_at : place.down_at + place.down.nbytes])
         if spec.bias:
             for at, name in ((place.up_bias, "up_bias"), (place.down_bias, "down_bias")):
                 raw = floats[name].float().contiguous().view(torch.uint8)
                 memory[at : at + raw.numel()].copy_(raw)
-        norm = floats["post_norm"].float().to(self._device) if spec.post_norm_eps is not None else None
+        norm = floats["post_norm"].float().to(self.device) if spec.post_norm_eps is not None else None
         return GpuExpert(memory, norm)
+
+    def load_blob(self, spec: ExpertSpec, blob: torch.Tensor) -> GpuExpert:
+        """Lays out an expert that lies in a node's memory: uint8 [spec.nbytes] on the CPU. Raises as `load` does."""
+        return self.load(spec, *expert_sources(spec, blob))
 
     def moe_layer(
         self,
@@ -103,32 +108,40 @@ class GpuExperts:
         not held.
         """
         pairs = len(pair_experts)
-        out = torch.zeros(pairs, spec.hidden_size, device=self._device)
+        out = torch.zeros(pairs, spec.hidden_size, device=self.device)
         if pairs:
-            x = hidden.to(self._device, torch.float32).contiguous()
+            x = hidden.to(self.device, torch.float32).contiguous()
             order = np.argsort(pair_experts, kind="stable")
             tile, tiles = self._tiles(pair_experts[order], held)
             token_of = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[order]
             numbers = self._to_device(np.stack([token_of, order]).astype(np.int64))
             weights = np.ones_like(pair_weights) if spec.post_norm_eps is not None else pair_weights[order]
-            self._project(spec, x, tile, tiles, numbers, self._to_device(weights), out)
+            self.project(spec, x, tile, tiles, numbers, self._to_device(weights), out)
             if spec.post_norm_eps is not None:
                 out = self._normalize(spec, held, pair_experts, out) * self._to_device(pair_weights)[:, None]
         if reduction is Reduction.PER_EXPERT:
             return out.to(hidden.dtype)
-        sums = torch.empty(len(offsets) - 1, spec.hidden_size, device=self._device)
+        sums = torch.empty(len(offsets) - 1, spec.hidden_size, device=self.device)
         if len(sums):
-            grid = (-(-spec.hidden_size // _SUM_BLOCK), len(sums))
-            starts = self._to_device(offsets.astype(np.int64))
-            grouped.sum_pairs[grid](out, starts, sums, spec.hidden_size, BLOCK=_SUM_BLOCK)
+            self.add_up(out, self._to_device(offsets.astype(np.int64)), sums)
         return sums.to(hidden.dtype)
 
-    def _project(
+    def add_up(self, pairs: torch.Tensor, offsets: torch.Tensor, sums: torch.Tensor) -> None:
+        """Adds each token's pairs in the order listed: f32 [P, H], int64 [T + 1] → `sums` f32 [T, H], all here."""
+        grid = (-(-sums.shape[1] // _SUM_BLOCK), len(sums))
+        grouped.sum_pairs[grid](pairs, offsets, sums, sums.shape[1], BLOCK=_SUM_BLOCK)
+
+    def address(self, expert: GpuExpert) -> int:
+        """Where an expert lies, for `tiles`: bytes from where all are addressed."""
+        return expert.memory.data_ptr() - self._base.data_ptr()
+
+    def project(
         self, spec: ExpertSpec, x: torch.Tensor, tile: int, tiles: torch.Tensor, numbers: torch.Tensor,
         weights: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
+        """Both projections of the pairs of `tiles` (see grouped.py), into `out` f32 [P, H] on the device."""
         place = self._layout(spec)
-        middle = torch.empty(len(out), spec.intermediate_size, device=self._device)
+        middle = torch.empty(len(out), spec.intermediate_size, device=self.device)
         rows, step = ONE_VECTOR if tile == 1 else MANY_VECTORS
         limit = 0 if spec.limit is None else 2 if spec.limit_after_activation else 1
         common: dict[str, Any] = {"BIAS": spec.bias, "TILE": tile, "BLOCK_ROWS": rows, "BLOCK_K": step}
@@ -156,7 +169,7 @@ class GpuExperts:
         tile = 1 if counts.max() == 1 else 16 if counts.mean() <= 16 else 64
         rows: list[tuple[int, int, int]] = []
         for number, first, count in zip(numbers.tolist(), firsts.tolist(), counts.tolist(), strict=True):
-            address = held[number].memory.data_ptr() - self._base.data_ptr()
+            address = self.address(held[number])
             rows += [(address, first + i, min(tile, count - i)) for i in range(0, count, tile)]
         return tile, self._to_device(np.array(rows, dtype=np.int64))
 
@@ -166,7 +179,7 @@ class GpuExperts:
         return self._layouts[spec]
 
     def _to_device(self, numbers: npt.NDArray[Any]) -> torch.Tensor:
-        return torch.from_numpy(numbers).to(self._device, non_blocking=True)
+        return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
 
 class GpuLinear:

@@ -97,18 +97,30 @@ def _plane_bytes(fmt: str, rows: int, columns: int) -> tuple[int, int, int, int]
 def lay_out(fmt: str, source: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
     """Writes a projection into `out` (uint8 [planes.nbytes], any device), from the form in which it comes.
 
-    `source` holds, for f32, bf16, f16: `values` [rows, columns]; fp8_block: `values` (float8_e4m3fn) and `scales` f32
-    [rows/128, columns/128], rounded up; int4: `values` uint8 [rows, columns] of 0..15, `scales` and `zeros` f32
-    [rows, groups]; mxfp4: `values` uint8 [rows, columns] of 0..15 and `scales` uint8 [rows, columns/32]; GGUF types:
-    `rows`, uint8 [rows, bytes of a row], as they lie in a file. Raises PlanesError for another size.
+    `source` holds `values`, one number's code each, [rows, columns], and by format:
+
+        f32, bf16, f16   `values` alone
+        fp8_block        `values` float8_e4m3fn; `scales` f32 [rows/128, columns/128], rounded up
+        int4_g*          `values` uint8 of 0..15; `scales` and `zeros` f32 [rows, groups]
+        mxfp4            `values` uint8 of 0..15; `scales` uint8 [rows, columns/32]
+        q8_0, q4_0       `values` uint8; `scales` f16 [rows, columns/32]
+        q4_k             `values` uint8; `scales`, `minimums` uint8 [rows, columns/32]; `factors` f16, d and d_min in
+                         turn [rows, columns/128]
+        q6_k             `values` uint8 of 0..63; `scales` int8 [rows, columns/16]; `factors` f16 [rows, columns/256]
+
+    GGUF types also come as `rows`, uint8 [rows, bytes of a row], as they lie in a file. Raises PlanesError for
+    another size.
     """
-    shape = source["rows"].shape if "rows" in source else source["values"].shape
-    columns = _file_columns(fmt, shape[1]) if "rows" in source else shape[1]
-    place = planes(fmt, shape[0], columns)
+    if "rows" in source:
+        source = _FILE_TYPES[fmt](_blocks(fmt, source["rows"]))
+    rows, columns = source["values"].shape
+    place = planes(fmt, rows, columns)
     if out.numel() != place.nbytes or out.dtype != torch.uint8:
-        raise PlanesError(f"A projection in {fmt} of {list(shape)} takes {place.nbytes} bytes, not {out.numel()}.")
+        raise PlanesError(
+            f"A projection in {fmt} of {[rows, columns]} takes {place.nbytes} bytes, not {out.numel()}."
+        )
     out.zero_()
-    for offset, plane in zip(place.offsets, _split(fmt, source, place), strict=True):
+    for offset, plane in zip(place.offsets, _split(fmt, source, place.columns), strict=True):
         if plane is not None:
             raw = plane.contiguous().view(torch.uint8).reshape(-1)
             out[offset : offset + raw.numel()].copy_(raw)
@@ -117,18 +129,25 @@ def lay_out(fmt: str, source: Mapping[str, torch.Tensor], out: torch.Tensor) -> 
 _Four = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def _split(fmt: str, source: Mapping[str, torch.Tensor], place: Planes) -> _Four:
-    if fmt in PLAIN_TYPES:
-        return source["values"].to(PLAIN_TYPES[fmt]), None, None, None
-    if "rows" in source:
-        return _FILE_TYPES[fmt](source["rows"])
+def _split(fmt: str, source: Mapping[str, torch.Tensor], columns: int) -> _Four:
     values = source["values"]
-    if fmt == "fp8_block":
-        return _pad(values.view(torch.uint8), place.columns), source["scales"].float(), None, None
-    nibbles = _pack_nibbles(_pad(values, place.columns))
-    if fmt == "mxfp4":
-        return nibbles, source["scales"], None, None
-    return nibbles, source["scales"].float(), source["zeros"].float(), None
+    if fmt in PLAIN_TYPES:
+        return values.to(PLAIN_TYPES[fmt]), None, None, None
+    if fmt in _GROUP:
+        return _pack_nibbles(_pad(values, columns)), source["scales"].float(), source["zeros"].float(), None
+    match fmt:
+        case "fp8_block":
+            return _pad(values.view(torch.uint8), columns), source["scales"].float(), None, None
+        case "q8_0":
+            return values, source["scales"], None, None
+        case "q4_0" | "mxfp4":
+            return _pack_nibbles(_pad(values, columns)), source["scales"], None, None
+        case "q4_k":
+            return _pack_nibbles(values), source["scales"], source["minimums"], source["factors"]
+        case _:
+            upper = (values >> 4).reshape(values.shape[0], -1, 4, 16)
+            bits = upper[:, :, 0] | upper[:, :, 1] << 2 | upper[:, :, 2] << 4 | upper[:, :, 3] << 6
+            return _pack_nibbles(values & 15), source["scales"], bits, source["factors"]
 
 
 def _pad(values: torch.Tensor, columns: int) -> torch.Tensor:
@@ -141,52 +160,55 @@ def _pack_nibbles(values: torch.Tensor) -> torch.Tensor:
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(values.shape[0], -1)
 
 
-# Bytes and columns of a block in a file (ggml-common.h).
-_FILE_BLOCKS = {"q8_0": (34, 32), "q4_0": (18, 32), "q4_k": (144, 256), "q6_k": (210, 256)}
-
-
-def _file_columns(fmt: str, nbytes: int) -> int:
-    block, columns = _FILE_BLOCKS[fmt]
-    if nbytes % block:
-        raise PlanesError(f"A row in {fmt} has a multiple of {block} bytes, not {nbytes}.")
-    return nbytes // block * columns
+# Bytes of a block in a file (ggml-common.h).
+_FILE_BLOCKS = {"q8_0": 34, "q4_0": 18, "q4_k": 144, "q6_k": 210}
+_Source = dict[str, torch.Tensor]
 
 
 def _blocks(fmt: str, rows: torch.Tensor) -> torch.Tensor:
-    return rows.reshape(rows.shape[0], -1, _FILE_BLOCKS[fmt][0])
+    block = _FILE_BLOCKS[fmt]
+    if rows.shape[1] % block:
+        raise PlanesError(f"A row in {fmt} has a multiple of {block} bytes, not {rows.shape[1]}.")
+    return rows.reshape(rows.shape[0], -1, block)
 
 
-def _q8_0(rows: torch.Tensor) -> _Four:
-    blocks = _blocks("q8_0", rows)
-    return blocks[:, :, 2:], blocks[:, :, :2], None, None
+def _halves(blocks: torch.Tensor) -> torch.Tensor:
+    """Bytes [rows, blocks, 2 n] → f16 [rows, blocks * n]."""
+    return blocks.contiguous().view(torch.float16).flatten(1)
 
 
-def _q4_0(rows: torch.Tensor) -> _Four:
-    blocks = _blocks("q4_0", rows)
-    return blocks[:, :, 2:], blocks[:, :, :2], None, None
+def _q8_0(blocks: torch.Tensor) -> _Source:
+    return {"values": blocks[:, :, 2:].flatten(1), "scales": _halves(blocks[:, :, :2])}
 
 
-def _q4_k(rows: torch.Tensor) -> _Four:
-    blocks = _blocks("q4_k", rows)
-    count = len(rows)
+def _q4_0(blocks: torch.Tensor) -> _Source:
+    values = torch.cat([blocks[:, :, 2:] & 15, blocks[:, :, 2:] >> 4], 2)
+    return {"values": values.flatten(1), "scales": _halves(blocks[:, :, :2])}
+
+
+def _q4_k(blocks: torch.Tensor) -> _Source:
     packed = blocks[:, :, 4:16]
     low, middle, high = packed[..., :4], packed[..., 4:8], packed[..., 8:]
-    scales = torch.cat([low & 63, (high & 15) | (low >> 6) << 4], -1)
-    minimums = torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], -1)
-    pairs = blocks[:, :, 16:].reshape(count, -1, 4, 1, 32)  # of 64 columns: lower halves first, then upper ones
-    values = torch.cat([pairs & 15, pairs >> 4], 3).reshape(count, -1)
-    return _pack_nibbles(values), scales, minimums, blocks[:, :, :4]
+    pairs = blocks[:, :, 16:].reshape(len(blocks), -1, 4, 1, 32)  # of 64 columns: lower halves first, then upper ones
+    return {
+        "values": torch.cat([pairs & 15, pairs >> 4], 3).reshape(len(blocks), -1),
+        "scales": torch.cat([low & 63, (high & 15) | (low >> 6) << 4], -1).flatten(1),
+        "minimums": torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], -1).flatten(1),
+        "factors": _halves(blocks[:, :, :4]),
+    }
 
 
-def _q6_k(rows: torch.Tensor) -> _Four:
-    blocks = _blocks("q6_k", rows)
-    count = len(rows)
+def _q6_k(blocks: torch.Tensor) -> _Source:
+    count = len(blocks)
     low = blocks[:, :, :128].reshape(count, -1, 2, 1, 64)  # of 128 columns: 64 in lower halves, then 64 in upper ones
-    values = torch.cat([low & 15, low >> 4], 3).reshape(count, -1)
     high = blocks[:, :, 128:192].reshape(count, -1, 2, 1, 32)  # of 128 columns: two bits for each 32
-    upper = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 3).reshape(count, -1, 4, 16)
-    bits = upper[:, :, 0] | upper[:, :, 1] << 2 | upper[:, :, 2] << 4 | upper[:, :, 3] << 6
-    return _pack_nibbles(values), blocks[:, :, 192:208], bits, blocks[:, :, 208:]
+    lower = torch.cat([low & 15, low >> 4], 3).reshape(count, -1)
+    upper = torch.cat([high >> shift & 3 for shift in (0, 2, 4, 6)], 3).reshape(count, -1)
+    return {
+        "values": lower | upper << 4,
+        "scales": blocks[:, :, 192:208].contiguous().view(torch.int8).flatten(1),
+        "factors": _halves(blocks[:, :, 208:]),
+    }
 
 
 _FILE_TYPES = {"q8_0": _q8_0, "q4_0": _q4_0, "q4_k": _q4_k, "q6_k": _q6_k}

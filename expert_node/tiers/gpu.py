@@ -1,0 +1,192 @@
+"""A GPU's memory over the RAM: the experts that are used most, computed where they lie.
+
+An expert that is in RAM only is computed there by the CPU when few tokens want it, and copied for the request when
+many do; from how many on is measured (`measure_break_even`). Copies stay in RAM's tier as well, which is the page
+cache's or the arena's: what a GPU drops is there at once.
+
+The GPU's arithmetic is not the CPU's: both are within the formats' tolerance of the reference, not equal bit for bit.
+"""
+
+import logging
+import threading
+from collections.abc import Mapping
+from time import perf_counter
+from types import MappingProxyType
+
+import numpy as np
+import torch
+
+from moehive.kernels.geometry import ExpertId, ExpertSpec
+from moehive.kernels.gpu.decode import DecodeLayer
+from moehive.kernels.gpu.experts import GpuExpert, GpuExperts
+from moehive.kernels.gpu.planes import PlanesError
+from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction
+from moehive.proto.tensors import Routing
+
+from .parts import part_of
+from .use import HALF_LIFE, used
+
+log = logging.getLogger(__name__)
+
+HEAD_ROOM_SHARE = 0.1  # of what is free on the GPU: for intermediate results and whoever else uses it
+TRIED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+HYSTERESIS = 1.0  # doublings by which an expert must be used more than the one whose place it takes
+LOOK_EVERY = 32  # requests, for one that might make room: it takes a look at all
+_NONE: Mapping[int, GpuExpert] = MappingProxyType({})
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of the GPU's memory that experts may take."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free * (1 - HEAD_ROOM_SHARE))
+
+
+class GpuTier:
+    """`capacity_bytes` of a GPU's memory. Whoever computes holds `lock`."""
+
+    def __init__(self, device: torch.device, capacity_bytes: int, cpu: ExpertOps) -> None:
+        """`cpu` computes what is not on the GPU."""
+        self._cpu = cpu
+        self.capacity_bytes = capacity_bytes
+        self.bytes_held = 0
+        self.break_even = 1 << 30  # tokens of one expert from which it is copied for a request
+        self._gpu = GpuExperts(device)
+        self._held: dict[int, dict[int, GpuExpert]] = {}
+        self._counts: dict[ExpertId, float] = {}
+        self._decode: dict[tuple[ExpertSpec, int], DecodeLayer] = {}
+        self._refused: set[ExpertSpec] = set()  # that a GPU does not compute
+        self.lock = threading.RLock()  # what is on the GPU must not change under a request
+        self._time = 0.0
+        self._requests = 0
+
+    def layer(self, layer: int) -> Mapping[int, GpuExpert]:
+        """The experts of a layer that are on the GPU."""
+        return self._held.get(layer, _NONE)
+
+    def remove(self, expert: ExpertId) -> None:
+        """This node holds an expert no more."""
+        self._counts.pop(expert, None)
+        with self.lock:
+            gone = self._held.get(expert.layer, {}).pop(expert.expert, None)
+            if gone is not None:
+                self.bytes_held -= gone.memory.numel()
+
+    def measure_break_even(self, weights: ExpertWeights) -> None:
+        """Finds from how many tokens on copying an expert and computing it here beats the CPU."""
+        spec = weights.spec
+        if not self._computes(spec):
+            return
+        try:
+            self._gpu.load_blob(spec, weights.blob)
+        except PlanesError as error:
+            self._refuse(spec, error)
+            return
+        for tokens in TRIED_TOKENS:
+            hidden = torch.zeros(tokens, spec.hidden_size)
+            offsets = np.arange(tokens + 1, dtype=np.uint32)
+            experts, factors = np.zeros(tokens, dtype=np.uint32), np.ones(tokens, dtype=np.float32)
+            best = {"cpu": float("inf"), "gpu": float("inf")}
+            for _ in range(3):  # the first call compiles
+                start = perf_counter()
+                self._cpu.moe_layer(spec, {0: weights}, hidden, offsets, experts, factors, Reduction.PER_EXPERT)
+                middle = perf_counter()
+                held = {0: self._gpu.load_blob(spec, weights.blob)}
+                self._gpu.moe_layer(spec, held, hidden, offsets, experts, factors, Reduction.PER_EXPERT).cpu()
+                best["cpu"] = min(best["cpu"], middle - start)
+                best["gpu"] = min(best["gpu"], perf_counter() - middle)
+            if best["gpu"] < best["cpu"]:
+                self.break_even = tokens
+                break
+        log.info("An expert in RAM is copied to the GPU for %d tokens or more.", self.break_even)
+
+    def compute(
+        self,
+        layer: int,
+        spec: ExpertSpec,
+        in_ram: Mapping[int, ExpertWeights],
+        hidden: torch.Tensor,
+        routing: Routing,
+    ) -> torch.Tensor:
+        """All pairs of a request, weighted, f32 [pairs, hidden] on the CPU; both processors work at once.
+
+        Raises KeyError(number) for an expert that is neither here nor in RAM.
+        """
+        numbers, tokens = np.unique(routing.experts, return_counts=True)
+        held = dict(self.layer(layer))
+        if self._computes(spec):
+            for number, count in zip(numbers.tolist(), tokens.tolist(), strict=True):
+                if number not in held and count >= self.break_even and in_ram[number].spec == spec:
+                    held[number] = self._gpu.load_blob(spec, in_ram[number].blob)
+        here = np.isin(routing.experts, list(held))
+        rows = torch.empty(len(routing.experts), spec.hidden_size)
+        x = hidden.float()
+        on_gpu = self._on_gpu(spec, held, x, part_of(routing, here)) if here.any() else None
+        if not here.all():  # while the GPU computes
+            rest = part_of(routing, ~here)
+            rows[torch.from_numpy(~here)] = self._cpu.moe_layer(
+                spec, in_ram, x, rest.offsets, rest.experts, rest.weights, Reduction.PER_EXPERT
+            )
+        if on_gpu is not None:
+            rows[torch.from_numpy(here)] = on_gpu.cpu()
+        self._move_up(layer, spec, in_ram, numbers.tolist())
+        return rows
+
+    def _on_gpu(
+        self,
+        spec: ExpertSpec,
+        held: Mapping[int, GpuExpert],
+        x: torch.Tensor,
+        routing: Routing,
+    ) -> torch.Tensor:
+        offsets, experts, weights = routing
+        if len(x) > 1 or spec.post_norm_eps is not None or len(set(experts.tolist())) < len(experts):
+            return self._gpu.moe_layer(spec, held, x, offsets, experts, weights, Reduction.PER_EXPERT)
+        key = spec, len(experts)
+        if key not in self._decode:
+            self._decode[key] = DecodeLayer(self._gpu, spec, len(experts))
+        return self._decode[key](held, x, experts, weights, Reduction.PER_EXPERT)
+
+    def _computes(self, spec: ExpertSpec) -> bool:
+        if spec in self._refused:
+            return False
+        try:
+            self._gpu.nbytes(spec)
+        except PlanesError as error:
+            self._refuse(spec, error)
+            return False
+        return True
+
+    def _refuse(self, spec: ExpertSpec, error: PlanesError) -> None:
+        self._refused.add(spec)
+        log.info("Experts of %s and %s stay on the CPU: %s", spec.format, spec.back_format, error)
+
+    def _move_up(self, layer: int, spec: ExpertSpec, in_ram: Mapping[int, ExpertWeights], numbers: list[int]) -> None:
+        """Counts the uses; the expert of this request that is used most comes up if it is worth the place."""
+        self._time += 1 / (HALF_LIFE * max(1, len(self._held)))
+        for number in numbers:
+            expert = ExpertId(layer, number)
+            self._counts[expert] = used(self._counts.get(expert, float("-inf")), self._time)
+        there = self.layer(layer)
+        below = [n for n in numbers if n not in there and n in in_ram and in_ram[n].spec == spec]
+        if not below or not self._computes(spec):
+            return
+        best = max(below, key=lambda number: self._counts[ExpertId(layer, number)])
+        nbytes = self._gpu.nbytes(spec)
+        self._requests += 1
+        if self.bytes_held + nbytes > self.capacity_bytes and self._requests % LOOK_EVERY:
+            return
+        while self.bytes_held + nbytes > self.capacity_bytes:
+            all_held = [ExpertId(of, number) for of, experts in self._held.items() for number in experts]
+            if not all_held:
+                return
+            least = min(all_held, key=self._counts.__getitem__)
+            if self._counts[least] + HYSTERESIS > self._counts[ExpertId(layer, best)]:
+                return
+            self.bytes_held -= self._held[least.layer].pop(least.expert).memory.numel()
+        try:
+            came = self._gpu.load_blob(spec, in_ram[best].blob)
+        except PlanesError as error:
+            self._refuse(spec, error)
+            return
+        self._held.setdefault(layer, {})[best] = came
+        self.bytes_held += came.memory.numel()
