@@ -9,10 +9,9 @@ one place where things are decided, and no order of arrivals that needs a though
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping
 
-from moehive.kernels.geometry import LayerGeometry, Manifest
+from moehive.kernels.geometry import Manifest
 from moehive.proto.timing import SILENCE_SECONDS
 
 from ..placement.shares import place_by_memory
@@ -55,18 +54,6 @@ RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after
 SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
 
 
-class Place(Protocol):
-    """Makes a plan from memory; see placement/shares.py."""
-
-    def __call__(
-        self,
-        capacities: Mapping[NodeName, int],
-        layers: Sequence[LayerGeometry],
-        epoch: int,
-        previous: Plan | None = None,
-    ) -> Plan: ...
-
-
 class Membership:
     """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
 
@@ -77,7 +64,7 @@ class Membership:
         min_nodes: int,
         local_bytes: int,
         on_change: Callable[[ClusterState], None],
-        place: Place = place_by_memory,
+        place: policy.Place = place_by_memory,
     ) -> None:
         """`local_bytes` of the coordinator's own memory hold experts too; 0: none. Raises CoordinatorError."""
         self.manifest = manifest

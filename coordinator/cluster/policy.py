@@ -8,14 +8,29 @@
 - A node that leaves is released when the others have loaded its experts, or at once when they can't.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
-from ..types import LOCAL, NodeName
+from moehive.kernels.geometry import LayerGeometry
+
+from ..types import LOCAL, NodeName, Plan
 from .state import Capacity, ClusterState
 
 DISK_MARGIN = 1.05  # for whole experts do not fill a node's share to the last byte
 SHARE_STEPS = 40  # of bisection
 REPLACE_SECONDS = 30.0  # a node away for longer loses its experts to the others
+
+
+class Place(Protocol):
+    """Makes a plan from memory; see placement/shares.py."""
+
+    def __call__(
+        self,
+        capacities: Mapping[NodeName, int],
+        layers: Sequence[LayerGeometry],
+        epoch: int,
+        previous: Plan | None = None,
+    ) -> Plan: ...
 
 
 def usable(state: ClusterState, needed_bytes: int, without: NodeName | None = None) -> dict[NodeName, int]:

@@ -20,7 +20,8 @@ import torch
 
 from moehive.coordinator.checkpoints.slices import SliceSource
 from moehive.coordinator.cluster import membership as membership_module
-from moehive.coordinator.cluster.membership import Membership, Place
+from moehive.coordinator.cluster.membership import Membership
+from moehive.coordinator.cluster.policy import Place
 from moehive.coordinator.cluster.server import ClusterServer
 from moehive.coordinator.cluster.state import ClusterState
 from moehive.coordinator.cluster.store import Store
