@@ -53,7 +53,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
             raise CacheError(
                 f"The disk of {folder} is full: free some space or start the node with --state-dir on a larger disk."
             ) from error
-        raise CacheError(f"Cannot use the disk cache in {folder}: {error.strerror or error}.") from error
+        raise CacheError(
+            f"Cannot use the disk cache in {folder} ({error.strerror or error}): check who owns it, or start the "
+            "node with another --state-dir."
+        ) from error
 
 
 def _read_into(path: Path, digest: _Hash, nbytes: int) -> int:
@@ -191,6 +194,7 @@ class DiskCache:
             return _mapped(path, nbytes)
         log.warning("%s is damaged: deleted, the expert is fetched again.", path)
         del self._files[expert]
+        self._checked.pop(expert, None)
         with _disk_errors(self._folder):
             path.unlink(missing_ok=True)
         return None

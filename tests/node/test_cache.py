@@ -3,8 +3,11 @@
 import asyncio
 import hashlib
 import os
+import resource
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -142,6 +145,61 @@ def test_disk_full_gives_the_part_back(small_disk):
         for _ in range(16):
             part.append(bytes(MIB // 16))
     assert list((small_disk / ("d" * 64)).iterdir()) == []
+
+
+def test_a_limit_on_file_sizes_gives_the_part_back(tmp_path):
+    cache = DiskCache(tmp_path, "d" * 64)
+    part = cache.part(E, MIB)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 10, limits[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(CacheError, match=r"File too large.*--state-dir"):
+            for _ in range(16):
+                part.append(bytes(MIB // 16))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / ("d" * 64)).iterdir()) == []
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may write anywhere; others may not."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_no_permission_is_a_sentence(tmp_path):
+    for path in (tmp_path, *tmp_path.parents):  # so that it is this folder that refuses
+        if path.name.startswith("pytest") or path == tmp_path:
+            path.chmod(0o755)
+    folder = tmp_path / "mine"
+    write(DiskCache(folder, "d" * 64))
+    folder.chmod(0o555)
+    (folder / ("d" * 64)).chmod(0o555)
+    with as_nobody():
+        with pytest.raises(CacheError, match=r"Permission denied.*check who owns it.*--state-dir"):
+            DiskCache(folder, "e" * 64)
+    (folder / ("d" * 64)).chmod(0o755)
+    folder.chmod(0o755)
+
+
+def test_an_unreadable_file_is_fetched_again(tmp_path):
+    cache = DiskCache(tmp_path, "d" * 64)
+    write(cache)
+    (file,) = (tmp_path / ("d" * 64)).iterdir()
+    file.unlink()
+    file.mkdir()  # a read of it fails
+    assert E in cache and cache.checked(E) is not None
+    with pytest.raises(CacheError):  # neither a file nor removable as one: said, not hidden
+        cache.load(E, len(DATA))
+    file.rmdir()
+    assert cache.load(E, len(DATA)) is None and E not in cache
 
 
 @pytest.mark.parametrize("spare", [cache_module._SPARE_BYTES, -MIB], ids=["before", "in mid-fetch"])
