@@ -3,15 +3,18 @@
 import asyncio
 import contextlib
 import logging
+from collections.abc import Callable
 from time import monotonic
 
 import psutil
 import torch
 
+from moehive.kernels.geometry import ExpertId
 from moehive.kernels.ops import Reduction
 
 from .checkpoints.gguf.checkpoint import GgufCheckpoint
 from .checkpoints.opening import ModelSource, open_model, trunk_of
+from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
 from .cluster.server import ClusterServer
@@ -123,7 +126,7 @@ class Coordinator:
         self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
         engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
-        text = await asyncio.to_thread(_text, checkpoint)
+        text = await asyncio.to_thread(text_of, checkpoint)
         info = ModelInfo(
             id=manifest.name,
             family=checkpoint.family,
@@ -155,7 +158,7 @@ class Coordinator:
             self._authority,
             self._store,
             membership,
-            SliceSource(manifest, checkpoint.expert_blob),
+            SliceSource(manifest, checkpoint.expert_blob, _known_hashes(checkpoint)),
             host=settings.cluster_host,
             advertise=settings.cluster_advertise,
             join_port=settings.join_port,
@@ -231,7 +234,12 @@ def _tier_status(tiers: TierFigures | None) -> TierStatus | None:
     )
 
 
-def _text(checkpoint: ModelSource) -> Text:
+def _known_hashes(checkpoint: ModelSource) -> Callable[[ExpertId], bytes | None]:
+    """A pack knows what its experts hash to; of other models it is computed when they are read."""
+    return checkpoint.expert_hash if isinstance(checkpoint, PackCheckpoint) else lambda _: None
+
+
+def text_of(checkpoint: ModelSource) -> Text:
     """Tokenizer and chat template, from wherever the checkpoint keeps them."""
     trunk = trunk_of(checkpoint)
     return Text(*trunk.tokenizer()) if isinstance(trunk, GgufCheckpoint) else Text.load(trunk.path)
