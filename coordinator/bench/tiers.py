@@ -11,7 +11,7 @@ import shutil
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertSpec
 
 from ..types import CoordinatorError
+from .cache_aware import Divergence, divergences
 from .memory_group import MemoryGroup, memory_group
 from .peers import Peer
 
@@ -34,6 +35,7 @@ PROCESS_BYTES = (
     448 << 20
 )  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
 MARGINS = (0.1, 0.3)
+KL_TOKENS = 128
 MODULE = "moehive.expert_node.bench_tiers"
 
 
@@ -72,11 +74,15 @@ class TiersReport:
     rows: list[TierRow]
     prefetch_gain: float  # speed with prefetch over that without
     disk: dict[str, float]  # bytes a second of each way to read
+    divergence: dict[str, Divergence]  # of a model's output, by way: what cache-aware routing costs
     policies: dict[str, float]  # hit rates of ways to choose who makes room, on the same trace, without prefetch
 
 
-def measure_tiers(quick: bool, folder: Path | None = None) -> TiersReport:
-    """Measures, with experts below `folder` (None: the folder for temporary files). Raises CoordinatorError."""
+def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -> TiersReport:
+    """Measures, with experts below `folder` (None: the folder for temporary files). Raises CoordinatorError.
+
+    `model`: whose answers cache-aware routing changes; None: that is left out.
+    """
     layers, tokens, rounds = (6, 24, 2) if quick else (16, 48, 3)
     size = layers * EXPERTS * SPEC.nbytes
     with tempfile.TemporaryDirectory(prefix="moehive-tiers-", dir=folder) as name:
@@ -88,7 +94,12 @@ def measure_tiers(quick: bool, folder: Path | None = None) -> TiersReport:
         scores, ahead = routing_trace(2 * tokens, layers, np.random.default_rng(0))
         _write(place, layers, scores, ahead)
         with memory_group(size // 2 + PROCESS_BYTES) as group:
-            return _measure(place, layers, tokens, rounds, size // 2, group, scores)
+            report = _measure(place, layers, tokens, rounds, size // 2, group, scores)
+    if model is None:
+        return report
+    margins = [row.margin for row in report.rows[1:]]
+    ways = zip(report.rows[1:], divergences(model, margins, KL_TOKENS), strict=True)
+    return replace(report, divergence={row.way: found for row, found in ways})
 
 
 def _measure(
@@ -128,6 +139,7 @@ def _measure(
         rows=rows,
         prefetch_gain=rows[1].decode_tokens_per_s / rows[0].decode_tokens_per_s,
         disk={way: statistics.median(rates) for way, rates in disk.items()},
+        divergence={},
         policies=policy_hit_rates(scores, ram // SPEC.nbytes),
     )
 

@@ -1,6 +1,7 @@
 """`moehive bench tiers`."""
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,14 +11,20 @@ from .options import Json
 
 def tiers(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, tokens and rounds.")] = False,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Model whose answers cache-aware routing changes (default: the demo's, once it is built)."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Experts twice as large as the memory for them: speed beside the disk's limit, with and without prefetch."""
     from dataclasses import asdict
 
     from ..bench.tiers import measure_tiers
+    from ..settings import home
 
-    report = measure_tiers(quick)
+    built = home() / "demo" / "smollm2-135m-moe"
+    report = measure_tiers(quick, model or (built if built.exists() else None))
     if as_json:
         typer.echo(json.dumps(asdict(report)))
         return
@@ -25,11 +32,14 @@ def tiers(
     from rich.table import Table
 
     console = Console()
-    table = Table("way", "tokens/s", "of limit", "hit rate", "foreseen", "late", "unused", "disk GB/s", "busy")
+    table = Table(
+        "way", "tokens/s", "KL nats/token", "of limit", "hit rate", "foreseen", "late", "unused", "disk GB/s", "busy"
+    )
     for row in report.rows:
         table.add_row(
             row.way,
             f"{row.decode_tokens_per_s:.1f}",
+            f"{report.divergence[row.way].kl:.4f}" if row.way in report.divergence else "",
             f"{row.limit_share:.2f}",
             *(f"{share:.0%}" for share in (row.hit_rate, row.foreseen_rate, row.late_rate, row.unused_share)),
             f"{row.disk_Bps / 1e9:.2f}",

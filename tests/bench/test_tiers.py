@@ -12,7 +12,7 @@ def test_a_tiny_run_stays_within_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tiers, "EXPERTS", 16)
     monkeypatch.setattr(tiers, "TOP_K", 2)
     monkeypatch.setattr(tiers, "MARGINS", (0.3,))
-    report = tiers.measure_tiers(quick=True, folder=tmp_path)
+    report = tiers.measure_tiers(quick=True, model=None, folder=tmp_path)
     assert [row.way for row in report.rows] == ["no prefetch", "prefetch", "prefetch, cache-aware 0.3"]
     for row in report.rows:
         assert 0 < row.hit_rate < 1 and row.decode_tokens_per_s > 0
