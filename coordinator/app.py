@@ -115,8 +115,15 @@ class Coordinator:
             fallback = Fallback(manifest, checkpoint.expert_blob, settings.fallback_bytes, settings.threads)
             self._cleanup.push_async_callback(fallback.stop)
         self.dispatcher = Dispatcher(
-            manifest, self._local, reduction, fallback, self._quarantine, cache_margin=settings.cache_margin
+            manifest,
+            self._local,
+            reduction,
+            fallback,
+            self._quarantine,
+            cache_margin=settings.cache_margin,
+            read=checkpoint.expert_blob,
         )
+        self._cleanup.push_async_callback(self.dispatcher.stop)
         self._traffic = Traffic(statistics_path(settings.state_dir, manifest), manifest)
         self.dispatcher.statistics = self._traffic.statistics
         self._cleanup.push_async_callback(self._traffic.stop)

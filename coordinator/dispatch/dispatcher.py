@@ -11,9 +11,9 @@ was asked for goes to other holders, else to the coordinator's fallback; a layer
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Generator
+from operator import attrgetter
 from typing import Any, cast
 
-import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import ExpertId, Manifest
@@ -30,8 +30,9 @@ from .parts import NodeCounters, Part, Sent
 from .placed import LOST
 from .routes import Routes
 from .routing import Share, only, pieces, split
-from .rows import Rows, add_up, is_finite, rows_of
+from .rows import Rows, add_up, array, is_finite, rows_of
 from .speeds import FEW_TOKENS
+from .spot_check import EVERY_LAYERS, SpotCheck
 from .statistics import RoutingStatistics
 from .tiers import TierView
 from .watch import Due, Watch
@@ -43,6 +44,7 @@ SLACK_SECONDS = 0.05  # beyond three times the expected time, a node with replic
 SILENT_SECONDS = 2.0  # beyond that, one without replicas
 FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
+_COMPUTE_NS = attrgetter("compute_ns")
 _WIRE_REDUCTION = {
     Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM,
     Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT,
@@ -61,9 +63,11 @@ class Dispatcher:
         on_lie: Callable[[NodeName, str], None] = lambda node, sentence: None,
         wait_seconds: float = WAIT_SECONDS,
         cache_margin: float = 0.0,
+        read: Callable[[ExpertId], torch.Tensor] | None = None,
     ) -> None:
         """`on_lie` hears of nodes that answered what cannot be true, with a sentence.
 
+        `read` gives an expert's blob, for checks of what nodes answer; None: nothing is computed again.
         `cache_margin`: of cache-aware routing, see models/lean/foresight.py; 0: off.
         """
         self.tiers = TierView([layer.experts for layer in manifest.layers], cache_margin)
@@ -73,6 +77,8 @@ class Dispatcher:
         self._fallback = fallback
         self._on_lie = on_lie
         self._wait_seconds = wait_seconds
+        self._spot_check = None if read is None else SpotCheck(manifest, read, self._lied)
+        self._check_at = EVERY_LAYERS  # layers since the start, when the next answer is checked
         self._expert_bytes = [layer.spec.nbytes for layer in manifest.layers]
         self._routes = Routes(self._expert_bytes, local is not None, self._routes_changed)
         self._speeds = self._routes.speeds
@@ -107,6 +113,11 @@ class Dispatcher:
         """Dispatches by `plan` from the next layer on; asks those that are `holding` their slices (None: all)."""
         self._routes.follow(plan, holding)
 
+    async def stop(self) -> None:
+        """Ends what goes on in the background."""
+        if self._spot_check is not None:
+            await self._spot_check.stop()
+
     def connect(self, link: Link) -> None:
         """Uses `link` for its node, in place of an older one."""
         self._routes.asking.connect(link)
@@ -133,8 +144,8 @@ class Dispatcher:
 
     def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
         host = hidden if hidden.device.type == "cpu" else hidden.cpu()
-        numbers = _array(ids, torch.int64)
-        factors = _array(weights, torch.float32)
+        numbers = array(ids, torch.int64)
+        factors = array(weights, torch.float32)
         self._step += 1
         self._speeds.tick()
         sent = Sent(layer, host, numbers, factors, hidden.device, self._settle)
@@ -239,7 +250,7 @@ class Dispatcher:
                 async with asyncio.timeout_at(deadline):
                     await self._routes.change()
             except TimeoutError:
-                raise self._unavailable(sent.layer, int(share.routing.experts[0])) from None
+                raise self._routes.unavailable(sent.layer, int(share.routing.experts[0])) from None
         sent.lost.append(share)  # to be asked for again
         return []
 
@@ -280,7 +291,7 @@ class Dispatcher:
         write_request(request, rows, share.routing, eight_bit)
         self.tiers.tell(request)
         reply = link.send(request)
-        timeline.current.hop(node, reply, _compute_ns)
+        timeline.current.hop(node, reply, _COMPUTE_NS)
         speed = self._speeds.of(node)
         expected = speed.expected(len(share.tokens), len(share.pairs), self._read_bytes(layer, share))
         if expected is None:
@@ -317,6 +328,9 @@ class Dispatcher:
         counters.requests += 1
         counters.expert_calls += len(share.pairs)
         counters.compute_ns += reply.compute_ns
+        if self._spot_check is not None and self._speeds.layers >= self._check_at:
+            self._check_at = self._speeds.layers + EVERY_LAYERS
+            self._spot_check.check(part, hidden, values, self._reduction)
         nbytes = self._read_bytes(part.layer, share)
         self._speeds.of(node).note(
             len(share.tokens), len(share.pairs), nbytes, reply.compute_ns / 1e9, self._speeds.layers
@@ -376,14 +390,6 @@ class Dispatcher:
         (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
         return add_up(parts, tokens, k, size, self._reduction)
 
-    def _unavailable(self, layer: int, expert: int) -> NodeUnavailable:
-        node = self._routes.placed.plan.owners[layer][expert][0]
-        return NodeUnavailable(
-            node,
-            f"Node {node} is away, and nobody else could load the experts that this request needs; the request can "
-            "be sent again once it is back.",
-        )
-
 
 class _Answer:
     """The sum that `submit` promises: awaiting it, once, collects."""
@@ -394,14 +400,3 @@ class _Answer:
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._dispatcher._collect(self._sent).__await__()
-
-
-def _array(tensor: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
-    """A tensor's numbers as `dtype`; on the CPU and of that type already, the usual case, they are not copied."""
-    if tensor.dtype is not dtype or tensor.device.type != "cpu":
-        tensor = tensor.to("cpu", dtype)
-    return tensor.numpy()
-
-
-def _compute_ns(reply: pb.ComputeReply) -> int:
-    return reply.compute_ns

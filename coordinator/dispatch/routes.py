@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..types import NodeName, NotReady, Plan
+from ..types import NodeName, NodeUnavailable, NotReady, Plan
 from .asking import Asking
 from .placed import Placed
 from .replicas import choose
@@ -95,6 +95,15 @@ class Routes:
             await waiter
         finally:
             self._waiters.discard(waiter)
+
+    def unavailable(self, layer: int, expert: int) -> NodeUnavailable:
+        """The error of a request for an expert that nobody can compute."""
+        node = self.placed.plan.owners[layer][expert][0]
+        return NodeUnavailable(
+            node,
+            f"Node {node} is away, and nobody else could load the experts that this request needs; the request can "
+            "be sent again once it is back.",
+        )
 
     def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
         """For each node of the plan: seconds before anything comes from it, and seconds for an expert."""

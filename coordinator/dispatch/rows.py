@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moehive.kernels.ops import Reduction
@@ -52,3 +53,10 @@ def is_finite(rows: torch.Tensor) -> bool:
     """Whether every number of f32 [rows, hidden] is one; numbers whose squares are too large count as none."""
     flat = rows.numpy().reshape(-1)
     return isfinite(float(np.dot(flat, flat)))
+
+
+def array(tensor: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
+    """A tensor's numbers as `dtype`; on the CPU and of that type already, the usual case, they are not copied."""
+    if tensor.dtype is not dtype or tensor.device.type != "cpu":
+        tensor = tensor.to("cpu", dtype)
+    return tensor.numpy()

@@ -103,10 +103,18 @@ def refuses(reply: pb.ComputeReply) -> None:
 class Case:
     """A dispatcher over node a, which misbehaves, and maybe node b; `lies` are the nodes called liars."""
 
-    def __init__(self, owners: Any, behave: Behave, reduction: Reduction, fallback: Fallback | None = None) -> None:
+    def __init__(
+        self, owners: Any, behave: Behave, reduction: Reduction, fallback: Fallback | None = None, read: Any = None
+    ) -> None:
         self.lies: list[tuple[str, str]] = []
         self.dispatcher = Dispatcher(
-            MANIFEST, None, reduction, fallback, lambda node, sentence: self.lies.append((node, sentence)), 5.0
+            MANIFEST,
+            None,
+            reduction,
+            fallback,
+            lambda node, sentence: self.lies.append((node, sentence)),
+            5.0,
+            read=read,
         )
         self.links = {A: FakeLink(A, behave), B: FakeLink(B)}
         self.dispatcher.connect(cast(Link, self.links[A]))
@@ -222,6 +230,28 @@ def test_a_liar_that_nobody_can_replace_is_not_believed(monkeypatch: pytest.Monk
         monkeypatch.setattr(case.dispatcher, "_wait_seconds", 0.2)
         with pytest.raises(NodeUnavailable, match="Node a"):
             await case.submit(1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("reduction", list(Reduction))
+@pytest.mark.parametrize("honest", [False, True])
+def test_a_spot_check_finds_wrong_sums(honest: bool, reduction: Reduction, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(reply: pb.ComputeReply) -> None:
+        rows = torch.frombuffer(bytearray(reply.values), dtype=torch.float32) * 1.5
+        reply.values = rows.numpy().tobytes()
+
+    async def main() -> None:
+        monkeypatch.setattr(dispatcher, "EVERY_LAYERS", 2)
+        case = Case(ONLY_A, (lambda reply: None) if honest else wrong, reduction, read=blob)
+        check = case.dispatcher._spot_check
+        assert check is not None
+        async with asyncio.timeout(5):
+            while check.checked < 3 and not case.lies:
+                await case.submit(7)
+                await asyncio.sleep(0.01)
+        assert [node for node, _ in case.lies] == ([] if honest else [A])
+        await case.dispatcher.stop()
 
     asyncio.run(main())
 
