@@ -209,9 +209,9 @@ class _Layer:
 
         With a `start`, the multipliers of a layer like this one, only the finer ones.
         """
-        most = times.shape[1] - 1
+        most = max(1, times.shape[1] - 1)
         finite = np.where(np.isfinite(times), times, 0.0)
-        slope = float(finite.max() - self.floor.min()) / max(1, most) or 1e-12
+        slope = float(finite.max() - self.floor.min()) / most or 1e-12
         beta, gamma = start or Multipliers(slope, 0.0)
         wide, tall = (0.25 * slope, 0.25 * slope / most) if start else (1.5 * slope, 8.0 * slope / most)
         best = -np.inf

@@ -18,6 +18,7 @@ from .slots import Slots, share_out
 from .traces import DEFAULT_MIXES, NO_EXPERT, Batches, Mix, Trace, sample
 
 SCORE_BATCHES = {1: 2000, 4: 1000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
+MAX_EXPERTS = 4096  # of a layer; the bound looks at all pairs of them
 T = TypeVar("T")
 
 
@@ -62,6 +63,8 @@ def make_plan(
     Raises CoordinatorError, one sentence, when the model does not fit.
     """
     experts = experts or count_experts(trace)
+    if experts > MAX_EXPERTS:
+        raise CoordinatorError(f"The planner knows up to {MAX_EXPERTS:,} experts a layer, not {experts:,}.")
     if len(cluster.expert_bytes) not in (1, trace.layers):
         raise CoordinatorError(
             f"The cluster has expert_bytes for {len(cluster.expert_bytes)} layers and the trace has {trace.layers}."

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from moehive.kernels.geometry import LayerGeometry
 
 from ..types import CoordinatorError, NodeName, Plan
+from .slots import amount
 
 Owners = tuple[tuple[NodeName, ...], ...]  # of one layer: for each expert the nodes that hold it
 Counts = dict[NodeName, int]  # of one layer: how many experts each node holds
@@ -45,14 +46,6 @@ def place_by_memory(
         for index, layer in enumerate(layers)
     ]
     return Plan(epoch, tuple(owners))
-
-
-def amount(count: int) -> str:
-    """Bytes for a person, with three digits."""
-    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count} bytes"
 
 
 def _count(owners: Owners) -> Counter[NodeName]:

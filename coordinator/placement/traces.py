@@ -61,6 +61,8 @@ class Trace:
             raise CoordinatorError("A trace's experts are uint16 and its seq uint32.")
         if not all(self.experts.shape):
             raise CoordinatorError("The trace is empty.")
+        if (self.experts == NO_EXPERT).all():
+            raise CoordinatorError("No token of the trace was sent to any expert.")
 
     @property
     def layers(self) -> int:

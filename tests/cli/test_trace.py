@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from moehive.coordinator.cli.main import app
 from moehive.coordinator.dispatch.statistics import Pass, passing
+from moehive.coordinator.placement import search
 from moehive.coordinator.placement.traces import read_trace
 from moehive.coordinator.traffic import Traffic, statistics_path
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
@@ -33,7 +34,8 @@ def traffic_of(folder, tokens):
     return asyncio.run(run())
 
 
-def test_what_was_recorded_is_exported_and_planned_for(tmp_path):
+def test_what_was_recorded_is_exported_and_planned_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "MOVES", 2000)
     traffic_of(tmp_path, 300)
     out = tmp_path / "t.npz"
     result = CliRunner().invoke(app, ["trace", "--state-dir", str(tmp_path), "--export", str(out)])

@@ -203,5 +203,11 @@ def test_a_trace_that_can_not_be_is_refused_in_words(tmp_path):
     np.savez(tmp_path / "u.npz", experts=np.zeros((1, 2, 3), np.uint16))
     with pytest.raises(CoordinatorError, match="no array 'seq'"):
         read_trace(tmp_path / "u.npz")
+    with pytest.raises(CoordinatorError, match="any expert"):
+        Trace(np.full((1, 2, 3), 0xFFFF, np.uint16), np.zeros(2, np.uint32))
+    with pytest.raises(CoordinatorError, match="up to 4,096"):
+        make_plan(
+            synthetic.cluster("A", 8, 1, SIZE, 0), Trace(np.full((1, 2, 1), 9999, np.uint16), np.zeros(2, np.uint32))
+        )
     with pytest.raises(CoordinatorError, match="uint16"):
         Trace(np.zeros((1, 2, 3), np.int64), np.zeros(2, np.uint32))  # type: ignore[arg-type]

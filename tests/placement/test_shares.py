@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moehive.coordinator.placement.shares import amount, place_by_memory
+from moehive.coordinator.placement.shares import place_by_memory
+from moehive.coordinator.placement.slots import amount
 from moehive.coordinator.types import LOCAL, CoordinatorError
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry
 
