@@ -114,19 +114,20 @@ def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
     model = _random_model(case)
     layers = model.config.num_hidden_layers
     eager = GenericTrunk(model, _experts_of(model), case.family, 4096)
+    eager_step = _Decode(eager)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     for fmt in case.formats:
         tensors = _ModelTensors(model, fmt)
         lean = families.build(model.config, tensors, ops)
-        steps = [_Decode(trunk) for trunk in (lean, eager)]
+        lean_step = _Decode(lean)
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
-            times[0].append(seconds_of(steps[0].token, case.tokens))
-            times[1].append(seconds_of(steps[1].token, case.eager_tokens))
+            times[0].append(seconds_of(lean_step.token, case.tokens))
+            times[1].append(seconds_of(eager_step.token, case.eager_tokens))
             times[2].append(seconds_of(lambda: read_memory(memory, threads), 1))
         lean_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s = lean_s / case.tokens / layers
-        nbytes = (tensors.layer_bytes + steps[0].state_bytes) // layers
+        nbytes = (tensors.layer_bytes + lean_step.state_bytes) // layers
         read_bandwidth = _READ_BYTES / read_s
         yield TrunkRow(
             family=case.family,
