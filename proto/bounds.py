@@ -112,6 +112,8 @@ def check_report(report: pb.NodeReport) -> None:
 def _check_hello(hello: pb.NodeHello) -> None:
     host_port(hello.address)
     _bytes(hello.ram_bytes, "ram_bytes")
+    _bytes(hello.disk_bytes, "disk_bytes")
+    _bytes(hello.vram_bytes, "vram_bytes")
     _finite(hello.read_bandwidth, "read_bandwidth")
     if not 1 <= hello.threads <= MAX_THREADS:
         raise BoundsError(f"threads must be 1 to {MAX_THREADS}, not {hello.threads}.")

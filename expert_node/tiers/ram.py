@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 AHEAD_SHARE = 4  # a prefetch may hold at most one part in so many of the RAM
 AHEAD_LAYERS = 2  # for which it holds experts, the newest; requests of two micro-batches take turns
+NOTED_EXPERTS = 64  # of one request: more are a prompt's, after which anything follows
 LIKELY_SHARE = 0.35  # an expert that followed in so many cases is fetched ahead
 
 
@@ -159,7 +160,8 @@ class RamTier:
             known = self._experts[layer]
             wanted = [known[number] for number in sorted(experts)]
             self._time += 1 / (HALF_LIFE * len(self._experts))
-            self._transitions.note(layer, experts)
+            if len(experts) <= NOTED_EXPERTS:
+                self._transitions.note(layer, experts)
             for expert in wanted:
                 self._touch(expert)
             self._let_go(self._ahead.pop(layer, None), used_now=set(experts))
