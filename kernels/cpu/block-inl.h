@@ -1,11 +1,11 @@
-// Products of block formats (blocks.h) with a few vectors in 8 bits, written once and compiled for each instruction set.
+// Products of block formats (blocks.h) with a few vectors in 8 bits, written once, compiled for each instruction set.
 //
 // The including file defines `Vec` (see multiply-inl.h) with splat(float), mul(a, b), from_ints(Sums), from_u8(Octets),
 // powers_of_two(Octets) = 2^(byte - 127), store(float*), and in `Int8`:
 //     Bytes                    64 bytes, one vector of blocks.h: load, field<from, to, mask>, join(a, b) = a | b,
 //                              lookup(codes, table)
 //     Sums                     16 int32, a row each: splat
-//     Wide                     sums that may be narrower: zero, add<Signed>(wide, numbers, four of x), flush(sums, wide)
+//     Wide                     sums, perhaps narrower: zero, add<Signed>(wide, numbers, four of x), flush(sums, wide)
 //     Factor                   16 factors, a row each: factor<Signed>(16 bytes), flush(sums, wide, factor),
 //                              even(factor, n) = factor * 2n, pairs(a, n, b, m) = a * n + b * m for bytes a and b;
 //                              |n| and |m| < 2^15
@@ -79,8 +79,12 @@ struct Numbers {
   static constexpr bool kTable = F == Format::iq4_nl || F == Format::iq4_xs || F == Format::mxfp4;
   static constexpr bool kSigned = (kTable && F != Format::mxfp4) || F == Format::q8_0;
   // Subtracted from each number; by way of the sum of x.
-  static constexpr int kOffset = F == Format::q4_0 ? 8 : F == Format::mxfp4 ? 12 : F == Format::q5_0 ? 16 : F == Format::q6_k ? 32
-                                 : F == Format::q3_k ? 4 : 0;
+  static constexpr int kOffset = F == Format::q4_0    ? 8
+                                 : F == Format::mxfp4 ? 12
+                                 : F == Format::q5_0  ? 16
+                                 : F == Format::q6_k  ? 32
+                                 : F == Format::q3_k  ? 4
+                                                      : 0;
   static constexpr int kHalves = F == Format::q2_k || F == Format::q3_k || F == Format::q6_k ? 2 : 1;
   // Largest number, of which `kFlush` times two products with 127 fit 16 bits.
   static constexpr int kLargest = F == Format::mxfp4 ? 24 : kSigned ? 127 : (1 << (kLayout.low + kLayout.high)) - 1;

@@ -113,7 +113,8 @@ MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, i
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
       const Inputs inputs(kernel, x, tokens < kMaxTokens ? tokens : kMaxTokens, columns, floats, quantized);
       // One token: a thread takes pieces that follow each other, so that what it fetches ahead is its own.
-      const int64_t runs = pieces / (8 * self.threads()), run = inputs.tokens() > 1 || runs < 1 ? 1 : runs < 4 ? runs : 4;
+      const int64_t runs = pieces / (8 * self.threads());
+      const int64_t run = inputs.tokens() > 1 || runs < 1 ? 1 : runs < 4 ? runs : 4;
       self.each((pieces + run - 1) / run, inputs.tokens() * all_rows * columns, [&](int64_t item) {
         const MoehiveMatrix* m = matrices;
         int64_t first = 0, piece = item * run;
