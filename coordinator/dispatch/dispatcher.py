@@ -45,10 +45,7 @@ SILENT_SECONDS = 2.0  # beyond that, one without replicas
 FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
 _COMPUTE_NS = attrgetter("compute_ns")
-_WIRE_REDUCTION = {
-    Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM,
-    Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT,
-}
+_WIRE_REDUCTION = {Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM, Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT}
 
 
 class Dispatcher:

@@ -4,7 +4,6 @@ import asyncio
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +96,10 @@ def test_a_text_goes_on_through_a_join_and_a_drain(
 def test_replicas_take_over_and_nothing_is_read_from_the_checkpoint(
     new_cluster: Callable[[], Any], checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "Membership", partial(Membership, place=two_holders))
+    def membership(*arguments: Any, **options: Any) -> Membership:
+        return Membership(*arguments, **(options | {"place": two_holders}))
+
+    monkeypatch.setattr(app, "Membership", membership)
     made = new_cluster()
 
     async def run() -> tuple[list[int], list[int], bool]:
