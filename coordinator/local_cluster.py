@@ -33,7 +33,6 @@ from .types import CoordinatorError
 
 if TYPE_CHECKING:
     from .app import Coordinator
-    from .serving.status import NodeStatus
 
 log = logging.getLogger(__name__)
 
@@ -148,13 +147,6 @@ class LocalCluster:
     def node_pids(self) -> dict[str, int]:
         """The processes of the nodes that run, by name."""
         return {node.name: node.pid for node in self._nodes if node.pid is not None}
-
-    def loading(self) -> "list[NodeStatus]":
-        """The nodes that load a slice now, for a person who waits; any thread may ask."""
-        coordinator = getattr(self, "coordinator", None)
-        if coordinator is None or not coordinator.cluster_open.is_set():
-            return []
-        return [node for node in coordinator.status().nodes if node.load_total_bytes]
 
     async def start(self) -> None:
         """Returns when requests are answered. Raises CoordinatorError or OSError; nothing is left running then."""

@@ -5,9 +5,10 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from moehive.client.results import NodeStatus
+    from moehive.client.results import NodeStatus as NodeSeen
 
     from ..local_cluster import LocalCluster
+    from ..serving.status import NodeStatus
 
 POLL_SECONDS = 0.5
 
@@ -38,13 +39,21 @@ def wait_started(started: "Future[None]", cluster: "LocalCluster") -> None:
             except TimeoutError:
                 if started.done():  # it is the start itself that has timed out
                     raise
-            for node in cluster.loading():
+            for node in _loading(cluster):
                 if node.name not in tasks:
                     tasks[node.name] = progress.add_task(node.name)
                 progress.update(tasks[node.name], completed=node.load_bytes, total=node.load_total_bytes)
 
 
-def load_sentences(nodes: "Sequence[NodeStatus]") -> Iterator[str]:
+def _loading(cluster: "LocalCluster") -> "list[NodeStatus]":
+    """The nodes that load a slice now; the state that is read is replaced, never changed, so any thread may."""
+    coordinator = getattr(cluster, "coordinator", None)
+    if coordinator is None or not coordinator.cluster_open.is_set():
+        return []
+    return [node for node in coordinator.status().nodes if node.load_total_bytes]
+
+
+def load_sentences(nodes: "Sequence[NodeSeen]") -> Iterator[str]:
     """One for each node that loads a slice, and for each that gave wrong bytes to another."""
     for node in nodes:
         if node.state == "loading" and node.load_total_bytes:
