@@ -34,9 +34,9 @@ from .serving.generation import GenerationService
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus, TierStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings
-from .traffic import Traffic, statistics_path
+from .traffic import REPLAN_SECONDS, Traffic, statistics_path
 from .trunk import load_trunk
-from .types import LOCAL, NodeName, Plan
+from .types import LOCAL, CoordinatorError, NodeName, Plan
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +177,21 @@ class Coordinator:
         await self._server.start()
         self.cluster_port, self.join_port = self._server.cluster_port, self._server.join_port
         self.cluster_open.set()
+        replanning = asyncio.create_task(self._replan_forever())
+        self._cleanup.callback(replanning.cancel)
+
+    async def _replan_forever(self) -> None:
+        """Follows the traffic: now and then a better plan is looked for, and loaded if it pays."""
+        while True:
+            await asyncio.sleep(REPLAN_SECONDS)
+            try:
+                await self._membership.improve(
+                    lambda capacities, current: self._traffic.better(
+                        self._measured(), self.manifest.layers, capacities, current
+                    )
+                )
+            except CoordinatorError as error:
+                log.warning("No better plan: %s", error)
 
     def _measured(self) -> dict[NodeName, Measured]:
         """What the nodes said of themselves and their links have shown so far."""

@@ -7,17 +7,19 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from time import monotonic
 
 from moehive.kernels.geometry import LayerGeometry, Manifest
 
 from .dispatch.statistics import RoutingStatistics, save_statistics
-from .placement.place import Measured, place
+from .placement.place import Measured, better, place
 from .placement.traces import Trace
 from .types import CoordinatorError, NodeName, Plan
 
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 5.0
+REPLAN_SECONDS = 600.0  # how often a better plan is looked for
 ENOUGH_TOKENS = 1000  # of traffic, before a plan is made of it
 
 
@@ -32,12 +34,14 @@ class Traffic:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self._path = path
         self._saved = 0
+        self._looked = (monotonic(), 0)  # when `better` was last asked, and the tokens then
         self._saver: asyncio.Task[None] | None = None
         self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         try:
             kept = RoutingStatistics.restore(path.read_bytes())
             if kept.same_layers(self.statistics):
                 self.statistics, self._saved = kept, kept.tokens
+                self._looked = (monotonic(), kept.tokens)
         except FileNotFoundError:
             pass
         except (CoordinatorError, OSError) as error:
@@ -66,6 +70,21 @@ class Traffic:
         experts, seq = self.statistics.trace()
         trace = Trace(experts, seq) if len(seq) >= ENOUGH_TOKENS else None
         return place(capacities, measured, layers, trace, epoch, previous)
+
+    def better(
+        self,
+        measured: Mapping[NodeName, Measured],
+        layers: Sequence[LayerGeometry],
+        capacities: Mapping[NodeName, int],
+        current: Plan,
+    ) -> tuple[tuple[tuple[NodeName, ...], ...], ...] | None:
+        """The owners of a plan that is worth its copies, given the traffic since the last call; else None."""
+        now, tokens = monotonic(), self.statistics.tokens
+        (since, before), self._looked = self._looked, (now, tokens)
+        experts, seq = self.statistics.trace()
+        if len(seq) < ENOUGH_TOKENS or tokens == before:
+            return None
+        return better(capacities, measured, layers, Trace(experts, seq), current, (tokens - before) / (now - since))
 
     async def _save_forever(self) -> None:
         while True:

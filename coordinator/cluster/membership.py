@@ -54,6 +54,9 @@ RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after
 SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
 
 
+Owners = tuple[tuple[tuple[NodeName, ...], ...], ...]  # as in Plan
+
+
 class Membership:
     """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
 
@@ -302,6 +305,32 @@ class Membership:
         except CoordinatorError:
             self._too_small = capacities
             raise
+
+    async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
+        """Loads a better plan over the same nodes, if `find`, on a thread, has one for their bytes and this plan."""
+        active, capacities = self.state.active, self._usable()
+        if active is None or not self._may_improve(active, capacities):
+            return
+
+        def claim() -> Plan | None:
+            owners = find(capacities, active)
+            if owners is None or not self._may_improve(active, capacities):
+                return None
+            plan = Plan(max(self.state.epoch, last_epoch(self._store)) + 1, owners)
+            assert plan.slices  # worked out here, not on the loop
+            claim_epoch(self._store, plan.epoch)
+            return plan
+
+        plan = await asyncio.to_thread(claim)
+        if plan is not None and plan.epoch > self.state.epoch and self._may_improve(active, capacities):
+            log.info("Plan of epoch %d, for the traffic of late.", plan.epoch)
+            self._record(Planned(plan, frozenset(capacities)))
+
+    def _may_improve(self, active: Plan, capacities: Mapping[NodeName, int]) -> bool:
+        """Whether `active` serves and nobody comes or goes."""
+        state = self.state
+        steady = state.pending is None and self._planning is None and self._usable() == capacities
+        return steady and state.active is active and state.ready and capacities.keys() == state.members
 
     def _direct(self) -> None:
         """Sends each node what it has not been told yet."""

@@ -10,19 +10,25 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from moehive.kernels.geometry import LayerGeometry
 
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
-from .plan import make_plan
+from .plan import Placement, make_plan, score
+from .replan import Migration, replan
 from .shares import place_by_memory
-from .traces import Trace
+from .slots import share_out
+from .traces import DEFAULT_MIXES, Trace
 
 log = logging.getLogger(__name__)
 
 SPARE = 0.25  # of the model's size: memory that replicas may take, where there is as much
 FILLED = 0.8  # of a node's memory that a plan may take, so that there is room to change over
 EFFORT = 0.2  # of the search: a node that joins or goes should not wait for the last percent
+COPY_BYTES_PER_S = 30e6  # a quarter of 1 Gbit/s
+HORIZON_SECONDS = 3600.0  # for which traffic is expected to stay as it is
 USUAL_BANDWIDTH = 10e9  # bytes a second, of a node that has not said
 USUAL_RTT_S = 3e-4
 
@@ -49,23 +55,12 @@ def place(
     experts = {layer.experts for layer in layers}
     if trace is None or len(experts) > 1 or trace.layers != len(layers) or len(capacities) > MAX_NODES:
         return shares
-    total = sum(layer.experts * layer.spec.nbytes for layer in layers)
-    memory = sum(capacities.values())
-    part = min(FILLED, (1 + SPARE) * total / memory)
-    names = sorted(capacities)
-    cluster = Cluster(
-        tuple(_node(name, int(part * capacities[name]), measured.get(name, Measured())) for name in names),
-        tuple(layer.spec.nbytes for layer in layers),
-    )
+    cluster = _cluster(capacities, measured, layers)
     try:
         made = make_plan(cluster, trace, experts=experts.pop(), effort=EFFORT)
     except CoordinatorError:
         return shares  # the model fits, but with no memory to spare
-    owners = tuple(
-        tuple(tuple(names[node] for node in made.holders(layer, expert)) for expert in range(geometry.experts))
-        for layer, geometry in enumerate(layers)
-    )
-    plan = Plan(epoch, owners)
+    plan = Plan(epoch, _owners(made, sorted(capacities), layers))
     if previous is not None and not _fits_beside(plan, previous, capacities, layers):
         log.info("The plan by traffic would need more memory than there is while nodes change over.")
         return shares
@@ -74,6 +69,65 @@ def place(
         trace.tokens, 1e3 * made.expected_s, 1e3 * made.bound_s,
     )  # fmt: skip
     return plan
+
+
+def better(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace,
+    current: Plan,
+    steps_per_s: float,
+) -> tuple[tuple[tuple[NodeName, ...], ...], ...] | None:
+    """The owners of a plan that is worth its copies (replan.py), or None. `steps_per_s` is the traffic of late."""
+    experts = {layer.experts for layer in layers}
+    here = {name for layer in current.owners for nodes in layer for name in nodes}
+    if len(experts) > 1 or not here <= capacities.keys() or len(capacities) > MAX_NODES or steps_per_s <= 0:
+        return None
+    names = sorted(capacities)
+    cluster = _cluster(capacities, measured, layers)
+    bit = {names[place.node]: np.uint64(1 << at) for at, place in enumerate(cluster.places)}
+    replicas = tuple(
+        np.array([np.bitwise_or.reduce([bit[name] for name in nodes]) for nodes in owners], dtype=np.uint64)
+        for owners in current.owners
+    )
+    try:
+        slots = share_out(cluster, [layer.experts for layer in layers])
+    except CoordinatorError:
+        return None
+    held = [[np.count_nonzero(chosen & bit[names[p.node]]) for p in cluster.places] for chosen in replicas]
+    slots = np.maximum(slots, np.array(held, dtype=np.int32))
+    fit, _ = trace.split()
+    plan = score(cluster, DEFAULT_MIXES, replicas, slots, fit, (None,) * len(layers), 0, 1)
+    migration = Migration(bytes_per_s=COPY_BYTES_PER_S, horizon_steps=HORIZON_SECONDS * steps_per_s)
+    decision = replan(plan, trace, migration, effort=EFFORT)
+    log.info("%s", decision.sentence)
+    if not decision.adopt:
+        return None
+    owners = _owners(decision.plan, names, layers)
+    return owners if _fits_beside(Plan(current.epoch, owners), current, capacities, layers) else None
+
+
+def _cluster(
+    capacities: Mapping[NodeName, int], measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
+) -> Cluster:
+    total = sum(layer.experts * layer.spec.nbytes for layer in layers)
+    part = min(FILLED, (1 + SPARE) * total / max(1, sum(capacities.values())))
+    return Cluster(
+        tuple(
+            _node(name, int(part * capacities[name]), measured.get(name, Measured())) for name in sorted(capacities)
+        ),
+        tuple(layer.spec.nbytes for layer in layers),
+    )
+
+
+def _owners(
+    made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGeometry]
+) -> tuple[tuple[tuple[NodeName, ...], ...], ...]:
+    return tuple(
+        tuple(tuple(names[node] for node in made.holders(layer, expert)) for expert in range(geometry.experts))
+        for layer, geometry in enumerate(layers)
+    )
 
 
 def _node(name: NodeName, nbytes: int, measured: Measured) -> Node:

@@ -49,14 +49,16 @@ class Decision:
     sentence: str
 
 
-def replan(current: Placement, recent: Trace, migration: Migration, seed: int = 0, threads: int = 1) -> Decision:
+def replan(
+    current: Placement, recent: Trace, migration: Migration, seed: int = 0, threads: int = 1, effort: float = 1.0
+) -> Decision:
     """Looks for a better plan for `recent` traffic, within the slots of the plan in force."""
     cluster, mixes = current.cluster, current.mixes
     experts = len(current.replicas[0])
     fit, held = recent.split()
     layers = weigh(cluster, prepare(cluster, fit, experts, mixes, seed, current.replicas), experts, len(mixes))
     usual = float(current.expected.mean())  # seconds of a layer
-    moves = moves_for(len(layers))
+    moves = int(effort * moves_for(len(layers)))
 
     def solve(index: int) -> Replicas:
         seconds = migration.service_lost * cluster.bytes_of(index) / migration.bytes_per_s

@@ -430,3 +430,25 @@ def test_a_quarantined_node_is_told_so_and_comes_back_when_it_is_readmitted(clus
             await harness.until(lambda: harness.membership.state.active_owners == {"a", "b"})
 
     asyncio.run(main())
+
+
+def test_a_better_plan_is_loaded_while_the_old_one_serves(cluster, manifest):
+    async def main():
+        async with cluster(min_nodes=2) as harness:
+            await harness.join_obedient("a")
+            await harness.join_obedient("b")
+            await harness.until(lambda: harness.membership.state.ready)
+            first = harness.membership.state.active
+            wanted = tuple(tuple(("b", "a") for _ in layer) for layer in first.owners)
+
+            await harness.membership.improve(lambda capacities, current: None)
+            assert harness.membership.state.active is first and harness.membership.state.pending is None
+            await harness.membership.improve(
+                lambda capacities, current: wanted if current is first and set(capacities) == {"a", "b"} else None
+            )
+            await harness.until(lambda: harness.membership.state.active is not first)
+            plan = harness.membership.state.active
+            assert plan.owners == wanted and plan.epoch > first.epoch
+            assert harness.membership.state.ready and harness.membership.state.members == {"a", "b"}
+
+    asyncio.run(main())

@@ -5,7 +5,7 @@ import pytest
 
 from moehive.coordinator.placement import plan as planning
 from moehive.coordinator.placement import search, synthetic
-from moehive.coordinator.placement.place import Measured, place
+from moehive.coordinator.placement.place import Measured, better, place
 from moehive.coordinator.placement.shares import place_by_memory
 from moehive.coordinator.types import LOCAL
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry
@@ -60,3 +60,20 @@ def test_nodes_have_room_for_both_plans_while_they_change_over():
         for name, size in capacities.items():
             both = [set(x) | set(y) for x, y in zip(plan.slice_of(name), before.slice_of(name), strict=True)]
             assert sum(map(len, both)) * SPEC.nbytes <= size
+
+
+def test_a_better_plan_is_looked_for_within_memory_and_only_if_it_pays():
+    capacities = {"quick": 80 * SPEC.nbytes, "slow": 80 * SPEC.nbytes}
+    measured = {"quick": Measured(40e9, 1e-5), "slow": Measured(1e8, 1e-5)}
+    shares = place_by_memory(capacities, LAYERS, 1)
+    owners = better(capacities, measured, LAYERS, TRACE, shares, steps_per_s=1000.0)
+    assert owners is not None
+    for name, size in capacities.items():
+        both = sum(
+            name in new or name in old
+            for layer, present in zip(owners, shares.owners, strict=True)
+            for new, old in zip(layer, present, strict=True)
+        )
+        assert both * SPEC.nbytes <= size
+    assert better(capacities, measured, LAYERS, TRACE, shares, steps_per_s=1e-9) is None
+    assert better({"quick": 80 * SPEC.nbytes}, measured, LAYERS, TRACE, shares, steps_per_s=10.0) is None
