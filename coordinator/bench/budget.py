@@ -1,19 +1,29 @@
 """Divergence of a model at a budget of bytes, beside the best uniform format: `moehive bench budget` runs this."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
 
 import torch
 
 from moehive.kernels.geometry import ExpertId, Format, Manifest
 from moehive.kernels.ops import ExpertOps
 
-from ..models.base import Trunk
+from ..app import text_of
+from ..checkpoints.opening import ModelSource, open_model
 from ..precision.encode import encode
 from ..precision.forward import Experts, Read, divergence, log_probabilities
 from ..precision.plan import CANDIDATES, Calibrated, Progress, calibrate, measure, plan
+from ..precision.text import calibration_texts
+from ..trunk import load_trunk
+from .trained_like import CONFIGS, save_trained_like, texts
 
+BITS: Final = (3.0, 3.5, 4.5)  # a weight
 _MEMORY = 4 << 30  # bytes of experts that are kept from one pass to the next
+_PIECE = 256  # tokens of one text
+_TRAINED_LIKE = 3072, 768  # tokens to calibrate a trained-like model with, and to measure it on
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +42,37 @@ class BudgetRow:
     gap: float  # how far, at most, the choice is from the best by that measure, as a share
 
 
-def measure_budget(
-    name: str,
-    manifest: Manifest,
-    read: Read,
-    trunk: Trunk,
-    texts: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-    budgets: Sequence[float],
+def measure_budgets(model: str | None, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
+    """Of `model` (a path or a hub id), or of the trained-like models, which are made in `folder`.
+
+    Raises CoordinatorError for a model that can't be read.
+    """
+    rows: list[BudgetRow] = []
+    for name, config in {} if model is not None else CONFIGS.items():
+        path = folder / name
+        if not (path / "config.json").exists():
+            save_trained_like(config, path)
+        rows += _measure(open_model(str(path)), texts(_TRAINED_LIKE), threads, progress)
+    if model is not None:
+        source = open_model(model)
+        rows += _measure(source, asyncio.run(_texts(source)), threads, progress)
+    return rows
+
+
+def _measure(
+    source: ModelSource,
+    text: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
     threads: int,
     progress: Progress,
 ) -> list[BudgetRow]:
-    """`texts`: to calibrate with, and to measure on; int64 [T] each. `budgets`: bits a weight."""
+    """`text`: to calibrate with, and to measure on; int64 [T] each."""
+    manifest, read, trunk, budgets = source.manifest, source.expert_blob, load_trunk(source, threads), BITS
     ops = ExpertOps(threads)
     exact = Experts(manifest, read, ops, _MEMORY)
-    reference = log_probabilities(trunk, exact, texts[1])
+    reference = log_probabilities(trunk, exact, text[1])
 
     def kl(changed: Manifest, other: Read) -> float:
-        return divergence(reference, log_probabilities(trunk, Experts(changed, other, ops, 0), texts[1]))
+        return divergence(reference, log_probabilities(trunk, Experts(changed, other, ops, 0), text[1]))
 
     weights = sum(
         layer.experts * layer.spec.hidden_size * (layer.spec.projected_size + layer.spec.intermediate_size)
@@ -61,7 +85,7 @@ def measure_budget(
         bits = changed.total_bytes * 8 / weights
         if bits <= max(budgets):
             uniform.append((kl(changed, _reader(manifest, changed, read, None)), fmt, bits))
-    calibrated = calibrate(trunk, exact, texts[0], progress)
+    calibrated = calibrate(trunk, exact, text[0], progress)
     measured = measure(manifest, read, calibrated, progress)
     rows = []
     for budget in budgets:
@@ -74,7 +98,7 @@ def measure_budget(
         best, own = min(fitting), kl(changed, _reader(manifest, changed, read, calibrated))
         rows.append(
             BudgetRow(
-                model=name,
+                model=manifest.name,
                 bits=budget,
                 uniform_format=best[1],
                 uniform_bits=best[2],
@@ -104,3 +128,11 @@ def _reader(manifest: Manifest, changed: Manifest, read: Read, calibrated: Calib
         return encode(old, read(expert), new, known)
 
     return reader
+
+
+async def _texts(source: ModelSource) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The calibration text, one piece in four held back."""
+    tokens = torch.cat(await calibration_texts(text_of(source), None))
+    pieces = list(tokens.split(_PIECE))
+    held_back = pieces[3::4]
+    return [piece for number, piece in enumerate(pieces) if number % 4 != 3], held_back

@@ -130,13 +130,14 @@ def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
 
     table = Table(*rows[0])
     for row in rows:
-        table.add_row(
-            *(
-                f"{v:,.2f}" if isinstance(v, float) and v < 10 else f"{v:,.0f}" if isinstance(v, float) else str(v)
-                for v in row.values()
-            )
-        )
+        table.add_row(*(_words(v) for v in row.values()))
     Console().print(table)
+
+
+def _words(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.2f}" if abs(value) < 10 else f"{value:,.0f}"
 
 
 def _show(row: dict[str, Any], as_json: bool) -> None:

@@ -7,8 +7,8 @@ import typer
 
 from . import (
     bench,
-    bench_chaos,
     bench_budget,
+    bench_chaos,
     bench_convert,
     bench_decode,
     bench_estimate,

@@ -1,16 +1,23 @@
 """`moehive convert` and `moehive verify`: a model into a pack, and a pack against its hashes."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..types import CoordinatorError
 from .options import Json
 from .process import prepare
+
+if TYPE_CHECKING:
+    from ..checkpoints.opening import ModelSource
+    from ..checkpoints.pack.convert import Chosen
+
+_KEPT_BYTES = 4 << 30  # of experts in memory while a calibration text is run
 
 Pack = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")]
 
@@ -27,6 +34,29 @@ def convert(
             show_default="served in place, without a copy, where kernels compute in the source's own format",
         ),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes for the whole model, as 120GB, or 'cluster': each expert gets the format that harms least.",
+            show_default="none",
+        ),
+    ] = None,
+    cluster: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="cluster.toml, for '--budget cluster'; `moehive status --cluster-file FILE` writes one.",
+            show_default="this machine",
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Text in UTF-8 that the model is used for, for --budget.",
+            show_default="a mixed text that comes with Moehive",
+        ),
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, max=256, help="Experts in work at once.", show_default="a core each")
     ] = None,
@@ -36,18 +66,25 @@ def convert(
 
     It may be stopped at any time; the same command goes on where it was.
     """
+    if budget is not None and format is not None:
+        raise CoordinatorError("--format gives all experts one format and --budget chooses; give one of them.")
     prepare(verbose=False, hop=False)
     import torch
 
     from ..checkpoints.opening import open_model
+    from ..checkpoints.pack.convert import Chosen
     from ..checkpoints.pack.convert import convert as run
     from ..settings import cores
 
     torch.set_num_threads(1)  # each worker is one thread
     opened = open_model(source)
     words = "Hashing" if format is None and opened.computed_as_stored else "Converting"
+    threads = workers or cores()
+    wanted: str | Chosen | None = format
+    if budget is not None:
+        wanted = _chosen(source, opened, _budget(budget, cluster), calibration, threads, as_json)
     with _progress(words, quiet=as_json) as progress:
-        made = run(opened, pack, format, workers or cores(), progress)
+        made = run(opened, pack, wanted, threads, progress)
     if as_json:
         row = {
             "pack": str(pack),
@@ -75,6 +112,54 @@ def convert(
             f"{rate / 1e6:,.0f} MB/s" + (f", {made.resumed:,} experts were there already." if made.resumed else ".")
         )
     typer.echo(f"Run it: moehive up --model {pack}")
+
+
+def _budget(budget: str, cluster: Path | None) -> int:
+    """Bytes for the whole model."""
+    from ..estimate.cluster import read_cluster
+    from ..estimate.this_machine import this_machine
+    from ..settings import parse_size
+
+    if budget != "cluster":
+        return parse_size(budget)
+    machines = (this_machine() if cluster is None else read_cluster(cluster)).machines
+    return sum(tier.nbytes for machine in machines for tier in (machine.vram, machine.ram) if tier is not None)
+
+
+def _chosen(
+    source: str, opened: "ModelSource", budget: int, calibration: Path | None, threads: int, quiet: bool
+) -> "Chosen":
+    """The formats for a budget, and what encodes them."""
+    import asyncio
+
+    from ..app import text_of
+    from ..checkpoints.pack.convert import Chosen
+    from ..estimate.headers import of_files
+    from ..precision.choice import choose_formats
+    from ..precision.text import calibration_texts
+    from ..trunk import load_trunk
+    from .progress import stages
+
+    texts = asyncio.run(calibration_texts(text_of(opened), calibration))
+    with stages(quiet) as progress:
+        chosen = choose_formats(
+            opened.manifest,
+            opened.expert_blob,
+            load_trunk(opened, threads),
+            texts,
+            budget - of_files(source).trunk_bytes,
+            _KEPT_BYTES,
+            threads,
+            progress,
+        )
+    if not quiet:
+        counts = Counter(fmt for layer in chosen.layers for formats in layer.formats for fmt in formats)
+        named = ", ".join(f"{count:,} {fmt}" for fmt, count in counts.most_common())
+        typer.echo(
+            f"Experts take {chosen.precision.nbytes / 1e9:,.2f} GB; expected divergence "
+            f"{chosen.precision.damage:.3g} nats a token. Projections: {named}."
+        )
+    return Chosen(chosen.layers, chosen.encode)
 
 
 def verify(pack: Pack, as_json: Json = False) -> None:

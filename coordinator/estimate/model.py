@@ -51,12 +51,12 @@ class Model:
     @property
     def expert_bytes(self) -> int:
         """Bytes of all routed experts, as nodes hold them."""
-        return sum(layer.experts * layer.spec.nbytes for layer in self.layers)
+        return sum(layer.nbytes for layer in self.layers)
 
     @property
     def active_expert_bytes(self) -> int:
         """Bytes of the experts of one token."""
-        return sum(layer.top_k * layer.spec.nbytes for layer in self.layers)
+        return sum(layer.top_k * layer.nbytes // layer.experts for layer in self.layers)
 
     def part_bytes(self) -> dict[str, int]:
         """Bytes of each part of the trunk."""

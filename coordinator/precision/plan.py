@@ -23,7 +23,7 @@ import gguf
 import numpy as np
 import torch
 
-from moehive.kernels.geometry import ExpertId, ExpertSpec, Format, LayerGeometry, Manifest, tensor_bytes
+from moehive.kernels.geometry import ExpertId, ExpertSpec, Format, LayerGeometry, Manifest
 from moehive.kernels.quantizers.feedback import Moments, quantize
 
 from ..models.base import Trunk
@@ -110,7 +110,7 @@ def measure(manifest: Manifest, read: Read, calibrated: Calibrated, progress: Pr
                 measured.formats.append(formats)
                 measured.options.append(
                     [
-                        Option(_nbytes(spec, projection, fmt), calibrated.gains[number] * damage)
+                        Option(_nbytes(spec, projection.name, fmt), calibrated.gains[number] * damage)
                         for fmt, damage in zip(formats, damages, strict=True)
                     ]
                 )
@@ -150,10 +150,18 @@ def _damages(projection: Projection, formats: Sequence[Format]) -> list[float]:
     return found
 
 
-def _nbytes(spec: ExpertSpec, projection: Projection, fmt: Format) -> int:
-    matrices = 2 if projection.name == "up" and spec.gated else 1
-    rows, columns = projection.weight.shape
-    return matrices * tensor_bytes(fmt, rows // matrices, columns)
+def smallest(spec: ExpertSpec) -> int:
+    """Bytes of an expert's projections in the smallest of the formats that may be chosen."""
+    return sum(
+        min(place.nbytes, *(_nbytes(spec, place.name, fmt) for fmt in CANDIDATES))
+        for place in spec.tensors
+        if place.name in ("up", "down")
+    )
+
+
+def _nbytes(spec: ExpertSpec, projection: str, fmt: Format) -> int:
+    """Bytes of one projection if the expert were in `fmt`."""
+    return next(p.nbytes for p in replace(spec, format=fmt, down_format=None).tensors if p.name == projection)
 
 
 class _Rounded:

@@ -76,3 +76,25 @@ def blobs() -> Callable[[ModelSource], dict[ExpertId, bytes]]:
         return {expert: source.expert_blob(expert).numpy().tobytes() for expert in experts}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mixtral in bf16 that reads text, a token for each byte; do not write to it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("chat") / "small"
+    config = MixtralConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_local_experts=3,
+        num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
+    )  # fmt: skip
+    torch.manual_seed(6)
+    model: Any = MixtralForCausalLM(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={letter: n for n, letter in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
