@@ -17,7 +17,6 @@ from huggingface_hub.utils._http import get_session
 from ..types import CoordinatorError
 from .hub_files import HubFile
 
-_PIECE = 1 << 20  # bytes written at once
 _ATTEMPTS = 5  # in a row that bring nothing new
 _PARTIAL, _RANGE_WRONG = 206, 416
 
@@ -84,7 +83,7 @@ def _append(url: str, out: BinaryIO, size: int, progress: Callable[[int], None])
             if reply.status_code == _RANGE_WRONG:
                 return
         reply.raise_for_status()
-        for piece in reply.iter_bytes(_PIECE):
+        for piece in reply.iter_bytes():
             if have + len(piece) > size:
                 raise CoordinatorError(f"The hub sends more than the {size} bytes that it says for {url}.")
             out.write(piece)

@@ -1,0 +1,65 @@
+"""Quantized checkpoints over real node processes: transformers' greedy text of what they mean."""
+
+import asyncio
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TOLERANCE = 0.1  # nats: activations are rounded to 8 bits or bf16 on the way
+
+
+def _module(name: str) -> ModuleType:
+    path = Path(__file__).parents[1] / "checkpoints" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"moehive_cluster_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+quantizers, reading, types = _module("quantizers"), _module("reading"), _module("test_gguf_types")
+
+
+def check(model: Any, source: Path, cluster: Any, ask: Callable[..., Any]) -> None:
+    """Until a choice that is nearly a tie, after which texts may differ, all tokens are the same."""
+    expected, logprobs = reading.greedy(model, reading.PROMPT, reading.STEPS)
+
+    async def run() -> Any:
+        async with cluster.coordinator(source, nodes=2) as coordinator:
+            return await ask(
+                coordinator,
+                lambda client: client.generate(
+                    token_ids=reading.PROMPT, max_tokens=reading.STEPS, temperature=0, logprobs=1
+                ),
+            )
+
+    answer = asyncio.run(run())
+    same = [ours == theirs for ours, theirs in zip(answer.token_ids, expected, strict=False)]
+    sure = same.index(False) if False in same else len(same)
+    assert sure >= 4
+    assert answer.logprobs[:sure] == pytest.approx(logprobs[:sure], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("method", ["fp8", "int4, groups of 32"])
+def test_safetensors(
+    method: str, cluster: Any, families: ModuleType, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    quantizers.make_wide(families, "qwen3_moe", tmp_path / "wide")
+    means = quantizers.write(quantizers.METHODS[method], tmp_path / "wide", tmp_path / "quantized")
+    model = quantizers.reference(means, tmp_path / "wide", tmp_path / "reference")
+    check(model, tmp_path / "quantized", cluster, ask)
+
+
+def test_a_split_gguf_of_mixed_types(cluster: Any, ask: Callable[..., Any], tmp_path: Path) -> None:
+    kinds = iter(["Q4_K", "Q6_K", "IQ4_XS", "MXFP4", "Q5_K", "Q3_K", "Q2_K"] * 8)
+    chosen: dict[str, str] = {}
+
+    def kind(name: str) -> str:
+        return chosen.setdefault(name.replace("_up_exps", "_gate_exps"), next(kinds))
+
+    model, _ = types.make(kind, tmp_path / "x.gguf", split=9)
+    check(model, min(tmp_path.glob("x-*.gguf")), cluster, ask)
