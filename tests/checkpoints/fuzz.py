@@ -140,12 +140,23 @@ class Readers:
         tensors, _ = read_header(path)
         for tensor in tensors.values():
             assert tensor.begin + tensor.nbytes <= len(data)
+        refused = None
         for quantization in _METHODS:
             method = method_of(path, {"quantization_config": quantization})
             assert method is not None
-            for found in ordinary_tensors(path, tensors, method, torch.bfloat16).values():
-                if 0 < np.prod(found.shape, dtype=float) < 1e5 and len(found.shape) == 2:
-                    found.read()
+            try:
+                found = ordinary_tensors(path, tensors, method, torch.bfloat16)
+            except CoordinatorError as error:
+                refused = error
+                continue
+            for tensor in found.values():
+                if 0 < np.prod(tensor.shape, dtype=float) < 1e5 and len(tensor.shape) == 2:
+                    try:
+                        tensor.read()
+                    except CoordinatorError as error:
+                        refused = error
+        if refused is not None:
+            raise refused
 
     def _directory(self, value: tuple[Any, Any, int]) -> None:
         index, config, cut = value
