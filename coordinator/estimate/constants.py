@@ -1,8 +1,8 @@
 """What a step costs beside bytes and distance, each constant with where it comes from.
 
 All are of a core of an AMD EPYC (Zen 3, AVX2). The kernels' shares are measured; the fixed seconds are first values,
-not fitted on a quiet machine yet: `moehive bench estimate` shows estimates beside measurements, and the constants that
-would have fitted.
+not fitted on a quiet machine yet: `moehive bench estimate` shows estimates beside measurements, and the constants
+that would have fitted.
 """
 
 # Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`).
