@@ -141,7 +141,7 @@ class SliceLoader:
 
     def _add(self, manifest: Manifest, expert: ExpertId, blob: torch.Tensor) -> None:
         path = self._cache.checked(expert) if self._cache is not None else None
-        self._store.add(expert, load_expert(manifest.layers[expert.layer].spec, blob), path)
+        self._store.add(expert, load_expert(manifest.layers[expert.layer].spec_of(expert.expert), blob), path)
         self._coming.discard(expert)
         self._wake()
 

@@ -198,6 +198,20 @@ class LayerGeometry:
             return self.experts * self.spec.nbytes
         return sum(self.spec_of(expert).nbytes for expert in range(self.experts))
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of an expert, on average, rounded up."""
+        return -(-self.nbytes // self.experts)
+
+    @property
+    def largest_bytes(self) -> int:
+        """Bytes of the largest expert."""
+        return (
+            max(_with_formats(self.spec, formats).nbytes for formats in self.formats)
+            if self.formats
+            else self.spec.nbytes
+        )
+
 
 @lru_cache(maxsize=4096)
 def _with_formats(spec: ExpertSpec, formats: tuple[Format, Format]) -> ExpertSpec:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from moehive.kernels.geometry import ExpertId
 from moehive.kernels.memory import read_memory
 
 from .. import timeline
@@ -147,7 +148,7 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> D
         statistics.median(getattr(one, name) for one in rounds)
         for name in ("first", "token", "submit", "waiting", "experts", "bandwidth")
     )
-    expert_bytes = sum(layer.top_k * layer.spec.nbytes for layer in manifest.layers)
+    expert_bytes = sum(layer.top_k * layer.expert_bytes for layer in manifest.layers)
     trunk_bytes = read_bytes_a_token(settings.model)
     limit = bandwidth / (expert_bytes + trunk_bytes)
     slices = {name: _slice_bytes(coordinator, NodeName(name)) for name in cluster.node_pids}
@@ -218,9 +219,8 @@ def _compute_ns(coordinator: Coordinator) -> dict[str, int]:
 def _slice_bytes(coordinator: Coordinator, node: NodeName) -> int:
     """Bytes of the experts that the plan gives to a node."""
     assert coordinator.plan is not None
-    layers = coordinator.manifest.layers
-    experts = coordinator.plan.slice_of(node)
-    return sum(len(held) * layer.spec.nbytes for held, layer in zip(experts, layers, strict=True))
+    held = coordinator.plan.slice_of(node)
+    return sum(coordinator.manifest.nbytes(ExpertId(layer, e)) for layer, some in enumerate(held) for e in some)
 
 
 def _doors(settings: DecodeSettings, stack: ExitStack) -> list[tuple[int, int]] | None:

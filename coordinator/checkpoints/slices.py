@@ -42,7 +42,7 @@ class SliceSource:
         self._expert_blob = expert_blob
         self._known_hash = known_hash
         self._hashes: dict[ExpertId, bytes] = {}  # of experts that were read once
-        largest = max(layer.spec.nbytes for layer in manifest.layers)
+        largest = max(layer.largest_bytes for layer in manifest.layers)
         self._slots = asyncio.Semaphore(max(2, min(MAX_STREAMS, BLOB_BYTES // largest)))
 
     async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[pb.SliceChunk]:
@@ -85,7 +85,7 @@ class SliceSource:
         for (layer, number), want in named:
             if layer >= len(manifest.layers) or number >= manifest.layers[layer].experts:
                 raise BoundsError(f"The model has no expert {number} in MoE layer {layer}.")
-            nbytes = manifest.layers[layer].spec.nbytes
+            nbytes = manifest.nbytes(ExpertId(layer, number))
             if want.offset > nbytes:
                 raise BoundsError(f"Expert {number} of layer {layer} has {nbytes} bytes, not {want.offset}.")
         return named

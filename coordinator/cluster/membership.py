@@ -363,7 +363,7 @@ class Membership:
 
     def _slice_bytes(self, plan: Plan, name: NodeName) -> int:
         layers = zip(self.manifest.layers, plan.slice_of(name), strict=True)
-        return sum(layer.spec.nbytes * len(experts) for layer, experts in layers)
+        return sum(layer.spec_of(expert).nbytes for layer, experts in layers for expert in experts)
 
     async def _save(self, plan: Plan, members: frozenset[NodeName], earlier: "asyncio.Task[None] | None") -> None:
         """Writes the plan in force down, after the earlier one."""

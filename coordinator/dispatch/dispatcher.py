@@ -76,7 +76,7 @@ class Dispatcher:
         self._wait_seconds = wait_seconds
         self._spot_check = None if read is None else SpotCheck(manifest, read, self._lied)
         self._check_at = EVERY_LAYERS  # layers since the start, when the next answer is checked
-        self._expert_bytes = [layer.spec.nbytes for layer in manifest.layers]
+        self._expert_bytes = [layer.expert_bytes for layer in manifest.layers]
         self._routes = Routes(self._expert_bytes, local is not None, self._routes_changed)
         self._speeds = self._routes.speeds
         self._links = self._routes.asking.links

@@ -49,7 +49,7 @@ class Fallback:
 
     def experts_at_once(self, layer: int) -> int:
         """How many experts of a layer may be held; 0: its memory is less than one."""
-        return self._capacity // self._manifest.layers[layer].spec.nbytes
+        return self._capacity // self._manifest.layers[layer].largest_bytes
 
     async def compute(self, layer: int, hidden: torch.Tensor, routing: Routing, reduction: Reduction) -> torch.Tensor:
         """As a node would; reads what is missing first. Raises CoordinatorError, OSError or MemoryError."""

@@ -25,7 +25,9 @@ class LocalExperts:
         for expert in experts:
             held = self._held[expert.layer]
             if expert.expert not in held:
-                held[expert.expert] = load_expert(self._manifest.layers[expert.layer].spec, read(expert))
+                held[expert.expert] = load_expert(
+                    self._manifest.layers[expert.layer].spec_of(expert.expert), read(expert)
+                )
 
     def drop_except(self, experts: frozenset[ExpertId]) -> None:
         """Frees what is not among `experts`."""
@@ -44,7 +46,7 @@ class LocalExperts:
     @property
     def nbytes(self) -> int:
         """Bytes of the experts held."""
-        return sum(len(h) * layer.spec.nbytes for h, layer in zip(self._held, self._manifest.layers, strict=True))
+        return sum(len(weights.blob) for held in self._held for weights in held.values())
 
     def compute(self, layer: int, hidden: torch.Tensor, routing: Routing, reduction: Reduction) -> torch.Tensor:
         """As a node would: `hidden` [tokens, hidden] on the CPU to rows of the same dtype."""

@@ -111,13 +111,13 @@ def better(
 def _cluster(
     capacities: Mapping[NodeName, int], measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
 ) -> Cluster:
-    total = sum(layer.experts * layer.spec.nbytes for layer in layers)
+    total = sum(layer.nbytes for layer in layers)
     part = min(FILLED, (1 + SPARE) * total / max(1, sum(capacities.values())))
     return Cluster(
         tuple(
             _node(name, int(part * capacities[name]), measured.get(name, Measured())) for name in sorted(capacities)
         ),
-        tuple(layer.spec.nbytes for layer in layers),
+        tuple(layer.expert_bytes for layer in layers),
     )
 
 
@@ -142,7 +142,7 @@ def _fits_beside(
     """Whether each node has room for its slices of both plans."""
     held: Counter[NodeName] = Counter()
     for new, old, geometry in zip(plan.owners, previous.owners, layers, strict=True):
-        for ours, theirs in zip(new, old, strict=True):
+        for expert, (ours, theirs) in enumerate(zip(new, old, strict=True)):
             for name in {*ours, *theirs}:
-                held[name] += geometry.spec.nbytes
+                held[name] += geometry.spec_of(expert).nbytes
     return all(held[name] <= size for name, size in capacities.items())

@@ -35,7 +35,7 @@ def place_by_memory(
     if missing and previous:
         counts, missing = _split_layers(given, layers, held, dict(given))
     if missing:
-        total = sum(layer.experts * layer.spec.nbytes for layer in layers)
+        total = sum(layer.nbytes for layer in layers)
         machines = "The machine gives" if len(given) == 1 else f"The {len(given)} machines give"
         raise CoordinatorError(
             f"{machines} {amount(sum(given.values()))} of memory and the experts need {amount(total)}: room for "
@@ -59,7 +59,7 @@ def _spare(
     spare = dict(given)
     for layer, counter in zip(layers, held, strict=True):
         for node in spare:
-            spare[node] -= counter[node] * layer.spec.nbytes
+            spare[node] -= counter[node] * layer.expert_bytes
     return {node: max(0, size) for node, size in spare.items()}
 
 
@@ -81,8 +81,8 @@ def _split_layers(
     split: dict[int, Counts] = {}
     missing = 0
     # Layers of large experts first: small ones fill what is left.
-    for index in sorted(range(len(layers)), key=lambda i: (-layers[i].spec.nbytes, i)):
-        experts, size = layers[index].experts, layers[index].spec.nbytes
+    for index in sorted(range(len(layers)), key=lambda i: (-layers[i].expert_bytes, i)):
+        experts, size = layers[index].experts, layers[index].expert_bytes
         for node in given:
             due[node] += given[node] * experts * size
         wanted = {node: due[node] / (memory * size) if memory else 0.0 for node in given}

@@ -2,12 +2,22 @@
 
 import asyncio
 import importlib.util
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.pack.convert import Chosen, convert
+from moehive.coordinator.precision.encode import encode
+from moehive.kernels.blob import decode_tensor, tensor_views
+from moehive.kernels.geometry import ExpertId
 
 TOLERANCE = 0.1  # nats: activations are rounded to 8 bits or bf16 on the way
 
@@ -63,3 +73,33 @@ def test_a_split_gguf_of_mixed_types(cluster: Any, ask: Callable[..., Any], tmp_
 
     model, _ = types.make(kind, tmp_path / "x.gguf", split=9)
     check(model, min(tmp_path.glob("x-*.gguf")), cluster, ask)
+
+
+def test_a_pack_whose_experts_differ_in_their_formats(
+    cluster: Any, families: ModuleType, ask: Callable[..., Any], tmp_path: Path
+) -> None:
+    wide, pack = tmp_path / "wide", tmp_path / "pack"
+    quantizers.make_wide(families, "qwen3_moe", wide)
+    source = open_model(str(wide))
+    pairs = itertools.cycle([("q4_k", "q8_0"), ("bf16", "bf16"), ("q8_0", "q6_k"), ("q5_k", "q5_k")])
+    layers = tuple(
+        replace(layer, formats=tuple(next(pairs) for _ in range(layer.experts))) for layer in source.manifest.layers
+    )
+    means = {name: tensor.float() for name, tensor in load_file(wide / "model.safetensors").items()}
+
+    def encoded(expert: ExpertId, blob: torch.Tensor) -> torch.Tensor:
+        old, new = (of[expert.layer].spec_of(expert.expert) for of in (source.manifest.layers, layers))
+        return encode(old, blob, new, None)
+
+    convert(source, pack, Chosen(layers, encoded), workers=1)
+    made = open_model(str(pack))
+    for layer, geometry in enumerate(layers):
+        for number in range(geometry.experts):
+            spec = geometry.spec_of(number)
+            views = tensor_views(spec, made.expert_blob(ExpertId(layer, number)))
+            up, down = (decode_tensor(place, views[place.name]) for place in spec.tensors)
+            for part, tensor in zip(("gate", "up", "down"), (*up.chunk(2), down), strict=True):
+                name = f"model.layers.{layer}.mlp.experts.{number}.{part}_proj.weight"
+                assert name in means
+                means[name] = tensor.contiguous()
+    check(quantizers.reference(means, wide, tmp_path / "reference"), pack, cluster, ask)
