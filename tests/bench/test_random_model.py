@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from moehive.coordinator.bench import random_model as module
-from moehive.coordinator.estimate.geometries import GEOMETRIES, ModelShape
 from moehive.coordinator.bench.random_model import FORMATS, RandomModel, random_model
+from moehive.coordinator.estimate.geometries import GEOMETRIES, ModelShape
 from moehive.coordinator.types import CoordinatorError
 
 
