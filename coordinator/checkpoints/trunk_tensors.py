@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from moehive.kernels.blob import empty_blob
 from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearWeights
+from moehive.kernels.memory import WeightMemory
 
 from ..models.tensors import Embedding, PlainEmbedding
 from ..types import CoordinatorError
@@ -23,6 +23,7 @@ class SafetensorsTrunk:
         self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._path = path
         self._sources = sources
+        self._memory = WeightMemory()
 
     def __contains__(self, name: str) -> bool:
         source = self._sources.get(name)
@@ -34,13 +35,13 @@ class SafetensorsTrunk:
         bias = f"{name.removesuffix('weight')}bias"
         biases = self.tensor(bias) if bias in self else None
         if isinstance(stored, QuantizedTensor) and len(stored.shape) == 2:
-            return _quantized(stored, biases)
+            return self._quantized(stored, biases)
         format = FORMATS.get(stored.dtype)
         if format is None or len(stored.shape) != 2 or isinstance(stored, QuantizedTensor):
             raise CoordinatorError(
                 f"{self._path} holds {name} as {stored.dtype} {list(stored.shape)}; a matrix of floats is needed."
             )
-        blob = empty_blob(stored.nbytes)
+        blob = self._memory.take(stored.nbytes)
         blob.copy_(stored.read().view(-1).view(torch.uint8))
         return LinearWeights(format, *stored.shape, blob, biases)
 
@@ -62,13 +63,12 @@ class SafetensorsTrunk:
             raise CoordinatorError(f"{self._path} lacks the tensor {name}; download the checkpoint again.")
         return self._sources[name].tensors[""][0]
 
-
-def _quantized(stored: QuantizedTensor, bias: torch.Tensor | None) -> LinearWeights:
-    rows, columns = stored.shape
-    if stored.format is not None and not stored.transposed:
-        blob = empty_blob(tensor_bytes(stored.format, rows, columns)).zero_()
-        stored.pack(None, None, stored.format, blob)
-        return LinearWeights(stored.format, rows, columns, blob, bias)
-    blob = empty_blob(tensor_bytes("bf16", rows, columns))
-    blob.view(torch.bfloat16).view(rows, columns).copy_(stored.numbers())
-    return LinearWeights("bf16", rows, columns, blob, bias)
+    def _quantized(self, stored: QuantizedTensor, bias: torch.Tensor | None) -> LinearWeights:
+        rows, columns = stored.shape
+        if stored.format is not None and not stored.transposed:
+            blob = self._memory.take(tensor_bytes(stored.format, rows, columns))
+            stored.pack(None, None, stored.format, blob)
+            return LinearWeights(stored.format, rows, columns, blob, bias)
+        blob = self._memory.take(tensor_bytes("bf16", rows, columns))
+        blob.view(torch.bfloat16).view(rows, columns).copy_(stored.numbers())
+        return LinearWeights("bf16", rows, columns, blob, bias)

@@ -40,7 +40,7 @@ class Arena:
             other = next(other for other, buffers in self._kept.items() if buffers)
             self._kept[other].pop()
             self._kept_bytes -= other
-        memory = mmap.mmap(-1, size)
+        memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory may have no large pages
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.taken_bytes += size

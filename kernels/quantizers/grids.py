@@ -19,6 +19,7 @@ import torch
 
 _STEPS = 6  # roundings that are tried for a sub-block's scale, to each side of the plain one
 _TINY = 1e-30
+_SMALLEST = 2.0**-24  # above 0, of 16 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ class Grid:
             return Fit(d, scales, d.float()[:, None] * scales)
         most = scale.gather(1, scale.abs().argmax(1, keepdim=True))[:, 0]
         d = (most / low).half()  # the integer of the largest scale is `low`, which reaches one further than `high`
+        d = torch.where((d == 0) & (most != 0), torch.copysign(d + _SMALLEST, most / low).half(), d)
         scales = _integers(scale, d, low, high)
         return Fit(d, scales, d.float()[:, None] * scales)
 

@@ -60,7 +60,7 @@ def test_columns_that_matter_are_kept_better(name: str) -> None:
     name=st.sampled_from(sorted(GRIDS)),
     rows=st.integers(1, 20),
     columns=st.integers(1, 300),
-    exponent=st.integers(-6, 4),
+    exponent=st.integers(-3, 4),  # below, factors of 16 bits run out
     seed=st.integers(0, 2**31),
     kind=st.sampled_from(["normal", "zeros", "constant", "outlier", "positive"]),
 )

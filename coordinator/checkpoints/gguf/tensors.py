@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from moehive.kernels.blob import empty_blob
 from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearWeights
+from moehive.kernels.memory import WeightMemory
 
 from ...models.tensors import Embedding
 from ...types import CoordinatorError
@@ -33,6 +33,7 @@ class GgufTrunk:
         """`config` is what `read_config` made of the file."""
         self._file = file
         self._config = config
+        self._memory = WeightMemory()
         self._family: str = config.model_type
         self.dtype = dtype_of(config)
 
@@ -43,7 +44,7 @@ class GgufTrunk:
         """See TensorSource."""
         kind, rows, shape = self._matrix(name)
         format = kind.format
-        blob = empty_blob(tensor_bytes(format, *shape))
+        blob = self._memory.take(tensor_bytes(format, *shape))
         encode(kind, rows, shape[1], format, blob)
         bias = f"{name.removesuffix('weight')}bias"
         return LinearWeights(format, *shape, blob, self.tensor(bias) if bias in self else None)
