@@ -20,7 +20,7 @@ def small(monkeypatch):
         **known.keys, "attention.head_count": 2, "attention.q_lora_rank": 256, "attention.kv_lora_rank": 256,
         "attention.value_length_mla": 128, "feed_forward_length": 256,
     }  # fmt: skip
-    monkeypatch.setitem(GEOMETRIES, "small", ModelShape(known.arch, 3, 512, 8, 4, 256, keys, known.tensors))
+    monkeypatch.setitem(GEOMETRIES, "small", ModelShape(known.arch, 3, 512, 8, 4, 256, 512, keys, known.tensors))
 
 
 @pytest.mark.parametrize("format", FORMATS)

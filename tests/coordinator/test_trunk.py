@@ -212,7 +212,7 @@ def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     [
         ({"model_type": "no_such_family"}, "no_such_family.*does not know"),
         ({"model_type": None}, "no model_type"),
-        ({"quantization_config": {"quant_method": "mxfp4"}}, "quantized with mxfp4"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "bitsandbytes"),
         ({"hidden_act": "tanh"}, "mixtral use an activation or a gate that is not supported"),
         ({"hidden_size": 48}, "shape"),
         ({"num_hidden_layers": 4}, "no tensors for model.layers.3"),
