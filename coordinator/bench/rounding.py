@@ -16,12 +16,12 @@ from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import read_request, read_values, write_request, write_values
 
-from ..checkpoints.gguf.checkpoint import GgufCheckpoint
-from ..checkpoints.opening import open_model, trunk_of
+from ..app import text_of
+from ..checkpoints.opening import open_model
 from ..dispatch.local import LocalExperts
 from ..dispatch.routing import split
 from ..models.base import SequenceInput
-from ..serving.text import Text
+from ..precision.forward import divergence
 from ..trunk import load_trunk
 
 TOKENS = 256
@@ -80,15 +80,12 @@ async def _measure(model: str) -> Rounding:
     every = [ExpertId(layer, expert) for layer, count in enumerate(counts) for expert in range(count)]
     experts.hold(every, checkpoint.expert_blob)
     text = files("moehive.coordinator.demo").joinpath("calibration.txt").read_text("utf-8")
-    reader = trunk_of(checkpoint)
-    words = Text(*reader.tokenizer()) if isinstance(reader, GgufCheckpoint) else Text.load(reader.path)
-    ids = torch.tensor((await words.encode(text))[:TOKENS])
+    ids = torch.tensor((await text_of(checkpoint).encode(text))[:TOKENS])
     logs = []
     for eight_bit in (False, True):
         batch = [SequenceInput(ids, trunk.new_cache(), all_logits=True)]
         (logits,) = await trunk.forward(batch, _Rounding(experts, counts, eight_bit))
         logs.append(logits.log_softmax(-1))
     exact, rounded = logs
-    kl = (exact.exp() * (exact - rounded)).sum(-1).mean()
     same = (exact.argmax(-1) == rounded.argmax(-1)).float().mean()
-    return Rounding(len(ids), float(kl), float(same))
+    return Rounding(len(ids), divergence(exact, rounded), float(same))

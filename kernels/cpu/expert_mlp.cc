@@ -37,8 +37,8 @@ int64_t piece_rows(Format format, int64_t columns) {
 const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
 
 // The pieces of a projection of all experts. An item, which one thread takes, is `run` pieces that follow each other in
-// one expert's memory: then what a thread fetches ahead is its own. With two threads and one token that is worth a fifth
-// of the time; with several tokens pieces come from the second cache, and a thread takes them one by one.
+// one expert's memory: then what a thread fetches ahead is its own. Two threads read the same way of a linear layer
+// went from 22 to 27 GB/s; here it was not measured by itself. With several tokens pieces come from the second cache, and a thread takes them one by one.
 // `threads` share one-token products; 0 stands for products with several tokens.
 struct Pieces {
   int64_t step;  // rows of a piece
