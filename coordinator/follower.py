@@ -13,6 +13,7 @@ import torch
 from moehive.kernels.geometry import ExpertId
 from moehive.proto.channel import Identity, node_dns_name, open_channel
 
+from .changes import Changes
 from .cluster.membership import Membership
 from .cluster.state import ClusterState
 from .dispatch.dispatcher import Dispatcher
@@ -48,7 +49,7 @@ class Follower:
         self._preparing: tuple[Plan, asyncio.Task[None]] | None = None
         self._holding: frozenset[NodeName] = frozenset()  # as the dispatcher was told
         self._rest: dict[NodeName, float] = {}  # seconds before the next attempt, of nodes whose links were lost
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._changes = Changes()
 
     def follow(self, membership: Membership) -> None:
         """Names the membership whose `on_change` is `changed`."""
@@ -72,7 +73,7 @@ class Follower:
         elif state.holders != self._holding:
             self._dispatcher.holding(state.holders)
         self._holding = state.holders
-        self._wake()
+        self._changes.tell()
 
     @property
     def reachable(self) -> bool:
@@ -98,12 +99,7 @@ class Follower:
         try:
             async with asyncio.timeout(timeout):
                 while not self.reachable:
-                    waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-                    self._waiters.add(waiter)
-                    try:
-                        await waiter
-                    finally:
-                        self._waiters.discard(waiter)
+                    await self._changes.next()
         except TimeoutError:
             raise CoordinatorError(f"The cluster was not ready after {timeout:.0f} s. {self.reason()}") from None
 
@@ -146,7 +142,7 @@ class Follower:
                 await link.open()
                 said = ""
                 self._dispatcher.connect(link)
-                self._wake()
+                self._changes.tell()
                 await lost.wait()
             except NodeUnavailable as error:
                 if str(error) != said:
@@ -182,8 +178,3 @@ class Follower:
         active = self._membership.state.active
         if active is not None and active.epoch == plan.epoch:
             self._local.drop_except(frozenset(wanted))
-
-    def _wake(self) -> None:
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)

@@ -19,6 +19,7 @@ COMMON = (
     "coordinator.types",
     "coordinator.settings",
     "coordinator.timeline",
+    "coordinator.changes",
     "kernels.geometry",
 )  # for all of coordinator/
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -29,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.types": ("kernels.geometry",),
     "coordinator.settings": COMMON,
     "coordinator.timeline": (),
+    "coordinator.changes": (),
     "coordinator.cli": (
         *COMMON,
         "coordinator.app",

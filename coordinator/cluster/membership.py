@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from moehive.kernels.geometry import Manifest
 from moehive.proto.timing import SILENCE_SECONDS
 
+from ..changes import Changes
 from ..placement.shares import place_by_memory
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from . import policy
@@ -80,7 +81,7 @@ class Membership:
         self._sessions: dict[NodeName, Session] = {}
         self._events: deque[Event | None] = deque()  # to be applied; None: only time has passed
         self._recording = False
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._changes = Changes()
         self._shortage = ""  # why no plan could be made
         self._too_small: Mapping[NodeName, int] | None = None  # for these there is no plan
         self._away_since: dict[NodeName, float] = {}
@@ -186,7 +187,7 @@ class Membership:
         try:
             async with asyncio.timeout(timeout):
                 while not self.state.ready:
-                    await self._change()
+                    await self._changes.next()
         except TimeoutError as error:
             raise CoordinatorError(f"The cluster was not ready after {timeout:.0f} s. {self.reason()}") from error
 
@@ -202,7 +203,7 @@ class Membership:
             await asyncio.to_thread(self._make_plan, others, self.state)  # raises when they can't hold the experts
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
-            await self._change()
+            await self._changes.next()
 
     def reason(self) -> str | None:
         """Why the cluster is not ready, in one sentence; None when it is."""
@@ -247,9 +248,7 @@ class Membership:
             owners = state.pending_owners | state.active_owners
             self._held_bytes = {name: self._slice_bytes(cause.plan, name) for name in owners}
         self._on_change(state)
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._changes.tell()
         if not isinstance(cause, HeartbeatReceived | SliceProgressed):
             self._decide()
 
@@ -389,14 +388,6 @@ class Membership:
                 self._record(NodeReadmitted(name))
         for name in revoked_nodes(self._store) & self._sessions.keys():
             self._shut_out(name, f"Node {name} was shut out of this cluster; let it join again with a new token.")
-
-    async def _change(self) -> None:
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
 
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from ..changes import Changes
 from ..types import NodeName, NodeUnavailable, NotReady, Plan
 from .asking import Asking
 from .placed import Placed
@@ -26,7 +27,7 @@ class Routes:
         self._changed = changed
         self._placed: Placed | None = None
         self._prepared: Placed | None = None
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._changes = Changes()
 
     @property
     def placed(self) -> Placed:
@@ -89,12 +90,7 @@ class Routes:
 
     async def change(self) -> None:
         """Returns when somebody can be asked again or no more."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.add(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.discard(waiter)
+        await self._changes.next()
 
     def unavailable(self, layer: int, expert: int) -> NodeUnavailable:
         """The error of a request for an expert that nobody can compute."""
@@ -118,6 +114,4 @@ class Routes:
             return
         self._placed.use(self.asking.live(self._with_local))
         self._changed()
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
+        self._changes.tell()

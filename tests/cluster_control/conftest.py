@@ -157,7 +157,7 @@ class Harness:
         """Waits until a change of the cluster's state makes `condition` true."""
         async with asyncio.timeout(DEADLINE):
             while not condition():
-                await self.membership._change()
+                await self.membership._changes.next()
 
 
 @asynccontextmanager
