@@ -16,21 +16,14 @@ POLL_SECONDS = 0.5
 def wait_started(started: "Future[None]", cluster: "LocalCluster") -> None:
     """Waits for `started`, the cluster's start on another thread, and raises what it raises."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+
+    from .progress import byte_bars
 
     console = Console(stderr=True)
     if not console.is_terminal:
         started.result()
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+    with byte_bars(transient=True) as progress:
         tasks = {}
         while True:
             try:

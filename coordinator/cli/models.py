@@ -25,25 +25,16 @@ def pull(
     Ctrl-C is safe: the next pull goes on in the middle of the file. HF_HOME says where files are kept.
     """
     from huggingface_hub.utils.tqdm import disable_progress_bars
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
 
     from ..checkpoints.hub import parse_id
     from ..checkpoints.hub import pull as pull_model
+    from .progress import byte_bars
 
     wanted = parse_id(model)
     if wanted is None:
         raise CoordinatorError(f"{model!r} is not a hub's id; write organization/name.")
     disable_progress_bars()  # one bar for all files, not one for each
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=as_json) as bars:
+    with byte_bars(disable=as_json) as bars:
         bar = bars.add_task(model, total=None)
 
         def show(name: str, done: int, total: int) -> None:

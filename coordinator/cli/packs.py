@@ -189,17 +189,8 @@ def verify(pack: Pack, as_json: Json = False) -> None:
 @contextmanager
 def _progress(words: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, which is told bytes done and bytes in all."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
+    from .progress import byte_bars
 
-    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet) as bar:
+    with byte_bars(disable=quiet) as bar:
         task = bar.add_task(words, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,7 +1,28 @@
-"""Progress of work that has stages, on standard error."""
+"""Progress on standard error: of bytes, and of work that has stages."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+def byte_bars(transient: bool = False, disable: bool = False) -> "Progress":
+    """A context that shows bars of bytes done, their rate and the time left; `transient`: they go when they end."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    return Progress(*columns, TimeRemainingColumn(), console=console, transient=transient, disable=disable)
 
 
 @contextmanager
