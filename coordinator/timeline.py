@@ -22,7 +22,6 @@ microsecond, so the way there and back are drawn equally long).
 
 import asyncio
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
@@ -30,6 +29,8 @@ from pathlib import Path
 from time import perf_counter_ns
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
+
+from .whole_file import whole_file
 
 T = TypeVar("T")
 
@@ -157,15 +158,9 @@ class Recorder:
 
     def write(self, path: Path) -> None:
         """Writes the Chrome trace (JSON object format) beside `path` and renames it. Raises OSError."""
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with beside.open("w") as file:
-                json.dump({"traceEvents": self._events(), "otherData": {"dropped": self.dropped}}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with whole_file(path) as file:
+            trace = {"traceEvents": self._events(), "otherData": {"dropped": self.dropped}}
+            file.writelines(part.encode() for part in json.JSONEncoder().iterencode(trace))
 
     def _events(self) -> list[dict[str, Any]]:
         """Metadata, then complete events; times in microseconds from the first span's start."""

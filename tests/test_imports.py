@@ -20,6 +20,7 @@ COMMON = (
     "coordinator.settings",
     "coordinator.timeline",
     "coordinator.changes",
+    "coordinator.whole_file",
     "kernels.geometry",
 )  # for all of coordinator/
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -29,7 +30,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "expert_node": ("kernels", "proto"),
     "coordinator.types": ("kernels.geometry",),
     "coordinator.settings": COMMON,
-    "coordinator.timeline": (),
+    "coordinator.timeline": ("coordinator.whole_file",),
+    "coordinator.whole_file": (),
     "coordinator.changes": (),
     "coordinator.cli": (
         *COMMON,

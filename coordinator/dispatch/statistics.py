@@ -20,6 +20,7 @@ import numpy.typing as npt
 from moehive.kernels.geometry import MAX_EXPERTS, MAX_LAYERS, MAX_TOP_K
 
 from ..types import CoordinatorError
+from ..whole_file import whole_file
 
 KEPT_TOKENS = 20_000  # 60 layers with 10 experts each: 24 MB
 PASS_TOKENS = 256  # of one pass: neighbours of a long prompt say little more
@@ -175,7 +176,5 @@ class RoutingStatistics:
 
 def save_statistics(packed: bytes, path: Path) -> None:
     """Writes beside, then renames; for its owner only. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    part.touch(mode=0o600)
-    part.write_bytes(packed)
-    part.replace(path)
+    with whole_file(path, 0o600) as file:
+        file.write(packed)

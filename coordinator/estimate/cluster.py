@@ -13,7 +13,6 @@
 A tier is there when its bytes and its speed are; what is absent is none.
 """
 
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..types import CoordinatorError
+from ..whole_file import whole_file
 
 MAX_NODES = 256
 MAX_BYTES = 1 << 20  # of the file
@@ -118,15 +118,10 @@ def to_toml(cluster: Cluster) -> str:
 
 def write_cluster(path: Path, cluster: Cluster) -> None:
     """Writes the file beside, then in its place. Raises CoordinatorError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with part.open("w", encoding="utf-8") as out:
-            out.write(to_toml(cluster))
-            out.flush()
-            os.fsync(out.fileno())
-        part.rename(path)
+        with whole_file(path) as file:
+            file.write(to_toml(cluster).encode())
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CoordinatorError(f"{path} can't be written: {error.strerror}.") from error
 
 

@@ -1,10 +1,10 @@
 """The file of a plan: what `moehive plan -o` writes."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+from ..whole_file import whole_file
 from .plan import Placement
 
 
@@ -53,12 +53,5 @@ def _tier(plan: Placement, layer: int, expert: int, node: int) -> int:
 
 def write_json(value: Any, path: Path) -> None:
     """Writes beside, to the disk, then renames. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            json.dump(value, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(value).encode())

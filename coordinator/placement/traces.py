@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..types import CoordinatorError
+from ..whole_file import whole_file
 
 HELD_BACK = 0.25  # of the sequences, the latest ones: a plan is scored on what it was not made from
 MAX_TRACE_BYTES = 4 << 30
@@ -162,13 +163,8 @@ def _runs(trace: Trace, size: int, count: int, random: np.random.Generator) -> n
 
 def save_trace(trace: Trace, path: Path) -> None:
     """Writes the file beside, then renames it. Raises OSError."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("wb") as file:
-            np.savez_compressed(file, experts=trace.experts, seq=trace.seq)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        np.savez_compressed(file, experts=trace.experts, seq=trace.seq)
 
 
 def read_trace(path: Path) -> Trace:
