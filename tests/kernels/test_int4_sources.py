@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -105,13 +106,12 @@ def test_compressed_tensors(shape: tuple[int, int, int, int], rows: int, symmetr
 
 
 def test_compressed_tensors_own_packing() -> None:
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
     wanted = numbers(20, 3, 32, 1, torch.bfloat16)
     found = from_compressed_tensors(
-        helpers.pack_to_int32((wanted.values.int() - 8).to(torch.int8), 4),
+        pack_to_int32((wanted.values.int() - 8).to(torch.int8), 4),
         wanted.scales.bfloat16(),
         (20, 96),
-        helpers.pack_to_int32((wanted.zeros.int() - 8).to(torch.int8), 4, packed_dim=0).contiguous(),
+        pack_to_int32((wanted.zeros.int() - 8).to(torch.int8), 4, packed_dim=0).contiguous(),
     )
     same(found, wanted)
 
