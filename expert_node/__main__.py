@@ -1,6 +1,7 @@
 """`python -m moehive.expert_node`: settings from flags, then the node. Exit code 1: failed, 2: settings."""
 
 import argparse
+import faulthandler
 import logging
 import os
 import sys
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a node; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname).1s %(message)s")
+    faulthandler.enable()  # a crash of native code leaves its place on stderr, and in the service's journal
     try:
         settings = Settings(
             state=parsed.state_dir.expanduser().absolute(),

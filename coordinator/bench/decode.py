@@ -5,10 +5,11 @@ the engine with token ids, and an `ExpertBackend` around the dispatcher takes th
 machine's read bandwidth is measured beside each request, in the same minute.
 """
 
+import random
 import socket
 import statistics
 from collections.abc import Awaitable, Generator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -233,11 +234,13 @@ def _doors(settings: DecodeSettings, stack: ExitStack) -> list[tuple[int, int]] 
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now."""
-    with ExitStack() as stack:
-        return [
-            int(stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]) for _ in range(count)
-        ]
+    """Ports of loopback that nobody listens on now, nor will be given for an outgoing connection."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.randrange(15_000, 32_000)  # below those that Linux and macOS give to connections
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            ports.add(port)
+    return list(ports)
 
 
 def peak_bytes(pid: int) -> int:

@@ -13,7 +13,7 @@ def test_a_storm_of_faults_changes_no_answer() -> None:
     ran = subprocess.run(
         [*command, "--minutes", str(SECONDS / 60)], capture_output=True, text=True, timeout=280, env=os.environ
     )
-    assert ran.stdout, ran.stderr
+    assert ran.stdout, f"exit code {ran.returncode}: {ran.stderr}"
     report = json.loads(ran.stdout)
     assert report["requests"] >= 4 and report["faults"] >= 8, report
     assert (report["differ"], report["lost_or_repeated"], report["failed"]) == (0, 0, 0), report

@@ -1,7 +1,6 @@
 """The coordinator is killed in the middle of a text: nodes stay, it starts again, and the client gets the rest."""
 
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,20 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from moehive.client import Client, MoehiveError
+from moehive.coordinator.bench.decode import free_ports
 
 DEADLINE = 120.0
 OPTIONS: dict[str, Any] = {"token_ids": [3, 17, 5, 99, 42], "max_tokens": 300, "ignore_eos": True}
 OPTIONS |= {"temperature": 0.9, "seed": 4}  # sampled: the random numbers go on where they were, too
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [int(one.getsockname()[1]) for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 @contextmanager
