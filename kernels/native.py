@@ -2,7 +2,9 @@
 
 import ctypes
 import functools
+import struct
 import weakref
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import get_args
 
@@ -12,7 +14,7 @@ import torch
 
 from .geometry import Activation, ExpertSpec, Format
 
-_ABI = 4
+_ABI = 5
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -73,6 +75,11 @@ def library() -> ctypes.CDLL:
     loaded.moehive_destroy.restype = None
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     loaded.moehive_experts.argtypes = (pointer, pointer, pointer, size, pointer, pointer, pointer, pointer)
+    flag = ctypes.c_int32
+    loaded.moehive_layer.argtypes = (
+        pointer, pointer, pointer, flag, size, pointer, ctypes.c_char_p, pointer, flag, pointer
+    )  # fmt: skip
+    loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
     return loaded
@@ -86,6 +93,19 @@ def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> N
     """
     if library().moehive_pack(FORMAT_NUMBERS[fmt], rows.data_ptr(), len(rows), blocks, out.data_ptr()) != 0:
         raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
+
+
+def add_rows(parts: Sequence[bytes], rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+    """The sum of `parts`, each the bytes of [rows, columns] of `dtype` (f32 or bf16): added in f32, in their order.
+
+    Also whether every sum is a number whose square is one, too. The caller has checked the sizes. Raises
+    NativeLibraryError.
+    """
+    total = torch.empty((rows, columns), dtype=dtype)
+    sound = library().moehive_add_rows(
+        (ctypes.c_char_p * len(parts))(*parts), len(parts), dtype is torch.bfloat16, rows * columns, total.data_ptr()
+    )
+    return total, bool(sound)
 
 
 def kernels() -> list[str]:
@@ -106,6 +126,45 @@ class NativeExperts:
         if not self._handle:
             raise NativeLibraryError(f"The native library can't start its kernel {kernel!r} with {threads} threads.")
         weakref.finalize(self, self._library.moehive_destroy, self._handle)
+        self._described: dict[
+            int, tuple[ExpertSpec, int, _Spec]
+        ] = {}  # by id, which a spec that is kept does not lose
+
+    def layer(
+        self,
+        spec: ExpertSpec,
+        hidden: torch.Tensor,
+        offsets: npt.NDArray[np.uint32],
+        addresses: Sequence[int],
+        weights: npt.NDArray[np.float32],
+        added: bool,
+    ) -> torch.Tensor:
+        """The weighted outputs of all pairs [P, H], or with `added` each token's sum [T, H], of hidden's dtype.
+
+        `hidden` f32 or bf16 [T, H]; `addresses` [P] of blobs laid out as `spec` says; the rest as `pairs` takes it.
+        One call, for when its own cost counts: a step of decoding. Raises MemoryError.
+        """
+        kept = self._described.get(id(spec))
+        if kept is None:
+            described = _describe(spec)
+            kept = self._described[id(spec)] = spec, ctypes.addressof(described), described
+        tokens = len(hidden)
+        rows = torch.empty((tokens if added else len(addresses), hidden.shape[1]), dtype=hidden.dtype)
+        self._check(
+            self._library.moehive_layer(
+                self._handle,
+                kept[1],
+                hidden.data_ptr(),
+                hidden.dtype is torch.bfloat16,
+                tokens,
+                offsets.ctypes.data,
+                struct.pack(f"={len(addresses)}Q", *addresses),
+                weights.ctypes.data,
+                added,
+                rows.data_ptr(),
+            )
+        )
+        return rows
 
     def pairs(
         self,
@@ -121,27 +180,32 @@ class NativeExperts:
         `hidden` f32 [T, H]; `offsets` [T + 1], checked by the caller; `addresses` [P] of blobs laid out as `spec`
         says; `weights` [P]. All contiguous. Raises MemoryError.
         """
-        status = self._library.moehive_experts(
-            self._handle,
-            ctypes.byref(_describe(spec)),
-            hidden.data_ptr(),
-            len(hidden),
-            offsets.ctypes.data,
-            addresses.ctypes.data,
-            weights.ctypes.data,
-            out.data_ptr(),
+        self._check(
+            self._library.moehive_experts(
+                self._handle,
+                ctypes.byref(_describe(spec)),
+                hidden.data_ptr(),
+                len(hidden),
+                offsets.ctypes.data,
+                addresses.ctypes.data,
+                weights.ctypes.data,
+                out.data_ptr(),
+            )
         )
-        if status == 2:
-            raise MemoryError("There is no memory left for the experts' intermediate results.")
-        if status != 0:
-            raise NativeLibraryError("The native library refuses the layer's arguments.")
 
     def sum_pairs(self, pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:
         """Adds each token's pairs in the order listed: `pairs` f32 [P, H] → f32 [T, H]."""
         sums = torch.empty(len(offsets) - 1, pairs.shape[1])
-        status = self._library.moehive_sum_pairs(
-            pairs.data_ptr(), offsets.ctypes.data, len(sums), pairs.shape[1], sums.data_ptr()
+        self._check(
+            self._library.moehive_sum_pairs(
+                pairs.data_ptr(), offsets.ctypes.data, len(sums), pairs.shape[1], sums.data_ptr()
+            )
         )
+        return sums
+
+    @staticmethod
+    def _check(status: int) -> None:
+        if status == 2:
+            raise MemoryError("There is no memory left for the experts' intermediate results.")
         if status != 0:
             raise NativeLibraryError("The native library refuses the layer's arguments.")
-        return sums

@@ -98,6 +98,12 @@ class ExpertOps:
         """
         _check(spec, hidden, offsets, pair_experts, pair_weights)
         numbers: list[int] = pair_experts.tolist()
+        if self._native is not None and len(numbers) <= FEW_TOKENS:  # so no expert has more; the case of decoding
+            experts = [held[number] for number in numbers]
+            if all(expert.spec is spec for expert in experts):
+                addresses = [expert.address for expert in experts]
+                added = reduction is Reduction.PARTIAL_SUM
+                return self._native.layer(spec, hidden.contiguous(), offsets, addresses, pair_weights, added)
         used = {number: held[number] for number in set(numbers)}
         kinds = {id(expert.spec): expert.spec for expert in used.values()}  # experts may differ in their formats
         for kind in kinds.values():
@@ -135,8 +141,6 @@ class ExpertOps:
         """The experts that torch computes: plain ones with many tokens, or all without the native library."""
         if self._native is None:
             return set(used)
-        if len(numbers) <= FEW_TOKENS:  # so nobody has more; the usual case of decoding
-            return set()
         # Not those that torch would have to expand.
         return {n for n, tokens in Counter(numbers).items() if tokens > FEW_TOKENS and _is_plain(used[n].spec)}
 

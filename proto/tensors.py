@@ -48,7 +48,8 @@ class Routing(NamedTuple):
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """A CPU tensor's bytes in order (one copy, if it is contiguous)."""
-    flat = tensor.contiguous()
+    # Not `contiguous` alone: even where it has nothing to do, torch's way there is long and seldom in a cache.
+    flat = tensor if tensor.is_contiguous() else tensor.contiguous()
     return ctypes.string_at(flat.data_ptr(), flat.nbytes)  # half the cost of a view, an array and its bytes
 
 
@@ -146,16 +147,23 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
 
 
 def write_request(
-    request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, eight_bit: bool = False
+    request: pb.ComputeRequest,
+    hidden: torch.Tensor,
+    routing: Routing,
+    eight_bit: bool = False,
+    raw: bytes | None = None,
 ) -> None:
-    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU; `eight_bit`: rounds it."""
+    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU; `eight_bit`: rounds it.
+
+    `raw`: hidden's bytes, if the caller has them already.
+    """
     request.tokens, request.hidden_size = hidden.shape
     if eight_bit:
         request.dtype = pb.DTYPE_INT8
         request.hidden_states, request.scales = _to_int8(hidden)
     else:
         request.dtype = CODES[hidden.dtype]
-        request.hidden_states = tensor_bytes(hidden)
+        request.hidden_states = tensor_bytes(hidden) if raw is None else raw
     request.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
     request.experts = routing.experts.astype("<u4", copy=False).tobytes()
     request.weights = routing.weights.astype("<f4", copy=False).tobytes()
@@ -168,6 +176,17 @@ def write_values(reply: pb.ComputeReply, rows: torch.Tensor, dtype: pb.Dtype) ->
         reply.values, reply.scales = _to_int8(rows)
     else:
         reply.values = tensor_bytes(rows)
+
+
+def rows_tensor(raw: bytes, dtype: torch.dtype, rows: int, hidden: int) -> torch.Tensor:
+    """[rows, hidden] f32 or bf16 out of their bytes, which it shares. Raises WireError for too many or few."""
+    return _tensor(raw, dtype, rows, hidden, "values")
+
+
+def raw_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> bytes | None:
+    """The bytes of a reply's rows, as many as [rows, hidden] of `dtype` has; None where `read_values` must look."""
+    raw = reply.values
+    return raw if reply.rows == rows and len(raw) == rows * hidden * dtype.itemsize and not reply.scales else None
 
 
 def read_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:

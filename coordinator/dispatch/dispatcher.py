@@ -19,7 +19,7 @@ import torch
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import WireError, read_values, write_request
+from moehive.proto.tensors import WireError, raw_values, read_values, tensor_bytes, write_request
 
 from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
@@ -30,7 +30,7 @@ from .parts import NodeCounters, Part, Sent
 from .placed import LOST
 from .routes import Routes
 from .routing import Share, only, pieces, split
-from .rows import Rows, add_up, array, is_finite, rows_of
+from .rows import Rows, Sum, add_up, array, is_finite, rows_of
 from .speeds import FEW_TOKENS
 from .spot_check import EVERY_LAYERS, SpotCheck
 from .statistics import RoutingStatistics
@@ -156,12 +156,10 @@ class Dispatcher:
         if failed:
             parts += await self._recover(sent, failed)
         with timeline.current.span("add up"):
-            total = self._sum(parts, sent)
-        if not is_finite(total):
-            total = self._sum(await self._check(sent, parts), sent)
-        if total.dtype is not sent.hidden.dtype or total.device != sent.device:
-            total = total.to(sent.device, sent.hidden.dtype)
-        return total
+            total, finite = self._sum(parts, sent)
+        if not finite:
+            total, _ = self._sum(await self._check(sent, parts), sent)
+        return total if sent.device.type == "cpu" else total.to(sent.device)
 
     async def _answers(self, sent: Sent) -> tuple[list[Rows], list[Share]]:
         """What was asked for: rows, and the shares that failed."""
@@ -170,13 +168,13 @@ class Dispatcher:
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
-                parts.append(Rows(sent.here, self._here(sent, sent.here), None))
+                parts.append(Rows(sent.here, None, self._here(sent, sent.here)))
         for part in sent.waiting:
             try:
                 with timeline.current.span("wait"):
                     answer = await part.reply
                 with timeline.current.span("read"):
-                    parts.append(Rows(part.share, self._values(part, sent.hidden, answer), part.node))
+                    parts.append(self._read(part, sent.hidden, answer))
             except NodeUnavailable as error:
                 self._failed(part, str(error))
                 failed.append(part.share)
@@ -200,7 +198,7 @@ class Dispatcher:
                 sent.here = share
             else:
                 try:
-                    sent.waiting.append(self._send(names[index], sent.layer, sent.hidden, share))
+                    sent.waiting.append(self._send(names[index], sent, share))
                 except NodeUnavailable:
                     sent.lost.append(share)
 
@@ -238,7 +236,7 @@ class Dispatcher:
                 for piece in pieces(sent.ids, sent.weights, share, at_once):
                     hidden = rows_of(sent.hidden, piece)
                     values = await fallback.compute(sent.layer, hidden, piece.routing, self._reduction)
-                    done.append(Rows(piece, values, None))
+                    done.append(Rows(piece, None, values))
                 return done
             except (CoordinatorError, OSError, MemoryError) as error:
                 log.warning("Experts of layer %d could not be read from the checkpoint: %s", sent.layer, error)
@@ -274,23 +272,31 @@ class Dispatcher:
         counters.compute_ns = self._local.compute_ns
         return values
 
-    def _send(self, node: NodeName, layer: int, hidden: torch.Tensor, share: Share) -> Part:
+    def _send(self, node: NodeName, sent: Sent, share: Share) -> Part:
         """Raises NodeUnavailable when the node's link has just gone."""
         link = self._links.get(node)
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
+        layer, tokens = sent.layer, len(share.tokens)
         request = pb.ComputeRequest(
             epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
         )
-        rows = rows_of(hidden, share)
+        if tokens == len(sent.hidden):  # the usual case of decoding: the same bytes for each node
+            rows, raw = sent.hidden, sent.raw
+            if raw is None:
+                raw = sent.raw = tensor_bytes(rows)
+            nbytes = len(raw)
+        else:
+            rows, raw = rows_of(sent.hidden, share), None
+            nbytes = rows.nbytes
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
-        eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(rows.nbytes)
-        write_request(request, rows, share.routing, eight_bit)
+        eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(nbytes)
+        write_request(request, rows, share.routing, eight_bit, raw)
         self.tiers.tell(request)
         reply = link.send(request)
         timeline.current.hop(node, reply, _COMPUTE_NS)
         speed = self._speeds.of(node)
-        expected = speed.expected(len(share.tokens), len(share.pairs), self._read_bytes(layer, share))
+        expected = speed.expected(tokens, len(share.pairs), self._read_bytes(layer, share))
         if expected is None:
             expected, patience = 0.0, FIRST_SECONDS
         else:
@@ -306,14 +312,19 @@ class Dispatcher:
         self._speeds.of(part.node).backlog_s -= part.expected
         part.expected = 0.0
 
-    def _values(self, part: Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> torch.Tensor:
+    def _read(self, part: Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> Rows:
         """The rows of a reply. Raises NodeUnavailable when the node refused or answered nonsense."""
         node, share = part.node, part.share
         if reply.HasField("refusal"):
             raise NodeUnavailable(node, f"Node {node} refuses: {reply.refusal.sentence[:1024]}")
-        rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
+        count = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
+        size, dtype = hidden.shape[1], hidden.dtype
         try:
-            values = read_values(reply, rows, hidden.shape[1], hidden.dtype)
+            raw = raw_values(reply, count, size, dtype)
+            if raw is not None:
+                rows = Rows.of_bytes(share, node, raw, count, size, dtype)
+            else:
+                rows = Rows(share, node, read_values(reply, count, size, dtype))
             self.tiers.note(node, part.layer, reply)
         except WireError as error:
             sentence = f"Node {node} answered something else than asked: {error}"
@@ -327,12 +338,12 @@ class Dispatcher:
         counters.compute_ns += reply.compute_ns
         if self._spot_check is not None and self._speeds.layers >= self._check_at:
             self._check_at = self._speeds.layers + EVERY_LAYERS
-            self._spot_check.check(part, hidden, values, self._reduction)
+            self._spot_check.check(part, hidden, rows.values, self._reduction)
         nbytes = self._read_bytes(part.layer, share)
         self._speeds.of(node).note(
             len(share.tokens), len(share.pairs), nbytes, reply.compute_ns / 1e9, self._speeds.layers
         )
-        return values
+        return rows
 
     def _read_bytes(self, layer: int, share: Share) -> int:
         """Bytes of the experts that a share reads, each once; of few tokens, for which alone it is looked at."""
@@ -383,9 +394,9 @@ class Dispatcher:
             ]
             self._fallback.prefetch([ExpertId(layer, expert) for _, layer, expert in sorted(missing)])
 
-    def _sum(self, parts: list[Rows], sent: Sent) -> torch.Tensor:
+    def _sum(self, parts: list[Rows], sent: Sent) -> Sum:
         (tokens, k), size = sent.ids.shape, sent.hidden.shape[1]
-        return add_up(parts, tokens, k, size, self._reduction)
+        return add_up(parts, tokens, k, size, sent.hidden.dtype, self._reduction)
 
 
 class _Answer:

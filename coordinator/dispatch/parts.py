@@ -47,6 +47,7 @@ class Sent:
     weights: npt.NDArray[np.float32]
     device: torch.device
     settle: Callable[[Part], None]  # to be called with each part when it is over
+    raw: bytes | None = None  # the bytes of `hidden`, once they were needed
     here: Share | None = None
     lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
     waiting: list[Part] = field(default_factory=list)

@@ -64,9 +64,8 @@ def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: Owner) -
     shares: dict[int, Share] = {}
     for node in sorted(places):
         pairs = np.array(places[node], dtype=np.int64)
-        experts = np.array([ids[place] for place in places[node]], dtype=np.uint32)
-        offsets = np.array([0, len(pairs)], dtype=np.uint32)
-        shares[node] = Share(_ONE, pairs, Routing(offsets, experts, weights[pairs]))
+        numbers = np.array([0, len(pairs), *(ids[place] for place in places[node])], dtype=np.uint32)
+        shares[node] = Share(_ONE, pairs, Routing(numbers[:2], numbers[2:], weights[pairs]))
     return shares
 
 

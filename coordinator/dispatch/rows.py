@@ -8,37 +8,77 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moehive.kernels import native
 from moehive.kernels.ops import Reduction
+from moehive.proto.tensors import rows_tensor
 
 from ..types import NodeName
 from .routing import Share
 
 
-class Rows(NamedTuple):
-    """What was computed of a share: [rows, hidden]."""
+class Rows:
+    """What was computed of a share, by `node` (None: by this process): [rows, hidden]."""
 
-    share: Share
-    values: torch.Tensor
-    node: NodeName | None  # None: this process
+    __slots__ = ("_values", "node", "raw", "shape", "share")
+
+    def __init__(self, share: Share, node: NodeName | None, values: torch.Tensor) -> None:
+        self.share = share
+        self.node = node
+        self._values: torch.Tensor | None = values
+        self.raw: bytes | None = None  # as a reply brought them
+        self.shape: tuple[int, int, torch.dtype]
+
+    @classmethod
+    def of_bytes(cls, share: Share, node: NodeName, raw: bytes, rows: int, hidden: int, dtype: torch.dtype) -> "Rows":
+        """Of f32 or bf16 numbers that nobody has looked at: when they are only added, no tensor is made of them."""
+        made = cls.__new__(cls)
+        made.share, made.node, made.raw, made._values = share, node, raw, None
+        made.shape = rows, hidden, dtype
+        return made
+
+    @property
+    def values(self) -> torch.Tensor:
+        """The numbers, only to be read."""
+        if self._values is None:
+            assert self.raw is not None
+            rows, hidden, dtype = self.shape
+            self._values = rows_tensor(self.raw, dtype, rows, hidden)
+        return self._values
 
 
-def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, reduction: Reduction) -> torch.Tensor:
-    """f32 [tokens, size]; with PER_EXPERT in the router's order, else in that of `parts`."""
+class Sum(NamedTuple):
+    """Added up, and whether every number of it is one; numbers whose squares are too large count as none."""
+
+    total: torch.Tensor  # [tokens, hidden]
+    finite: bool
+
+
+def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, dtype: torch.dtype, reduction: Reduction) -> Sum:
+    """[tokens, size] of `dtype`, added in f32: with PER_EXPERT in the router's order, else in that of `parts`."""
+    if reduction is Reduction.PARTIAL_SUM and parts:
+        raw = [rows.raw for rows in parts if rows.raw is not None and len(rows.share.tokens) == tokens]
+        if len(raw) == len(parts):  # each node has some expert of each token: the case of decoding
+            return Sum(*native.add_rows(raw, tokens, size, dtype))
+    total = _add_tensors(parts, tokens, k, size, reduction)
+    return Sum(total if dtype is torch.float32 else total.to(dtype), is_finite(total))
+
+
+def _add_tensors(parts: Sequence[Rows], tokens: int, k: int, size: int, reduction: Reduction) -> torch.Tensor:
     if reduction is Reduction.PER_EXPERT:
         pairs = torch.zeros((tokens * k, size), dtype=torch.float32)
-        for share, values, _ in parts:
-            pairs[torch.from_numpy(share.pairs)] = values.float()
+        for rows in parts:
+            pairs[torch.from_numpy(rows.share.pairs)] = rows.values.float()
         return pairs.view(tokens, k, size).sum(dim=1)
     rest = iter(parts)
     if parts and len(parts[0].share.tokens) == tokens:
         total = next(rest).values.to(torch.float32, copy=True)  # a reply's own rows are not to be written to
     else:
         total = torch.zeros((tokens, size), dtype=torch.float32)
-    for share, values, _ in rest:
-        if len(share.tokens) == tokens:
-            total += values
+    for rows in rest:
+        if len(rows.share.tokens) == tokens:
+            total += rows.values
         else:
-            total.index_add_(0, torch.from_numpy(share.tokens), values.float())
+            total.index_add_(0, torch.from_numpy(rows.share.tokens), rows.values.float())
     return total
 
 

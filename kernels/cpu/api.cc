@@ -28,7 +28,7 @@ bool sound(const uint32_t* offsets, int64_t tokens) {
 }  // namespace
 
 // Raised with every change of this file's functions or of MoehiveSpec.
-MOEHIVE_API int32_t moehive_abi() { return 4; }
+MOEHIVE_API int32_t moehive_abi() { return 5; }
 
 // Names of the kernels that this machine can run, best first; null after the last.
 MOEHIVE_API const char* moehive_kernel(int32_t place) {
@@ -68,16 +68,34 @@ MOEHIVE_API int32_t moehive_experts(void* experts, const MoehiveSpec* spec, cons
   return 0;
 }
 
+// As moehive_experts for all pairs of a layer, from hidden states of f32 or bf16 to rows of the same type: [pairs,
+// hidden_size], or with `added` [tokens, hidden_size], each the sum of a token's pairs in the order listed.
+MOEHIVE_API int32_t moehive_layer(void* experts, const MoehiveSpec* spec, void* hidden, int32_t bf16, int64_t tokens,
+                                  const uint32_t* offsets, const uint64_t* blobs, const float* weights, int32_t added,
+                                  void* rows) {
+  if (!experts || !spec || !sound(*spec) || !sound(offsets, tokens)) return 1;
+  for (uint32_t pair = 0; pair < offsets[tokens]; ++pair)
+    if (blobs[pair] == 0) return 1;
+  try {
+    static_cast<Experts*>(experts)->run_whole({*spec, nullptr, tokens, offsets, blobs, weights, nullptr},
+                                              {hidden, bf16 != 0}, {rows, bf16 != 0}, added != 0);
+  } catch (const std::exception&) {
+    return 2;
+  }
+  return 0;
+}
+
 // sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.
 // Returns 0; 1 if an argument can't be.
 MOEHIVE_API int32_t moehive_sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size,
                                       float* sums) {
   if (hidden_size < 1 || !sound(offsets, tokens)) return 1;
-  for (int64_t t = 0; t < tokens; ++t) {
-    float* sum = sums + t * hidden_size;
-    std::memset(sum, 0, hidden_size * sizeof(float));
-    for (uint32_t pair = offsets[t]; pair < offsets[t + 1]; ++pair)
-      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += pairs[pair * hidden_size + i];
-  }
+  sum_pairs(pairs, offsets, tokens, hidden_size, sums);
   return 0;
+}
+
+// out[i] = parts[0][i] + parts[1][i] + ..., in this order and in f32, for i < count; parts and out are f32 or bf16, parts
+// of any alignment. Returns 1; 0 if a sum is no number, or so large that its square is none.
+MOEHIVE_API int32_t moehive_add_rows(const void* const* parts, int64_t number, int32_t bf16, int64_t count, void* out) {
+  return add_rows(parts, number, bf16 != 0, count, out);
 }

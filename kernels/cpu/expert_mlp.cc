@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "activation.h"
+#include "bf16.h"
 
 namespace moehive {
 namespace {
@@ -94,8 +95,82 @@ float* Scratch::floats(int64_t count) {
   return memory_;
 }
 
+void sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size, float* sums) {
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* sum = sums + t * hidden_size;
+    std::memset(sum, 0, hidden_size * sizeof(float));
+    for (uint32_t pair = offsets[t]; pair < offsets[t + 1]; ++pair)
+      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += pairs[pair * hidden_size + i];
+  }
+}
+
+bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count, void* out) {
+  constexpr int64_t kAtOnce = 256;  // sums that stay in the first cache while the parts pass over them
+  float squares = 0.0f;
+  for (int64_t from = 0; from < count; from += kAtOnce) {
+    const int64_t n = std::min(kAtOnce, count - from);
+    float sums[kAtOnce] = {}, part[kAtOnce];
+    uint16_t half[kAtOnce];
+    for (int64_t p = 0; p < number; ++p) {
+      if (bf16) {
+        std::memcpy(half, static_cast<const char*>(parts[p]) + from * 2, n * 2);
+        for (int64_t i = 0; i < n; ++i) part[i] = from_bf16(half[i]);
+      } else {
+        std::memcpy(part, static_cast<const char*>(parts[p]) + from * 4, n * 4);
+      }
+      for (int64_t i = 0; i < n; ++i) sums[i] = p == 0 ? part[i] : sums[i] + part[i];  // 0 + -0 would be another 0
+    }
+    float lanes[8] = {};
+    for (int64_t i = 0; i < n / 8 * 8; ++i) lanes[i % 8] += sums[i] * sums[i];
+    for (int64_t i = n / 8 * 8; i < n; ++i) squares += sums[i] * sums[i];
+    for (float lane : lanes) squares += lane;
+    if (bf16) {
+      for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(sums[i]);
+      std::memcpy(static_cast<char*>(out) + from * 2, half, n * 2);
+    } else {
+      std::memcpy(static_cast<char*>(out) + from * 4, sums, n * 4);
+    }
+  }
+  return std::isfinite(squares);
+}
+
 void Experts::run(const Layer& layer) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  run_alone(layer);
+}
+
+void Experts::run_whole(Layer layer, const Rows& from, const Rows& to, bool added) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const int64_t hidden = layer.spec.hidden_size, pairs = layer.offsets[layer.tokens];
+  layer.hidden = static_cast<const float*>(from.memory);
+  if (from.bf16) {
+    float* wide = hidden_.floats(layer.tokens * hidden);
+    const uint16_t* stored = static_cast<const uint16_t*>(from.memory);
+    for (int64_t i = 0; i < layer.tokens * hidden; ++i) wide[i] = from_bf16(stored[i]);
+    layer.hidden = wide;
+  }
+  const int64_t rows = added ? layer.tokens : pairs;
+  // As few buffers as can be: results go straight to where they are wanted, if they are wanted as they are.
+  float* results = static_cast<float*>(to.memory);
+  if (added || to.bf16) {
+    layer.out = outputs_.floats((pairs + rows) * hidden);
+    if (!added) {
+      results = layer.out;
+    } else if (to.bf16) {
+      results = layer.out + pairs * hidden;
+    }
+  } else {
+    layer.out = results;
+  }
+  run_alone(layer);
+  if (added) sum_pairs(layer.out, layer.offsets, layer.tokens, hidden, results);
+  if (to.bf16) {
+    uint16_t* stored = static_cast<uint16_t*>(to.memory);
+    for (int64_t i = 0; i < rows * hidden; ++i) stored[i] = to_bf16(results[i]);
+  }
+}
+
+void Experts::run_alone(const Layer& layer) {
   const MoehiveSpec& spec = layer.spec;
   const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
   const int64_t hidden_stride = padded(hidden), middle_stride = padded(middle);

@@ -55,16 +55,34 @@ class Scratch {
   int64_t capacity_ = 0;
 };
 
+// Hidden states and results in either type; bf16 are widened, and results rounded once, to nearest, ties to even.
+struct Rows {
+  void* memory;
+  bool bf16;
+};
+
+// Safe to call from several threads, which wait in line. Throws std::bad_alloc.
 class Experts {
  public:
   Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
-  void run(const Layer& layer);  // throws std::bad_alloc; safe to call from several threads, which wait in line
+  void run(const Layer& layer);
+  // All pairs of `layer`, whose `hidden` and `out` are not used: from `from` into `to`, [pairs, hidden_size], or
+  // [tokens, hidden_size] if a token's pairs are to be `added` in the order listed.
+  void run_whole(Layer layer, const Rows& from, const Rows& to, bool added);
 
  private:
+  void run_alone(const Layer& layer);
+
   const Kernel& kernel_;
   std::shared_ptr<SharedPool> pool_;
   std::mutex mutex_;  // of what follows
-  Scratch inputs_, middles_, quantized_;
+  Scratch inputs_, middles_, quantized_, hidden_, outputs_;
 };
+
+// sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.
+void sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size, float* sums);
+
+// See moehive_add_rows in api.cc.
+bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count, void* out);
 
 }  // namespace moehive
