@@ -101,9 +101,9 @@ class ExpertOps:
         if self._native is not None and len(numbers) <= FEW_TOKENS:  # so no expert has more; the case of decoding
             experts = [held[number] for number in numbers]
             if all(expert.spec is spec for expert in experts):
-                addresses = [expert.address for expert in experts]
+                blobs = [expert.address for expert in experts]
                 added = reduction is Reduction.PARTIAL_SUM
-                return self._native.layer(spec, hidden.contiguous(), offsets, addresses, pair_weights, added)
+                return self._native.layer(spec, hidden.contiguous(), offsets, blobs, pair_weights, added)
         used = {number: held[number] for number in set(numbers)}
         kinds = {id(expert.spec): expert.spec for expert in used.values()}  # experts may differ in their formats
         for kind in kinds.values():

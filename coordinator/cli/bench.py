@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import DEFAULT_ADDRESS, Address, Json, StateDir
+from .tables import console, show_figures, show_rows
 
 
 def load(
@@ -27,7 +28,7 @@ def load(
         "trunk_s": report.trunk_seconds,
         "experts_s": report.experts_seconds,
     }
-    _show(row, as_json)
+    show_figures(row, as_json)
 
 
 def fairness(
@@ -48,7 +49,7 @@ def fairness(
         "ratio": report.ratio,
         "long_tokens_per_s": report.long_tokens_per_s,
     }
-    _show(row, as_json)
+    show_figures(row, as_json)
 
 
 def hop(
@@ -86,7 +87,7 @@ def hop(
         typer.echo(json.dumps({"rows": [row.figures() for row in rows], "summary": figures}))
     else:
         show_rows([row.figures() for row in rows], False)
-        _show(figures, False)
+        show_figures(figures, False)
 
 
 def trunk(
@@ -113,43 +114,7 @@ def experts(
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
         return
-    from rich.console import Console
 
     from ..bench.experts_table import experts_table
 
-    Console().print(experts_table(rows))
-
-
-def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:
-    """A row for each measurement, a column for each figure."""
-    if as_json:
-        typer.echo(json.dumps({"rows": rows}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(_words(v) for v in row.values()))
-    Console().print(table)
-
-
-def _words(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.3g}" if abs(value) < 1 else f"{value:,.2f}" if abs(value) < 10 else f"{value:,.0f}"
-
-
-def _show(row: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps({"rows": [row]}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("figure", "value")
-    for name, value in row.items():
-        table.add_row(
-            name, f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-        )
-    Console().print(table)
+    console().print(experts_table(rows))

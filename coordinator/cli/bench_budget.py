@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
-from .bench import show_rows
 from .options import Json, StateDir
 from .process import prepare
+from .tables import show_rows
 
 
 def budget(

@@ -8,6 +8,7 @@ import typer
 
 from .options import Json, StateDir
 from .process import prepare
+from .tables import console
 
 
 def estimate(
@@ -30,7 +31,6 @@ def estimate(
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("model", "format", "estimated", "measured", "ratio", "trunk ms", "experts and hops ms")
@@ -44,11 +44,11 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['estimated_trunk_ms']:.1f} / {row['measured_trunk_ms']:.1f}",
             f"{row['estimated_experts_and_hop_ms']:.1f} / {row['measured_experts_and_hop_ms']:.1f}",
         )
-    console = Console()
-    console.print(table)
+    out = console()
+    out.print(table)
     for name in ("layer", "hop"):
         values = sorted(row[f"fitting_{name}_s"] for row in rows)
-        console.print(
+        out.print(
             f"Fixed seconds of a {name} that would have fitted: {values[0] * 1e3:.3f} to {values[-1] * 1e3:.3f} ms, "
             f"median {values[len(values) // 2] * 1e3:.3f} ms.",
             highlight=False,

@@ -8,6 +8,7 @@ import typer
 
 from ..types import CoordinatorError
 from .options import Json
+from .tables import console
 
 
 def plan(
@@ -46,7 +47,6 @@ def plan(
 
 
 def _show(found: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(
@@ -62,7 +62,7 @@ def _show(found: list[dict[str, Any]]) -> None:
             f"{row['goal']:.2f}{'' if row['met'] else ' missed'}",
             f"{row['less_than_eplb']:.0%}",
         )
-    Console().print(table)
+    console().print(table)
 
 
 def _simulate(text: str, seed: int, as_json: bool) -> None:
@@ -75,10 +75,9 @@ def _simulate(text: str, seed: int, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"rows": found}))
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(*(key.replace("_", " ") for key in found[0]))
     for row in found:
         table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()))
-    Console().print(table)
+    console().print(table)

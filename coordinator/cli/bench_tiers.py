@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Json
+from .tables import console
 
 
 def tiers(
@@ -28,10 +29,9 @@ def tiers(
     if as_json:
         typer.echo(json.dumps(asdict(report)))
         return
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    out = console()
     table = Table(
         "way", "tokens/s", "KL nats/token", "of limit", "hit rate", "foreseen", "late", "unused", "disk GB/s", "busy"
     )
@@ -45,18 +45,18 @@ def tiers(
             f"{row.disk_Bps / 1e9:.2f}",
             f"{row.disk_busy:.0%}",
         )
-    console.print(table)
+    out.print(table)
     last = report.rows[-1]
-    console.print(f"Prefetch gains {report.prefetch_gain:.2f} times.", highlight=False)
-    console.print("Disk: " + ", ".join(f"{way} {rate / 1e9:.2f} GB/s" for way, rate in report.disk.items()))
-    console.print("Hit rates: " + ", ".join(f"{name} {rate:.1%}" for name, rate in report.policies.items()))
+    out.print(f"Prefetch gains {report.prefetch_gain:.2f} times.", highlight=False)
+    out.print("Disk: " + ", ".join(f"{way} {rate / 1e9:.2f} GB/s" for way, rate in report.disk.items()))
+    out.print("Hit rates: " + ", ".join(f"{name} {rate:.1%}" for name, rate in report.policies.items()))
     most = max(row.most_ram_bytes for row in report.rows)
-    console.print(f"Experts took at most {most / 1e6:,.0f} of {last.ram_bytes / 1e6:,.0f} MB.", highlight=False)
+    out.print(f"Experts took at most {most / 1e6:,.0f} of {last.ram_bytes / 1e6:,.0f} MB.", highlight=False)
     if last.group_limit_bytes:
-        console.print(
+        out.print(
             f"Its control group held at most {last.group_peak_bytes / 1e6:,.0f} MB, limit "
             f"{last.group_limit_bytes / 1e6:,.0f}; {last.killed} times a process was ended for it.",
             highlight=False,
         )
     else:
-        console.print("No control group could be made here: the process had no limit.")
+        out.print("No control group could be made here: the process had no limit.")
