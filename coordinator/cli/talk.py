@@ -98,11 +98,11 @@ def _write_cluster_file(found: "Status", path: Path) -> None:
     """What the nodes measured, and this machine as the coordinator, measured now."""
     from ..estimate.cluster import write_cluster
     from ..estimate.from_status import of_status
-    from ..estimate.this_machine import read_speed
+    from ..estimate.this_machine import read_speed, step_factor
     from ..settings import available_memory, cores
 
     own_ram = available_memory() + found.resident_bytes
-    cluster, assumed = of_status(found.nodes, own_ram, read_speed(cores()))
+    cluster, assumed = of_status(found.nodes, own_ram, read_speed(cores()), step_factor())
     write_cluster(path, cluster)
     for sentence in [f"{path} is written: {len(cluster.machines)} machines.", *assumed]:
         print(sentence, file=sys.stderr)

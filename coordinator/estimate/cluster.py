@@ -9,6 +9,7 @@
     coordinator = true        # on one of them
     ram_bytes = 34359738368   # that Moehive may use; likewise vram_bytes and disk_bytes
     ram_Bps = 4.0e10          # bytes a second that all its cores read; likewise vram_Bps and disk_Bps
+    step_factor = 0.6         # of the coordinator, if known: what a step's calls take there; 1 as in constants.py
 
 A tier is there when its bytes and its speed are; what is absent is none.
 """
@@ -44,6 +45,7 @@ class Machine:
     vram: Tier | None = None
     ram: Tier | None = None
     disk: Tier | None = None
+    step_factor: float = 1.0
 
     def tiers(self) -> dict[str, Tier]:
         """Its tiers by name, the quickest first."""
@@ -113,6 +115,8 @@ def to_toml(cluster: Cluster) -> str:
             lines.append("coordinator = true")
         for name, tier in machine.tiers().items():
             lines += [f"{name}_bytes = {tier.nbytes}", f"{name}_Bps = {tier.bytes_per_s!r}"]
+        if machine.step_factor != 1.0:
+            lines.append(f"step_factor = {machine.step_factor!r}")
     return "\n".join(lines) + "\n"
 
 
@@ -130,7 +134,7 @@ def _machine(node: Any, source: str) -> Machine:
         raise CoordinatorError(f"Each of the [[nodes]] in {source} needs a name.")
     where = f"{node['name']} in {source}"
     figures = {f"{tier}_{kind}" for tier in TIERS for kind in ("bytes", "Bps")}
-    _known(node, {"name", "coordinator", *figures}, where)
+    _known(node, {"name", "coordinator", "step_factor", *figures}, where)
     coordinator = node.get("coordinator", False)
     if not isinstance(coordinator, bool):
         raise CoordinatorError(f"coordinator of {where} must be true or false.")
@@ -141,7 +145,8 @@ def _machine(node: Any, source: str) -> Machine:
             raise CoordinatorError(f"{where} needs both {nbytes} and {speed}, or neither.")
         if nbytes in node and (size := int(_number(node, nbytes, where, zero=True))):
             tiers[tier] = Tier(size, _number(node, speed, where))
-    return Machine(node["name"], coordinator, **tiers)
+    factor = _number(node, "step_factor", where) if "step_factor" in node else 1.0
+    return Machine(node["name"], coordinator, **tiers, step_factor=factor)
 
 
 def _number(values: Mapping[str, Any], name: str, where: str, zero: bool = False) -> float:

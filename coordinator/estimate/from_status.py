@@ -23,10 +23,13 @@ class MeasuredNode(Protocol):
     def link_bandwidth(self) -> float: ...
 
 
-def of_status(nodes: Sequence[MeasuredNode], own_ram: int, own_speed: float) -> tuple[Cluster, list[str]]:
+def of_status(
+    nodes: Sequence[MeasuredNode], own_ram: int, own_speed: float, own_factor: float
+) -> tuple[Cluster, list[str]]:
     """The cluster, and sentences on what was not measured and is assumed.
 
-    `own_ram`, `own_speed`: the coordinator's machine, bytes and bytes a second. The slowest link counts for all.
+    `own_ram`, `own_speed`, `own_factor`: the coordinator's machine, bytes, bytes a second and `step_factor`. The
+    slowest link counts for all.
     Raises CoordinatorError when no link was measured.
     """
     remote = [node for node in nodes if node.name != LOCAL and node.ram_bytes and node.read_bandwidth]
@@ -38,7 +41,7 @@ def of_status(nodes: Sequence[MeasuredNode], own_ram: int, own_speed: float) -> 
     if not speeds:
         assumed.append("No large message was sent yet, so 1 Gbit/s is assumed; a long prompt measures it.")
     machines = (
-        Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed)),
+        Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed), step_factor=own_factor),
         *(Machine(node.name, ram=Tier(node.ram_bytes, node.read_bandwidth)) for node in remote),
     )
     return Cluster(max(trips), min(speeds, default=BANDWIDTH), machines), assumed

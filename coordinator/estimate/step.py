@@ -46,7 +46,10 @@ def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) 
     ram = cluster.coordinator.ram
     assert ram is not None
     share = KERNEL_SHARES.get(model.format, OTHER_SHARE)
-    trunk = TOKEN_S + model.decoder_layers * LAYER_S + model.trunk_bytes_a_token / (ram.bytes_per_s * share)
+    factor = cluster.coordinator.step_factor
+    trunk = factor * (TOKEN_S + model.decoder_layers * LAYER_S) + model.trunk_bytes_a_token / (
+        ram.bytes_per_s * share
+    )
     experts = hop = 0.0
     for layer, count in _kinds(model.layers):
         computing, whole = _layer(layer, model, cluster, placed.holdings, batch)
@@ -109,8 +112,9 @@ def _layer(
     remote = np.array([not h.machine.coordinator for h in held])
     asked = (counts > 0) & remote
     message = batch * model.hidden * (_REQUEST_BYTES + _REPLY_BYTES) / cluster.bandwidth
-    whole = computing + asked * (cluster.rtt_s + HOP_S + message)
-    others = np.maximum(asked.sum(1) - 1, 0) * MESSAGE_S
+    factor = cluster.coordinator.step_factor
+    whole = computing + asked * (cluster.rtt_s + factor * HOP_S + message)
+    others = np.maximum(asked.sum(1) - 1, 0) * factor * MESSAGE_S
     return float(computing.max(1).mean()), float((whole.max(1) + others).mean())
 
 

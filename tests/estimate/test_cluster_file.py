@@ -60,6 +60,7 @@ def test_the_file_of_the_documents_is_read() -> None:
         ("ram_Bps = 6e10", "ram_Bps = -1", "must be a number above 0"),
         ("ram_Bps = 6e10", "ram_Bps = nan", "must be a number above 0"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\ncores = 4", "unknown key 'cores'"),
+        ("ram_Bps = 6e10", "ram_Bps = 6e10\nstep_factor = 0", "step_factor of"),
         ("rtt_s = 0.0003", "", "rtt_s of"),
         ("[link]", "[lnk]", "unknown key 'lnk'"),
         ("[link]", "[link", "not valid TOML"),
@@ -87,6 +88,7 @@ def test_what_is_written_is_read_again(data: st.DataObject) -> None:
             data.draw(tiers),
             Tier(data.draw(st.integers(1, 2**50)), 1e9) if number == 0 else data.draw(tiers),
             data.draw(tiers),
+            step_factor=data.draw(st.just(1.0) | st.floats(0.01, 100)),
         )
         for number, name in enumerate(found)
     ]
@@ -127,11 +129,11 @@ class Node:
 
 def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
     nodes = [Node("coordinator"), Node("a", round_trip_s=2e-4, link_bandwidth=1.1e8), Node("b", round_trip_s=3e-4)]
-    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10)
+    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10, 0.5)
     assert not assumed and (cluster.rtt_s, cluster.bandwidth) == (3e-4, 1.1e8)
     assert [machine.name for machine in cluster.machines] == ["coordinator", "a", "b"]
     assert cluster.coordinator.ram == Tier(8 * 10**9, 3e10)
     assert parse_cluster(to_toml(cluster)) == cluster
-    assert of_status([Node("a", round_trip_s=1e-4)], 1, 1.0)[1][0].startswith("No large message")
+    assert of_status([Node("a", round_trip_s=1e-4)], 1, 1.0, 1.0)[1][0].startswith("No large message")
     with pytest.raises(CoordinatorError, match="send the model a request"):
-        of_status([Node("a")], 1, 1.0)
+        of_status([Node("a")], 1, 1.0, 1.0)
