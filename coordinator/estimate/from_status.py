@@ -5,6 +5,7 @@ from typing import Protocol
 
 from ..types import LOCAL, CoordinatorError
 from .cluster import Cluster, Machine, Tier
+from .constants import PROBE_S
 from .this_machine import BANDWIDTH
 
 
@@ -44,4 +45,6 @@ def of_status(
         Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed), step_factor=own_factor),
         *(Machine(node.name, ram=Tier(node.ram_bytes, node.read_bandwidth)) for node in remote),
     )
-    return Cluster(max(trips), min(speeds, default=BANDWIDTH), machines), assumed
+    # A measured round trip holds the software's part, which an estimate adds by itself.
+    rtt = max(0.0, max(trips) - own_factor * PROBE_S)
+    return Cluster(rtt, min(speeds, default=BANDWIDTH), machines), assumed
