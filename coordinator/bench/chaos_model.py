@@ -19,7 +19,7 @@ def tiny_model(folder: Path) -> Path:
     rng = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> npt.NDArray[np.float32]:
-        return (rng.standard_normal((rows, columns)) / columns**0.5).astype(np.float32)
+        return rng.standard_normal((rows, columns), np.float32) / np.float32(columns**0.5)
 
     def ones(size: int) -> npt.NDArray[np.float32]:
         return np.ones(size, np.float32)

@@ -25,7 +25,7 @@ from ..cluster.trust import Authority
 from ..local_cluster import DIES_WITH_PARENT
 from ..types import CoordinatorError
 from .chaos_door import Door
-from .decode import free_ports
+from .ports import free_ports
 
 START_SECONDS = 180.0  # for all of it to start, on a slow machine
 RESTART_SECONDS = 0.2  # from a process's end to its next start; systemd's units wait longer
@@ -133,7 +133,7 @@ class Supervised:
         with self._log.open("rb") as file:
             file.seek(self._begun)
             said = file.read().decode(errors="replace")
-        at = said.find("Fatal Python error")  # faulthandler's, whose first lines say most
+        at = said.rfind("Current thread")  # faulthandler's word on where native code has failed
         part = said[-LOG_CHARACTERS:] if at < 0 else said[at : at + LOG_CHARACTERS]
         self.crashes.append(f"{self.name} ended by itself, with exit code {code}. Its log: {part.strip()}")
 
