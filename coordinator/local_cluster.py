@@ -45,10 +45,9 @@ TAIL_LINES = 8  # of a node's log, in the error that says so
 MEMORY_SHARE = 0.8  # of what is available, for all nodes together; the trunk and its caches need the rest
 MAX_FOLDERS = 64
 
-# Runs in the new process before the node. The kernel kills it when this process ends in whatever way (Linux only;
-# elsewhere a killed coordinator leaves nodes that wait for it); the parent may have gone before that was set up. Then
-# it imports what takes long while the coordinator does the same, and becomes the node when its token comes.
-_LAUNCHER = """
+# What a child runs first; its arguments are this process's pid and its own. The kernel kills it when this process
+# ends in whatever way (Linux only; elsewhere it stays); the parent may have gone before that was set up.
+DIES_WITH_PARENT = """
 import os, runpy, sys
 parent, *arguments = sys.argv[1:]
 if sys.platform == "linux":
@@ -56,12 +55,15 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != int(parent):
         sys.exit(1)
+"""
+# Then a node imports what takes long while the coordinator does the same, and becomes the node when its token comes.
+_LAUNCHER = f"""{DIES_WITH_PARENT}
 import torch
 token = sys.stdin.readline().strip()
 if not token:
     sys.exit(1)
 sys.argv = ["moehive node", "--token", token, *arguments]
-{prelude}
+{{prelude}}
 runpy.run_module("moehive.expert_node", run_name="__main__")
 """
 

@@ -1,35 +1,72 @@
-"""What an expert node runs before it starts when `moehive bench chaos` may turn it into a liar.
+"""What an expert node runs before it starts, so that `moehive bench chaos` may have it lie or ail.
 
-The node reads the file `lie` in its state directory twenty times a second: `nan`, `garbage`, `old` (the answer names
-an earlier request), `memory` (as if there were none left), or nothing for the truth.
+The node reads the file `fault` in its state directory at its start and then twenty times a second; it holds one of
+
+    nan, garbage, old, memory    a lie: answers are not numbers, are cut short, name an earlier request, or there is
+                                 no memory to compute them
+    disk full                    what is written to the cache of experts fails
+    clock                        the node's clock is a year ahead
+
+or is missing: all is well. The clock is the one that the node's own code reads. TLS reads the system's, in gRPC's
+library, and would refuse the connections too; either way the node takes its certificate for expired and stays away.
+Python's `time.time` is left alone: gRPC makes deadlines of it, which its library compares with the system's clock.
 """
 
 LIES = ("nan", "garbage", "old", "memory")
+FILE = "fault"
 
 PRELUDE = """
-import pathlib, threading, time
-from moehive.expert_node import executor, service
-_file = pathlib.Path(sys.argv[sys.argv.index("--state-dir") + 1]) / "lie"
-_lie = ""
+import datetime, errno, os, pathlib, threading, time
+os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")  # as the node itself does
+from moehive.expert_node import cache, executor, identity, service
+_file = pathlib.Path(sys.argv[sys.argv.index("--state-dir") + 1]) / "{FILE}"
+_fault = ""
+def _look():
+    global _fault
+    _fault = _file.read_text() if _file.exists() else ""
 def _watch():
-    global _lie
     while True:
-        _lie = _file.read_text() if _file.exists() else ""
         time.sleep(0.05)
+        try:
+            _look()
+        except OSError:
+            pass  # it has just gone
+_look()
 threading.Thread(target=_watch, daemon=True).start()
+
 _compute, _write = executor.Executor.compute, service.write_values
 def _computed(*arguments, **keywords):
-    if _lie == "memory":
+    if _fault == "memory":
         raise MemoryError("no memory is left")
     rows, elapsed = _compute(*arguments, **keywords)
-    if _lie == "nan":
+    if _fault == "nan":
         rows = rows * float("nan")
     return rows, elapsed
 def _written(reply, *arguments, **keywords):
     _write(reply, *arguments, **keywords)
-    if _lie == "garbage":
+    if _fault == "garbage":
         reply.values = reply.values[:-3]
-    if _lie == "old":
+    if _fault == "old":
         reply.id -= 1
 executor.Executor.compute, service.write_values = _computed, _written
-"""
+
+class _Disk:
+    def __init__(self, file):
+        self._file = file
+        self.close = file.close
+    def write(self, data):
+        if _fault == "disk full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self._file.write(data)
+_open = cache.PartFile.__init__
+def _opened(self, *arguments, **keywords):
+    _open(self, *arguments, **keywords)
+    self._file = _Disk(self._file)
+cache.PartFile.__init__ = _opened
+
+class _Clock(datetime.datetime):
+    @classmethod
+    def now(cls, zone=None):
+        return datetime.datetime.now(zone) + datetime.timedelta(days=365 if _fault == "clock" else 0)
+identity.datetime = _Clock
+""".replace("{FILE}", FILE)

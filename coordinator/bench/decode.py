@@ -5,11 +5,9 @@ the engine with token ids, and an `ExpertBackend` around the dispatcher takes th
 machine's read bandwidth is measured beside each request, in the same minute.
 """
 
-import random
-import socket
 import statistics
 from collections.abc import Awaitable, Generator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -28,6 +26,7 @@ from ..local_cluster import LocalCluster, folder_name, own_folder
 from ..models.base import ExpertBackend
 from ..settings import cores
 from ..types import GenerationRequest, NodeName, SamplingParams
+from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
 from .trunk_bytes import read_bytes_a_token
 
@@ -231,16 +230,6 @@ def _doors(settings: DecodeSettings, stack: ExitStack) -> list[tuple[int, int]] 
     ports = free_ports(settings.nodes)
     cables = [Cable("coordinator", f"node-{n}", port) for n, port in enumerate(ports, 1)]
     return list(zip(ports, stack.enter_context(SlowLinks(cables, settings.link)).ports, strict=True))
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody listens on now, nor will be given for an outgoing connection."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.randrange(15_000, 32_000)  # below those that Linux and macOS give to connections
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            ports.add(port)
-    return list(ports)
 
 
 def peak_bytes(pid: int) -> int:

@@ -31,7 +31,8 @@ from ..cluster.store import Store
 from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
 from ..types import CoordinatorError, NodeName, Plan
-from .decode import free_ports, peak_bytes
+from .decode import peak_bytes
+from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
 GIGABIT = LinkSpeed(0.00025, 1e9)

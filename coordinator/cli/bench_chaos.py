@@ -14,9 +14,10 @@ def chaos(
     minutes: Annotated[float, typer.Option(min=0.05, help="How long faults go on; fractions are fine.")] = 1.0,
     as_json: Json = False,
 ) -> None:
-    """Kills, stops, cuts off, slows down and corrupts nodes under load, and compares every answer with a calm run's.
+    """Kills, stops, cuts off, slows down and corrupts nodes under load, kills the coordinator, and compares answers.
 
-    Exit code 1 when an answer differed, a token was lost or repeated, a request failed, or something leaked.
+    Every answer must be a calm run's. Exit code 1 when one differed, a token was lost or repeated, a request failed,
+    a process ended by itself, or something leaked.
     """
     from ..bench.chaos import run_chaos
 

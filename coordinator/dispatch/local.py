@@ -32,7 +32,7 @@ class LocalExperts:
     def drop_except(self, experts: frozenset[ExpertId]) -> None:
         """Frees what is not among `experts`."""
         for layer, held in enumerate(self._held):
-            for number in [n for n in held if ExpertId(layer, n) not in experts]:
+            for number in [n for n in tuple(held) if ExpertId(layer, n) not in experts]:  # `hold` may be adding
                 del held[number]
 
     def __contains__(self, expert: ExpertId) -> bool:

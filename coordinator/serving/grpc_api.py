@@ -28,7 +28,7 @@ from .journal import Entry, Journal
 log = logging.getLogger(__name__)
 
 SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
-OURS = ((VERSION_KEY, software_version()),)  # metadata by which a client knows that it was we who refused, not gRPC
+OURS = ((VERSION_KEY, software_version()),)  # metadata by which a client knows that it was we who spoke, not gRPC
 TAKE_OVER_SECONDS = 10.0  # for a stream to end that its client has left
 
 
@@ -122,6 +122,7 @@ class InferenceServicer(rpc.InferenceServicer):
             if request_id in self._running:
                 raise InvalidRequest("A generation with this request_id is running; choose another.", "request_id")
             entry = self._journal.begin(request_id, owner, request.SerializeToString())
+        await context.send_initial_metadata(OURS)  # by it a client knows, before the first token, that it may resume
         task = asyncio.current_task()
         assert task is not None
         self._running[request_id] = task

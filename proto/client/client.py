@@ -101,19 +101,20 @@ class Client:
         """As generate, piece by piece. Leaving the loop early cancels the generation.
 
         A stream that is cut, also by the coordinator's death, goes on once it is back: no token is lost or repeated.
+        That holds from when the coordinator has taken the request; one that finds nobody fails at once.
         """
         request = generate_request(prompt, messages, token_ids, options)
         request.request_id = request.request_id or uuid4().hex
         last, end = monotonic(), None if timeout is None else monotonic() + timeout
         pause, longest = RETRY_SECONDS
-        started = tail = False  # tail: the text after the last token has arrived
+        taken = tail = False  # tail: the text after the last token has arrived
         with self._errors():
             while True:
                 left = None if end is None else max(0.0, end - monotonic())
                 call = self._stub.Generate(request, timeout=left, metadata=self._metadata)
                 try:
                     for reply in call:
-                        started, last, pause = True, monotonic(), RETRY_SECONDS[0]
+                        taken, last, pause = True, monotonic(), RETRY_SECONDS[0]
                         request.resume_after += len(reply.tokens)
                         if reply.text and not reply.tokens:
                             if tail:
@@ -122,7 +123,8 @@ class Client:
                         yield piece(reply, request.logprobs > 0)
                     return
                 except grpc.RpcError as error:
-                    if not started or not _is_cut(error) or monotonic() - last > RESUME_SECONDS:
+                    taken = taken or _was_taken(call, error)
+                    if not taken or not _is_cut(error) or monotonic() - last > RESUME_SECONDS:
                         raise
                 finally:
                     call.cancel()
@@ -178,6 +180,12 @@ def _is_cut(error: Any) -> bool:
         return True
     from_coordinator = VERSION_KEY in dict(error.trailing_metadata() or ())
     return not from_coordinator and error.code() in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL)
+
+
+def _was_taken(call: Any, error: Any) -> bool:
+    """Whether the coordinator had taken a request of which no token has come, and did not refuse it afterwards."""
+    refused = VERSION_KEY in dict(error.trailing_metadata() or ())
+    return not refused and VERSION_KEY in dict(call.initial_metadata() or ())
 
 
 def _open(address: str, ca_file: str | Path | None) -> Any:

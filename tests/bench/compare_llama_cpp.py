@@ -23,7 +23,7 @@ from pathlib import Path
 
 from build_llama_cpp import built, default_folder
 
-from moehive.coordinator.bench.decode import free_ports
+from moehive.coordinator.bench.ports import free_ports
 from moehive.coordinator.bench.random_model import RandomModel, random_model
 from moehive.coordinator.bench.slow_link import Cable, SlowLinks
 from moehive.coordinator.cli.bench_decode import parse_link

@@ -50,6 +50,24 @@ def test_the_rest_of_the_same_text_comes(door: Any, tmp_path: Path, after: int, 
         door.run(one.stop(0))
 
 
+def test_a_request_that_was_taken_is_answered_although_no_token_had_come(door: Any, tmp_path: Path) -> None:
+    opened = door.serve(journal=Journal(tmp_path))
+    options: dict[str, Any] = {"max_tokens": TOKENS, "ignore_eos": True, "temperature": 1.0, "seed": 5}
+    with Client(f"127.0.0.1:{opened.port}") as client:
+        whole = client.generate("abc", **options)
+        calls, answers = door.experts.calls, []
+        door.loop.call_soon_threadsafe(door.experts.gate.clear)
+        asking = threading.Thread(target=lambda: answers.append(client.generate("abc", **options)))
+        asking.start()
+        door.run(door.fakes.until(lambda: door.experts.calls > calls))
+        door.run(opened.stop(0))
+        door.loop.call_soon_threadsafe(door.experts.gate.set)
+        opened = door.serve(journal=Journal(tmp_path), port=opened.port)
+        asking.join()
+    assert [answer.token_ids for answer in answers] == [whole.token_ids]
+    door.run(opened.stop(0))
+
+
 def test_a_text_that_nobody_remembers_is_not_found(door: Any, tmp_path: Path) -> None:
     opened = door.serve(journal=Journal(tmp_path))
     with Client(f"127.0.0.1:{opened.port}") as client:

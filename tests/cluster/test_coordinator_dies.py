@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moehive.client import Client, MoehiveError
-from moehive.coordinator.bench.decode import free_ports
+from moehive.coordinator.bench.ports import free_ports
 
 DEADLINE = 120.0
 OPTIONS: dict[str, Any] = {"token_ids": [3, 17, 5, 99, 42], "max_tokens": 300, "ignore_eos": True}
