@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from time import monotonic
 
 import psutil
@@ -16,7 +16,7 @@ from .checkpoints.gguf.checkpoint import GgufCheckpoint
 from .checkpoints.opening import ModelSource, open_model, trunk_of
 from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
-from .cluster.membership import Membership
+from .cluster.membership import Membership, Owners
 from .cluster.server import ClusterServer
 from .cluster.state import TierFigures
 from .cluster.store import Store
@@ -80,6 +80,10 @@ class Coordinator:
         """The plan in force, once there is one."""
         return self._membership.state.active
 
+    async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
+        """Loads a plan over the same nodes, if `find`, on a thread, has one for their bytes and the plan in force."""
+        await self._membership.improve(find)
+
     def status(self) -> ClusterStatus:
         """The nodes and whether requests can be served, as of now."""
         state = self._membership.state
@@ -110,15 +114,15 @@ class Coordinator:
         self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None
         reduction = Reduction.PER_EXPERT if settings.deterministic else Reduction.PARTIAL_SUM
-        fallback = None
+        self.fallback: Fallback | None = None
         if settings.fallback_bytes:
-            fallback = Fallback(manifest, checkpoint.expert_blob, settings.fallback_bytes, settings.threads)
-            self._cleanup.push_async_callback(fallback.stop)
+            self.fallback = Fallback(manifest, checkpoint.expert_blob, settings.fallback_bytes, settings.threads)
+            self._cleanup.push_async_callback(self.fallback.stop)
         self.dispatcher = Dispatcher(
             manifest,
             self._local,
             reduction,
-            fallback,
+            self.fallback,
             self._quarantine,
             cache_margin=settings.cache_margin,
             read=checkpoint.expert_blob,
@@ -185,13 +189,12 @@ class Coordinator:
         while True:
             await asyncio.sleep(REPLAN_SECONDS)
             try:
-                await self._membership.improve(
-                    lambda capacities, current: self._traffic.better(
-                        self._measured(), self.manifest.layers, capacities, current
-                    )
-                )
+                await self.improve(self._better_for_traffic)
             except CoordinatorError as error:
                 log.warning("No better plan: %s", error)
+
+    def _better_for_traffic(self, capacities: Mapping[NodeName, int], current: Plan) -> Owners | None:
+        return self._traffic.better(self._measured(), self.manifest.layers, capacities, current)
 
     def _measured(self) -> dict[NodeName, Measured]:
         """What the nodes said of themselves and their links have shown so far."""

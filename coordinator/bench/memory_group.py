@@ -1,20 +1,13 @@
 """A control group with a memory limit for a process that is measured, where this user may make one."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
-_V1, _V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+from .control_group import ControlGroup, control_group
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryGroup:
-    """A group below this process's own. A process enters it by writing to `folder`/cgroup.procs."""
-
-    folder: Path
-    version: int
+class MemoryGroup(ControlGroup):
+    """What a group's memory limit came to."""
 
     def peak_bytes(self) -> int:
         """The most memory that the group held, its page cache included."""
@@ -31,33 +24,6 @@ class MemoryGroup:
 @contextmanager
 def memory_group(limit_bytes: int) -> Iterator[MemoryGroup | None]:
     """A new group with a limit, gone after the block, in which its processes end; None where there can be none."""
-    made = _make(limit_bytes)
-    try:
-        yield made
-    finally:
-        if made is not None:
-            made.folder.rmdir()
-
-
-def _make(limit_bytes: int) -> MemoryGroup | None:
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None  # not Linux
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        version = 1 if "memory" in controllers.split(",") else 2
-        if controllers and version == 2:
-            continue
-        folder = (_V1 if version == 1 else _V2) / path.lstrip("/") / f"moehive-bench-{os.getpid()}"
-        limit = "memory.limit_in_bytes" if version == 1 else "memory.max"
-        try:
-            folder.mkdir()
-        except OSError:
-            continue
-        try:
-            (folder / limit).write_text(str(limit_bytes))
-            return MemoryGroup(folder, version)
-        except OSError:  # version 2 without the memory controller here
-            folder.rmdir()
-    return None
+    limit = str(limit_bytes)
+    with control_group("memory", {"memory.limit_in_bytes": limit}, {"memory.max": limit}) as group:
+        yield None if group is None else MemoryGroup(group.folder, group.version)

@@ -13,6 +13,7 @@ from . import (
     bench_convert,
     bench_decode,
     bench_estimate,
+    bench_faults,
     bench_fetch,
     bench_plan,
     bench_tiers,
@@ -73,6 +74,7 @@ benches.command("fetch")(bench_fetch.fetch)
 benches.command("plan")(bench_plan.plan)
 benches.command("decode")(bench_decode.decode)
 benches.command("chaos")(bench_chaos.chaos)
+benches.command("faults")(bench_faults.faults)
 benches.command("dispatch")(bench_chaos.dispatch)
 benches.command("budget")(bench_budget.budget)
 benches.command("convert")(bench_convert.convert)

@@ -68,9 +68,10 @@ class Fallback:
 
     def rest(self) -> None:
         """The nodes hold all experts again: frees everything in a while, unless it is needed again."""
-        self._not_needed = self._not_needed or asyncio.get_running_loop().call_later(KEEP_SECONDS, self._clear)
+        self._not_needed = self._not_needed or asyncio.get_running_loop().call_later(KEEP_SECONDS, self.clear)
 
-    def _clear(self) -> None:
+    def clear(self) -> None:
+        """Frees everything now."""
         self.prefetch(())
         self._used.clear()
         self._local.drop_except(frozenset())

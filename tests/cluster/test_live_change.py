@@ -114,7 +114,7 @@ def test_replicas_take_over_and_nothing_is_read_from_the_checkpoint(
                 ready.append(coordinator.status().ready)
 
             meanwhile = await text_through(coordinator, change)
-            fallback = coordinator.dispatcher._fallback
+            fallback = coordinator.fallback
             assert fallback is not None and fallback.bytes_read == 0
             return calm, meanwhile, ready[0]
 
