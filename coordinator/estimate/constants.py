@@ -17,9 +17,7 @@ OTHER_SHARE = 0.75  # of a mixture of formats
 TOKEN_S = 0.6e-3  # sampling and the engine, a token
 LAYER_S = 0.15e-3  # calls and small operations of one decoder layer in the trunk
 HOP_S = 0.45e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
-PROBE_S = (
-    0.4e-3  # of that, what a measured round trip (`moehive status`) holds: all but making and adding up messages
-)
+PROBE_S = 0.4e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
 MESSAGE_S = 0.10e-3  # for each node beyond the first that a layer asks
 
 # Multiplications with one weight that a machine does while it reads a byte: a first value, as those above.
