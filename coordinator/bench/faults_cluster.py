@@ -25,9 +25,9 @@ from ..local_cluster import LocalCluster
 from ..types import CoordinatorError, NodeName
 from .chaos_door import Door
 from .chaos_node import PRELUDE
-from .decode import free_ports
 from .faults_reader import Reader
 from .faults_report import FaultsReport
+from .ports import free_ports
 
 NODES = tuple(NodeName(f"node-{n}") for n in range(1, 4))
 BEHIND_DOOR = NODES[2]

@@ -16,9 +16,9 @@ from ..cluster.store import Store
 from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
 from ..types import CoordinatorError
-from .decode import free_ports
 from .faults_reader import PROMPT
 from .faults_report import FaultRow, FaultsReport
+from .ports import free_ports
 
 NODES = 2
 TOKENS = 24
