@@ -11,7 +11,7 @@ from .chaos_report import ChaosReport
 
 CLIENTS = 4
 PROMPTS, PROMPT_TOKENS, TOKENS = 8, 12, 32
-REQUEST_SECONDS = 150.0  # for an answer; only a cluster that does not come back takes longer
+REQUEST_SECONDS = 240.0  # for an answer; only a cluster that does not come back takes longer
 RETRY_SECONDS = 0.2
 
 

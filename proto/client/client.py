@@ -18,7 +18,7 @@ from moehive.proto.handshake import VERSION_KEY
 from .messages import generate_request, piece, plain
 from .results import Completion, Model, MoehiveError, NodeStatus, Piece, Status, TierStatus
 
-RESUME_SECONDS = 60.0  # without a token, before a stream that was cut is given up
+RESUME_SECONDS = 180.0  # without a token, before a stream that was cut is given up: a machine boots in less
 RETRY_SECONDS = (0.1, 2.0)  # between attempts to resume: at first, and at most
 
 
