@@ -33,17 +33,16 @@ class _Size:
     drain_and_join: bool
     calm_steps: int  # before changes of the cluster, and after
     rounds: int  # with a throttled node
-    restarts: int
-    power_cuts: int
+    restarts: int  # of the coordinator, and of everything
 
 
 WHOLE = _Size(
     layers=4, without_replicas=ALL, with_replicas=ALL, times=3, drain_and_join=True, calm_steps=400, rounds=4,
-    restarts=3, power_cuts=2,
+    restarts=3,
 )  # fmt: skip
 QUICK = _Size(
     layers=1, without_replicas=(CUT_FROM,), with_replicas=(KILLED,), times=1, drain_and_join=False, calm_steps=100,
-    rounds=1, restarts=1, power_cuts=0,
+    rounds=1, restarts=0,
 )  # fmt: skip
 
 
@@ -64,8 +63,9 @@ def measure_faults(quick: bool, told: Callable[[str], None] = lambda line: None)
         model = random_model(wanted, folder / "models")
         (folder / "cluster").mkdir()
         uvloop.run(_on_one_cluster(model, folder / "cluster", report, size, told))
-        told("restarts of processes")
-        measure_restarts(model, folder / "processes", report, size.restarts, size.power_cuts)
+        if size.restarts:
+            told("restarts of processes")
+            measure_restarts(model, folder / "processes", report, size.restarts)
     return report
 
 

@@ -31,7 +31,7 @@ from .ports import free_ports
 
 NODES = tuple(NodeName(f"node-{n}") for n in range(1, 4))
 BEHIND_DOOR = NODES[2]
-CHANGE_SECONDS = 90.0  # for a plan to be loaded, or for a node to be back
+CHANGE_SECONDS = 300.0  # for a plan to be loaded, or for a node to be back
 LOOK_SECONDS = 0.05
 WATCH_SECONDS = 0.001
 ASKED = 8  # answers of a node after which it takes part again

@@ -7,8 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from time import perf_counter, sleep
 from typing import TypeVar
+
+import psutil
 
 from moehive.client import Client, MoehiveError
 
@@ -30,8 +33,8 @@ MEMORY = "2GiB"  # of each node
 T = TypeVar("T")
 
 
-def measure_restarts(model: Path, folder: Path, report: FaultsReport, restarts: int, power_cuts: int) -> None:
-    """Adds a row for each kind that is measured at all. Raises CoordinatorError when nothing starts."""
+def measure_restarts(model: Path, folder: Path, report: FaultsReport, times: int) -> None:
+    """Adds two rows: of the coordinator, and of everything. Raises CoordinatorError when nothing starts."""
     running = _Processes(model, folder)
     try:
         running.start_coordinator()
@@ -41,17 +44,19 @@ def measure_restarts(model: Path, folder: Path, report: FaultsReport, restarts: 
         running.ask(_whole)
         expected = _text(running)[1]
 
-        def again(times: int, begin: Callable[[], None]) -> list[float]:
-            spent = []
+        def measure(what: str, begin: Callable[[], None], goals: Sequence[float] = ()) -> None:
+            spent, busy = [], []
             for _ in range(times):
                 start = perf_counter()
                 begin()
                 first, tokens = _text(running)
                 spent.append(first - start)
+                busy.append(running.processor_seconds())
                 report.texts += 1
                 report.differ += tokens != expected
                 running.ask(_whole)
-            return spent
+            note = f"{median(busy):.1f} s of processor time in the coordinator"
+            report.rows.append(FaultRow(what=f"{what}: first token", values=spent, goals=goals, note=note))
 
         def coordinator() -> None:
             running.kill(coordinator_only=True)
@@ -63,19 +68,8 @@ def measure_restarts(model: Path, folder: Path, report: FaultsReport, restarts: 
             for number in range(NODES):
                 running.start_node(number)
 
-        if restarts:
-            seconds = again(restarts, coordinator)
-            report.rows.append(
-                FaultRow(
-                    what="coordinator killed and started again, nodes up: first token",
-                    values=seconds, goals=[WARM_SECONDS] * restarts,
-                )
-            )  # fmt: skip
-        if power_cuts:
-            seconds = again(power_cuts, everything)
-            report.rows.append(
-                FaultRow(what="everything killed and started again (power cut): first token", values=seconds)
-            )
+        measure("coordinator killed and started again, nodes up", coordinator, [WARM_SECONDS] * times)
+        measure("everything killed and started again (power cut)", everything)
     finally:
         running.kill()
 
@@ -124,6 +118,12 @@ class _Processes:
                 why = str(error)
             sleep(ASK_SECONDS)
         raise CoordinatorError(f"The cluster of the benchmark does not serve. {why}")
+
+    def processor_seconds(self) -> float:
+        """That the coordinator's process has used."""
+        assert self._coordinator is not None
+        used = psutil.Process(self._coordinator.pid).cpu_times()
+        return float(used.user + used.system)
 
     def kill(self, coordinator_only: bool = False) -> None:
         """As a power cut ends processes."""

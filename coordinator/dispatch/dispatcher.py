@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 120.0  # a layer waits so long for somebody who can compute it, then its requests end with a sentence
 SLACK_SECONDS = 0.05  # beyond three times the expected time, a node with replicas is late
-SILENT_SECONDS = 2.0  # beyond that, one without replicas
+SILENT_SECONDS = 1.0  # beyond that, one without replicas
 FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
 _COMPUTE_NS = attrgetter("compute_ns")

@@ -12,7 +12,7 @@ def test_each_fault_is_measured_and_changes_no_text() -> None:
     report = json.loads(ran.stdout)
     assert (report["differ"], report["failed"]) == (0, 0) and report["texts"] > 4, report
     rows = report["rows"]
-    for word in ("replan", "without replicas", "with replicas", "noticed", "quarter of a core", "coordinator"):
+    for word in ("replan", "without replicas", "with replicas", "noticed", "quarter of a core"):
         assert any(word in row["what"] for row in rows), word
     for row in rows:
         (figure,) = (row[name] for name in ("seconds", "ratio") if name in row)
