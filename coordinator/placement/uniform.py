@@ -37,7 +37,7 @@ def uniform_plan(
 
     With a `previous` plan for the same layers, experts stay where they are as far as the new shares allow, and no
     node needs more than its `capacities` (bytes) while it holds what both plans give it. Where such shares don't
-    exist, only what has lost its node moves; where even that has no room, room is made before loading.
+    exist, only what has lost its node moves. Should even that have no room, a node will say so when it loads.
     """
     old: Sequence[Owners] = previous.owners if previous is not None else [()] * len(layers)
     spare = _spare(capacities, layers, old)
