@@ -3,13 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from time import monotonic
 
 import psutil
 import torch
 
-from moehive.kernels.geometry import ExpertId
+from moehive.kernels.geometry import ExpertId, LayerGeometry
 from moehive.kernels.ops import Reduction
 
 from .checkpoints.gguf.checkpoint import GgufCheckpoint
@@ -39,6 +40,8 @@ from .trunk import load_trunk
 from .types import LOCAL, CoordinatorError, NodeName, Plan
 
 log = logging.getLogger(__name__)
+
+LINK_SECONDS = 0.25  # that a plan waits for links to be opened and measured, at most
 
 
 class Coordinator:
@@ -161,7 +164,7 @@ class Coordinator:
             settings.min_nodes,
             settings.local_bytes,
             on_change=follower.changed,
-            place=lambda *args: self._traffic.place(self._measured(), *args),
+            place=partial(self._place, asyncio.get_running_loop()),
         )
         follower.follow(membership)
         self._follower, self._membership = follower, membership
@@ -196,17 +199,31 @@ class Coordinator:
     def _better_for_traffic(self, capacities: Mapping[NodeName, int], current: Plan) -> Owners | None:
         return self._traffic.better(self._measured(), self.manifest.layers, capacities, current)
 
+    def _place(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        capacities: Mapping[NodeName, int],
+        layers: Sequence[LayerGeometry],
+        epoch: int,
+        previous: Plan | None = None,
+    ) -> Plan:
+        """See placement/place.py; on a thread. A node that has just come is given a moment to be measured."""
+        asyncio.run_coroutine_threadsafe(self._follower.wait_linked(LINK_SECONDS), loop).result()
+        return self._traffic.place(self._measured(), capacities, layers, epoch, previous)
+
     def _measured(self) -> dict[NodeName, Measured]:
         """What the nodes said of themselves and their links have shown so far."""
         found = {}
         for name, node in self._membership.state.nodes.items():
             link = self.dispatcher.link(name)
-            bandwidth = node.capacity.read_bandwidth if node.capacity is not None else 0.0
+            if node.capacity is None:
+                continue
+            bandwidth, machine = node.capacity.read_bandwidth, node.capacity.address.rpartition(":")[0]
             if link is None:
-                found[name] = Measured(bandwidth)
+                found[name] = Measured(bandwidth, machine=machine)
             else:
                 row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
-                found[name] = Measured(bandwidth, link.speed.round_trip_s, row * link.speed.s_per_byte)
+                found[name] = Measured(bandwidth, link.speed.round_trip_s, row * link.speed.s_per_byte, machine)
         return found
 
     def _node_status(self, name: NodeName) -> NodeStatus:

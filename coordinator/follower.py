@@ -5,6 +5,7 @@ arrives, before anything is dispatched to it, so that a switch of plans finds th
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -102,6 +103,18 @@ class Follower:
                     await self._changes.next()
         except TimeoutError:
             raise CoordinatorError(f"The cluster was not ready after {timeout:.0f} s. {self.reason()}") from None
+
+    async def wait_linked(self, timeout: float) -> None:  # noqa: ASYNC109 - it is no error when it is over
+        """Returns once each node that is here has a link, which has measured its round trip; at most `timeout` s."""
+        membership = self._membership
+        assert membership is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while any(
+                    node.present and name != LOCAL and self._dispatcher.link(name) is None
+                    for name, node in membership.state.nodes.items()
+                ):
+                    await self._changes.next()
 
     async def stop(self) -> None:
         """Closes every link."""

@@ -66,7 +66,7 @@ class Traffic:
         epoch: int,
         previous: Plan | None = None,
     ) -> Plan:
-        """A plan for the traffic so far; see placement/place.py."""
+        """A plan for the traffic so far, the one kept from earlier runs included; see placement/place.py."""
         experts, seq = self.statistics.trace()
         trace = Trace(experts, seq) if len(seq) >= ENOUGH_TOKENS else None
         return place(capacities, measured, layers, trace, epoch, previous)

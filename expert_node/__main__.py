@@ -17,10 +17,14 @@ DESCRIPTION = """\
 Gives this machine's memory to a Moehive cluster: joins it with a token, holds a share of the model's experts in RAM
 and computes them when the coordinator asks. The token is needed once; `moehive token` on the coordinator makes one.
 """
+OTHERS = """\
+On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, and `moehive node
+readmit NAME` has a drained or a quarantined node take part again.
+"""
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moehive node", description=DESCRIPTION)
+    parser = argparse.ArgumentParser(prog="moehive node", description=DESCRIPTION, epilog=OTHERS)
     add = parser.add_argument
     add(
         "--token", help="join token, for the first start (others on this machine can see it in the list of processes)"

@@ -113,7 +113,7 @@ TOUCH_MESSAGES = {
 LIGHT = {
     "moehive.client": ("torch", "transformers", "numpy", "fastapi"),
     "moehive.coordinator.cli.main": ("torch", "transformers", "triton", "fastapi"),
-    "moehive.coordinator.placement.shares": ("torch", "grpc"),
+    "moehive.coordinator.placement.place": ("torch", "grpc"),
     "moehive.coordinator.estimate.estimate": ("torch", "transformers", "grpc"),
 }
 

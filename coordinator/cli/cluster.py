@@ -1,4 +1,4 @@
-"""`moehive init`, `moehive token` and `moehive key`: they work on the state directory, running coordinator or not."""
+"""Commands that work on the state directory, running coordinator or not: `init`, `token`, `key`, `node drain` …"""
 
 import json
 import re
@@ -6,18 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..settings import SettingsError
-from ..types import CoordinatorError
+from ..types import CoordinatorError, NodeName
 from .options import Json, StateDir
 
 if TYPE_CHECKING:
     from ..cluster.store import Store
 
 _DURATION = re.compile(r"(\d+)\s*([smhd])")
+ANSWER_SECONDS = 30.0  # a coordinator that runs has answered by then; it looks every second, then plans
+LOOK_SECONDS = 0.1
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -118,16 +121,40 @@ def revoke_key(
     typer.echo(f"The key {key_id} is revoked.")
 
 
+def drain(
+    name: Annotated[str, typer.Argument(help="The node, as `moehive status` names it.")],
+    state_dir: StateDir,
+) -> None:
+    """Moves a node's experts to the others while the cluster serves; it gets none again until it is readmitted.
+
+    The node stays in the cluster and can be switched off once `moehive status` calls it drained.
+    """
+    from ..cluster.drains import ask_drain, drains
+
+    with _store(state_dir) as store:
+        ask_drain(store, name)
+        until = monotonic() + ANSWER_SECONDS
+        while monotonic() < until:
+            asked = drains(store).get(NodeName(name))
+            if asked is None or asked.refusal:
+                raise CoordinatorError(asked.refusal if asked else f"Node {name} was readmitted meanwhile.")
+            if asked.accepted:
+                typer.echo(f"The others load what node {name} holds; `moehive status` says when it is drained.")
+                return
+            sleep(LOOK_SECONDS)
+    typer.echo(f"No coordinator has answered yet; node {name} is drained once one serves, if the others have room.")
+
+
 def readmit(
     name: Annotated[str, typer.Argument(help="The node, as `moehive status` names it.")],
     state_dir: StateDir,
 ) -> None:
-    """Lets a node in again that was quarantined because it answered what can't be true."""
+    """Lets a node in again that was drained, or quarantined because it answered what can't be true."""
     from ..cluster.records import readmit_node
 
     with _store(state_dir) as store:
         readmit_node(store, name)
-    typer.echo(f"The node {name} may come back; it tries by itself every half minute.")
+    typer.echo(f"The node {name} may take part again; one that was shut out tries by itself every half minute.")
 
 
 @contextmanager

@@ -4,19 +4,21 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..settings import CLUSTER_PORT, GRPC_PORT, HTTP_PORT, JOIN_PORT, CoordinatorSettings, load_settings
-from .cluster import readmit
+from .cluster import drain, readmit
 from .options import StateDir
 from .process import prepare
 
 if TYPE_CHECKING:
     from ..app import Coordinator
 
+NODE_COMMANDS: Mapping[str, Callable[..., None]] = {"drain": drain, "readmit": readmit}  # done on the coordinator
 STATUS_SECONDS = 5.0  # between two looks at the cluster for systemd's status line
 
 
@@ -155,11 +157,14 @@ async def _tell_systemd(running: "Coordinator") -> None:
 def node(context: typer.Context) -> None:
     """Runs an expert node: gives this machine's memory to a cluster. `moehive node --help` lists its flags.
 
-    On the coordinator, `moehive node readmit NAME` lets a node in again that was quarantined.
+    On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, and `moehive node
+    readmit NAME` has it take part again, as it does for a node that was quarantined.
     """
-    if context.args[:1] == ["readmit"]:
-        command = typer.Typer(add_completion=False)
-        command.command("readmit")(readmit)
-        command(args=context.args[1:], prog_name="moehive node readmit", standalone_mode=False)
+    command = NODE_COMMANDS.get(context.args[0]) if context.args else None
+    if command is not None:
+        name = context.args[0]
+        single = typer.Typer(add_completion=False)
+        single.command(name)(command)
+        single(args=context.args[1:], prog_name=f"moehive node {name}", standalone_mode=False)
         return
     os.execv(sys.executable, [sys.executable, "-m", "moehive.expert_node", *context.args])

@@ -16,6 +16,11 @@ def in_words(nodes: "Sequence[NodeStatus]") -> list[str]:
     held = sum(node.experts_held for node in holding)
     calls = sum(node.expert_calls for node in holding)
     sentences = []
+    for node in nodes:
+        if node.state == "draining":
+            sentences.append(f"{node.name} is being drained: the others load its experts.")
+        elif node.state == "drained":
+            sentences.append(f"{node.name} is drained; `moehive node readmit {node.name}` gives it experts again.")
     for node in holding:
         text = (
             f"{node.name} holds {node.experts_held / held:.0%} of what is held: it gives "

@@ -1,6 +1,6 @@
 """Who is in the cluster, and what follows from it: decides plans, directs the nodes, notices silence.
 
-All of it runs on the event loop's thread, but making a plan and writing it down, which take long for many experts.
+All of it runs on the event loop's thread, but making a plan and writing it down (plans.py).
 Everything that happens becomes an event of state.py; after each, this
 file looks at the new state and does what is due: plan, assign, commit, release (when, says policy.py). So there is
 one place where things are decided, and no order of arrivals that needs a thought of its own.
@@ -15,18 +15,11 @@ from moehive.kernels.geometry import Manifest
 from moehive.proto.timing import SILENCE_SECONDS
 
 from ..changes import Changes
-from ..placement.shares import place_by_memory
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from . import policy
-from .records import (
-    claim_epoch,
-    last_epoch,
-    load_plan,
-    quarantine_node,
-    quarantined_nodes,
-    revoked_nodes,
-    save_plan,
-)
+from .drains import accept_drain, drains, refuse_drain
+from .plans import ModelTooLarge, Owners, Plans
+from .records import quarantine_node, quarantined_nodes, revoked_nodes
 from .session import Assign, Commit, Released, Session
 from .state import (
     Capacity,
@@ -35,6 +28,7 @@ from .state import (
     HeartbeatReceived,
     NodeArrived,
     NodeAway,
+    NodeDrained,
     NodeLeaving,
     NodeQuarantined,
     NodeReadmitted,
@@ -55,9 +49,6 @@ RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after
 SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
 
 
-Owners = tuple[tuple[tuple[NodeName, ...], ...], ...]  # as in Plan
-
-
 class Membership:
     """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
 
@@ -68,16 +59,16 @@ class Membership:
         min_nodes: int,
         local_bytes: int,
         on_change: Callable[[ClusterState], None],
-        place: policy.Place = place_by_memory,
+        place: policy.Place,
     ) -> None:
-        """`local_bytes` of the coordinator's own memory hold experts too; 0: none. Raises CoordinatorError."""
+        """`local_bytes` of the coordinator's own memory hold experts too; 0: none. `place` is called on threads."""
         self.manifest = manifest
         self.state = ClusterState()
         self._store = store
         self._min_nodes = min_nodes
         self._local_bytes = local_bytes
         self._on_change = on_change
-        self._place = place
+        self._plans = Plans(store, manifest, place)
         self._sessions: dict[NodeName, Session] = {}
         self._events: deque[Event | None] = deque()  # to be applied; None: only time has passed
         self._recording = False
@@ -89,13 +80,13 @@ class Membership:
         self._settled_at = 0.0  # when Commits and Releases of the last switch are due
         self._held_bytes: dict[NodeName, int] = {}  # of the latest plan's slices
         self._planning: asyncio.Task[None] | None = None
-        self._saving: asyncio.Task[None] | None = None  # the last plan in force is written down
+        self._draining: asyncio.Task[None] | None = None  # looks whether a node may be drained
         self._ticker: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Takes up the plan that was in force before, if any, and starts the clock. Raises CoordinatorError."""
-        stored = load_plan(self._store, self.manifest.fingerprint, self.manifest.layers)
-        if stored is not None and self._local_bytes < self._slice_bytes(stored[0], LOCAL):
+        stored = self._plans.last()
+        if stored is not None and self._local_bytes < self._plans.slice_bytes(stored[0], LOCAL):
             stored = None  # the coordinator gives less memory than it did
         if stored is not None:
             plan, members = stored
@@ -103,18 +94,20 @@ class Membership:
             self._record(Resumed(plan, members))
         for name, sentence in quarantined_nodes(self._store).items():
             self._record(NodeQuarantined(name, sentence))
+        for name, drain in drains(self._store).items():
+            if drain.accepted:
+                self._record(NodeDrained(name))
         if self._local_bytes > 0:
             self._record(NodeArrived(LOCAL, Capacity("", self._local_bytes)))
         self._ticker = asyncio.create_task(self._tick_forever())
 
     async def stop(self) -> None:
         """Releases the nodes that are leaving and ends all sessions."""
-        for task in (self._ticker, self._planning):
+        for task in (self._ticker, self._planning, self._draining):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        if self._saving is not None:
-            await self._saving
+        await self._plans.kept()
         for name, session in list(self._sessions.items()):
             if self.state.nodes[name].leaving and not session.released:
                 session.send(Released())
@@ -191,16 +184,14 @@ class Membership:
         except TimeoutError as error:
             raise CoordinatorError(f"The cluster was not ready after {timeout:.0f} s. {self.reason()}") from error
 
-    async def drain(self, name: NodeName) -> None:
-        """Moves a node's experts to the others, releases it, and returns once they serve.
+    async def release(self, name: NodeName) -> None:
+        """Moves a node's experts to the others, lets it stop, and returns once they serve.
 
         Raises CoordinatorError when the others have no room; nothing has changed then.
         """
         if name == LOCAL or name not in self.state.nodes:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
-        if policy.is_needed(self.state, name):
-            others = self._usable(without=name)
-            await asyncio.to_thread(self._make_plan, others, self.state)  # raises when they can't hold the experts
+        await self._find_room(name)
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
             await self._changes.next()
@@ -243,10 +234,10 @@ class Membership:
             log.info("The plan of epoch %d is in force: %s.", state.active.epoch, _share_words(state))
             self._settled_at = now if before.active is None else now + SETTLE_SECONDS
             if not isinstance(cause, Resumed):
-                self._saving = asyncio.create_task(self._save(state.active, state.members, self._saving))
+                self._plans.keep(state.active, state.members)
         if isinstance(cause, Planned | Resumed):
             owners = state.pending_owners | state.active_owners
-            self._held_bytes = {name: self._slice_bytes(cause.plan, name) for name in owners}
+            self._held_bytes = {name: self._plans.slice_bytes(cause.plan, name) for name in owners}
         self._on_change(state)
         self._changes.tell()
         if not isinstance(cause, HeartbeatReceived | SliceProgressed):
@@ -273,7 +264,7 @@ class Membership:
         """Makes the next plan the pending one; on failure keeps what there is and remembers why."""
         event: Event | None = None
         try:
-            plan = await asyncio.to_thread(self._claim_plan, capacities, self.state)
+            plan = await asyncio.to_thread(self._plans.claim, capacities, self.state)
             self._shortage, self._too_small = "", None
             if self._usable() == capacities:  # else: somebody came or went, and it is decided anew
                 log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
@@ -282,28 +273,16 @@ class Membership:
             if str(error) != self._shortage:
                 log.warning("No new plan: %s", error)
             self._shortage = str(error)
+            if isinstance(error, ModelTooLarge):
+                self._too_small = capacities
         finally:
             self._planning = None
         self._record(event)
 
-    def _claim_plan(self, capacities: Mapping[NodeName, int], state: ClusterState) -> Plan:
-        plan = self._make_plan(capacities, state)
-        claim_epoch(self._store, plan.epoch)
-        return plan
-
-    def _make_plan(self, capacities: Mapping[NodeName, int], state: ClusterState) -> Plan:
-        """The plan that would be next, on any thread.
-
-        Raises CoordinatorError when there is no room or the store fails.
-        """
-        epoch = max(state.epoch, last_epoch(self._store)) + 1
-        try:
-            plan = self._place(capacities, self.manifest.layers, epoch, state.active or state.pending)
-            assert plan.slices  # worked out here, not on the loop
-            return plan
-        except CoordinatorError:
-            self._too_small = capacities
-            raise
+    async def _find_room(self, name: NodeName) -> None:
+        """Returns if the others can hold what a node holds; raises CoordinatorError when they can't."""
+        if policy.is_needed(self.state, name):
+            await asyncio.to_thread(self._plans.make, self._usable(without=name), self.state)
 
     async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
         """Loads a better plan over the same nodes, if `find`, on a thread, has one for their bytes and this plan."""
@@ -311,16 +290,11 @@ class Membership:
         if active is None or not self._may_improve(active, capacities):
             return
 
-        def claim() -> Plan | None:
+        def found() -> Owners | None:
             owners = find(capacities, active)
-            if owners is None or not self._may_improve(active, capacities):
-                return None
-            plan = Plan(max(self.state.epoch, last_epoch(self._store)) + 1, owners)
-            assert plan.slices  # worked out here, not on the loop
-            claim_epoch(self._store, plan.epoch)
-            return plan
+            return owners if self._may_improve(active, capacities) else None
 
-        plan = await asyncio.to_thread(claim)
+        plan = await asyncio.to_thread(self._plans.claim_better, found, lambda: self.state)
         if plan is not None and plan.epoch > self.state.epoch and self._may_improve(active, capacities):
             log.info("Plan of epoch %d, for the traffic of late.", plan.epoch)
             self._record(Planned(plan, frozenset(capacities)))
@@ -341,7 +315,8 @@ class Membership:
             if not node.present or (session is None and name != LOCAL):
                 continue
             for plan, owners in plans:
-                part = name in owners or (plan.epoch == state.epoch and name in state.members)
+                latest = plan.epoch == state.epoch  # of it, who has no experts is told so, and drops what it had
+                part = name in owners or (latest and (name in state.members or node.drained))
                 if part and plan.epoch not in node.assigned and now >= self._retry_at.get(name, now):
                     if session is not None:
                         session.send(Assign(plan.epoch, plan.slice_of(name)))
@@ -360,19 +335,6 @@ class Membership:
                 session.committed = active.epoch
                 session.send(Commit(active.epoch))
 
-    def _slice_bytes(self, plan: Plan, name: NodeName) -> int:
-        layers = zip(self.manifest.layers, plan.slice_of(name), strict=True)
-        return sum(layer.spec_of(expert).nbytes for layer, experts in layers for expert in experts)
-
-    async def _save(self, plan: Plan, members: frozenset[NodeName], earlier: "asyncio.Task[None] | None") -> None:
-        """Writes the plan in force down, after the earlier one."""
-        if earlier is not None:
-            await earlier
-        try:
-            await asyncio.to_thread(save_plan, self._store, self.manifest.fingerprint, plan, sorted(members))
-        except CoordinatorError as error:
-            log.error("The plan could not be kept for the next start: %s", error)
-
     def _shut_out(self, name: NodeName, sentence: str) -> None:
         session = self._sessions.get(name)
         if session is not None:
@@ -381,13 +343,32 @@ class Membership:
 
     def _obey_store(self) -> None:
         """Does what other processes (`moehive node …`) have written into the store."""
-        shut_out = quarantined_nodes(self._store)
+        shut_out, asked = quarantined_nodes(self._store), drains(self._store)
         for name, node in list(self.state.nodes.items()):
-            if node.quarantine and name not in shut_out:
+            if (node.quarantine and name not in shut_out) or (node.drained and name not in asked):
                 log.info("Node %s is let in again.", name)
                 self._record(NodeReadmitted(name))
         for name in revoked_nodes(self._store) & self._sessions.keys():
             self._shut_out(name, f"Node {name} was shut out of this cluster; let it join again with a new token.")
+
+        waiting = [name for name, drain in asked.items() if not drain.accepted and not drain.refusal]
+        if waiting and self.state.active is not None and (self._draining is None or self._draining.done()):
+            self._draining = asyncio.create_task(self._drain(waiting[0]))
+
+    async def _drain(self, name: NodeName) -> None:
+        """Accepts a request of `moehive node drain` if the others have room, else says why not."""
+        try:
+            try:
+                await self._find_room(name)
+            except ModelTooLarge as error:
+                refuse_drain(self._store, name, f"Node {name} keeps its experts, for the others can't: {error}")
+                return
+            accept_drain(self._store, name)
+        except CoordinatorError as error:
+            log.warning("Node %s can't be drained yet: %s", name, error)
+            return
+        log.info("Node %s is drained: the others load its experts.", name)
+        self._record(NodeDrained(name))
 
     async def _tick_forever(self) -> None:
         loop = asyncio.get_running_loop()

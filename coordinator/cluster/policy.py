@@ -6,6 +6,7 @@
   others take over, if they have the memory; at once when it is quarantined, since it may not come back.
 - A node that is new gets its share by a new plan; the old plan serves until every slice of the new one is loaded.
 - A node that leaves is released when the others have loaded its experts, or at once when they can't.
+- A node that a person drains stays, and holds nothing once the others have loaded its experts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ REPLACE_SECONDS = 30.0  # a node away for longer loses its experts to the others
 
 
 class Place(Protocol):
-    """Makes a plan from memory; see placement/shares.py."""
+    """Makes a plan from memory; see placement/place.py."""
 
     def __call__(
         self,
@@ -61,7 +62,7 @@ def _here(state: ClusterState) -> dict[NodeName, Capacity]:
     return {
         name: node.capacity
         for name, node in state.nodes.items()
-        if node.present and not node.leaving and node.capacity is not None
+        if node.present and node.stays and node.capacity is not None
     }
 
 
@@ -80,8 +81,8 @@ def wants_plan(
         return False
     if state.epoch == 0:
         return True
-    # A plan that can't be kept: a node leaves, or has come back with less memory than its slice.
-    if any(state.nodes[name].leaving for name in state.members):
+    # A plan that can't be kept: a node leaves or is drained, or has come back with less memory than its slice.
+    if any(not state.nodes[name].stays for name in state.members):
         return True
     if any(held_bytes.get(name, 0) > c.ram_bytes + c.disk_bytes for name, c in here.items()):
         return True
@@ -111,7 +112,7 @@ def reason(state: ClusterState, min_nodes: int, shortage: str) -> str | None:
     if state.ready:
         return None
     if state.epoch == 0:
-        here = sum(1 for node in state.nodes.values() if node.present and node.name != LOCAL)
+        here = sum(1 for name in _here(state) if name != LOCAL)
         if here < min_nodes:
             return f"{here} of {min_nodes} expert nodes are here; start {min_nodes - here} more."
         return shortage or "The plan is being made."

@@ -11,6 +11,8 @@ from moehive.kernels.geometry import LayerGeometry
 from ..types import CoordinatorError, NodeName, Plan
 from .store import Store
 
+_SHUT_OUT = ("quarantine", "drains")  # tables of nodes that wait for `readmit_node`
+
 
 def admit_node(db: sqlite3.Connection, name: str, certificate_expires: float, now: float) -> None:
     """Remembers a node that was given a certificate, within the caller's transaction; lifts a revocation."""
@@ -56,11 +58,11 @@ def quarantine_node(store: Store, name: NodeName, sentence: str) -> None:
 
 
 def readmit_node(store: Store, name: str) -> None:
-    """Lets a quarantined node in again. Raises CoordinatorError when there is none of this name."""
+    """Ends a node's quarantine and its drain. Raises CoordinatorError when it is in neither."""
     with store.transaction() as db:
-        changed = db.execute("DELETE FROM quarantine WHERE name = ?", (name,)).rowcount
-    if not changed:
-        raise CoordinatorError(f"No node named {name[:64]!r} is quarantined.")
+        changed = [db.execute(f"DELETE FROM {table} WHERE name = ?", (name,)).rowcount for table in _SHUT_OUT]
+    if not any(changed):
+        raise CoordinatorError(f"No node named {name[:64]!r} is quarantined or drained.")
 
 
 def quarantined_nodes(store: Store) -> dict[NodeName, str]:

@@ -169,7 +169,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         if request.node_name != name:
             raise NotAllowed(f"Node {name} may drain itself only, not {request.node_name}.")
         try:
-            await self._membership.drain(name)
+            await self._membership.release(name)
         except CoordinatorError as error:
             return pb.DrainReply(released=False, sentence=str(error)[: bounds.MAX_SENTENCE])
         return pb.DrainReply(released=True)

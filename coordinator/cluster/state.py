@@ -22,7 +22,9 @@ class Phase(Enum):
     JOINING = "joining"  # here, nothing assigned yet
     LOADING = "loading"  # fetching or reading its slice
     READY = "ready"
-    LEAVING = "leaving"  # was asked to stop, or is being drained
+    LEAVING = "leaving"  # was asked to stop
+    DRAINING = "draining"  # a person wants it to hold nothing; the others are loading its experts
+    DRAINED = "drained"  # it holds nothing until a person readmits it
     AWAY = "away"  # no control stream
     QUARANTINED = "quarantined"  # it answered what can't be true; only a person lets it in again
 
@@ -73,7 +75,8 @@ class Node:
     name: NodeName
     capacity: Capacity | None = None  # None: known from a stored plan only, not seen since the start
     present: bool = False
-    leaving: bool = False
+    leaving: bool = False  # was asked to stop
+    drained: bool = False  # by a person: it gets no experts until it is readmitted
     assigned: frozenset[int] = frozenset()
     ready: frozenset[int] = frozenset()
     bytes_done: int = 0  # of the slice being loaded
@@ -81,6 +84,11 @@ class Node:
     problem: str = ""  # why its slice could not be loaded
     quarantine: str = ""  # why it is shut out, one sentence
     figures: Figures = field(default_factory=Figures)
+
+    @property
+    def stays(self) -> bool:
+        """Whether the next plan may count on it, if it is here."""
+        return not self.leaving and not self.drained
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +124,9 @@ class ClusterState:
             return Phase.AWAY
         if node.leaving:
             return Phase.LEAVING
+        if node.drained:
+            needed = name in self.active_owners or name in self.pending_owners
+            return Phase.DRAINING if needed or node.figures.experts_held else Phase.DRAINED
         if self.active is not None and self.active.epoch in node.ready:
             return Phase.READY  # it serves, even while it loads the pending plan's slice
         if node.assigned - node.ready:
@@ -140,7 +151,7 @@ class NodeAway:
 
 @dataclass(frozen=True, slots=True)
 class NodeLeaving:
-    """A node was asked to stop, or is being drained."""
+    """A node was asked to stop."""
 
     name: NodeName
 
@@ -178,8 +189,15 @@ class NodeQuarantined:
 
 
 @dataclass(frozen=True, slots=True)
+class NodeDrained:
+    """A person wants a node to hold nothing until NodeReadmitted, whether it is here or not."""
+
+    name: NodeName
+
+
+@dataclass(frozen=True, slots=True)
 class NodeReadmitted:
-    """A person lets a quarantined node in again."""
+    """A person lets a quarantined node in again, or a drained one take part again."""
 
     name: NodeName
 
@@ -227,6 +245,7 @@ Event: TypeAlias = (
     | Planned
     | Resumed
     | NodeQuarantined
+    | NodeDrained
     | NodeReadmitted
     | SliceAssigned
     | SliceProgressed
@@ -255,23 +274,25 @@ def _apply(state: ClusterState, event: Event) -> ClusterState:
                 pending_owners=frozenset(),
             )  # fmt: skip
         case NodeArrived():
-            return _with(state, Node(event.name, event.capacity, present=True))
+            drained = event.name in state.nodes and state.nodes[event.name].drained
+            return _with(state, Node(event.name, event.capacity, present=True, drained=drained))
         case NodeQuarantined():
             known = state.nodes.get(event.name, Node(event.name))
-            return _with(state, Node(event.name, known.capacity, quarantine=event.sentence, figures=known.figures))
+            return _with(state, replace(_gone(known), leaving=False, quarantine=event.sentence))
+        case NodeDrained():
+            return _with(state, replace(state.nodes.get(event.name, Node(event.name)), drained=True))
         case NodeReadmitted():
             return _readmitted(state, event.name)
     node = state.nodes.get(event.name)
-    # An absent node can be drained too: it is forgotten once the others have its experts.
+    # An absent node can leave too: it is forgotten once the others have its experts.
     if node is None or not (node.present or isinstance(event, NodeLeaving)):
         return state
     match event:
         case NodeAway():
             owner = event.name in state.active_owners or event.name in state.pending_owners
-            if node.leaving and not owner:
+            if node.leaving and not owner and not node.drained:
                 return replace(state, nodes=_frozen({n: x for n, x in state.nodes.items() if n != event.name}))
-            gone = Node(node.name, node.capacity, leaving=node.leaving, figures=node.figures)
-            return _with(state, gone)
+            return _with(state, _gone(node))
         case NodeLeaving():
             return state if node.leaving else _with(state, replace(node, leaving=True))
         case HeartbeatReceived():
@@ -294,12 +315,17 @@ def _apply(state: ClusterState, event: Event) -> ClusterState:
             return _with(state, lost)
 
 
+def _gone(node: Node) -> Node:
+    """The node without what ends with its control stream."""
+    return Node(node.name, node.capacity, leaving=node.leaving, drained=node.drained, figures=node.figures)
+
+
 def _readmitted(state: ClusterState, name: NodeName) -> ClusterState:
     node = state.nodes.get(name)
-    if node is None or not node.quarantine:
+    if node is None or not (node.quarantine or node.drained):
         return state
-    if name in state.active_owners or name in state.pending_owners:
-        return _with(state, replace(node, quarantine=""))
+    if node.present or name in state.active_owners or name in state.pending_owners:
+        return _with(state, replace(node, quarantine="", drained=False))
     return replace(state, nodes=_frozen({n: x for n, x in state.nodes.items() if n != name}))
 
 
@@ -340,7 +366,9 @@ def _promote(state: ClusterState) -> ClusterState:
         return state
     owners = state.pending_owners
     # Nodes that were leaving and are gone by now have no part in anything any more.
-    nodes = {n: x for n, x in state.nodes.items() if x.present or x.quarantine or not x.leaving or n in owners}
+    nodes = {
+        n: x for n, x in state.nodes.items() if x.present or x.quarantine or x.drained or not x.leaving or n in owners
+    }
     state = replace(
         state, active=plan, active_owners=owners, pending=None, pending_owners=frozenset(), nodes=_frozen(nodes)
     )

@@ -1,10 +1,11 @@
 """The coordinator's SQLite database: what must survive a restart.
 
-Join tokens and API keys (as hashes only), the nodes that were let in, the epoch counter and the plan in force for
-each model. WAL, and `synchronous=FULL`: what was committed is there after a power cut. Several processes may use
-one database (`moehive token` while the coordinator runs).
+Join tokens and API keys (as hashes only), the nodes that were let in, shut out or drained, the epoch counter and the
+plan in force for each model. WAL, and `synchronous=FULL`: what was committed is there after a power cut. Several
+processes may use one database (`moehive token` while the coordinator runs).
 
-This file is the connection, the schema and the errors; tokens.py, keys.py and records.py hold the statements.
+This file is the connection, the schema and the errors; tokens.py, keys.py, drains.py and records.py hold the
+statements.
 """
 
 import sqlite3
@@ -59,6 +60,12 @@ CREATE TABLE IF NOT EXISTS quarantine (
     name TEXT PRIMARY KEY,      -- of a node that answered what can't be true
     since REAL NOT NULL,
     sentence TEXT NOT NULL
+) STRICT;
+CREATE TABLE IF NOT EXISTS drains (
+    name TEXT PRIMARY KEY,      -- of a node that shall hold no experts
+    since REAL NOT NULL,
+    accepted INTEGER NOT NULL DEFAULT 0,
+    refusal TEXT NOT NULL DEFAULT ''
 ) STRICT;
 """
 
@@ -117,13 +124,12 @@ class Store:
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
             if tables == 0 and version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    db.execute(statement)
+                _run(db, _SCHEMA)
                 db.execute(f"PRAGMA application_id={APPLICATION_ID}")
                 db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
                 application, version = APPLICATION_ID, SCHEMA_VERSION
             if (application, version) == (APPLICATION_ID, SCHEMA_VERSION):
-                db.execute(_LATER)
+                _run(db, _LATER)
         if application != APPLICATION_ID:
             raise CoordinatorError(f"{self.path} is another program's database; choose another state directory.")
         if version != SCHEMA_VERSION:
@@ -152,3 +158,9 @@ class Store:
             sqlite3.SQLITE_IOERR: f"{self.path} can't be read or written ({error}); check the disk.",
         }
         return known.get(code, f"The database {self.path} failed: {error}.")
+
+
+def _run(db: sqlite3.Connection, script: str) -> None:
+    """All statements of a script, within the caller's transaction, which `executescript` would end."""
+    for statement in script.split(";\n"):
+        db.execute(statement)

@@ -1,14 +1,15 @@
-"""The running cluster's plan: by its traffic where that is known, else by shares of memory.
+"""The running cluster's plan: by its traffic where that is known, else as if all experts were used alike.
 
-The planner is given what nodes have measured and what the dispatcher has recorded. What it must not do is ask a node
-for more memory than it has while it changes over from the plan in force: it then holds the slices of both. So
-replicas fill a part of the spare memory only, and where that is not enough, shares, which move least, are the plan.
+The planner is given what nodes and links have measured and what the dispatcher has recorded. What it must not do is
+ask a node for more memory than it has while it changes over from the plan in force: it then holds the slices of both.
+So replicas fill a part of the spare memory only, and where that is not enough, the plan is uniform.py's, which moves
+less.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,9 +19,9 @@ from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
 from .plan import Placement, make_plan, score
 from .replan import Migration, replan
-from .shares import place_by_memory
 from .slots import share_out
 from .traces import DEFAULT_MIXES, Trace
+from .uniform import uniform_plan
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class Measured:
     bandwidth: float = 0.0  # bytes a second of reading experts
     rtt_s: float = 0.0
     token_s: float = 0.0  # on the wire, of one token's hidden states, there and back
+    machine: str = ""  # where the node runs; empty: on one of its own
 
 
 def place(
@@ -51,19 +53,23 @@ def place(
     previous: Plan | None = None,
 ) -> Plan:
     """A plan within `capacities` (bytes of each node). Raises CoordinatorError when the experts don't fit."""
-    shares = place_by_memory(capacities, layers, epoch, previous)
+    # Beyond what the planner knows, the nodes that give least hold nothing.
+    names = sorted(capacities, key=lambda name: (-capacities[name], name))[:MAX_NODES]
+    capacities = {name: capacities[name] for name in sorted(names)}
+    measured = _by_machine(measured)
+    uniform = _uniform(capacities, measured, layers, epoch, previous)
     experts = {layer.experts for layer in layers}
-    if trace is None or len(experts) > 1 or trace.layers != len(layers) or len(capacities) > MAX_NODES:
-        return shares
-    cluster = _cluster(capacities, measured, layers)
+    if trace is None or len(experts) > 1 or trace.layers != len(layers):
+        return uniform
+    cluster = _cluster(_with_replicas(capacities, measured, layers), measured, layers)
     try:
         made = make_plan(cluster, trace, experts=experts.pop(), effort=EFFORT)
     except CoordinatorError:
-        return shares  # the model fits, but with no memory to spare
-    plan = Plan(epoch, _owners(made, sorted(capacities), layers))
+        return uniform  # the model fits, but with no memory to spare
+    plan = Plan(epoch, _owners(made, list(capacities), layers))
     if previous is not None and not _fits_beside(plan, previous, capacities, layers):
         log.info("The plan by traffic would need more memory than there is while nodes change over.")
-        return shares
+        return uniform
     log.info(
         "Planned for %d tokens of traffic: %.3f ms of experts a step; no plan takes less than %.3f ms.",
         trace.tokens, 1e3 * made.expected_s, 1e3 * made.bound_s,
@@ -85,7 +91,8 @@ def better(
     if len(experts) > 1 or not here <= capacities.keys() or len(capacities) > MAX_NODES or steps_per_s <= 0:
         return None
     names = sorted(capacities)
-    cluster = _cluster(capacities, measured, layers)
+    measured = _by_machine(measured)
+    cluster = _cluster(_with_replicas(capacities, measured, layers), measured, layers)
     bit = {names[place.node]: np.uint64(1 << at) for at, place in enumerate(cluster.places)}
     replicas = tuple(
         np.array([np.bitwise_or.reduce([bit[name] for name in nodes]) for nodes in owners], dtype=np.uint64)
@@ -108,15 +115,70 @@ def better(
     return owners if _fits_beside(Plan(current.epoch, owners), current, capacities, layers) else None
 
 
-def _cluster(
+def _uniform(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    epoch: int,
+    previous: Plan | None,
+) -> Plan:
+    """The plan without a trace; nodes are filled to the last byte only if the experts don't fit otherwise."""
+    counts = [layer.experts for layer in layers]
+    cluster = _cluster(_filled(capacities), measured, layers)
+    try:
+        slots = share_out(cluster, counts)
+    except CoordinatorError:
+        cluster = _cluster(capacities, measured, layers)
+        slots = share_out(cluster, counts)
+    return uniform_plan(cluster, slots, capacities, layers, epoch, previous)
+
+
+def _by_machine(measured: Mapping[NodeName, Measured]) -> dict[NodeName, Measured]:
+    """Nodes of one machine share its memory and its network: what they measured one by one is evened out."""
+    together: dict[str, list[Measured]] = {}
+    for name, found in measured.items():
+        together.setdefault(found.machine or f"node {name}", []).append(found)
+    shared = {machine: _of_all(nodes) for machine, nodes in together.items()}
+    return {name: shared[found.machine or f"node {name}"] for name, found in measured.items()}
+
+
+def _of_all(nodes: Sequence[Measured]) -> Measured:
+    """The mean bandwidth, and the shortest times: a busy machine only makes them longer."""
+    bandwidths = [node.bandwidth for node in nodes if node.bandwidth]
+    return replace(
+        nodes[0],
+        bandwidth=sum(bandwidths) / max(1, len(bandwidths)),
+        rtt_s=min((node.rtt_s for node in nodes if node.rtt_s), default=0.0),
+        token_s=min((node.token_s for node in nodes if node.token_s), default=0.0),
+    )
+
+
+def _filled(capacities: Mapping[NodeName, int]) -> dict[NodeName, int]:
+    return {name: int(FILLED * size) for name, size in capacities.items()}
+
+
+def _with_replicas(
     capacities: Mapping[NodeName, int], measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
+) -> dict[NodeName, int]:
+    """Bytes of each node that experts and their replicas may take: by its bandwidth, as far as its memory goes."""
+    most = _filled(capacities)
+    left = int((1 + SPARE) * sum(layer.nbytes for layer in layers))
+    rates = {name: measured.get(name, Measured()).bandwidth or USUAL_BANDWIDTH for name in most}
+    given = {}
+    # Who is full first takes what it has; the rest is split anew among the others.
+    for name in sorted(most, key=lambda name: (most[name] / rates[name], name)):
+        given[name] = min(most[name], int(left * rates[name] / sum(rates.values())))
+        left -= given[name]
+        del rates[name]
+    return given
+
+
+def _cluster(
+    memory: Mapping[NodeName, int], measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
 ) -> Cluster:
-    total = sum(layer.nbytes for layer in layers)
-    part = min(FILLED, (1 + SPARE) * total / max(1, sum(capacities.values())))
+    """The planner's cluster, with so much memory of each node."""
     return Cluster(
-        tuple(
-            _node(name, int(part * capacities[name]), measured.get(name, Measured())) for name in sorted(capacities)
-        ),
+        tuple(_node(name, memory[name], measured.get(name, Measured())) for name in sorted(memory)),
         tuple(layer.expert_bytes for layer in layers),
     )
 

@@ -33,7 +33,7 @@ class NodeStatus:
     """One expert node."""
 
     name: str
-    state: str  # joining, loading, ready, leaving, away
+    state: str  # the value of cluster/state.py's Phase
     address: str = ""
     experts_held: int = 0
     experts_assigned: int = 0

@@ -90,7 +90,7 @@ class NodeStatus:
     """One expert node."""
 
     name: str
-    state: str  # joining, loading, ready, leaving, away
+    state: str  # joining, loading, ready, leaving, draining, drained, away, quarantined
     address: str
     experts_held: int
     experts_assigned: int

@@ -19,6 +19,8 @@ HELP = {
     "init": "certificate authority",
     "coordinator": "Run `moehive init` first",
     "node": "`moehive token` on the coordinator makes one",
+    "node drain": "gets none again until it is readmitted",
+    "node readmit": "that was drained, or quarantined",
     "token": "lets one new node into the cluster",
     "key": "clients on other machines",
     "key new": "this once",

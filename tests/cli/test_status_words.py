@@ -8,8 +8,8 @@ from moehive.coordinator.cli.status_words import in_words
 def node(**figures):
     """What the sentences read of a node."""
     usual = {
-        "name": "near", "experts_held": 60, "ram_bytes": 3 << 30, "read_bandwidth": 30e9, "expert_calls": 6000,
-        "compute_ns": 60_000_000, "round_trip_s": 1e-5,
+        "name": "near", "state": "ready", "experts_held": 60, "ram_bytes": 3 << 30, "read_bandwidth": 30e9,
+        "expert_calls": 6000, "compute_ns": 60_000_000, "round_trip_s": 1e-5,
     }  # fmt: skip
     return SimpleNamespace(**(usual | figures))
 
@@ -34,3 +34,10 @@ def test_it_is_silent_about_what_is_not_known():
     fresh = {"expert_calls": 0, "compute_ns": 0, "read_bandwidth": 0.0, "round_trip_s": 0.0}
     assert in_words([node(**fresh)]) == ["near holds 100% of what is held: it gives 100% of the memory."]
     assert in_words([node(**fresh, experts_held=0)]) == []
+
+
+def test_it_says_who_was_drained_and_how_that_ends():
+    idle = node(name="idle", state="drained", experts_held=0)
+    words = in_words([NEAR, node(name="leaver", state="draining"), idle])
+    assert words[0] == "leaver is being drained: the others load its experts."
+    assert words[1] == "idle is drained; `moehive node readmit idle` gives it experts again."

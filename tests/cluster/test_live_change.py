@@ -12,7 +12,7 @@ import pytest
 from moehive.client import Client
 from moehive.coordinator import app
 from moehive.coordinator.app import Coordinator
-from moehive.coordinator.cli.cluster import readmit
+from moehive.coordinator.cli.cluster import drain, readmit
 from moehive.coordinator.cluster.membership import Membership
 from moehive.coordinator.types import NodeName, Plan
 from moehive.kernels.geometry import LayerGeometry
@@ -90,6 +90,37 @@ def test_a_text_goes_on_through_a_join_and_a_drain(
 
     calm, meanwhile, owners = asyncio.run(run())
     assert owners == [{"node-0", "node-1", "node-2"}, {"node-1", "node-2"}]
+    assert len(calm) == TOKENS and meanwhile == calm
+
+
+def test_a_text_goes_on_while_a_node_is_drained_by_command_and_readmitted(
+    new_cluster: Callable[[], Any], checkpoint: Callable[[str], Path]
+) -> None:
+    made = new_cluster()
+
+    async def run() -> tuple[list[int], list[int]]:
+        async with made.coordinator(checkpoint("qwen3_moe"), nodes=3, deterministic=True) as coordinator:
+
+            def node(name: str) -> Any:
+                return next(node for node in coordinator.status().nodes if node.name == name)
+
+            calm: list[int] = []
+            await asyncio.to_thread(stream, coordinator, calm)
+            assert node("node-1").experts_held and not node("node-1").state.startswith("drain")
+
+            async def change(tokens: list[int]) -> None:
+                await asyncio.to_thread(drain, "node-1", made.state)
+                assert node("node-1").state in ("draining", "drained")
+                await until(lambda: node("node-1").state == "drained")
+                assert coordinator.plan is not None and set(coordinator.plan.slices) == {"node-0", "node-2"}
+                assert node("node-1").experts_held == node("node-1").bytes_held == 0
+                assert coordinator.status().ready
+                await asyncio.to_thread(readmit, "node-1", made.state)
+                await until(lambda: coordinator.plan is not None and "node-1" in coordinator.plan.slices)
+
+            return calm, await text_through(coordinator, change)
+
+    calm, meanwhile = asyncio.run(run())
     assert len(calm) == TOKENS and meanwhile == calm
 
 

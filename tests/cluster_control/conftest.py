@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +22,8 @@ from moehive.coordinator.cluster.server import ClusterServer
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
-from moehive.coordinator.types import CoordinatorError
+from moehive.coordinator.placement.place import place
+from moehive.coordinator.types import CoordinatorError, NodeName, Plan
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.proto import bootstrap, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
@@ -36,6 +37,13 @@ DEADLINE = 20.0  # seconds that anything here may take before the test fails
 
 SPEC = ExpertSpec(hidden_size=64, intermediate_size=32, activation="silu", format="f32")
 MANIFEST = Manifest("tiny", "ab" * 32, (LayerGeometry(8, 2, SPEC), LayerGeometry(6, 2, SPEC)))
+
+
+def place_unmeasured(
+    capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry], epoch: int, previous: Plan | None = None
+) -> Plan:
+    """The plan of a coordinator that has measured nothing yet."""
+    return place(capacities, {}, layers, None, epoch, previous)
 
 
 def expert_blob(expert: ExpertId, manifest: Manifest = MANIFEST) -> torch.Tensor:
@@ -170,7 +178,7 @@ async def run_cluster(
         authority = Authority.load(folder / "ca")
     store = Store(folder / "coordinator.sqlite")
     states: list[Any] = []
-    membership = Membership(store, manifest, min_nodes, local_bytes, states.append)
+    membership = Membership(store, manifest, min_nodes, local_bytes, states.append, place_unmeasured)
     slices = SliceSource(manifest, lambda expert: expert_blob(expert, manifest))
     server = ClusterServer(
         authority,

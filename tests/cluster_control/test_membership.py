@@ -7,6 +7,7 @@ import grpc.aio
 import pytest
 
 from moehive.coordinator.cluster import membership
+from moehive.coordinator.cluster.drains import ask_drain, drains
 from moehive.coordinator.cluster.records import readmit_node, revoke_node
 from moehive.coordinator.cluster.state import Phase
 from moehive.coordinator.types import LOCAL, CoordinatorError
@@ -221,7 +222,7 @@ def test_drain_moves_the_experts_or_says_why_not(cluster, manifest):
             assert harness.membership.state.active_owners == {"b"}
             assert harness.membership.state.ready
             with pytest.raises(CoordinatorError, match="no node named 'ghost'"):
-                await harness.membership.drain("ghost")
+                await harness.membership.release("ghost")
 
     asyncio.run(main())
 
@@ -234,7 +235,7 @@ def test_a_node_that_is_away_for_good_can_be_drained(cluster):
             await harness.membership.wait_ready(10.0)
             a.call.cancel()
             await harness.until(lambda: not harness.membership.state.ready)
-            await harness.membership.drain("a")
+            await harness.membership.release("a")
             assert harness.membership.state.ready
             assert "a" not in harness.membership.state.nodes
 
@@ -422,7 +423,7 @@ def test_a_quarantined_node_is_told_so_and_comes_back_when_it_is_readmitted(clus
             assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
             assert "`moehive node readmit a`" in caught.value.details()
             readmit_node(harness.store, "a")
-            with pytest.raises(CoordinatorError, match="No node named 'a' is quarantined"):
+            with pytest.raises(CoordinatorError, match="No node named 'a' is quarantined or drained"):
                 readmit_node(harness.store, "a")
             await harness.until(lambda: "a" not in harness.membership.state.nodes)
             await a.attend()
@@ -450,5 +451,59 @@ def test_a_better_plan_is_loaded_while_the_old_one_serves(cluster, manifest):
             plan = harness.membership.state.active
             assert plan.owners == wanted and plan.epoch > first.epoch
             assert harness.membership.state.ready and harness.membership.state.members == {"a", "b"}
+
+    asyncio.run(main())
+
+
+def test_a_drained_node_holds_nothing_over_restarts_until_it_is_readmitted(cluster, manifest):
+    async def main():
+        async with cluster(min_nodes=2) as harness:
+            a, b = await harness.join("a"), await harness.join_obedient("b")
+            await a.attend()
+            await a.hear_assign()
+            await a.say(ready=pb.SliceReady(epoch=1))
+            assert (await a.hear()).commit.epoch == 1
+            ask_drain(harness.store, "a")
+            empty = await a.hear_assign()
+            assert empty.epoch == 2 and not experts_of(empty)
+            assert harness.membership.state.ready
+            await a.say(ready=pb.SliceReady(epoch=2))
+            assert (await a.hear()).commit.epoch == 2  # now it may drop all that it had
+            assert harness.membership.state.active_owners == {b.name}
+            assert harness.membership.state.phase("a") is Phase.DRAINED
+            identities = [(node.name, node.identity) for node in (a, b)]
+            port = harness.server.cluster_port
+        async with cluster(min_nodes=2, cluster_port=port) as harness:
+            for name, identity in identities:
+                node = type(a)(name, identity, harness.cluster_address)
+                harness.nodes.append(node)
+                await node.attend()
+                harness.obey(node)
+            await harness.until(lambda: harness.membership.state.phase("a") is Phase.DRAINED)
+            await harness.membership.wait_ready(10.0)
+            assert harness.membership.state.active_owners == {"b"}
+            readmit_node(harness.store, "a")
+            await harness.until(lambda: harness.membership.state.active_owners == {"a", "b"})
+            assert harness.membership.state.phase("a") is Phase.READY
+
+    asyncio.run(main())
+
+
+def test_a_drain_is_refused_in_words_when_the_others_have_no_room(cluster, manifest):
+    async def main():
+        async with cluster(min_nodes=2) as harness:
+            await harness.join_obedient("a", ram_bytes=manifest.total_bytes)
+            await harness.join_obedient("b", ram_bytes=manifest.total_bytes // 2)
+            await harness.membership.wait_ready(10.0)
+            ask_drain(harness.store, "a")
+            async with asyncio.timeout(10):
+                while not (asked := drains(harness.store)["a"]).refusal:  # noqa: ASYNC110 - nothing tells of it
+                    await asyncio.sleep(0.01)
+            assert not asked.accepted
+            assert asked.refusal.startswith("Node a keeps its experts, for the others can't: The machine gives ")
+            state = harness.membership.state
+            assert state.epoch == 1 and state.phase("a") is Phase.READY and state.active_owners == {"a", "b"}
+            with pytest.raises(CoordinatorError, match="No node named 'coordinator' has joined"):
+                ask_drain(harness.store, LOCAL)
 
     asyncio.run(main())

@@ -7,6 +7,8 @@ from moehive.coordinator.cluster.state import (
     Node,
     NodeArrived,
     NodeAway,
+    NodeDrained,
+    NodeReadmitted,
     Planned,
     SliceAssigned,
     SliceHeld,
@@ -58,6 +60,14 @@ def test_nobody_is_replaced_while_another_may_only_be_starting_again() -> None:
 
 def test_a_node_that_came_back_smaller_than_its_slice_needs_a_plan() -> None:
     assert wants_plan(running(A, B), 2, {A: 2 << 30}, {})
+
+
+def test_a_drained_node_is_planned_without_and_is_a_newcomer_when_it_is_readmitted() -> None:
+    state = apply(running(A, B, C), NodeDrained(C))
+    assert wants_plan(state, 2, {}, {}) and usable(state, 1).keys() == {A, B}
+    state = apply(running(A, B), NodeArrived(C, Capacity("127.0.0.1:1", 1 << 30)))
+    assert not wants_plan(apply(state, NodeDrained(C)), 2, {}, {})
+    assert wants_plan(apply(apply(state, NodeDrained(C)), NodeReadmitted(C)), 2, {}, {})
 
 
 def test_memory_first_then_disk_in_proportion():

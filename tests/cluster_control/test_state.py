@@ -11,7 +11,9 @@ from moehive.coordinator.cluster.state import (
     HeartbeatReceived,
     NodeArrived,
     NodeAway,
+    NodeDrained,
     NodeLeaving,
+    NodeReadmitted,
     Phase,
     Planned,
     SliceAssigned,
@@ -35,6 +37,8 @@ EVENTS = st.one_of(
     st.builds(lambda n: lambda s: NodeArrived(n, Capacity("h:1", 10)), NAMES),
     st.builds(lambda n: lambda s: NodeAway(n), NAMES),
     st.builds(lambda n: lambda s: NodeLeaving(n), NAMES),
+    st.builds(lambda n: lambda s: NodeDrained(n), NAMES),
+    st.builds(lambda n: lambda s: NodeReadmitted(n), NAMES),
     st.builds(lambda n: lambda s: HeartbeatReceived(n, Figures(calls=7)), NAMES),
     st.builds(lambda n, k: lambda s: SliceAssigned(n, s.epoch - k), NAMES, STEPS),
     st.builds(lambda n, k: lambda s: SliceProgressed(n, s.epoch - k, 1, 2), NAMES, STEPS),
@@ -56,6 +60,7 @@ EVENTS = st.one_of(
 def test_what_the_state_promises_holds_after_any_events(events):
     state = ClusterState()
     reported: dict[str, set[int]] = {}  # epochs that each node has reported ready since it arrived
+    drained: set[str] = set()
     for make in events:
         before, event = state, make(state)
         state = apply(before, event)
@@ -64,6 +69,10 @@ def test_what_the_state_promises_holds_after_any_events(events):
                 reported[event.name] = set()
             case SliceHeld():
                 reported.setdefault(event.name, set()).add(event.epoch)
+            case NodeDrained():
+                drained.add(event.name)
+            case NodeReadmitted():
+                drained.discard(event.name)
         assert state.epoch >= before.epoch
         if state.active is not before.active:
             # A plan comes into force only when all that it names are here and have said that they hold it.
@@ -79,6 +88,7 @@ def test_what_the_state_promises_holds_after_any_events(events):
             assert node.ready <= node.assigned <= alive
             assert node.present or not node.assigned
             assert (state.phase(name) is Phase.AWAY) == (not node.present)
+        assert {name for name, node in state.nodes.items() if node.drained} == drained
         assert state.active_owners | state.pending_owners <= set(state.nodes)
         assert state.ready == (state.active is not None and not state.missing)
 
@@ -157,6 +167,29 @@ def test_a_drained_node_is_forgotten_once_it_is_gone():
     )
     assert "attic" in state.nodes
     assert "attic" not in apply(state, SliceHeld("cellar", 2)).nodes
+
+
+def test_a_node_is_drained_until_it_is_readmitted():
+    state = play(
+        NodeArrived("attic", HERE),
+        NodeArrived("cellar", HERE),
+        Planned(plan(1, "attic"), frozenset({"attic", "cellar"})),
+        SliceAssigned("attic", 1),
+        SliceHeld("attic", 1),
+        HeartbeatReceived("attic", Figures(experts_held=1)),
+        NodeDrained("attic"),
+    )
+    assert state.ready and state.phase("attic") is Phase.DRAINING
+    state = apply(state, Planned(plan(2, "cellar"), frozenset({"cellar"})))
+    state = apply(apply(state, SliceAssigned("cellar", 2)), SliceHeld("cellar", 2))
+    assert state.active.epoch == 2 and state.phase("attic") is Phase.DRAINING  # it holds them still
+    state = apply(state, HeartbeatReceived("attic", Figures()))
+    assert state.phase("attic") is Phase.DRAINED
+    for event in (NodeLeaving("attic"), NodeAway("attic"), NodeArrived("attic", HERE)):
+        state = apply(state, event)
+    assert state.phase("attic") is Phase.DRAINED
+    assert apply(state, NodeReadmitted("attic")).phase("attic") is Phase.JOINING
+    assert "attic" not in apply(apply(state, NodeAway("attic")), NodeReadmitted("attic")).nodes
 
 
 def test_epochs_only_grow():

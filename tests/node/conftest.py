@@ -7,7 +7,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,8 +27,8 @@ from moehive.coordinator.cluster.state import ClusterState
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
-from moehive.coordinator.placement.shares import place_by_memory
-from moehive.coordinator.types import CoordinatorError, NodeName
+from moehive.coordinator.placement.place import place
+from moehive.coordinator.types import CoordinatorError, NodeName, Plan
 from moehive.expert_node.node import Node, start
 from moehive.expert_node.settings import Settings
 from moehive.kernels.blob import build_blob, tensor_views
@@ -41,6 +41,13 @@ from moehive.proto.join_token import parse
 from moehive.proto.tensors import Routing, write_request
 
 DEADLINE = 60.0  # seconds; only a broken node takes so long
+
+
+def place_unmeasured(
+    capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry], epoch: int, previous: Plan | None = None
+) -> Plan:
+    """The plan of a coordinator that has measured nothing yet."""
+    return place(capacities, {}, layers, None, epoch, previous)
 
 
 @dataclass(frozen=True)
@@ -125,7 +132,7 @@ class Coordinator:
         authority: Authority,
         min_nodes: int = 1,
         ports: tuple[int, int] = (0, 0),
-        place: Place = place_by_memory,
+        place: Place = place_unmeasured,
     ) -> "Coordinator":
         await asyncio.to_thread(folder.mkdir, exist_ok=True)
         store = Store(folder / "state.db")

@@ -1,4 +1,4 @@
-"""The running cluster's plan: shares without traffic, the planner with it, and never more memory than there is."""
+"""The running cluster's plan: for even use without traffic, by its traffic with it, within memory."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,6 @@ import pytest
 from moehive.coordinator.placement import plan as planning
 from moehive.coordinator.placement import search, synthetic
 from moehive.coordinator.placement.place import Measured, better, place
-from moehive.coordinator.placement.shares import place_by_memory
 from moehive.coordinator.types import LOCAL
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry
 
@@ -26,11 +25,6 @@ def held(plan, name):
     return sum(map(len, plan.slice_of(name))) * SPEC.nbytes
 
 
-def test_without_traffic_it_is_shares():
-    capacities = {"a": 40 * SPEC.nbytes, "b": 40 * SPEC.nbytes}
-    assert place(capacities, {}, LAYERS, None, 3) == place_by_memory(capacities, LAYERS, 3)
-
-
 def test_with_traffic_a_quick_node_is_asked_for_more_and_hot_experts_have_replicas():
     capacities = {"quick": 60 * SPEC.nbytes, "slow": 60 * SPEC.nbytes}
     measured = {"quick": Measured(40e9, 1e-4), "slow": Measured(1e9, 1e-4)}
@@ -44,7 +38,7 @@ def test_with_traffic_a_quick_node_is_asked_for_more_and_hot_experts_have_replic
 
 
 def test_the_coordinators_own_memory_has_no_hop():
-    capacities = {LOCAL: 30 * SPEC.nbytes, "far": 60 * SPEC.nbytes}
+    capacities = {LOCAL: 25 * SPEC.nbytes, "far": 60 * SPEC.nbytes}  # not enough for a whole layer
     plan = place(capacities, {"far": Measured(10e9, 5e-3), LOCAL: Measured(10e9)}, LAYERS, TRACE, 1)
     load = np.bincount(TRACE.experts[0].ravel(), minlength=24)
     local = [LOCAL in nodes for nodes in plan.owners[0]]
@@ -53,7 +47,7 @@ def test_the_coordinators_own_memory_has_no_hop():
 
 def test_nodes_have_room_for_both_plans_while_they_change_over():
     capacities = {"a": 30 * SPEC.nbytes, "b": 30 * SPEC.nbytes}
-    before = place_by_memory(capacities, LAYERS, 1)
+    before = place(capacities, {}, LAYERS, None, 1)
     for seed in range(3):
         measured = {"a": Measured(10e9 * (seed + 1), 1e-4), "b": Measured(5e9, 1e-4)}
         plan = place(capacities, measured, LAYERS, TRACE, 2, before)
@@ -65,15 +59,15 @@ def test_nodes_have_room_for_both_plans_while_they_change_over():
 def test_a_better_plan_is_looked_for_within_memory_and_only_if_it_pays():
     capacities = {"quick": 80 * SPEC.nbytes, "slow": 80 * SPEC.nbytes}
     measured = {"quick": Measured(40e9, 1e-5), "slow": Measured(1e8, 1e-5)}
-    shares = place_by_memory(capacities, LAYERS, 1)
-    owners = better(capacities, measured, LAYERS, TRACE, shares, steps_per_s=1000.0)
+    even = place(capacities, {}, LAYERS, None, 1)
+    owners = better(capacities, measured, LAYERS, TRACE, even, steps_per_s=1000.0)
     assert owners is not None
     for name, size in capacities.items():
         both = sum(
             name in new or name in old
-            for layer, present in zip(owners, shares.owners, strict=True)
+            for layer, present in zip(owners, even.owners, strict=True)
             for new, old in zip(layer, present, strict=True)
         )
         assert both * SPEC.nbytes <= size
-    assert better(capacities, measured, LAYERS, TRACE, shares, steps_per_s=1e-9) is None
-    assert better({"quick": 80 * SPEC.nbytes}, measured, LAYERS, TRACE, shares, steps_per_s=10.0) is None
+    assert better(capacities, measured, LAYERS, TRACE, even, steps_per_s=1e-9) is None
+    assert better({"quick": 80 * SPEC.nbytes}, measured, LAYERS, TRACE, even, steps_per_s=10.0) is None
