@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from time import monotonic
 
 import psutil
@@ -186,9 +187,7 @@ class Coordinator:
             await asyncio.sleep(REPLAN_SECONDS)
             try:
                 await self._membership.improve(
-                    lambda capacities, current: self._traffic.better(
-                        self._measured(), self.manifest.layers, capacities, current
-                    )
+                    lambda *args: self._traffic.better(self._measured(), self.manifest.layers, *args)
                 )
             except CoordinatorError as error:
                 log.warning("No better plan: %s", error)
@@ -198,12 +197,14 @@ class Coordinator:
         found = {}
         for name, node in self._membership.state.nodes.items():
             link = self.dispatcher.link(name)
-            bandwidth = node.capacity.read_bandwidth if node.capacity is not None else 0.0
-            if link is None:
-                found[name] = Measured(bandwidth)
-            else:
+            measured = Measured()
+            if (given := node.capacity) is not None:
+                measured = Measured(given.read_bandwidth, ram_bytes=given.ram_bytes, vram_bytes=given.vram_bytes)
+            if link is not None:
                 row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
-                found[name] = Measured(bandwidth, link.speed.round_trip_s, row * link.speed.s_per_byte)
+                token_s = row * link.speed.s_per_byte
+                measured = replace(measured, rtt_s=link.speed.round_trip_s, token_s=token_s)
+            found[name] = measured
         return found
 
     def _node_status(self, name: NodeName) -> NodeStatus:

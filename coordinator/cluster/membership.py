@@ -55,9 +55,6 @@ RETRY_SECONDS = 10.0  # a slice that could not be loaded is assigned again after
 SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by the old plan are answered meanwhile
 
 
-Owners = tuple[tuple[tuple[NodeName, ...], ...], ...]  # as in Plan
-
-
 class Membership:
     """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
 
@@ -305,17 +302,19 @@ class Membership:
             self._too_small = capacities
             raise
 
-    async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
-        """Loads a better plan over the same nodes, if `find`, on a thread, has one for their bytes and this plan."""
+    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
+        """Loads a better plan over the same nodes, if `find`, on a thread, has one.
+
+        `find` is given their bytes, the new plan's epoch, and the plan in force.
+        """
         active, capacities = self.state.active, self._usable()
         if active is None or not self._may_improve(active, capacities):
             return
 
         def claim() -> Plan | None:
-            owners = find(capacities, active)
-            if owners is None or not self._may_improve(active, capacities):
+            plan = find(capacities, max(self.state.epoch, last_epoch(self._store)) + 1, active)
+            if plan is None or not self._may_improve(active, capacities):
                 return None
-            plan = Plan(max(self.state.epoch, last_epoch(self._store)) + 1, owners)
             assert plan.slices  # worked out here, not on the loop
             claim_epoch(self._store, plan.epoch)
             return plan
@@ -344,7 +343,7 @@ class Membership:
                 part = name in owners or (plan.epoch == state.epoch and name in state.members)
                 if part and plan.epoch not in node.assigned and now >= self._retry_at.get(name, now):
                     if session is not None:
-                        session.send(Assign(plan.epoch, plan.slice_of(name)))
+                        session.send(Assign(plan.epoch, plan.slice_of(name), plan.pins.get(name)))
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue

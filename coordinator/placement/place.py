@@ -8,14 +8,15 @@ replicas fill a part of the spare memory only, and where that is not enough, sha
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moehive.kernels.geometry import LayerGeometry
 
-from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from ..types import LOCAL, CoordinatorError, NodeName, Pins, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
+from .pins import Owners, covered, pinned
 from .plan import Placement, make_plan, score
 from .replan import Migration, replan
 from .shares import place_by_memory
@@ -31,15 +32,18 @@ COPY_BYTES_PER_S = 30e6  # a quarter of 1 Gbit/s
 HORIZON_SECONDS = 3600.0  # for which traffic is expected to stay as it is
 USUAL_BANDWIDTH = 10e9  # bytes a second, of a node that has not said
 USUAL_RTT_S = 3e-4
+PIN_GAIN = 0.02  # of all uses: a plan that pins others must find so many more of them in a fast tier
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a node and the link to it were measured to do; 0: not known."""
+    """What a node and the link to it were measured to do, and what its tiers hold; 0: not known, or none."""
 
     bandwidth: float = 0.0  # bytes a second of reading experts
     rtt_s: float = 0.0
     token_s: float = 0.0  # on the wire, of one token's hidden states, there and back
+    ram_bytes: int = 0  # of what it gives to experts; the rest is disk
+    vram_bytes: int = 0  # of a GPU, beside those
 
 
 def place(
@@ -51,6 +55,18 @@ def place(
     previous: Plan | None = None,
 ) -> Plan:
     """A plan within `capacities` (bytes of each node). Raises CoordinatorError when the experts don't fit."""
+    plan = _place(capacities, measured, layers, trace, epoch, previous)
+    return plan if trace is None else replace(plan, pins=_pins(plan.owners, measured, layers, trace))
+
+
+def _place(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace | None,
+    epoch: int,
+    previous: Plan | None,
+) -> Plan:
     shares = place_by_memory(capacities, layers, epoch, previous)
     experts = {layer.experts for layer in layers}
     if trace is None or len(experts) > 1 or trace.layers != len(layers) or len(capacities) > MAX_NODES:
@@ -76,10 +92,30 @@ def better(
     measured: Mapping[NodeName, Measured],
     layers: Sequence[LayerGeometry],
     trace: Trace,
+    epoch: int,
     current: Plan,
     steps_per_s: float,
-) -> tuple[tuple[tuple[NodeName, ...], ...], ...] | None:
-    """The owners of a plan that is worth its copies (replan.py), or None. `steps_per_s` is the traffic of late."""
+) -> Plan | None:
+    """A plan that is worth its copies (replan.py), or None. `steps_per_s` is the traffic of late.
+
+    Without better owners it may be the present ones with other experts in their fast tiers, which costs no copies.
+    """
+    owners = _better_owners(capacities, measured, layers, trace, current, steps_per_s)
+    kept = current.owners if owners is None else owners
+    pins = _pins(kept, measured, layers, trace)
+    if owners is None and covered(pins, kept, trace) - covered(current.pins, kept, trace) < PIN_GAIN:
+        return None
+    return Plan(epoch, kept, pins)
+
+
+def _better_owners(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace,
+    current: Plan,
+    steps_per_s: float,
+) -> Owners | None:
     experts = {layer.experts for layer in layers}
     here = {name for layer in current.owners for nodes in layer for name in nodes}
     if len(experts) > 1 or not here <= capacities.keys() or len(capacities) > MAX_NODES or steps_per_s <= 0:
@@ -108,6 +144,13 @@ def better(
     return owners if _fits_beside(Plan(current.epoch, owners), current, capacities, layers) else None
 
 
+def _pins(
+    owners: Owners, measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry], trace: Trace
+) -> dict[NodeName, Pins]:
+    tiers = {name: (node.ram_bytes, node.vram_bytes) for name, node in measured.items()}
+    return pinned(owners, tiers, layers, trace)
+
+
 def _cluster(
     capacities: Mapping[NodeName, int], measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
 ) -> Cluster:
@@ -121,9 +164,7 @@ def _cluster(
     )
 
 
-def _owners(
-    made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGeometry]
-) -> tuple[tuple[tuple[NodeName, ...], ...], ...]:
+def _owners(made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGeometry]) -> Owners:
     return tuple(
         tuple(tuple(names[node] for node in made.holders(layer, expert)) for expert in range(geometry.experts))
         for layer, geometry in enumerate(layers)
