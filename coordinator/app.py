@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 
@@ -17,7 +18,7 @@ from .checkpoints.gguf.checkpoint import GgufCheckpoint
 from .checkpoints.opening import ModelSource, open_model, trunk_of
 from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
-from .cluster.membership import Membership, Owners
+from .cluster.membership import Membership
 from .cluster.server import ClusterServer
 from .cluster.state import TierFigures
 from .cluster.store import Store
@@ -83,7 +84,7 @@ class Coordinator:
         """The plan in force, once there is one."""
         return self._membership.state.active
 
-    async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
+    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
         """Loads a plan over the same nodes, if `find`, on a thread, has one for their bytes and the plan in force."""
         await self._membership.improve(find)
 
@@ -196,8 +197,8 @@ class Coordinator:
             except CoordinatorError as error:
                 log.warning("No better plan: %s", error)
 
-    def _better_for_traffic(self, capacities: Mapping[NodeName, int], current: Plan) -> Owners | None:
-        return self._traffic.better(self._measured(), self.manifest.layers, capacities, current)
+    def _better_for_traffic(self, capacities: Mapping[NodeName, int], epoch: int, current: Plan) -> Plan | None:
+        return self._traffic.better(self._measured(), self.manifest.layers, capacities, epoch, current)
 
     def _place(
         self,
@@ -216,14 +217,15 @@ class Coordinator:
         found = {}
         for name, node in self._membership.state.nodes.items():
             link = self.dispatcher.link(name)
-            if node.capacity is None:
-                continue
-            bandwidth, machine = node.capacity.read_bandwidth, node.capacity.address.rpartition(":")[0]
-            if link is None:
-                found[name] = Measured(bandwidth, machine=machine)
-            else:
+            measured = Measured()
+            if (given := node.capacity) is not None:
+                machine = given.address.rpartition(":")[0]
+                measured = Measured(given.read_bandwidth, 0.0, 0.0, machine, given.ram_bytes, given.vram_bytes)
+            if link is not None:
                 row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
-                found[name] = Measured(bandwidth, link.speed.round_trip_s, row * link.speed.s_per_byte, machine)
+                token_s = row * link.speed.s_per_byte
+                measured = replace(measured, rtt_s=link.speed.round_trip_s, token_s=token_s)
+            found[name] = measured
         return found
 
     def _node_status(self, name: NodeName) -> NodeStatus:

@@ -12,6 +12,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from moehive.kernels.machine import available_memory
+
 from .types import CoordinatorError
 
 ENVIRONMENT = "MOEHIVE_COORDINATOR_"
@@ -36,13 +38,6 @@ def home() -> Path:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def available_memory() -> int:
-    """Bytes of memory that could be used now without swapping."""
-    import psutil
-
-    return int(psutil.virtual_memory().available)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

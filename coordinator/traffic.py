@@ -76,15 +76,17 @@ class Traffic:
         measured: Mapping[NodeName, Measured],
         layers: Sequence[LayerGeometry],
         capacities: Mapping[NodeName, int],
+        epoch: int,
         current: Plan,
-    ) -> tuple[tuple[tuple[NodeName, ...], ...], ...] | None:
-        """The owners of a plan that is worth its copies, given the traffic since the last call; else None."""
+    ) -> Plan | None:
+        """A plan that is worth its copies, given the traffic since the last call; else None."""
         now, tokens = monotonic(), self.statistics.tokens
         (since, before), self._looked = self._looked, (now, tokens)
         experts, seq = self.statistics.trace()
         if len(seq) < ENOUGH_TOKENS or tokens == before:
             return None
-        return better(capacities, measured, layers, Trace(experts, seq), current, (tokens - before) / (now - since))
+        steps_per_s = (tokens - before) / (now - since)
+        return better(capacities, measured, layers, Trace(experts, seq), epoch, current, steps_per_s)
 
     async def _save_forever(self) -> None:
         while True:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from typing import NewType
+from typing import NamedTuple, NewType, TypeAlias
 
 NodeName = NewType("NodeName", str)
 LOCAL = NodeName("coordinator")  # the coordinator's own spare memory, a node without a hop
@@ -80,15 +80,28 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Pins(NamedTuple):
+    """Experts of a node's slice that stay in a tier: for each layer, ascending. The others move by use."""
+
+    in_ram: tuple[tuple[int, ...], ...]
+    in_vram: tuple[tuple[int, ...], ...]
+
+
+# For each layer and each of its experts the nodes that hold it, the one to ask first in front.
+Owners: TypeAlias = tuple[tuple[tuple[NodeName, ...], ...], ...]
+
+
 @dataclass(frozen=True)  # no slots: `slices` is worked out once, on whatever thread asks first
 class Plan:
-    """Who holds what: `owners[layer][expert]` are the nodes that hold it, the one to ask first in front.
+    """Who holds what.
 
-    An epoch numbers a plan; it grows by one with each new plan of a cluster, over restarts too.
+    An epoch numbers a plan; it grows by one with each new plan of a cluster, over restarts too. `pins` has the nodes
+    that hold more than a fast tier has room for, where it is known what is used most.
     """
 
     epoch: int
-    owners: tuple[tuple[tuple[NodeName, ...], ...], ...]
+    owners: Owners
+    pins: Mapping[NodeName, Pins] = field(default_factory=dict, hash=False)
 
     @cached_property
     def slices(self) -> Mapping[NodeName, tuple[tuple[int, ...], ...]]:

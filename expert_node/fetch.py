@@ -36,6 +36,8 @@ class Assignment:
     epoch: int
     manifest: Manifest
     experts: tuple[ExpertId, ...]  # ascending
+    in_ram: frozenset[ExpertId] = frozenset()  # of those: stay in RAM
+    in_vram: frozenset[ExpertId] = frozenset()  # of those: stay in the GPU's memory
 
     @classmethod
     def read(cls, message: pb.AssignSlice) -> "Assignment":
@@ -53,7 +55,9 @@ class Assignment:
                     f"The assigned slice names expert {layer.experts[-1]} of layer {layer.layer}: none such."
                 )
         experts = tuple(ExpertId(layer.layer, number) for layer in message.layers for number in layer.experts)
-        return cls(message.epoch, manifest, experts)
+        in_ram = frozenset(ExpertId(layer.layer, number) for layer in message.layers for number in layer.in_ram)
+        in_vram = frozenset(ExpertId(layer.layer, number) for layer in message.layers for number in layer.in_vram)
+        return cls(message.epoch, manifest, experts, in_ram, in_vram)
 
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import torch
 
+from moehive.kernels.machine import available_memory
 from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
@@ -120,7 +121,7 @@ async def start(settings: Settings) -> Node:
     identity = await obtain(settings.state, settings.token, settings.name, default_name())
     memory = settings.memory_bytes
     if memory is None:
-        memory = capacity.memory_for_experts(capacity.available_memory())
+        memory = capacity.memory_for_experts(available_memory())
     disk = settings.disk_bytes
     if disk is None:
         disk = await asyncio.to_thread(capacity.disk_for_experts, settings.state / "cache")

@@ -90,6 +90,7 @@ class Slices:
             problem: NodeError | None = None
             try:
                 await self._loader.load(wanted, self._needed(), self._note)
+                self._store.pin(wanted.in_ram, wanted.in_vram)
                 await asyncio.to_thread(self._store.prepare)
                 self._unready.discard(wanted.epoch)
                 log.info("Epoch %d: ready, %d experts held.", wanted.epoch, self._store.experts_held)

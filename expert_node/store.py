@@ -18,7 +18,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, Manifest
 from moehive.kernels.ops import ExpertWeights
 
 from .tiers.arena import padded
-from .tiers.ram import RamTier
+from .tiers.ram import LEAST_EXPERTS, RamTier
 from .tiers.reader import DiskReader
 from .types import NodeError
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NONE: Mapping[int, ExpertWeights] = MappingProxyType({})
-_LEAST_EXPERTS = 4  # that RAM must hold above a disk: some are computed, some are read
 
 
 class StoreFull(NodeError):
@@ -51,11 +50,13 @@ class ExpertStore:
         self._reader: DiskReader | None = None
         self._layers: dict[int, Mapping[int, ExpertWeights]] = {}  # those that stay in RAM
         self._files: dict[ExpertId, Path] = {}  # of the disk cache, where known
+        self._in_ram: frozenset[ExpertId] = frozenset()  # what the plan keeps there
 
     def use(self, manifest: Manifest, epoch: int) -> None:
         """Says which model the experts belong to from `epoch` on; another model's experts are dropped."""
         if self.manifest is None or self.manifest.fingerprint != manifest.fingerprint:
             self.retain(())
+            self.pin(frozenset(), frozenset())
             self.tier = None
             self.first_epoch = epoch
         self.manifest = manifest
@@ -137,6 +138,14 @@ class ExpertStore:
         self.experts_held -= len(gone)
         return len(gone)
 
+    def pin(self, in_ram: frozenset[ExpertId], in_vram: frozenset[ExpertId]) -> None:
+        """From now on these stay in RAM, and in a GPU's memory, once they are there, and no others."""
+        self._in_ram = in_ram
+        if self.tier is not None:
+            self.tier.pin(in_ram)
+        if self.gpu is not None:
+            self.gpu.pinned = in_vram
+
     def prepare(self) -> None:
         """A slice is whole: finds out how the disk is read best, and fills the RAM above it. Blocks for a moment."""
         tier = self.tier
@@ -176,16 +185,17 @@ class ExpertStore:
             for number, layer in enumerate(self.manifest.layers)
             for expert in range(layer.experts)
         )
-        if room < _LEAST_EXPERTS * padded(largest):
+        if room < LEAST_EXPERTS * padded(largest):
             raise StoreFull(
                 f"This node gives {room} bytes of memory to experts; to keep the rest on disk it needs at least "
-                f"{_LEAST_EXPERTS * padded(largest)}: start it with a larger --memory."
+                f"{LEAST_EXPERTS * padded(largest)}: start it with a larger --memory."
             )
         if self._reader is None:
             self._reader = DiskReader()
         tier = RamTier(room, [layer.experts for layer in self.manifest.layers], self._reader)
         for expert, spec in below.items():
             tier.add(expert, spec, self._files[expert])
+        tier.pin(self._in_ram)
         self._layers = stay
         self.tier = tier
         log.info("The experts are more than the memory for them: %.2f GB hold what is used most.", room / 1e9)

@@ -136,10 +136,12 @@ def check_directive(directive: pb.Directive) -> None:
             numbers = layer.experts
             if layer.layer >= MAX_LAYERS or len(numbers) > MAX_EXPERTS:
                 raise BoundsError(f"A layer's number is under {MAX_LAYERS} and it has at most {MAX_EXPERTS} experts.")
-            if any(a >= b for a, b in pairwise(numbers)):
+            if any(a >= b for part in (numbers, layer.in_ram, layer.in_vram) for a, b in pairwise(part)):
                 raise BoundsError("The experts of a slice's layer must be ascending.")
             if numbers and numbers[-1] >= MAX_EXPERTS:
                 raise BoundsError(f"An expert's number must be under {MAX_EXPERTS}.")
+            if not {*layer.in_ram, *layer.in_vram}.issubset(numbers):
+                raise BoundsError("A slice can keep only its own experts in a tier.")
 
 
 def check_drain(request: pb.DrainRequest) -> None:

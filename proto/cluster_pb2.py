@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmoehive/proto/cluster.proto\x12\x12moehive.cluster.v1\"G\n\x0bJoinRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\"=\n\tJoinReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63luster_address\x18\x02 \x01(\t\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\"%\n\nRenewReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\"\xc5\x02\n\nNodeReport\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.moehive.cluster.v1.NodeHelloH\x00\x12\x32\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.moehive.cluster.v1.HeartbeatH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.moehive.cluster.v1.SliceProgressH\x00\x12/\n\x05ready\x18\x04 \x01(\x0b\x32\x1e.moehive.cluster.v1.SliceReadyH\x00\x12\x31\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1f.moehive.cluster.v1.SliceFailedH\x00\x12.\n\x07leaving\x18\x06 \x01(\x0b\x32\x1b.moehive.cluster.v1.LeavingH\x00\x42\x08\n\x06report\"\x92\x01\n\tNodeHello\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tram_bytes\x18\x02 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x04\x12\x12\n\nvram_bytes\x18\x07 \x01(\x04\"\xbe\x01\n\tHeartbeat\x12\x14\n\x0c\x65xperts_held\x18\x01 \x01(\r\x12\x12\n\nbytes_held\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xpert_calls\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04load\x18\x07 \x01(\x01\x12(\n\x05tiers\x18\x08 \x01(\x0b\x32\x19.moehive.cluster.v1.Tiers\"\xa2\x01\n\x05Tiers\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07lookups\x18\x03 \x01(\x04\x12\x0e\n\x06in_ram\x18\x04 \x01(\x04\x12\x10\n\x08\x66oreseen\x18\x05 \x01(\x04\x12\x12\n\nprefetches\x18\x06 \x01(\x04\x12\x17\n\x0f\x64isk_read_bytes\x18\x07 \x01(\x04\x12\x12\n\nvram_bytes\x18\x08 \x01(\x04\"G\n\rSliceProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"\x1b\n\nSliceReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\".\n\x0bSliceFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sentence\x18\x02 \x01(\t\"\t\n\x07Leaving\"\xae\x01\n\tDirective\x12\x31\n\x06\x61ssign\x18\x01 \x01(\x0b\x32\x1f.moehive.cluster.v1.AssignSliceH\x00\x12\x31\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1f.moehive.cluster.v1.CommitEpochH\x00\x12.\n\x07release\x18\x03 \x01(\x0b\x32\x1b.moehive.cluster.v1.ReleaseH\x00\x42\x0b\n\tdirective\"^\n\x0b\x41ssignSlice\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12.\n\x06layers\x18\x03 \x03(\x0b\x32\x1e.moehive.cluster.v1.LayerSlice\",\n\nLayerSlice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\"\x1c\n\x0b\x43ommitEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\t\n\x07Release\"!\n\x0c\x44rainRequest\x12\x11\n\tnode_name\x18\x01 \x01(\t\"0\n\nDrainReply\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x10\n\x08sentence\x18\x02 \x01(\t\"\x97\x01\n\rLocateRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\x12\r\n\x05\x61void\x18\x03 \x03(\t\x12/\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x1f.moehive.cluster.v1.SourceFault\"?\n\x0bSourceFault\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\r\"G\n\x0bLocateReply\x12\'\n\x05peers\x18\x01 \x03(\x0b\x32\x18.moehive.cluster.v1.Peer\x12\x0f\n\x07sources\x18\x02 \x03(\r\"*\n\x04Peer\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"U\n\x0bHashRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\"\x1b\n\tHashReply\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\"d\n\x0cSliceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\x12\x0c\n\x04zstd\x18\x03 \x01(\x08\"=\n\x0c\x45xpertWanted\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x8f\x01\n\nSliceChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x15\n\rexpert_sha256\x18\x07 \x01(\x0c\x12\x12\n\nzstd_bytes\x18\x08 \x01(\rJ\x04\x08\x06\x10\x07\x32T\n\nEnrollment\x12\x46\n\x04Join\x12\x1f.moehive.cluster.v1.JoinRequest\x1a\x1d.moehive.cluster.v1.JoinReply2\xdb\x03\n\x07\x43luster\x12K\n\x06\x41ttend\x12\x1e.moehive.cluster.v1.NodeReport\x1a\x1d.moehive.cluster.v1.Directive(\x01\x30\x01\x12L\n\x06Locate\x12!.moehive.cluster.v1.LocateRequest\x1a\x1f.moehive.cluster.v1.LocateReply\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x12M\n\x0bHashExperts\x12\x1f.moehive.cluster.v1.HashRequest\x1a\x1d.moehive.cluster.v1.HashReply\x12I\n\x05Renew\x12 .moehive.cluster.v1.RenewRequest\x1a\x1e.moehive.cluster.v1.RenewReply\x12I\n\x05\x44rain\x12 .moehive.cluster.v1.DrainRequest\x1a\x1e.moehive.cluster.v1.DrainReply2Y\n\x05Peers\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmoehive/proto/cluster.proto\x12\x12moehive.cluster.v1\"G\n\x0bJoinRequest\x12\x14\n\x0ctoken_secret\x18\x01 \x01(\t\x12\x11\n\tnode_name\x18\x02 \x01(\t\x12\x0f\n\x07\x63sr_der\x18\x03 \x01(\x0c\"=\n\tJoinReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\x12\x17\n\x0f\x63luster_address\x18\x02 \x01(\t\"\x1f\n\x0cRenewRequest\x12\x0f\n\x07\x63sr_der\x18\x01 \x01(\x0c\"%\n\nRenewReply\x12\x17\n\x0f\x63\x65rtificate_pem\x18\x01 \x01(\x0c\"\xc5\x02\n\nNodeReport\x12.\n\x05hello\x18\x01 \x01(\x0b\x32\x1d.moehive.cluster.v1.NodeHelloH\x00\x12\x32\n\theartbeat\x18\x02 \x01(\x0b\x32\x1d.moehive.cluster.v1.HeartbeatH\x00\x12\x35\n\x08progress\x18\x03 \x01(\x0b\x32!.moehive.cluster.v1.SliceProgressH\x00\x12/\n\x05ready\x18\x04 \x01(\x0b\x32\x1e.moehive.cluster.v1.SliceReadyH\x00\x12\x31\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x1f.moehive.cluster.v1.SliceFailedH\x00\x12.\n\x07leaving\x18\x06 \x01(\x0b\x32\x1b.moehive.cluster.v1.LeavingH\x00\x42\x08\n\x06report\"\x92\x01\n\tNodeHello\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\x11\n\tram_bytes\x18\x02 \x01(\x04\x12\x16\n\x0eread_bandwidth\x18\x03 \x01(\x01\x12\x0f\n\x07threads\x18\x04 \x01(\r\x12\x10\n\x08software\x18\x05 \x01(\t\x12\x12\n\ndisk_bytes\x18\x06 \x01(\x04\x12\x12\n\nvram_bytes\x18\x07 \x01(\x04\"\xbe\x01\n\tHeartbeat\x12\x14\n\x0c\x65xperts_held\x18\x01 \x01(\r\x12\x12\n\nbytes_held\x18\x02 \x01(\x04\x12\r\n\x05\x63\x61lls\x18\x03 \x01(\x04\x12\x14\n\x0c\x65xpert_calls\x18\x04 \x01(\x04\x12\x12\n\ncompute_ns\x18\x05 \x01(\x04\x12\x16\n\x0eresident_bytes\x18\x06 \x01(\x04\x12\x0c\n\x04load\x18\x07 \x01(\x01\x12(\n\x05tiers\x18\x08 \x01(\x0b\x32\x19.moehive.cluster.v1.Tiers\"\xa2\x01\n\x05Tiers\x12\x11\n\tram_bytes\x18\x01 \x01(\x04\x12\x12\n\ndisk_bytes\x18\x02 \x01(\x04\x12\x0f\n\x07lookups\x18\x03 \x01(\x04\x12\x0e\n\x06in_ram\x18\x04 \x01(\x04\x12\x10\n\x08\x66oreseen\x18\x05 \x01(\x04\x12\x12\n\nprefetches\x18\x06 \x01(\x04\x12\x17\n\x0f\x64isk_read_bytes\x18\x07 \x01(\x04\x12\x12\n\nvram_bytes\x18\x08 \x01(\x04\"G\n\rSliceProgress\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x12\n\nbytes_done\x18\x02 \x01(\x04\x12\x13\n\x0b\x62ytes_total\x18\x03 \x01(\x04\"\x1b\n\nSliceReady\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\".\n\x0bSliceFailed\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sentence\x18\x02 \x01(\t\"\t\n\x07Leaving\"\xae\x01\n\tDirective\x12\x31\n\x06\x61ssign\x18\x01 \x01(\x0b\x32\x1f.moehive.cluster.v1.AssignSliceH\x00\x12\x31\n\x06\x63ommit\x18\x02 \x01(\x0b\x32\x1f.moehive.cluster.v1.CommitEpochH\x00\x12.\n\x07release\x18\x03 \x01(\x0b\x32\x1b.moehive.cluster.v1.ReleaseH\x00\x42\x0b\n\tdirective\"^\n\x0b\x41ssignSlice\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08manifest\x18\x02 \x01(\x0c\x12.\n\x06layers\x18\x03 \x03(\x0b\x32\x1e.moehive.cluster.v1.LayerSlice\"M\n\nLayerSlice\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0f\n\x07\x65xperts\x18\x02 \x03(\r\x12\x0e\n\x06in_ram\x18\x03 \x03(\r\x12\x0f\n\x07in_vram\x18\x04 \x03(\r\"\x1c\n\x0b\x43ommitEpoch\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\t\n\x07Release\"!\n\x0c\x44rainRequest\x12\x11\n\tnode_name\x18\x01 \x01(\t\"0\n\nDrainReply\x12\x10\n\x08released\x18\x01 \x01(\x08\x12\x10\n\x08sentence\x18\x02 \x01(\t\"\x97\x01\n\rLocateRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\x12\r\n\x05\x61void\x18\x03 \x03(\t\x12/\n\x06\x66\x61ults\x18\x04 \x03(\x0b\x32\x1f.moehive.cluster.v1.SourceFault\"?\n\x0bSourceFault\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\r\n\x05layer\x18\x02 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x03 \x01(\r\"G\n\x0bLocateReply\x12\'\n\x05peers\x18\x01 \x03(\x0b\x32\x18.moehive.cluster.v1.Peer\x12\x0f\n\x07sources\x18\x02 \x03(\r\"*\n\x04Peer\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"U\n\x0bHashRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\"\x1b\n\tHashReply\x12\x0e\n\x06sha256\x18\x01 \x03(\x0c\"d\n\x0cSliceRequest\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\t\x12\x31\n\x07\x65xperts\x18\x02 \x03(\x0b\x32 .moehive.cluster.v1.ExpertWanted\x12\x0c\n\x04zstd\x18\x03 \x01(\x08\"=\n\x0c\x45xpertWanted\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"\x8f\x01\n\nSliceChunk\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x0e\n\x06\x65xpert\x18\x02 \x01(\r\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\x12\x15\n\rexpert_sha256\x18\x07 \x01(\x0c\x12\x12\n\nzstd_bytes\x18\x08 \x01(\rJ\x04\x08\x06\x10\x07\x32T\n\nEnrollment\x12\x46\n\x04Join\x12\x1f.moehive.cluster.v1.JoinRequest\x1a\x1d.moehive.cluster.v1.JoinReply2\xdb\x03\n\x07\x43luster\x12K\n\x06\x41ttend\x12\x1e.moehive.cluster.v1.NodeReport\x1a\x1d.moehive.cluster.v1.Directive(\x01\x30\x01\x12L\n\x06Locate\x12!.moehive.cluster.v1.LocateRequest\x1a\x1f.moehive.cluster.v1.LocateReply\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x12M\n\x0bHashExperts\x12\x1f.moehive.cluster.v1.HashRequest\x1a\x1d.moehive.cluster.v1.HashReply\x12I\n\x05Renew\x12 .moehive.cluster.v1.RenewRequest\x1a\x1e.moehive.cluster.v1.RenewReply\x12I\n\x05\x44rain\x12 .moehive.cluster.v1.DrainRequest\x1a\x1e.moehive.cluster.v1.DrainReply2Y\n\x05Peers\x12P\n\nFetchSlice\x12 .moehive.cluster.v1.SliceRequest\x1a\x1e.moehive.cluster.v1.SliceChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -60,37 +60,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ASSIGNSLICE']._serialized_start=1432
   _globals['_ASSIGNSLICE']._serialized_end=1526
   _globals['_LAYERSLICE']._serialized_start=1528
-  _globals['_LAYERSLICE']._serialized_end=1572
-  _globals['_COMMITEPOCH']._serialized_start=1574
-  _globals['_COMMITEPOCH']._serialized_end=1602
-  _globals['_RELEASE']._serialized_start=1604
-  _globals['_RELEASE']._serialized_end=1613
-  _globals['_DRAINREQUEST']._serialized_start=1615
-  _globals['_DRAINREQUEST']._serialized_end=1648
-  _globals['_DRAINREPLY']._serialized_start=1650
-  _globals['_DRAINREPLY']._serialized_end=1698
-  _globals['_LOCATEREQUEST']._serialized_start=1701
-  _globals['_LOCATEREQUEST']._serialized_end=1852
-  _globals['_SOURCEFAULT']._serialized_start=1854
-  _globals['_SOURCEFAULT']._serialized_end=1917
-  _globals['_LOCATEREPLY']._serialized_start=1919
-  _globals['_LOCATEREPLY']._serialized_end=1990
-  _globals['_PEER']._serialized_start=1992
-  _globals['_PEER']._serialized_end=2034
-  _globals['_HASHREQUEST']._serialized_start=2036
-  _globals['_HASHREQUEST']._serialized_end=2121
-  _globals['_HASHREPLY']._serialized_start=2123
-  _globals['_HASHREPLY']._serialized_end=2150
-  _globals['_SLICEREQUEST']._serialized_start=2152
-  _globals['_SLICEREQUEST']._serialized_end=2252
-  _globals['_EXPERTWANTED']._serialized_start=2254
-  _globals['_EXPERTWANTED']._serialized_end=2315
-  _globals['_SLICECHUNK']._serialized_start=2318
-  _globals['_SLICECHUNK']._serialized_end=2461
-  _globals['_ENROLLMENT']._serialized_start=2463
-  _globals['_ENROLLMENT']._serialized_end=2547
-  _globals['_CLUSTER']._serialized_start=2550
-  _globals['_CLUSTER']._serialized_end=3025
-  _globals['_PEERS']._serialized_start=3027
-  _globals['_PEERS']._serialized_end=3116
+  _globals['_LAYERSLICE']._serialized_end=1605
+  _globals['_COMMITEPOCH']._serialized_start=1607
+  _globals['_COMMITEPOCH']._serialized_end=1635
+  _globals['_RELEASE']._serialized_start=1637
+  _globals['_RELEASE']._serialized_end=1646
+  _globals['_DRAINREQUEST']._serialized_start=1648
+  _globals['_DRAINREQUEST']._serialized_end=1681
+  _globals['_DRAINREPLY']._serialized_start=1683
+  _globals['_DRAINREPLY']._serialized_end=1731
+  _globals['_LOCATEREQUEST']._serialized_start=1734
+  _globals['_LOCATEREQUEST']._serialized_end=1885
+  _globals['_SOURCEFAULT']._serialized_start=1887
+  _globals['_SOURCEFAULT']._serialized_end=1950
+  _globals['_LOCATEREPLY']._serialized_start=1952
+  _globals['_LOCATEREPLY']._serialized_end=2023
+  _globals['_PEER']._serialized_start=2025
+  _globals['_PEER']._serialized_end=2067
+  _globals['_HASHREQUEST']._serialized_start=2069
+  _globals['_HASHREQUEST']._serialized_end=2154
+  _globals['_HASHREPLY']._serialized_start=2156
+  _globals['_HASHREPLY']._serialized_end=2183
+  _globals['_SLICEREQUEST']._serialized_start=2185
+  _globals['_SLICEREQUEST']._serialized_end=2285
+  _globals['_EXPERTWANTED']._serialized_start=2287
+  _globals['_EXPERTWANTED']._serialized_end=2348
+  _globals['_SLICECHUNK']._serialized_start=2351
+  _globals['_SLICECHUNK']._serialized_end=2494
+  _globals['_ENROLLMENT']._serialized_start=2496
+  _globals['_ENROLLMENT']._serialized_end=2580
+  _globals['_CLUSTER']._serialized_start=2583
+  _globals['_CLUSTER']._serialized_end=3058
+  _globals['_PEERS']._serialized_start=3060
+  _globals['_PEERS']._serialized_end=3149
 # @@protoc_insertion_point(module_scope)

@@ -159,12 +159,16 @@ class AssignSlice(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., manifest: _Optional[bytes] = ..., layers: _Optional[_Iterable[_Union[LayerSlice, _Mapping]]] = ...) -> None: ...
 
 class LayerSlice(_message.Message):
-    __slots__ = ("layer", "experts")
+    __slots__ = ("layer", "experts", "in_ram", "in_vram")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERTS_FIELD_NUMBER: _ClassVar[int]
+    IN_RAM_FIELD_NUMBER: _ClassVar[int]
+    IN_VRAM_FIELD_NUMBER: _ClassVar[int]
     layer: int
     experts: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ...) -> None: ...
+    in_ram: _containers.RepeatedScalarFieldContainer[int]
+    in_vram: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, layer: _Optional[int] = ..., experts: _Optional[_Iterable[int]] = ..., in_ram: _Optional[_Iterable[int]] = ..., in_vram: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class CommitEpoch(_message.Message):
     __slots__ = ("epoch",)

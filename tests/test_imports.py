@@ -22,6 +22,7 @@ COMMON = (
     "coordinator.changes",
     "coordinator.whole_file",
     "kernels.geometry",
+    "kernels.machine",
 )  # for all of coordinator/
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kernels": (),

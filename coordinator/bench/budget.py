@@ -13,9 +13,10 @@ from moehive.kernels.ops import ExpertOps
 
 from ..app import text_of
 from ..checkpoints.opening import ModelSource, open_model
+from ..precision.candidates import CANDIDATES, Progress
 from ..precision.encode import encode
 from ..precision.forward import Experts, Read, divergence, log_probabilities
-from ..precision.plan import CANDIDATES, Calibrated, Progress, calibrate, measure, plan
+from ..precision.plan import Calibrated, calibrate, measure, plan
 from ..precision.text import calibration_texts
 from ..trunk import load_trunk
 from .trained_like import CONFIGS, save_trained_like, texts

@@ -17,12 +17,11 @@ from typing import Any
 from moehive.kernels.geometry import ExpertId
 
 from ..app import Coordinator
-from ..cluster.membership import Owners
 from ..cluster.records import readmit_node
 from ..cluster.store import Store
 from ..dispatch.parts import NodeCounters
 from ..local_cluster import LocalCluster
-from ..types import CoordinatorError, NodeName
+from ..types import CoordinatorError, NodeName, Owners, Plan
 from .chaos_door import Door
 from .chaos_node import PRELUDE
 from .faults_reader import Reader
@@ -100,7 +99,7 @@ class FaultCluster:
 
         async def adopted() -> None:
             while coordinator.plan is None or coordinator.plan.owners != owners:
-                await coordinator.improve(lambda capacities, current: owners)
+                await coordinator.improve(lambda capacities, epoch, current: Plan(epoch, owners))
                 await asyncio.sleep(LOOK_SECONDS)
 
         await _in_time(adopted(), "The cluster does not take up a plan")

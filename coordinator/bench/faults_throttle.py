@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..cluster.membership import Owners
+from ..types import Owners
 from .faults_cluster import NODES, FaultCluster
 from .faults_report import FaultRow
 from .throttle import throttled

@@ -8,7 +8,7 @@ from ..types import CoordinatorError
 from .gguf.file import GgufTensor
 from .hub import cache
 from .opening import ModelSource, open_model, trunk_of
-from .pack.checkpoint import is_pack
+from .pack.checkpoint import PackCheckpoint, is_pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,10 @@ def look(name: str, path: Path) -> FoundModel:
 def _trunk_bytes(source: ModelSource) -> int:
     stored = trunk_of(source).trunk_stored()
     tensors = stored if isinstance(stored, list) else list(stored.values())
-    return sum(tensor.stored.nbytes if isinstance(tensor, GgufTensor) else tensor.nbytes for tensor in tensors)
+    own = source.pack.matrices if isinstance(source, PackCheckpoint) else ()
+    return sum(one.nbytes for one in own) + sum(
+        tensor.stored.nbytes if isinstance(tensor, GgufTensor) else tensor.nbytes for tensor in tensors
+    )
 
 
 def _formats(source: ModelSource) -> tuple[str, ...]:

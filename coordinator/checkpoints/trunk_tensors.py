@@ -13,6 +13,7 @@ from ..types import CoordinatorError
 from .conversion import Source
 from .experts import FORMATS
 from .quantized.tensor import AnyTensor, QuantizedTensor
+from .safetensors_file import StoredTensor
 
 
 class SafetensorsTrunk:
@@ -28,6 +29,15 @@ class SafetensorsTrunk:
     def __contains__(self, name: str) -> bool:
         source = self._sources.get(name)
         return source is not None and source.converter is None
+
+    def plain_matrices(self) -> dict[str, str]:
+        """The matrices that are stored in f32, bf16 or f16: their names, and those that they have in the files."""
+        found = {}
+        for name in filter(self.__contains__, self._sources):
+            stored = self._stored(name)
+            if isinstance(stored, StoredTensor) and len(stored.shape) == 2 and stored.dtype in FORMATS:
+                found[name] = stored.name
+        return found
 
     def linear(self, name: str) -> LinearWeights:
         """See TensorSource."""

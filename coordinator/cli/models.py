@@ -91,8 +91,7 @@ def models(
 def _memory(address: str, api_key: str | None, ca_file: Path | None) -> tuple[int, int]:
     """Bytes for experts, and the nodes that give them; without a running cluster, what is free here and 0."""
     from moehive.client import Client, MoehiveError
-
-    from ..settings import available_memory
+    from moehive.kernels.machine import available_memory
 
     try:
         with Client(address, api_key=api_key, ca_file=ca_file) as client:

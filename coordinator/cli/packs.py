@@ -37,7 +37,7 @@ def convert(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Bytes for the whole model, as 120GB, or 'cluster': each expert gets the format that harms least.",
+            help="Bytes for the whole model, as 120GB, or 'cluster': each part gets the format that harms least.",
             show_default="none",
         ),
     ] = None,
@@ -133,21 +133,32 @@ def _chosen(
     import asyncio
 
     from ..app import text_of
+    from ..checkpoints.checkpoint import Checkpoint
+    from ..checkpoints.opening import trunk_of
     from ..checkpoints.pack.convert import Chosen
+    from ..checkpoints.pack.matrices import TrunkMatrix
     from ..estimate.headers import of_files
     from ..precision.choice import choose_formats
     from ..precision.text import calibration_texts
+    from ..precision.trunk_parts import TrunkMatrices
     from ..trunk import load_trunk
     from .progress import stages
 
     texts = asyncio.run(calibration_texts(text_of(opened), calibration))
+    left = budget - of_files(source).trunk_bytes
+    matrices, files = None, trunk_of(opened)
+    if isinstance(files, Checkpoint):  # a GGUF's trunk keeps the formats that its maker chose
+        config, plain = opened.config.get_text_config(decoder=True), frozenset(files.trunk_tensors().plain_matrices())
+        matrices = TrunkMatrices.of(config, opened.trunk_tensors(), plain, threads)
+    if matrices is not None:
+        left += matrices.own_bytes
     with stages(quiet) as progress:
         chosen = choose_formats(
             opened.manifest,
             opened.expert_blob,
-            load_trunk(opened, threads),
+            load_trunk(opened, threads) if matrices is None else matrices,
             texts,
-            budget - of_files(source).trunk_bytes,
+            left,
             _KEPT_BYTES,
             threads,
             progress,
@@ -159,7 +170,12 @@ def _chosen(
             f"Experts take {chosen.precision.nbytes / 1e9:,.2f} GB; expected divergence "
             f"{chosen.precision.damage:.3g} nats a token. Projections: {named}."
         )
-    return Chosen(chosen.layers, chosen.encode)
+        if chosen.trunk:
+            counts = Counter(one.format for one in chosen.trunk)
+            named = ", ".join(f"{count:,} {fmt}" for fmt, count in counts.most_common())
+            typer.echo(f"Matrices of the trunk that are rounded: {named}.")
+    of_trunk = {TrunkMatrix(one.part.name, one.format, one.part.rows, one.part.columns): one for one in chosen.trunk}
+    return Chosen(chosen.layers, chosen.encode, tuple(of_trunk), lambda matrix: of_trunk[matrix].encode())
 
 
 def verify(pack: Pack, as_json: Json = False) -> None:

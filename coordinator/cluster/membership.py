@@ -18,7 +18,7 @@ from ..changes import Changes
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from . import policy
 from .drains import accept_drain, drains, refuse_drain
-from .plans import ModelTooLarge, Owners, Plans
+from .plans import ModelTooLarge, Plans
 from .records import quarantine_node, quarantined_nodes, revoked_nodes
 from .session import Assign, Commit, Released, Session
 from .state import (
@@ -284,15 +284,18 @@ class Membership:
         if policy.is_needed(self.state, name):
             await asyncio.to_thread(self._plans.make, self._usable(without=name), self.state)
 
-    async def improve(self, find: Callable[[Mapping[NodeName, int], Plan], Owners | None]) -> None:
-        """Loads a better plan over the same nodes, if `find`, on a thread, has one for their bytes and this plan."""
+    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
+        """Loads a better plan over the same nodes, if `find`, on a thread, has one.
+
+        `find` is given their bytes, the new plan's epoch, and the plan in force.
+        """
         active, capacities = self.state.active, self._usable()
         if active is None or not self._may_improve(active, capacities):
             return
 
-        def found() -> Owners | None:
-            owners = find(capacities, active)
-            return owners if self._may_improve(active, capacities) else None
+        def found(epoch: int) -> Plan | None:
+            plan = find(capacities, epoch, active)
+            return plan if self._may_improve(active, capacities) else None
 
         plan = await asyncio.to_thread(self._plans.claim_better, found, lambda: self.state)
         if plan is not None and plan.epoch > self.state.epoch and self._may_improve(active, capacities):
@@ -319,7 +322,7 @@ class Membership:
                 part = name in owners or (latest and (name in state.members or node.drained))
                 if part and plan.epoch not in node.assigned and now >= self._retry_at.get(name, now):
                     if session is not None:
-                        session.send(Assign(plan.epoch, plan.slice_of(name)))
+                        session.send(Assign(plan.epoch, plan.slice_of(name), plan.pins.get(name)))
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue

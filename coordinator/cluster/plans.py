@@ -6,6 +6,7 @@ What is slow for many experts (a plan, its slices, writing it down) happens on t
 import asyncio
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from moehive.kernels.geometry import Manifest
 
@@ -16,8 +17,6 @@ from .state import ClusterState
 from .store import Store
 
 log = logging.getLogger(__name__)
-
-Owners = tuple[tuple[tuple[NodeName, ...], ...], ...]  # as in Plan
 
 
 class ModelTooLarge(CoordinatorError):
@@ -52,12 +51,12 @@ class Plans:
         claim_epoch(self._store, plan.epoch)
         return plan
 
-    def claim_better(self, find: Callable[[], Owners | None], state: Callable[[], ClusterState]) -> Plan | None:
-        """The plan of the owners that `find` finds, its epoch claimed; `state` is asked for after that."""
-        owners = find()
-        if owners is None:
+    def claim_better(self, find: Callable[[int], Plan | None], state: Callable[[], ClusterState]) -> Plan | None:
+        """The plan that `find` has for an epoch, if any; its epoch, which may be a later one then, is claimed."""
+        plan = find(self._next_epoch(state()))
+        if plan is None:
             return None
-        plan = Plan(self._next_epoch(state()), owners)
+        plan = replace(plan, epoch=self._next_epoch(state()))
         assert plan.slices  # worked out here, not on the loop
         claim_epoch(self._store, plan.epoch)
         return plan

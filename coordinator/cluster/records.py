@@ -8,7 +8,7 @@ import msgpack
 
 from moehive.kernels.geometry import LayerGeometry
 
-from ..types import CoordinatorError, NodeName, Plan
+from ..types import CoordinatorError, NodeName, Pins, Plan
 from .store import Store
 
 _SHUT_OUT = ("quarantine", "drains")  # tables of nodes that wait for `readmit_node`
@@ -109,6 +109,7 @@ def save_plan(store: Store, fingerprint: str, plan: Plan, members: Sequence[Node
             "names": names,
             "members": sorted(members),
             "owners": [[[number[name] for name in owners] for owners in layer] for layer in plan.owners],
+            "pins": [[number[name], *pins] for name, pins in plan.pins.items()],
         }
     )
     with store.transaction() as db:
@@ -128,4 +129,8 @@ def load_plan(
     owners = tuple(tuple(tuple(names[i] for i in nodes) for nodes in layer) for layer in packed["owners"])
     if [len(layer) for layer in owners] != [layer.experts for layer in layers]:
         return None
-    return Plan(packed["epoch"], owners), frozenset(packed["members"])
+    pins = {
+        names[number]: Pins(*(tuple(map(tuple, tier)) for tier in tiers))
+        for number, *tiers in packed.get("pins", ())  # absent in what an earlier version wrote
+    }
+    return Plan(packed["epoch"], owners, pins), frozenset(packed["members"])

@@ -209,8 +209,12 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         if isinstance(direction, Assign):
             assign = pb.AssignSlice(epoch=direction.epoch, manifest=self._manifest)
             for layer, experts in enumerate(direction.layers):
-                if experts:
-                    assign.layers.add(layer=layer, experts=experts)
+                if not experts:
+                    continue
+                part = assign.layers.add(layer=layer, experts=experts)
+                if direction.pins is not None:
+                    part.in_ram.extend(direction.pins.in_ram[layer])
+                    part.in_vram.extend(direction.pins.in_vram[layer])
             return pb.Directive(assign=assign)
         if isinstance(direction, Commit):
             return pb.Directive(commit=pb.CommitEpoch(epoch=direction.epoch))
@@ -235,6 +239,7 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
         hello.threads,
         hello.software,
         hello.disk_bytes,
+        hello.vram_bytes,
     )
 
 

@@ -9,17 +9,21 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from ..types import CoordinatorError, NodeName
+from ..types import CoordinatorError, NodeName, Pins
 
 MAX_UNSENT = 64  # directives; a node that reads none of so many is not following
 
 
 @dataclass(frozen=True, slots=True)
 class Assign:
-    """Hold these experts, in addition to the present ones; `layers` has a tuple of experts for each layer."""
+    """Hold these experts, in addition to the present ones; `layers` has a tuple of experts for each layer.
+
+    `pins`: those among them that stay in a fast tier; None: none.
+    """
 
     epoch: int
     layers: tuple[tuple[int, ...], ...]
+    pins: Pins | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ class Capacity:
     threads: int = 1
     software: str = ""
     disk_bytes: int = 0  # that it gives to experts beyond those
+    vram_bytes: int = 0  # of a GPU, for experts that lie in the others too
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ Only what is not in the table of shapes comes here. Imports of torch and transfo
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ def of_files(model: str) -> Model:
     """A directory of safetensors, a GGUF file or a pack, in the formats that it has. Raises CoordinatorError."""
     from ..checkpoints.checkpoint import Checkpoint
     from ..checkpoints.opening import open_model, trunk_of
+    from ..checkpoints.pack.checkpoint import PackCheckpoint
 
     source = open_model(model)
     trunk = trunk_of(source)
@@ -31,6 +33,8 @@ def of_files(model: str) -> Model:
         stored = ((name, tensor.shape, tensor.nbytes) for name, tensor in trunk.trunk_stored().items())
     else:
         stored = ((tensor.name, tensor.shape, tensor.stored.nbytes) for tensor in trunk.trunk_stored())
+    own = source.pack.matrices if isinstance(source, PackCheckpoint) else ()
+    stored = chain(stored, ((one.name, (one.rows, one.columns), one.nbytes) for one in own))
     return _model(source.manifest.name, _format_of(source), source.config, source.manifest.layers, stored)
 
 

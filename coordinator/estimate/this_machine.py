@@ -2,7 +2,9 @@
 
 from time import perf_counter
 
-from ..settings import available_memory, cores
+from moehive.kernels.machine import available_memory
+
+from ..settings import cores
 from .cluster import Cluster, Machine, Tier
 
 _READ_BYTES = 256 << 20  # far more than caches hold

@@ -4,11 +4,19 @@ A name like `model.layers.3.self_attn.q_proj.weight` means the same tensor whate
 knows other names, another layout or permuted rows (GGUF) translates.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from moehive.kernels.formats.plain import PLAIN_TYPES
+from moehive.kernels.formats.registry import FORMATS
+from moehive.kernels.geometry import GROUP_ROWS, tensor_bytes
 from moehive.kernels.linear import LinearWeights
+from moehive.kernels.memory import WeightMemory
+
+_DECODED = 32  # tokens whose rows are decoded at once, each with those beside it
 
 
 class Embedding(Protocol):
@@ -60,3 +68,80 @@ class PlainEmbedding:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See Embedding."""
         return self._table[ids].float()
+
+
+class BlockEmbedding:
+    """A table in a block format, as kernels compute it; what is asked for is decoded, with the rows beside it."""
+
+    def __init__(self, weights: LinearWeights) -> None:
+        self._weights = weights
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """See Embedding."""
+        return torch.cat([self._decode(part) for part in ids.split(_DECODED)])
+
+    def _decode(self, ids: torch.Tensor) -> torch.Tensor:
+        weights, format = self._weights, FORMATS[self._weights.format]
+        nbytes = tensor_bytes(weights.format, GROUP_ROWS, weights.columns)
+        groups = weights.blob[: -(-weights.rows // GROUP_ROWS) * nbytes].view(-1, nbytes)[ids // GROUP_ROWS]
+        shape = (len(ids) * GROUP_ROWS, weights.columns)
+        rows = format.decode(format.view(groups.flatten(), shape), shape)
+        return rows.view(len(ids), GROUP_ROWS, -1)[torch.arange(len(ids)), ids % GROUP_ROWS]
+
+
+def embedding_of(weights: LinearWeights) -> Embedding:
+    """A matrix [vocabulary, hidden] as a table; it shares the memory."""
+    dtype = PLAIN_TYPES.get(weights.format)
+    if dtype is None:
+        return BlockEmbedding(weights)
+    plain = weights.blob[: weights.rows * weights.columns * dtype.itemsize].view(dtype)
+    return PlainEmbedding(plain.view(weights.rows, weights.columns))
+
+
+class Replaced:
+    """A TensorSource in which some matrices are others; biases are the source's."""
+
+    def __init__(
+        self, source: TensorSource, matrices: Mapping[str, LinearWeights], memory: WeightMemory | None = None
+    ) -> None:
+        """`matrices`, by name, take the place of the source's or stand for what it lacks.
+
+        `memory`: where those that are multiplied with are copied to; None: they are used where they lie.
+        """
+        self._source = source
+        self._matrices = matrices
+        self._memory = memory
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """See TensorSource."""
+        return self._source.dtype
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._matrices or name in self._source
+
+    def linear(self, name: str) -> LinearWeights:
+        """See TensorSource."""
+        found = self._matrices.get(name)
+        if found is None:
+            return self._source.linear(name)
+        blob = found.blob
+        if self._memory is not None:
+            blob = self._memory.take(len(blob))
+            blob.copy_(found.blob)
+        bias = f"{name.removesuffix('weight')}bias"
+        return replace(found, blob=blob, bias=self.tensor(bias) if bias in self else None)
+
+    def column_order(self, name: str) -> torch.Tensor | None:
+        """See TensorSource."""
+        return None if name in self._matrices else self._source.column_order(name)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See TensorSource."""
+        found = self._matrices.get(name)
+        return self._source.tensor(name) if found is None else found.matrix
+
+    def embedding(self, name: str) -> Embedding:
+        """See TensorSource."""
+        found = self._matrices.get(name)
+        return self._source.embedding(name) if found is None else embedding_of(found)

@@ -15,8 +15,9 @@ import numpy as np
 
 from moehive.kernels.geometry import LayerGeometry
 
-from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from ..types import LOCAL, CoordinatorError, NodeName, Owners, Pins, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
+from .pins import covered, pinned
 from .plan import Placement, make_plan, score
 from .replan import Migration, replan
 from .slots import share_out
@@ -32,16 +33,19 @@ COPY_BYTES_PER_S = 30e6  # a quarter of 1 Gbit/s
 HORIZON_SECONDS = 3600.0  # for which traffic is expected to stay as it is
 USUAL_BANDWIDTH = 10e9  # bytes a second, of a node that has not said
 USUAL_RTT_S = 3e-4
+PIN_GAIN = 0.02  # of all uses: a plan that pins others must find so many more of them in a fast tier
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What a node and the link to it were measured to do; 0: not known."""
+    """What a node and the link to it were measured to do, and what its tiers hold; 0: not known, or none."""
 
     bandwidth: float = 0.0  # bytes a second of reading experts
     rtt_s: float = 0.0
     token_s: float = 0.0  # on the wire, of one token's hidden states, there and back
     machine: str = ""  # where the node runs; empty: on one of its own
+    ram_bytes: int = 0  # of what it gives to experts; the rest is disk
+    vram_bytes: int = 0  # of a GPU, beside those
 
 
 def place(
@@ -53,6 +57,18 @@ def place(
     previous: Plan | None = None,
 ) -> Plan:
     """A plan within `capacities` (bytes of each node). Raises CoordinatorError when the experts don't fit."""
+    plan = _place(capacities, measured, layers, trace, epoch, previous)
+    return plan if trace is None else replace(plan, pins=_pins(plan.owners, measured, layers, trace))
+
+
+def _place(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace | None,
+    epoch: int,
+    previous: Plan | None,
+) -> Plan:
     # Beyond what the planner knows, the nodes that give least hold nothing.
     names = sorted(capacities, key=lambda name: (-capacities[name], name))[:MAX_NODES]
     capacities = {name: capacities[name] for name in sorted(names)}
@@ -82,10 +98,30 @@ def better(
     measured: Mapping[NodeName, Measured],
     layers: Sequence[LayerGeometry],
     trace: Trace,
+    epoch: int,
     current: Plan,
     steps_per_s: float,
-) -> tuple[tuple[tuple[NodeName, ...], ...], ...] | None:
-    """The owners of a plan that is worth its copies (replan.py), or None. `steps_per_s` is the traffic of late."""
+) -> Plan | None:
+    """A plan that is worth its copies (replan.py), or None. `steps_per_s` is the traffic of late.
+
+    Without better owners it may be the present ones with other experts in their fast tiers, which costs no copies.
+    """
+    owners = _better_owners(capacities, measured, layers, trace, current, steps_per_s)
+    kept = current.owners if owners is None else owners
+    pins = _pins(kept, measured, layers, trace)
+    if owners is None and covered(pins, kept, trace) - covered(current.pins, kept, trace) < PIN_GAIN:
+        return None
+    return Plan(epoch, kept, pins)
+
+
+def _better_owners(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace,
+    current: Plan,
+    steps_per_s: float,
+) -> Owners | None:
     experts = {layer.experts for layer in layers}
     here = {name for layer in current.owners for nodes in layer for name in nodes}
     if len(experts) > 1 or not here <= capacities.keys() or len(capacities) > MAX_NODES or steps_per_s <= 0:
@@ -138,23 +174,29 @@ def _by_machine(measured: Mapping[NodeName, Measured]) -> dict[NodeName, Measure
     together: dict[str, list[Measured]] = {}
     for name, found in measured.items():
         together.setdefault(found.machine or f"node {name}", []).append(found)
-    shared = {machine: _of_all(nodes) for machine, nodes in together.items()}
-    return {name: shared[found.machine or f"node {name}"] for name, found in measured.items()}
+    return {name: _as_all(found, together[found.machine or f"node {name}"]) for name, found in measured.items()}
 
 
-def _of_all(nodes: Sequence[Measured]) -> Measured:
-    """The mean bandwidth, and the shortest times: a busy machine only makes them longer."""
-    bandwidths = [node.bandwidth for node in nodes if node.bandwidth]
+def _as_all(node: Measured, nodes: Sequence[Measured]) -> Measured:
+    """With the mean bandwidth, and the shortest times: a busy machine only makes them longer."""
+    bandwidths = [other.bandwidth for other in nodes if other.bandwidth]
     return replace(
-        nodes[0],
+        node,
         bandwidth=sum(bandwidths) / max(1, len(bandwidths)),
-        rtt_s=min((node.rtt_s for node in nodes if node.rtt_s), default=0.0),
-        token_s=min((node.token_s for node in nodes if node.token_s), default=0.0),
+        rtt_s=min((other.rtt_s for other in nodes if other.rtt_s), default=0.0),
+        token_s=min((other.token_s for other in nodes if other.token_s), default=0.0),
     )
 
 
 def _filled(capacities: Mapping[NodeName, int]) -> dict[NodeName, int]:
     return {name: int(FILLED * size) for name, size in capacities.items()}
+
+
+def _pins(
+    owners: Owners, measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry], trace: Trace
+) -> dict[NodeName, Pins]:
+    tiers = {name: (node.ram_bytes, node.vram_bytes) for name, node in measured.items()}
+    return pinned(owners, tiers, layers, trace)
 
 
 def _with_replicas(
@@ -183,9 +225,7 @@ def _cluster(
     )
 
 
-def _owners(
-    made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGeometry]
-) -> tuple[tuple[tuple[NodeName, ...], ...], ...]:
+def _owners(made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGeometry]) -> Owners:
     return tuple(
         tuple(tuple(names[node] for node in made.holders(layer, expert)) for expert in range(geometry.experts))
         for layer, geometry in enumerate(layers)

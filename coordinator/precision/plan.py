@@ -1,4 +1,5 @@
-"""Chooses the format of every expert's projections so that the model's output diverges least for the bytes.
+"""Chooses the format of every expert's projections, and of the trunk's matrices (trunk_parts.py), so that the model's
+output diverges least for the bytes.
 
 The damage of a choice is estimated as a sum over projections:
 
@@ -15,9 +16,8 @@ measured at the output as in HAWQ (Dong et al., 2019), with KL in place of the H
 columns as in llama.cpp's importance matrix.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import gguf
 import numpy as np
@@ -28,30 +28,30 @@ from moehive.kernels.quantizers.feedback import Moments, quantize
 
 from ..models.base import Trunk
 from .calibration import LayerInputs, Projection, Recorder, projections
+from .candidates import CANDIDATES, PROBE, Progress
 from .encode import encode
 from .forward import Experts, Read, Ready, divergence, log_probabilities
 from .knapsack import Option, choose
+from .trunk_parts import TrunkPart, spread
 
-CANDIDATES: Final[tuple[Format, ...]] = ("q2_k", "q3_k", "iq4_xs", "iq4_nl", "q4_k", "q5_k", "q6_k", "q8_0")
-_PROBE: Final[Format] = "q3_k"  # what a layer is rounded to when its gain is measured
 _ROWS = 64  # of a projection, on which a format's error is measured
 _PROBED_LAYERS = 16  # whose gain is measured; between them it is interpolated
 _PROBE_TOKENS = 384  # of the text, for the gains
-
-Progress = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
 
 @dataclass(frozen=True, slots=True)
 class Precision:
     """What was chosen: `layers` with each expert's formats, their bytes, the damage that is expected, nats a token.
 
-    No choice among these formats has less expected damage than `bound`.
+    `trunk`: the matrices of the trunk that get another format. No choice among these formats has less expected damage
+    than `bound`.
     """
 
     layers: tuple[LayerGeometry, ...]
     nbytes: int
     damage: float
     bound: float
+    trunk: Mapping[str, Format] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +67,10 @@ def calibrate(trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], pro
     recorder = Recorder(experts)
     log_probabilities(trunk, recorder, texts)
     inputs = recorder.inputs()
-    probes = [text[:_PROBE_TOKENS] for text in texts[: max(1, _PROBE_TOKENS // max(1, len(texts[0])))]]
+    probes = probes_of(texts)
     reference = log_probabilities(trunk, experts, probes)
     layers = len(inputs)
-    probed = sorted(
-        {round(n * (layers - 1) / max(1, min(layers, _PROBED_LAYERS) - 1)) for n in range(_PROBED_LAYERS)}
-    )
-    probed = [layer for layer in probed if layer < layers]
+    probed = spread(layers, _PROBED_LAYERS)
     measured = []
     for done, layer in enumerate(probed):
         progress("Measuring layers", done, len(probed))
@@ -82,6 +79,11 @@ def calibrate(trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], pro
         measured.append(kl / (changed.squares / changed.tokens))
     gains = np.exp(np.interp(range(layers), probed, np.log(np.maximum(measured, 1e-30))))
     return Calibrated(inputs, gains.tolist())
+
+
+def probes_of(texts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The part of the text on which gains are measured."""
+    return [text[:_PROBE_TOKENS] for text in texts[: max(1, _PROBE_TOKENS // max(1, len(texts[0])))]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +119,19 @@ def measure(manifest: Manifest, read: Read, calibrated: Calibrated, progress: Pr
     return measured
 
 
-def plan(measured: Measured, budget: int) -> Precision | None:
-    """The formats for `budget` bytes of experts; None if even the smallest are more."""
-    chosen = choose(measured.options, budget)
+def plan(measured: Measured, budget: int, trunk: Sequence[TrunkPart] = ()) -> Precision | None:
+    """The formats for `budget` bytes of experts and parts of the trunk; None if even the smallest are more."""
+    chosen = choose([*measured.options, *(part.options for part in trunk)], budget)
     if chosen is None:
         return None
+    picks = chosen.picks[: len(measured.options)]
+    other = {
+        part.name: part.formats[pick]
+        for part, pick in zip(trunk, chosen.picks[len(measured.options) :], strict=True)
+        if pick > 0
+    }
     picked: dict[ExpertId, dict[str, Format]] = {}
-    for (name, projection), formats, pick in zip(measured.owners, measured.formats, chosen.picks, strict=True):
+    for (name, projection), formats, pick in zip(measured.owners, measured.formats, picks, strict=True):
         picked.setdefault(name, {})[projection] = formats[pick]
     layers = tuple(
         replace(
@@ -134,7 +142,7 @@ def plan(measured: Measured, budget: int) -> Precision | None:
         )
         for number, layer in enumerate(measured.manifest.layers)
     )
-    return Precision(layers, sum(layer.nbytes for layer in layers), chosen.damage, chosen.bound)
+    return Precision(layers, sum(layer.nbytes for layer in layers), chosen.damage, chosen.bound, other)
 
 
 def _damages(projection: Projection, formats: Sequence[Format]) -> list[float]:
@@ -172,7 +180,7 @@ class _Rounded:
         self._layer = layer
         manifest = exact.manifest
         old = manifest.layers[layer]
-        new = replace(old, spec=replace(old.spec, format=_PROBE, down_format=None), formats=())
+        new = replace(old, spec=replace(old.spec, format=PROBE, down_format=None), formats=())
 
         def read(expert: ExpertId) -> torch.Tensor:
             return encode(old.spec_of(expert.expert), exact.read(expert), new.spec, None)

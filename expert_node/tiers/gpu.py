@@ -49,6 +49,7 @@ class GpuTier:
         self._cpu = cpu
         self.capacity_bytes = capacity_bytes
         self.bytes_held = 0
+        self.pinned: frozenset[ExpertId] = frozenset()  # come at their first use, and stay
         self.break_even = 1 << 30  # tokens of one expert from which it is copied for a request
         self._gpu = GpuExperts(device)
         self._held: dict[int, dict[int, GpuExpert]] = {}
@@ -161,7 +162,7 @@ class GpuTier:
         log.info("Experts of %s and %s stay on the CPU: %s", spec.format, spec.back_format, error)
 
     def _move_up(self, layer: int, spec: ExpertSpec, in_ram: Mapping[int, ExpertWeights], numbers: list[int]) -> None:
-        """Counts the uses; the expert of this request that is used most comes up if it is worth the place."""
+        """Counts the uses; a pinned expert of this request comes up, else that used most, if it is worth it."""
         self._time += 1 / (HALF_LIFE * max(1, len(self._held)))
         for number in numbers:
             expert = ExpertId(layer, number)
@@ -170,17 +171,24 @@ class GpuTier:
         below = [n for n in numbers if n not in there and n in in_ram and in_ram[n].spec == spec]
         if not below or not self._computes(spec):
             return
-        best = max(below, key=lambda number: self._counts[ExpertId(layer, number)])
+        pinned = self.pinned
+        best = max(below, key=lambda n: (ExpertId(layer, n) in pinned, self._counts[ExpertId(layer, n)]))
+        must = ExpertId(layer, best) in pinned
         nbytes = self._gpu.nbytes(spec)
         self._requests += 1
-        if self.bytes_held + nbytes > self.capacity_bytes and self._requests % LOOK_EVERY:
+        if not must and self.bytes_held + nbytes > self.capacity_bytes and self._requests % LOOK_EVERY:
             return
         while self.bytes_held + nbytes > self.capacity_bytes:
-            all_held = [ExpertId(of, number) for of, experts in self._held.items() for number in experts]
-            if not all_held:
+            may_go = [
+                expert
+                for of, experts in self._held.items()
+                for expert in (ExpertId(of, number) for number in experts)
+                if expert not in pinned
+            ]
+            if not may_go:
                 return
-            least = min(all_held, key=self._counts.__getitem__)
-            if self._counts[least] + HYSTERESIS > self._counts[ExpertId(layer, best)]:
+            least = min(may_go, key=self._counts.__getitem__)
+            if not must and self._counts[least] + HYSTERESIS > self._counts[ExpertId(layer, best)]:
                 return
             self.bytes_held -= self._held[least.layer].pop(least.expert).memory.numel()
         try:

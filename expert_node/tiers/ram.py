@@ -26,6 +26,7 @@ from .use import HALF_LIFE, Transitions, used
 
 log = logging.getLogger(__name__)
 
+LEAST_EXPERTS = 4  # that RAM must hold above a disk, beside those pinned: some are computed, some are read
 AHEAD_SHARE = 4  # a prefetch may hold at most one part in so many of the RAM
 AHEAD_LAYERS = 2  # for which it holds experts, the newest; requests of two micro-batches take turns
 NOTED_EXPERTS = 64  # of one request: more are a prompt's, after which anything follows
@@ -41,7 +42,7 @@ class _Expert:
     id: ExpertId
     spec: ExpertSpec
     path: Path
-    pinned: bool
+    pinned: bool = False
     count: float = float("-inf")  # see `use.used`
     weights: ExpertWeights | None = None  # while in RAM
     job: ReadJob | None = None  # while it is read
@@ -107,10 +108,10 @@ class RamTier:
         with self._changed:
             return self._experts[layer].keys() - self._resident[layer]
 
-    def add(self, expert: ExpertId, spec: ExpertSpec, path: Path, pinned: bool = False) -> None:
+    def add(self, expert: ExpertId, spec: ExpertSpec, path: Path) -> None:
         """Takes an expert whose checked file of `spec.nbytes` is `path`; it stays on disk until it is asked for."""
         with self._changed:
-            self._experts[expert.layer].setdefault(expert.expert, _Expert(expert, spec, path, pinned))
+            self._experts[expert.layer].setdefault(expert.expert, _Expert(expert, spec, path))
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert.expert in self._experts[expert.layer]
@@ -121,12 +122,19 @@ class RamTier:
             return [expert.id for layer in self._experts for expert in layer.values()]
 
     def pin(self, experts: Collection[ExpertId]) -> None:
-        """From now on these stay in RAM once they are there, and no others."""
+        """From now on these stay in RAM once they are there, and no others.
+
+        As many as leave room for LEAST_EXPERTS that move.
+        """
         with self._changed:
-            for layer in self._experts:
-                for expert in layer.values():
-                    expert.pinned = expert.id in experts
-                    self._may_leave(expert)
+            here = [expert for layer in self._experts for expert in layer.values()]
+            largest = max((padded(expert.spec.nbytes) for expert in here), default=0)
+            room = self._arena.capacity_bytes - LEAST_EXPERTS * largest
+            for expert in here:
+                expert.pinned = expert.id in experts and padded(expert.spec.nbytes) <= room
+                if expert.pinned:
+                    room -= padded(expert.spec.nbytes)
+                self._may_leave(expert)
 
     def remove(self, expert: ExpertId) -> None:
         """Forgets an expert; a request that computes with it now goes on."""
@@ -139,12 +147,12 @@ class RamTier:
             self._may_leave(gone)
 
     def fill(self) -> None:
-        """Reads experts into the room that is free, pinned ones first; returns when they are in line."""
+        """Reads the pinned experts, then others into the room that is free; returns when they are in line."""
         with self._changed:
             wanted = [e for layer in self._experts for e in layer.values() if e.weights is None and e.job is None]
             wanted.sort(key=lambda e: (not e.pinned, e.id.expert, e.id.layer))
             for expert in wanted:
-                if not self._read(expert, Urgency.SPARE):
+                if not self._read(expert, Urgency.FORESEEN if expert.pinned else Urgency.SPARE):
                     break
 
     def settle(self) -> None:

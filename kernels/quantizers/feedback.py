@@ -22,11 +22,11 @@ class Moments:
     """How the vectors that a matrix is multiplied with go together: what `quantize` needs, made once for all formats.
 
     `importance` f32 [columns, padded to 256]: mean squares; `factor` f32 [the same twice]: upper Cholesky factor of
-    the inverse of the second moments.
+    the inverse of the second moments; None: errors are not compensated.
     """
 
     importance: torch.Tensor
-    factor: torch.Tensor
+    factor: torch.Tensor | None
 
     @classmethod
     def of(cls, moments: torch.Tensor) -> "Moments":
@@ -38,11 +38,17 @@ class Moments:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
         return cls(full.diagonal().float(), torch.linalg.cholesky(inverse, upper=True).float())
 
+    @classmethod
+    def diagonal(cls, squares: torch.Tensor) -> "Moments":
+        """`squares` f32 [columns]: mean squares of the vectors' entries, of which nothing else is known."""
+        damped = squares + _DAMPING * squares.mean().clamp_min(1e-12)
+        return cls(torch.nn.functional.pad(damped, (0, -len(squares) % _WIDEST)), None)
+
 
 def quantize(name: str, weight: torch.Tensor, moments: Moments | None = None) -> torch.Tensor:
     """`weight` [rows, columns] of any float type → uint8 [rows, bytes of a row], a GGUF file's rows of type `name`.
 
-    Without `moments` each column counts the same and errors are not compensated. A row's bytes depend on no other
+    Without `moments` each column counts the same, and errors are not compensated. A row's bytes depend on no other
     row. Columns are padded to whole blocks with zeros.
     """
     grid = GRIDS[name]
@@ -52,11 +58,11 @@ def quantize(name: str, weight: torch.Tensor, moments: Moments | None = None) ->
     stored = []
     for start in range(0, width, grid.columns):
         end = start + grid.columns
-        if moments is None:
-            fit = grid.fit(w[:, start:end].contiguous(), torch.ones(grid.columns))
+        importance = torch.ones(grid.columns) if moments is None else moments.importance[start:end]
+        fit = grid.fit(w[:, start:end].contiguous(), importance)
+        if moments is None or moments.factor is None:
             codes = grid.codes(w[:, start:end], *_spread(fit, grid.sub))
         else:
-            fit = grid.fit(w[:, start:end].contiguous(), moments.importance[start:end])
             codes, errors = _round(name, w[:, start:end], fit, moments.factor[start:end, start:end])
             w[:, end:] -= errors @ moments.factor[start:end, end:width]
         stored.append(block_bytes(name, codes, fit))

@@ -114,6 +114,7 @@ SIZES: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
+    "head_dim": 16,
     "max_position_embeddings": 64,
 }
 

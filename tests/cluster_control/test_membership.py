@@ -10,7 +10,7 @@ from moehive.coordinator.cluster import membership
 from moehive.coordinator.cluster.drains import ask_drain, drains
 from moehive.coordinator.cluster.records import readmit_node, revoke_node
 from moehive.coordinator.cluster.state import Phase
-from moehive.coordinator.types import LOCAL, CoordinatorError
+from moehive.coordinator.types import LOCAL, CoordinatorError, Plan
 from moehive.kernels.geometry import Manifest
 from moehive.kernels.manifest import from_bytes
 from moehive.proto import cluster_pb2 as pb
@@ -442,10 +442,12 @@ def test_a_better_plan_is_loaded_while_the_old_one_serves(cluster, manifest):
             first = harness.membership.state.active
             wanted = tuple(tuple(("b", "a") for _ in layer) for layer in first.owners)
 
-            await harness.membership.improve(lambda capacities, current: None)
+            await harness.membership.improve(lambda capacities, epoch, current: None)
             assert harness.membership.state.active is first and harness.membership.state.pending is None
             await harness.membership.improve(
-                lambda capacities, current: wanted if current is first and set(capacities) == {"a", "b"} else None
+                lambda capacities, epoch, current: (
+                    Plan(epoch, wanted) if current is first and set(capacities) == {"a", "b"} else None
+                )
             )
             await harness.until(lambda: harness.membership.state.active is not first)
             plan = harness.membership.state.active

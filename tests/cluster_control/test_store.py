@@ -9,7 +9,7 @@ import pytest
 from moehive.coordinator.cluster import keys, records
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import TokenRefused, create_token, use_token
-from moehive.coordinator.types import CoordinatorError, Plan
+from moehive.coordinator.types import CoordinatorError, Pins, Plan
 from moehive.proto.join_token import parse
 
 
@@ -29,7 +29,9 @@ def test_everything_is_there_after_a_restart(path, manifest):
     store = Store(path)
     token = create_token(store, "host:1", "ab" * 32)
     _, key = keys.create_key(store, "laptop")
-    plan = Plan(4, tuple(tuple((f"n{e % 3}",) for e in range(layer.experts)) for layer in manifest.layers))
+    owners = tuple(tuple((f"n{e % 3}",) for e in range(layer.experts)) for layer in manifest.layers)
+    pins = {"n1": Pins(((1,), *((),) * (len(owners) - 1)), ((),) * len(owners))}
+    plan = Plan(4, owners, pins)
     records.claim_epoch(store, 4)
     records.save_plan(store, manifest.fingerprint, plan, ["n0", "n1", "n2", "idle"])
     records.save_join_address(store, "host:1")

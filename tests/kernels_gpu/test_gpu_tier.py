@@ -75,6 +75,16 @@ def test_answers_are_the_cpus_within_rounding(blobs, tmp_path, disk):
     assert gpu.layer(0).keys() <= {5}
 
 
+def test_a_pinned_expert_comes_and_stays(blobs):
+    both = executor_of(blobs, 2)
+    both.store.pin(frozenset(), frozenset({ExpertId(0, 5)}))
+    for experts in ([0, 1], [0, 1], [0, 5], [0, 1], [2, 3], [0, 1], [2, 3]):
+        hidden, routing = request(experts)
+        both.compute(0, hidden, routing, Reduction.PARTIAL_SUM)
+    assert 5 in both.store.gpu.layer(0)
+    assert both.store.gpu.bytes_held <= both.store.gpu.capacity_bytes
+
+
 def test_many_tokens_are_copied_and_few_are_not(blobs, monkeypatch):
     both = executor_of(blobs, 1)
     gpu = both.store.gpu

@@ -137,6 +137,43 @@ def test_pinned_experts_stay(stores):
     assert not tier.resident(1) & {0, 1}
 
 
+def test_pins_leave_room_for_the_others_and_answers_stay(stores):
+    whole, make, _ = stores
+    small = make(7)
+    everything = frozenset(small.tier.experts())
+    small.pin(everything, frozenset())
+    small.prepare()
+    small.tier.settle()
+    stays = [small.tier.resident(layer) for layer in range(LAYERS)]
+    in_ram, tiered = executors(whole, small)
+    rng = np.random.default_rng(7)
+    for step in range(12):
+        hidden, routing = random_request(rng, 5, 2, torch.float32)
+        arguments = step % LAYERS, hidden, routing, Reduction.PER_EXPERT
+        assert torch.equal(tiered.compute(*arguments)[0], in_ram.compute(*arguments)[0])
+    small.tier.settle()
+    kept = [before & small.tier.resident(layer) for layer, before in enumerate(stays)]
+    assert sum(map(len, kept)) >= 7 - 4
+    assert small.ram_bytes <= small.capacity_bytes
+
+
+def test_pins_hold_when_the_slice_outgrows_the_ram(stores):
+    whole, _, folder = stores
+    store = ExpertStore(6 * padded(whole.spec(0).nbytes), whole.bytes_held)
+    store.use(whole.manifest, 1)
+    for number in range(2):
+        store.add(ExpertId(0, number), whole.layer(0)[number], path_of(folder, ExpertId(0, number)))
+    store.pin(frozenset({ExpertId(0, 1)}), frozenset())
+    store.make_room(8 * whole.spec(0).nbytes, {ExpertId(0, 0), ExpertId(0, 1)})
+    for number in range(2, 10):
+        store.add(ExpertId(0, number), whole.layer(0)[number], path_of(folder, ExpertId(0, number)))
+    store.prepare()
+    for number in (0, 2, 3, 4, 5, 6, 7, 8, 9, 0, 2, 3):
+        store.tier.lease(0, [number]).close()
+        store.tier.settle()
+    assert 1 in store.tier.resident(0)
+
+
 def test_a_slice_that_shrinks_and_grows(stores):
     whole, make, _ = stores
     small = make(8)

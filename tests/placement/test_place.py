@@ -60,14 +60,14 @@ def test_a_better_plan_is_looked_for_within_memory_and_only_if_it_pays():
     capacities = {"quick": 80 * SPEC.nbytes, "slow": 80 * SPEC.nbytes}
     measured = {"quick": Measured(40e9, 1e-5), "slow": Measured(1e8, 1e-5)}
     even = place(capacities, {}, LAYERS, None, 1)
-    owners = better(capacities, measured, LAYERS, TRACE, even, steps_per_s=1000.0)
-    assert owners is not None
+    plan = better(capacities, measured, LAYERS, TRACE, 2, even, steps_per_s=1000.0)
+    assert plan is not None and plan.epoch == 2 and plan.pins == {}
     for name, size in capacities.items():
         both = sum(
             name in new or name in old
-            for layer, present in zip(owners, even.owners, strict=True)
+            for layer, present in zip(plan.owners, even.owners, strict=True)
             for new, old in zip(layer, present, strict=True)
         )
         assert both * SPEC.nbytes <= size
-    assert better(capacities, measured, LAYERS, TRACE, even, steps_per_s=1e-9) is None
-    assert better({"quick": 80 * SPEC.nbytes}, measured, LAYERS, TRACE, even, steps_per_s=10.0) is None
+    assert better(capacities, measured, LAYERS, TRACE, 2, even, steps_per_s=1e-9) is None
+    assert better({"quick": 80 * SPEC.nbytes}, measured, LAYERS, TRACE, 2, even, steps_per_s=10.0) is None

@@ -7,16 +7,23 @@ import torch
 from transformers import MixtralConfig
 
 from moehive.coordinator.bench.trained_like import save_trained_like, texts
+from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.checkpoints.opening import ModelSource, open_model
 from moehive.coordinator.models.base import Trunk
+from moehive.coordinator.models.lean import families
+from moehive.coordinator.models.lean.batch import Ops
+from moehive.coordinator.models.tensors import Replaced
 from moehive.coordinator.precision.calibration import projections
 from moehive.coordinator.precision.encode import encode
 from moehive.coordinator.precision.forward import Experts, divergence, log_probabilities
-from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan
+from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan, probes_of
+from moehive.coordinator.precision.trunk_parts import TrunkMatrices
 from moehive.coordinator.trunk import load_trunk
 from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.geometry import ExpertId, Format, Manifest
+from moehive.kernels.linear import LinearOps, LinearWeights
 from moehive.kernels.ops import ExpertOps
+from moehive.kernels.trunk_ops import TrunkOps
 
 OPS = ExpertOps(1)
 
@@ -53,15 +60,19 @@ def measured(source: ModelSource, calibrated: Calibrated) -> Measured:
     return measure(source.manifest, source.expert_blob, calibrated, lambda *_: None)
 
 
-def kl(source: ModelSource, trunk: Trunk, changed: Manifest, calibrated: Calibrated | None) -> float:
+def rounded_experts(source: ModelSource, changed: Manifest, calibrated: Calibrated | None) -> Experts:
     def read(expert: ExpertId) -> torch.Tensor:
         old, new = (m.layers[expert.layer].spec_of(expert.expert) for m in (source.manifest, changed))
         known = None if calibrated is None else (calibrated.inputs[expert.layer], expert.expert)
         return encode(old, source.expert_blob(expert), new, known)
 
+    return Experts(changed, read, OPS, 0)
+
+
+def kl(source: ModelSource, trunk: Trunk, changed: Manifest, calibrated: Calibrated | None) -> float:
     held_back = texts((1024, 256))[1]
     exact = log_probabilities(trunk, Experts(source.manifest, source.expert_blob, OPS, 0), held_back)
-    return divergence(exact, log_probabilities(trunk, Experts(changed, read, OPS, 0), held_back))
+    return divergence(exact, log_probabilities(trunk, rounded_experts(source, changed, calibrated), held_back))
 
 
 def uniform(source: ModelSource, name: Format) -> Manifest:
@@ -116,3 +127,48 @@ def test_damage_of_a_projection_is_what_the_layer_changes_by(source: ModelSource
         changed = output(up + noise, down) if part.name == "up" else output(up, down + noise)
         expected = float(((changed - output(up, down)).square().sum(1) * counts).sum())
         assert part.damage(weight + noise, slice(None)) == pytest.approx(expected, rel=0.6)
+
+
+def test_the_trunk_gives_bytes_to_where_they_are_worth_more(
+    source: ModelSource, calibrated: Calibrated, measured: Measured
+) -> None:
+    assert isinstance(source, Checkpoint)
+    tensors = source.trunk_tensors()
+    matrices = TrunkMatrices.of(source.config, tensors, frozenset(tensors.plain_matrices()), 1)
+    assert matrices is not None
+    text, held_back = texts((1024, 256))
+    exact = Experts(source.manifest, source.expert_blob, OPS, 1 << 30)
+    parts = matrices.measure(exact, text, probes_of(text), lambda *_: None)
+    names = {part.name for part in parts}
+    assert {"lm_head.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"} <= names
+    assert not any("gate" in name or "norm" in name for name in names)
+    assert 4 * matrices.least_bytes < matrices.own_bytes
+    third = source.manifest.total_bytes // 3
+    more, alone = plan(measured, matrices.own_bytes + third, parts), plan(measured, third)
+    assert more is not None and alone is not None
+    assert more.damage < 0.8 * alone.damage
+    budget = (matrices.own_bytes + source.manifest.total_bytes) // 4
+    both = plan(measured, budget, parts)
+    assert both is not None and both.trunk
+    sizes = {part.name: dict(zip(part.formats, part.options, strict=True)) for part in parts}
+    own = sum(part.options[0].nbytes for part in parts if part.name not in both.trunk)
+    assert both.nbytes + own + sum(sizes[name][fmt].nbytes for name, fmt in both.trunk.items()) <= budget
+
+    # What the choice was made by is about what comes of it.
+    rounded = {
+        part.name: LinearWeights(
+            both.trunk[part.name],
+            part.rows,
+            part.columns,
+            torch.cat(list(matrices.encode(part, both.trunk[part.name]))),
+        )
+        for part in parts
+        if part.name in both.trunk
+    }
+    ops = Ops(LinearOps(1), TrunkOps(1))
+    changed = families.build(source.config, Replaced(tensors, rounded), ops)
+    experts = rounded_experts(source, replace(source.manifest, layers=both.layers), calibrated)
+    ours = divergence(
+        log_probabilities(matrices.trunk, exact, held_back), log_probabilities(changed, experts, held_back)
+    )
+    assert both.damage / 4 < ours < both.damage * 4

@@ -12,14 +12,17 @@ import torch
 from transformers import PreTrainedConfig
 
 from moehive.kernels.geometry import ExpertId
+from moehive.kernels.linear import LinearWeights
+from moehive.kernels.memory import WeightMemory
 
+from ...models.tensors import Replaced, TensorSource
 from ...types import CoordinatorError
 from ..architecture import Architecture
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
-from ..gguf.tensors import GgufTrunk
-from ..trunk_tensors import SafetensorsTrunk
 from .manifest import NAME, TRUNK, PackManifest, file_name, offsets, read_manifest
+from .matrices import NAME as MATRICES
+from .matrices import map_matrices
 from .trunk import GGUF_NAME
 
 
@@ -93,13 +96,24 @@ class PackCheckpoint:
         begin = offsets(self.manifest.layers[expert.layer])[expert.expert]
         return FileRange(self.path / file_name(expert.layer), begin, self.manifest.nbytes(expert))
 
+    @property
+    def matrices(self) -> dict[str, LinearWeights]:
+        """The trunk's matrices that have formats of their own, mapped anew. Raises CoordinatorError."""
+        return map_matrices(self.path / TRUNK / MATRICES, self.pack.matrices) if self.pack.matrices else {}
+
     def load_trunk(self) -> Architecture:
         """See Checkpoint.load_trunk."""
+        if self.pack.matrices:
+            raise CoordinatorError(
+                f"{self.path} has a trunk in formats that only Moehive's native library computes; install Moehive "
+                "with it, or convert the model without --budget."
+            )
         return self.trunk.load_trunk()
 
-    def trunk_tensors(self) -> SafetensorsTrunk | GgufTrunk:
+    def trunk_tensors(self) -> TensorSource:
         """See Checkpoint.trunk_tensors."""
-        return self.trunk.trunk_tensors()
+        tensors = self.trunk.trunk_tensors()
+        return Replaced(tensors, self.matrices, WeightMemory()) if self.pack.matrices else tensors
 
 
 def is_pack(path: Path) -> bool:

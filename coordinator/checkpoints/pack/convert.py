@@ -9,7 +9,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +39,8 @@ from .manifest import (
     sync_folder,
     write_manifest,
 )
+from .matrices import Encode as EncodeMatrix
+from .matrices import TrunkMatrix
 from .trunk import hash_trunk, write_trunk
 
 KEEP = "keep"  # as a format: each tensor's own
@@ -52,10 +54,15 @@ Encode = Callable[[ExpertId, torch.Tensor], torch.Tensor]  # called in workers
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Formats expert by expert: the layers as they are to be, and what makes an expert's blob of the source's."""
+    """Formats expert by expert: the layers as they are to be, and what makes an expert's blob of the source's.
+
+    `matrices` of the trunk get formats of their own; `encode_matrix` gives their blobs.
+    """
 
     layers: tuple[LayerGeometry, ...]
     encode: Encode
+    matrices: tuple[TrunkMatrix, ...] = ()
+    encode_matrix: EncodeMatrix | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +96,15 @@ def convert(
     """
     in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
     target = _target(source.manifest, format)
-    identity = identity_of(source.manifest, target, in_place)
+    matrices, encode_matrix = _matrices(source, format)
+    identity = identity_of(source.manifest, target, in_place, matrices)
     try:
         with _owned(folder, identity) as done:
             if done is not None:
                 total = sum(layer.experts for layer in target.layers)
                 return Converted(done.manifest, in_place, total, total, target.total_bytes, 0, 0.0)
             encode = format.encode if isinstance(format, Chosen) else partial(_reencode, source.manifest, target)
-            wanted = _Wanted(source, folder, target, identity, in_place, encode)
+            wanted = _Wanted(source, folder, target, identity, in_place, encode, matrices, encode_matrix)
             return _convert(wanted, workers, progress, commit_bytes)
     except OSError as error:
         raise CoordinatorError(
@@ -113,6 +121,8 @@ class _Wanted:
     identity: bytes
     in_place: bool
     encode: Encode
+    matrices: tuple[TrunkMatrix, ...]
+    encode_matrix: EncodeMatrix | None
 
 
 def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
@@ -132,7 +142,7 @@ def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: in
         )
         if files is not None:
             files.finish()
-            write_trunk(folder, trunk_of(source))
+            write_trunk(folder, trunk_of(source), wanted.matrices, wanted.encode_matrix)
         trunk = () if in_place else hash_trunk(folder)
         pack = PackManifest(
             replace(target, fingerprint=content_fingerprint(target, hashes)),
@@ -141,6 +151,7 @@ def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: in
             source=str(source.path.resolve()) if in_place else "",
             source_fingerprint=source.manifest.fingerprint,
             trunk=trunk,
+            matrices=wanted.matrices,
         )
         write_manifest(folder, pack)
         journal.remove()
@@ -167,6 +178,24 @@ def _target(source: Manifest, format: str | Chosen | None) -> Manifest:
     if layers != source.layers:
         check_encodable(wanted)
     return replace(source, layers=layers)
+
+
+def _matrices(
+    source: ModelSource, format: str | Chosen | None
+) -> tuple[tuple[TrunkMatrix, ...], EncodeMatrix | None]:
+    """The trunk's matrices in formats of their own: those that were chosen, and those that a pack has already."""
+    chosen = format.matrices if isinstance(format, Chosen) else ()
+    kept = source.pack.matrices if isinstance(source, PackCheckpoint) else ()
+    if not chosen and not kept:
+        return (), None
+
+    def encode(one: TrunkMatrix) -> Iterable[torch.Tensor]:
+        if isinstance(source, PackCheckpoint) and one in kept:
+            return [source.matrices[one.name].blob]
+        assert isinstance(format, Chosen) and format.encode_matrix is not None
+        return format.encode_matrix(one)
+
+    return (*kept, *chosen), encode
 
 
 @contextmanager

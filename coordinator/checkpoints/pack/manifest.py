@@ -3,7 +3,8 @@
     pack.msgpack         what this module reads and writes; written last, so a directory that has it is whole
     experts-00000.bin    all experts of MoE layer 0, one blob (kernels/geometry.py) after the other, each at a
                          multiple of 4096 bytes, so that a file's pages can be mapped or sent as they are
-    trunk/               the rest of the model as its source has it: a checkpoint without routed experts
+    trunk/               the rest of the model as its source has it: a checkpoint without routed experts; what of it
+                         has a format of its own is in matrices.bin (matrices.py)
 
 A pack that is served in place has neither files nor trunk, only where its source lies.
 """
@@ -22,11 +23,13 @@ from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, LayerG
 from moehive.kernels.manifest import from_bytes, to_bytes
 
 from ...types import CoordinatorError
+from . import matrices as own
 
 NAME = "pack.msgpack"
 TRUNK = "trunk"
 PAGE = 4096  # bytes
-VERSION = 1
+VERSION = 2
+_KNOWN_VERSIONS = (1, VERSION)  # 1 had no matrices of the trunk's
 MAX_BYTES = 256 << 20
 _DIGEST = 32  # bytes of SHA-256
 
@@ -55,6 +58,7 @@ class PackManifest:
     source: str = ""
     source_fingerprint: str = ""
     trunk: tuple[TrunkFile, ...] = field(default=())
+    matrices: tuple[own.TrunkMatrix, ...] = field(default=())
 
     @property
     def in_place(self) -> bool:
@@ -88,9 +92,12 @@ def content_fingerprint(manifest: Manifest, hashes: tuple[bytes, ...]) -> str:
     return digest.hexdigest()
 
 
-def identity_of(source: Manifest, target: Manifest, in_place: bool) -> bytes:
+def identity_of(
+    source: Manifest, target: Manifest, in_place: bool, matrices: tuple[own.TrunkMatrix, ...] = ()
+) -> bytes:
     """32 bytes that differ when the source or what it is to become differs."""
-    return hashlib.sha256(to_bytes(source) + to_bytes(target) + bytes([in_place])).digest()
+    trunk = repr(matrices).encode() if matrices else b""
+    return hashlib.sha256(to_bytes(source) + to_bytes(target) + bytes([in_place]) + trunk).digest()
 
 
 def write_manifest(folder: Path, pack: PackManifest) -> None:
@@ -103,6 +110,7 @@ def write_manifest(folder: Path, pack: PackManifest) -> None:
         "source": pack.source,
         "source_fingerprint": pack.source_fingerprint,
         "trunk": [[file.name, file.nbytes, file.sha256] for file in pack.trunk],
+        "matrices": [list(one) for one in pack.matrices],
     }
     body = cast(bytes, msgpack.packb(packed))
     part = folder / f".{NAME}"
@@ -153,7 +161,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _checked(packed: dict[str, Any]) -> PackManifest:
-    if packed["version"] != VERSION:
+    if packed["version"] not in _KNOWN_VERSIONS:
         raise CoordinatorError(
             f"The pack has version {packed['version']!r}; this build reads {VERSION}. Convert the model again."
         )
@@ -165,6 +173,7 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         packed["source"],
         packed["source_fingerprint"],
         tuple(TrunkFile(*file) for file in packed["trunk"]),
+        own.checked(packed["matrices"]) if packed["version"] == VERSION else (),
     )
     whole = (
         type(pack.identity) is bytes
@@ -192,6 +201,8 @@ def _check_files(folder: Path, pack: PackManifest) -> None:
         return
     wanted = {folder / file_name(number): offsets(layer)[-1] for number, layer in enumerate(pack.manifest.layers)}
     wanted |= {folder / TRUNK / file.name: file.nbytes for file in pack.trunk}
+    if pack.matrices:
+        wanted[folder / TRUNK / own.NAME] = own.offsets(pack.matrices)[-1]
     for path, nbytes in wanted.items():
         try:
             size = path.stat().st_size

@@ -1,8 +1,8 @@
 """The trunk of a pack: a checkpoint of the source's own kind that holds everything but routed experts.
 
 Tensors are copied byte for byte, a few megabytes at a time, under the names and in the formats of the source. Of a
-directory of safetensors: config.json, the tokenizer's files, one model.safetensors. Of a GGUF: one trunk.gguf with
-the source's own metadata.
+directory of safetensors: config.json, the tokenizer's files, one model.safetensors, and matrices.bin for what gets
+another format. Of a GGUF: one trunk.gguf with the source's own metadata.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ from ..gguf.checkpoint import GgufCheckpoint
 from ..gguf.file import GgufTensor, first_part
 from ..gguf.formats import TYPES
 from ..safetensors_file import DTYPES, StoredTensor
+from . import matrices as own
 from .manifest import TRUNK, TrunkFile, sync_folder
 
 GGUF_NAME = "trunk.gguf"
@@ -28,8 +30,17 @@ _LARGEST_BESIDE = 256 << 20  # bytes of one tokenizer's file
 _PIECE = 8 << 20  # bytes copied at once
 
 
-def write_trunk(folder: Path, source: Checkpoint | GgufCheckpoint) -> None:
-    """Makes `folder`/trunk, all or nothing; one that is there already is kept. Raises OSError, CoordinatorError."""
+def write_trunk(
+    folder: Path,
+    source: Checkpoint | GgufCheckpoint,
+    matrices: Sequence[own.TrunkMatrix] = (),
+    encode: own.Encode | None = None,
+) -> None:
+    """Makes `folder`/trunk, all or nothing; one that is there already is kept.
+
+    `matrices`, of a directory of safetensors, are written as `encode` gives them instead of as the source has them.
+    Raises OSError, CoordinatorError.
+    """
     done = folder / TRUNK
     if done.exists():
         return
@@ -42,7 +53,12 @@ def write_trunk(folder: Path, source: Checkpoint | GgufCheckpoint) -> None:
         for file in _files_beside(source.path):
             shutil.copyfile(file, part / file.name)
             _sync(part / file.name)
-        _write_safetensors(part / "model.safetensors", source.trunk_stored())
+        plain = source.trunk_tensors().plain_matrices()
+        others = {plain[one.name] for one in matrices if one.name in plain}
+        stored = {name: tensor for name, tensor in source.trunk_stored().items() if name not in others}
+        _write_safetensors(part / "model.safetensors", stored)
+        if encode is not None:
+            own.write_matrices(part / own.NAME, matrices, encode)
     sync_folder(part)
     part.rename(done)
     sync_folder(folder)

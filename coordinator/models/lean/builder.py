@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 
-from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.geometry import Activation
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
 
-from ..tensors import Embedding, PlainEmbedding, TensorSource
+from ..tensors import Embedding, TensorSource, embedding_of
 from .attention import SoftmaxAttention
 from .batch import Ops
 from .cache import CacheLayout
@@ -134,8 +133,4 @@ class Builder:
         if "lm_head.weight" in self.tensors and not self.config.tie_word_embeddings:
             return self.tensors.embedding(name), self.tensors.linear("lm_head.weight")
         head = self.tensors.linear(name)
-        dtype = PLAIN_TYPES.get(head.format)
-        if dtype is None:
-            return self.tensors.embedding(name), head
-        table = head.blob[: head.rows * head.columns * dtype.itemsize].view(dtype).view(head.rows, head.columns)
-        return PlainEmbedding(table), head
+        return embedding_of(head) if head.is_plain else self.tensors.embedding(name), head
