@@ -91,7 +91,12 @@ async def _storm(faults: Faults, nodes: list[str], report: ChaosReport, told: Ca
 
 
 async def _cause(faults: Faults, kind: str, where: str, seconds: float, report: ChaosReport) -> None:
+    if kind in COORDINATOR_KINDS:
+        report.outage = kind
     try:
         await faults.cause(kind, where, seconds)
     except CoordinatorError as error:
         report.failed_with(kind, str(error))
+    finally:
+        if kind in COORDINATOR_KINDS:
+            report.outage = ""

@@ -23,8 +23,9 @@ class ChaosReport:
     failed: int = 0
     resent: int = 0  # requests that were on their way to a coordinator when it was killed
     longest_pause_s: float = 0.0  # without a token, over all clients
-    pauses_s: dict[str, float] = field(default_factory=dict)  # the longest by kind of the latest fault before it
+    pauses_s: dict[str, float] = field(default_factory=dict)  # the longest by `outage`, else by `latest`, at its end
     latest: str = ""  # kind of the latest fault
+    outage: str = ""  # kind of the fault that has taken the coordinator away, while it lasts
     errors: list[str] = field(default_factory=list)
     crashes: list[str] = field(default_factory=list)  # processes that ended by themselves, and what they said
     leaks: list[str] = field(default_factory=list)
@@ -68,7 +69,8 @@ class ChaosReport:
         """A client has waited so long for a token."""
         with self._lock:
             self.longest_pause_s = max(self.longest_pause_s, seconds)
-            self.pauses_s[self.latest] = max(self.pauses_s.get(self.latest, 0.0), seconds)
+            kind = self.outage or self.latest
+            self.pauses_s[kind] = max(self.pauses_s.get(kind, 0.0), seconds)
 
     def figures(self) -> dict[str, Any]:
         """As JSON has it."""
