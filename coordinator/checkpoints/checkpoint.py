@@ -35,7 +35,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Checkpoint:
     """One model's weights on disk. Opening reads headers only; `expert_blob` may be called from several threads.
 
-    `manifest` describes the experts; `trunk_bytes` is what `load_trunk` will hold in memory.
+    `manifest` describes the experts; `trunk_bytes` is what `load_trunk` will hold in memory; `shapes` are those of
+    the model's parameters.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Checkpoint:
         self.config: PreTrainedConfig = architecture.config
         self.dtype = architecture.dtype
         self.context_length = arch.context_length(architecture.config)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in architecture.model.named_parameters()}
         self._keys = keys
         self._layouts: list[ExpertLayout] = []
         self._parameters: list[dict[str, ExpertParameter]] = []

@@ -2,7 +2,9 @@
 
 import importlib.util
 import itertools
+import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +19,8 @@ from moehive.coordinator.bench.trained_like import save_trained_like
 from moehive.coordinator.checkpoints.opening import open_model
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.convert import KEEP, Chosen, convert
-from moehive.coordinator.checkpoints.pack.matrices import NAME, TrunkMatrix, checked
+from moehive.coordinator.checkpoints.pack.manifest import read_manifest, write_manifest
+from moehive.coordinator.checkpoints.pack.matrices import NAME, TrunkMatrix, checked, offsets
 from moehive.coordinator.checkpoints.pack.verify import verify
 from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
@@ -103,6 +106,19 @@ def test_the_text_is_that_of_the_dequantized_weights(
     _reading().check_text(plain, opened)
     stored = load_file(pack / "trunk" / "model.safetensors")
     assert stored.keys().isdisjoint(weights)  # nothing is there twice
+
+
+def test_matrices_that_do_not_fit_the_model(pack: Path, tmp_path: Path) -> None:
+    shutil.copytree(pack, tmp_path / "pack")
+    made = read_manifest(pack)
+    first, *rest = made.matrices
+    for wrong in (first._replace(name="model.other.weight"), first._replace(rows=first.rows // 2)):
+        changed = (wrong, *rest)
+        (tmp_path / "pack/trunk" / NAME).write_bytes(bytes(offsets(changed)[-1]))
+        files = tuple(replace(one, nbytes=offsets(changed)[-1]) if one.name == NAME else one for one in made.trunk)
+        write_manifest(tmp_path / "pack", replace(made, matrices=changed, trunk=files))
+        with pytest.raises(CoordinatorError, match="does not fit its model"):
+            open_model(str(tmp_path / "pack"))
 
 
 def test_a_pack_of_a_pack_has_the_same_trunk(pack: Path, tmp_path: Path) -> None:

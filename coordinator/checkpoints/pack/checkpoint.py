@@ -68,7 +68,15 @@ class PackCheckpoint:
                 raise CoordinatorError(f"{source} was changed after {path} was made of it; convert it again.")
             return cls(path, pack, trunk)
         gguf = path / TRUNK / GGUF_NAME
-        return cls(path, pack, _open(gguf if gguf.exists() else path / TRUNK, pack))
+        trunk = _open(gguf if gguf.exists() else path / TRUNK, pack)
+        shapes = trunk.shapes if isinstance(trunk, Checkpoint) else {}
+        for one in pack.matrices:
+            if shapes.get(one.name) != (one.rows, one.columns):
+                raise CoordinatorError(
+                    f"{path} holds {one.name} as {one.rows} x {one.columns}, which does not fit its model; convert "
+                    "the model again."
+                )
+        return cls(path, pack, trunk)
 
     def expert_blob(self, expert: ExpertId) -> torch.Tensor:
         """One expert's blob (kernels/geometry.py), uint8 [manifest.nbytes(expert)], checked against its hash.
