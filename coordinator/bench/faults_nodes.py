@@ -8,6 +8,7 @@ from statistics import median
 from time import perf_counter
 
 from ..dispatch.dispatcher import SILENT_SECONDS
+from ..dispatch.watch import TICK_SECONDS
 from ..types import NodeName
 from .faults_cluster import BEHIND_DOOR, CHANGE_SECONDS, NODES, FaultCluster
 from .faults_reader import STEPS_AFTER
@@ -15,7 +16,7 @@ from .faults_report import FaultRow
 
 WITH_REPLICAS_SECONDS = 1.0  # the goal; without replicas: the time to load what is missing, and BESIDES_SECONDS
 BESIDES_SECONDS = 2.0
-# The goal for a dead connection, on a layer's expected time; a silent node without replicas has SILENT_SECONDS more.
+# The goal for a dead connection, on a layer's expected time; the deadline of a silent node is looked at now and then.
 NOTICE_FACTOR, NOTICE_SECONDS = 3.0, 0.05
 
 
@@ -130,7 +131,7 @@ def _rows(fault: NodeFault, found: Sequence[_Found], words: str, replicas: bool)
         )
     ]  # fmt: skip
     if fault.noticed_as:
-        besides = 0.0 if replicas or fault is KILLED else SILENT_SECONDS
+        besides = 0.0 if fault is KILLED else TICK_SECONDS if replicas else TICK_SECONDS + SILENT_SECONDS
         rows.append(
             FaultRow(
                 what=f"{fault.noticed_as} noticed, {words}",
