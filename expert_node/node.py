@@ -18,6 +18,7 @@ from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
 from moehive.proto.channel import bind, options, server_credentials
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
+from moehive.proto.malloc import settle_heap
 from moehive.proto.pacing import Pace
 from moehive.proto.sd_notify import notify, watchdog_interval
 from moehive.proto.tensors import WireError
@@ -60,6 +61,7 @@ async def run(settings: Settings) -> None:
             starting.cancel()
             return
         node = starting.result()
+        settle_heap()
         try:
             await node.serve(stopped)
         finally:

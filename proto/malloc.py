@@ -1,10 +1,14 @@
-"""The C library's allocator, told to keep what messages of some MiB take and give back all the time.
+"""Memory of a process with a hop: what is freed is kept, and what stays is not walked again and again.
 
 glibc hands freed memory back to the kernel beyond 128 KiB, and gets it again page by page, zeroed: for a message of
 1 MiB that costs more than everything else about it.
+
+Python's collector walks all objects when enough new ones have come. Torch, transformers and a model are some hundred
+thousand that never go: a walk stops the process for about a tenth of a second.
 """
 
 import ctypes
+import gc
 import sys
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -18,3 +22,9 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEEP_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES_BYTES)
+
+
+def settle_heap() -> None:
+    """Once a process serves: the collector leaves alone all objects that there are now."""
+    gc.collect()
+    gc.freeze()

@@ -17,6 +17,7 @@ import torch
 
 from moehive.kernels.geometry import ExpertId
 from moehive.kernels.memory import read_memory
+from moehive.proto.malloc import settle_heap
 
 from .. import timeline
 from ..app import Coordinator
@@ -118,6 +119,7 @@ async def _measure(settings: DecodeSettings) -> DecodeRow:
             doors=_doors(settings, stack),
         )
         await cluster.start()
+        settle_heap()  # as `moehive up` does
         try:
             return await _measure_cluster(settings, cluster)
         finally:

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from moehive.proto.malloc import settle_heap
+
 if TYPE_CHECKING:
     from ..local_cluster import LocalCluster
 
@@ -44,6 +46,7 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
             except BaseException:  # Ctrl-C while it starts
                 starting.cancel()
                 raise
+            settle_heap()
             yield cluster
         finally:
             with contextlib.suppress(TimeoutError):

@@ -109,6 +109,7 @@ def coordinator(
 
 async def _run(settings: CoordinatorSettings) -> None:
     """Serves until SIGTERM or SIGINT, also when it is still starting."""
+    from moehive.proto.malloc import settle_heap
     from moehive.proto.sd_notify import notify
 
     from ..app import Coordinator
@@ -126,6 +127,7 @@ async def _run(settings: CoordinatorSettings) -> None:
         await asyncio.gather(starting, return_exceptions=True)
         return
     starting.result()
+    settle_heap()
     feeding = asyncio.create_task(_tell_systemd(running))
     print(
         f"Clients: gRPC {settings.host}:{running.grpc_port}, HTTP {settings.host}:{running.http_port}. "
