@@ -144,7 +144,7 @@ class Dispatcher:
         numbers = array(ids, torch.int64)
         factors = array(weights, torch.float32)
         self._step += 1
-        self._speeds.tick()
+        self._routes.tick()
         sent = Sent(layer, host, numbers, factors, hidden.device, self._settle)
         self._ask(sent, split(numbers, factors, self._routes.owner(layer, numbers)))
         self.tiers.sent()

@@ -12,7 +12,7 @@ from .asking import Asking
 from .placed import Placed
 from .replicas import choose
 from .routing import Owner
-from .speeds import FEW_TOKENS, Speeds
+from .speeds import FEW_TOKENS, UNHEARD, Speeds
 
 
 class Routes:
@@ -63,6 +63,13 @@ class Routes:
         self.asking.holding(nodes)
         self._place()
 
+    def tick(self) -> None:
+        """A layer is being dispatched."""
+        self.speeds.tick()
+        if self.speeds.layers % UNHEARD == 0:
+            for link in self.asking.links.values():
+                link.speed.forgive()
+
     def owner(self, layer: int, ids: npt.NDArray[np.int64], avoid: Collection[NodeName] = ()) -> Owner:
         """A node's index for each expert that `ids` [tokens, k] name; other experts' do not matter."""
         placed = self.placed
@@ -102,11 +109,20 @@ class Routes:
         )
 
     def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
-        """For each node of the plan: seconds before anything comes from it, and seconds for an expert."""
-        base = []
-        for name in placed.names:
+        """For each node of the plan: seconds before anything comes from it, and seconds for an expert.
+
+        By how much all nodes are late is this process's own doing, and says nothing for or against one of them.
+        """
+        base = [self.speeds.of(name).backlog_s for name in placed.names]
+        late = {}
+        for i, name in enumerate(placed.names):
             link = self.asking.links.get(name)
-            base.append(self.speeds.of(name).backlog_s + (link.speed.round_trip_s if link is not None else 0.0))
+            if link is not None:
+                late[i] = link.speed.late_s
+                base[i] += link.speed.round_trip_s
+        least = min(late.values(), default=0.0)
+        for i, seconds in late.items():
+            base[i] += seconds - least
         return base, [s * nbytes for s in self.speeds.per_byte(placed.names)]
 
     def _place(self) -> None:

@@ -6,6 +6,8 @@ from ipaddress import ip_address
 SMALL_BYTES = 16 << 10  # up to here a message's time is the round trip's
 LARGE_BYTES = 128 << 10  # from here it is the bytes'
 SAMPLES = 16  # the last ones of each kind; the best counts, for a busy machine only makes them worse
+NEWEST = 0.125  # weight of an exchange among those before it, in what is usual
+FORGIVEN = 0.9
 # Rounding an f32 row to 8 bits and back, at both ends, costs some 2 ns a byte and saves three quarters of the bytes.
 SLOW_S_PER_BYTE = 5e-9  # from 1.6 Gbit/s down 8 bits pay
 FAST_S_PER_BYTE = 3e-9  # from 2.7 Gbit/s up they do not; in between it stays as it was
@@ -30,6 +32,7 @@ class LinkSpeed:
         self._loopback = loopback
         self._round_trips: deque[float] = deque(maxlen=SAMPLES)
         self._per_byte: deque[float] = deque(maxlen=SAMPLES)
+        self._usual = 0.0
         self._slow = False
 
     @property
@@ -42,8 +45,22 @@ class LinkSpeed:
         """The best of late, seconds; 0 before the first, as if bytes cost nothing."""
         return min(self._per_byte, default=0.0)
 
+    @property
+    def late_s(self) -> float:
+        """How much longer than the best a message of one token or some takes of late, seconds.
+
+        A machine that is busy with something else is slow to look at what it gets, whatever its arithmetic takes.
+        """
+        return max(0.0, self._usual - self.round_trip_s)
+
+    def forgive(self) -> None:
+        """Called now and then: a node that was late is not asked any more, and would stay late for ever."""
+        self._usual *= FORGIVEN
+
     def note(self, largest: int, total: int, seconds: float) -> None:
         """An exchange whose messages had `largest` and `total` bytes, the node's arithmetic left out."""
+        if largest < LARGE_BYTES:
+            self._usual = self._usual + NEWEST * (seconds - self._usual) if self._usual else seconds
         if largest <= SMALL_BYTES:
             self._round_trips.append(seconds)
         elif largest >= LARGE_BYTES:

@@ -11,7 +11,9 @@ import torch
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.link import Link
 from moehive.coordinator.dispatch.local import LocalExperts
+from moehive.coordinator.dispatch.routes import Routes
 from moehive.coordinator.dispatch.speed import LARGE_BYTES, LinkSpeed
+from moehive.coordinator.dispatch.speeds import UNHEARD
 from moehive.coordinator.types import LOCAL, NodeName, NodeUnavailable, NotReady, Plan
 from moehive.kernels.blob import build_blob, tensor_views
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
@@ -173,3 +175,30 @@ def test_a_link_is_slow_by_its_best_exchange_and_stays_so_in_between() -> None:
         speed.note(LARGE_BYTES, LARGE_BYTES, 1e-3 + LARGE_BYTES * seconds_a_byte)
         assert speed.eight_bit(1 << 20) is slow
     assert not speed.eight_bit(4096)
+
+
+def test_a_node_that_looks_late_at_its_messages_gets_none_for_a_while() -> None:
+    links = FakeLink("a"), FakeLink("b")
+    names = tuple(link.node for link in links)
+    routes = Routes([1 << 20], False, lambda: None)
+    routes.follow(Plan(1, ((names,) * EXPERTS,)), names)
+    for link in links:
+        routes.asking.connect(cast(Link, link))
+    ids = np.arange(6)[None]
+
+    def asked() -> set[int]:
+        return {int(routes.owner(0, ids)[expert]) for expert in ids[0]}
+
+    for seconds in (0.001, 0.04) * 20:
+        links[0].speed.note(4096, 8192, 0.001)
+        links[1].speed.note(
+            4096, 8192, seconds
+        )  # as quick as ever at best, and busy with something else now and then
+    assert asked() == {0}
+    for _ in range(60 * UNHEARD):
+        routes.tick()
+    assert asked() == {0, 1}
+    for link in links:  # both late is nobody's fault
+        for _ in range(40):
+            link.speed.note(4096, 8192, 0.04)
+    assert asked() == {0, 1}
