@@ -76,8 +76,9 @@ class NodeIdentity:
         """Raises NodeError when the certificate has expired."""
         if datetime.now(UTC) >= self._membership.not_after:
             raise NodeError(
-                f"This node's certificate expired on {self._membership.not_after:%Y-%m-%d}: get a new token with "
-                "`moehive token` on the coordinator and start the node with --token."
+                f"This node's certificate expired on {self._membership.not_after:%Y-%m-%d}, by this machine's clock: "
+                "set the clock if it is wrong, else get a new token with `moehive token` on the coordinator and "
+                "start the node with --token."
             )
 
     async def renew_if_due(self, stub: cluster_pb2_grpc.ClusterStub) -> None:

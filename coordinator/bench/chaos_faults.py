@@ -2,13 +2,14 @@
 
 import asyncio
 import shutil
+from contextlib import suppress
 
 import psutil
 
 from ..cluster.records import quarantined_nodes, readmit_node
 from ..cluster.store import Store
 from ..types import CoordinatorError, NodeName
-from .chaos_node import FILE, LIES
+from .chaos_node import FELT, FILE, LIES
 from .process_cluster import ProcessCluster
 
 CUTS = {"cut": ("to", "from"), "cut to": ("to",), "cut from": ("from",)}
@@ -16,6 +17,7 @@ NODE_KINDS = ("kill", "loop", "stop", *CUTS, "crawl", "disk full", "clock", *LIE
 COORDINATOR_KINDS = ("coordinator", "power cut")
 KINDS = (*NODE_KINDS, *COORDINATOR_KINDS)
 LOOPS = 3  # kills in a row
+FELT_SECONDS = 40.0  # for a node that starts with a fault to come to where it has an effect
 LOOK_SECONDS = 0.2  # in which a node has seen that its fault is over
 ANSWER_SECONDS = 180.0  # for a coordinator that was killed to answer clients again
 READY_SECONDS = 20.0  # for all nodes to be there then; with other faults about it may take longer
@@ -76,7 +78,7 @@ class Faults:
         await asyncio.to_thread(file.write_text, kind)
         if kind == "disk full":  # of a node that has to fetch its slice anew
             await asyncio.to_thread(shutil.rmtree, file.with_name("cache"), ignore_errors=True)
-            await self._cluster.nodes[node].restart()
+            await self._restart_until_felt(node)
         await asyncio.sleep(seconds)
         await asyncio.to_thread(file.unlink)
         await asyncio.sleep(LOOK_SECONDS)
@@ -87,11 +89,21 @@ class Faults:
         process, file = self._cluster.nodes[node], self._cluster.node_state(node) / FILE
         process.may_end = True
         await asyncio.to_thread(file.write_text, "clock")
-        await process.restart()
+        await self._restart_until_felt(node)
         await asyncio.sleep(seconds)
         await asyncio.to_thread(file.unlink)
         await process.restart()
         process.may_end = False
+
+    async def _restart_until_felt(self, node: str) -> None:
+        """Returns at the fault's first effect; without one too, when nobody gives the node anything to do."""
+        felt = self._cluster.node_state(node) / FELT
+        await asyncio.to_thread(felt.unlink, missing_ok=True)
+        await self._cluster.nodes[node].restart()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FELT_SECONDS):
+                while not await asyncio.to_thread(felt.exists):  # noqa: ASYNC110 - another process makes it
+                    await asyncio.sleep(LOOK_SECONDS)
 
     def _readmit(self, node: str) -> bool:
         store = Store(self._cluster.state / "coordinator.sqlite")

@@ -7,13 +7,15 @@ The node reads the file `fault` in its state directory at its start and then twe
     disk full                    what is written to the cache of experts fails
     clock                        the node's clock is a year ahead
 
-or is missing: all is well. The clock is the one that the node's own code reads. TLS reads the system's, in gRPC's
-library, and would refuse the connections too; either way the node takes its certificate for expired and stays away.
-Python's `time.time` is left alone: gRPC makes deadlines of it, which its library compares with the system's clock.
+or is missing: all is well. At the first effect of the latter two it makes the file `felt` beside it.
+
+The clock is the one that the node's own code reads. TLS reads the system's, in gRPC's library, and would refuse the
+connections too; either way the node takes its certificate for expired and stays away. Python's `time.time` is left
+alone: gRPC makes deadlines of it, which its library compares with the system's clock.
 """
 
 LIES = ("nan", "garbage", "old", "memory")
-FILE = "fault"
+FILE, FELT = "fault", "felt"
 
 PRELUDE = """
 import datetime, errno, os, pathlib, threading, time
@@ -56,6 +58,7 @@ class _Disk:
         self.close = file.close
     def write(self, data):
         if _fault == "disk full":
+            _file.with_name("{FELT}").touch()
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self._file.write(data)
 _open = cache.PartFile.__init__
@@ -67,6 +70,9 @@ cache.PartFile.__init__ = _opened
 class _Clock(datetime.datetime):
     @classmethod
     def now(cls, zone=None):
-        return datetime.datetime.now(zone) + datetime.timedelta(days=365 if _fault == "clock" else 0)
+        if _fault != "clock":
+            return datetime.datetime.now(zone)
+        _file.with_name("{FELT}").touch()
+        return datetime.datetime.now(zone) + datetime.timedelta(days=365)
 identity.datetime = _Clock
-""".replace("{FILE}", FILE)
+""".replace("{FILE}", FILE).replace("{FELT}", FELT)

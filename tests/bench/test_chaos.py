@@ -32,7 +32,7 @@ def test_a_storm_of_faults_changes_no_answer() -> None:
     )
     assert ran.stdout, f"exit code {ran.returncode}: {ran.stderr}"
     report = json.loads(ran.stdout)
-    assert report["requests"] >= 4 and report["faults"] >= 5, report
+    assert report["requests"] >= 4 and report["faults"] >= 3, report
     assert report["by_kind"]["coordinator"] >= 1, report  # the first fault of this seed
     assert (report["differ"], report["lost_or_repeated"], report["failed"], report["crashes"]) == (0, 0, 0, 0), report
     assert report["leaks"] == [] and ran.returncode == 0, report
