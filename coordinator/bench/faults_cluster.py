@@ -23,7 +23,7 @@ from ..dispatch.parts import NodeCounters
 from ..local_cluster import LocalCluster
 from ..types import CoordinatorError, NodeName, Owners, Plan
 from .chaos_door import Door
-from .chaos_node import PRELUDE
+from .chaos_node import FILE, PRELUDE
 from .faults_reader import Reader
 from .faults_report import FaultsReport
 from .ports import free_ports
@@ -155,7 +155,7 @@ class FaultCluster:
 
     def lie(self, node: NodeName, kind: str) -> None:
         """Has a node lie (chaos_node.py); an empty `kind`: tell the truth."""
-        (self._folder / "nodes" / node / "lie").write_text(kind)
+        (self._folder / "nodes" / node / FILE).write_text(kind)
 
     def readmit(self, node: NodeName) -> None:
         """As `moehive node readmit` does it."""
