@@ -35,8 +35,9 @@ def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, reduction: Red
     else:
         total = torch.zeros((tokens, size), dtype=torch.float32)
     for share, values, _ in rest:
-        if len(share.tokens) == tokens:
-            total += values
+        start, end = int(share.tokens[0]), int(share.tokens[-1]) + 1
+        if len(share.tokens) == end - start:  # all tokens, or all of a piece
+            total[start:end] += values
         else:
             total.index_add_(0, torch.from_numpy(share.tokens), values.float())
     return total

@@ -42,6 +42,11 @@ class LinkSpeed:
         """The best of late, seconds; 0 before the first, as if bytes cost nothing."""
         return min(self._per_byte, default=0.0)
 
+    @property
+    def slow(self) -> bool:
+        """Whether bytes are what large messages on it wait for."""
+        return self._slow and not self._loopback
+
     def note(self, largest: int, total: int, seconds: float) -> None:
         """An exchange whose messages had `largest` and `total` bytes, the node's arithmetic left out."""
         if largest <= SMALL_BYTES:
@@ -52,4 +57,4 @@ class LinkSpeed:
 
     def eight_bit(self, nbytes: int) -> bool:
         """Whether hidden states of `nbytes` should travel in 8 bits: the link is slow and bytes are its time."""
-        return self._slow and not self._loopback and nbytes * self.s_per_byte > self.round_trip_s / 4
+        return self.slow and nbytes * self.s_per_byte > self.round_trip_s / 4
