@@ -79,7 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a node; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(levelname).1s %(message)s")
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code leaves its place on stderr, and in the service's journal
+    # A crash of native code leaves its place on stderr, and in the service's journal.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
         settings = Settings(
             state=parsed.state_dir.expanduser().absolute(),

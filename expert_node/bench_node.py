@@ -27,6 +27,7 @@ async def _serve(config: dict[str, Any]) -> None:
     from moehive.proto.interceptor import CallGuard
     from moehive.proto.tensors import WireError
 
+    from .chain import Onward
     from .executor import Executor
     from .service import ExpertsService
     from .store import ExpertStore
@@ -52,11 +53,12 @@ async def _serve(config: dict[str, Any]) -> None:
     executor = Executor(store, ExpertOps(config["threads"]))
     folder = Path(config["tls"])
     identity = Identity(*((folder / name).read_bytes() for name in ("key.pem", "chain.pem", "ca.pem")))
+    onward = Onward(lambda: identity)
     ports, servers = [], []
     for kind, credentials in ((ExpertsService, server_credentials(lambda: identity)), (OpenService, None)):
         guard = CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})
         server = grpc.aio.server(interceptors=[guard], options=options())
-        experts_pb2_grpc.add_ExpertsServicer_to_server(kind(executor), server)
+        experts_pb2_grpc.add_ExpertsServicer_to_server(kind(executor, onward), server)
         ports.append(bind(server, "127.0.0.1", 0, credentials))
         await server.start()
         servers.append(server)  # one that nobody holds would end

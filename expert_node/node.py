@@ -25,6 +25,7 @@ from moehive.proto.tensors import WireError
 
 from . import measure
 from .agent import Agent
+from .chain import Onward
 from .executor import Executor
 from .fetch import SliceLoader
 from .files import lock_folder
@@ -73,9 +74,15 @@ class Node:
     """A node that has joined and listens."""
 
     def __init__(
-        self, identity: NodeIdentity, uplink: Uplink, service: ExpertsService, server: grpc.aio.Server
+        self,
+        identity: NodeIdentity,
+        uplink: Uplink,
+        onward: Onward,
+        service: ExpertsService,
+        server: grpc.aio.Server,
     ) -> None:
         self._identity = identity
+        self._onward = onward
         self._uplink = uplink
         self._service = service
         self._server = server
@@ -107,6 +114,7 @@ class Node:
         self._service.draining = True
         await self._server.stop(STOP_SECONDS)
         await self._service.close()
+        await self._onward.close()
         await self._uplink.close()
         log.info("Node %s has ended.", self._identity.name)
 
@@ -134,8 +142,9 @@ async def start(settings: Settings) -> Node:
     gpu = _gpu(settings, ops)
     store = ExpertStore(memory, disk, gpu)
     executor = Executor(store, ops)
-    service = ExpertsService(executor)
     uplink = Uplink(identity)
+    onward = Onward(identity.current)
+    service = ExpertsService(executor, onward)
     loader = SliceLoader(store, settings.state / "cache", uplink)
 
     host, port = settings.listen or (_own_address(identity.cluster_address), 0)
@@ -163,7 +172,7 @@ async def start(settings: Settings) -> Node:
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],
     )
-    node = Node(identity, uplink, service, server)
+    node = Node(identity, uplink, onward, service, server)
     node.agent = Agent(identity, uplink, hello, store, loader, executor.totals, node.tell)
     return node
 

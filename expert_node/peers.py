@@ -24,7 +24,7 @@ from moehive.proto.pacing import Pace
 MAX_STREAMS = 64  # that other nodes may have open here at once
 WINDOW_BYTES = 1 << 20  # of one stream, unread: 10 Gbit/s with a round trip of 0.8 ms, and several streams
 _AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # made in one go by a thread
-_NODE_SUFFIX = node_dns_name("")
+NODE_SUFFIX = node_dns_name("")
 
 Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Find: TypeAlias = Callable[[str, ExpertId], Awaitable[Path | None]]  # see SliceLoader.file_of
@@ -76,7 +76,7 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
 
     async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
         """The experts asked for, in that order; an expert that is on its way here is waited for."""
-        if not any(name.endswith(_NODE_SUFFIX) for name in peer_names(context)):
+        if not any(name.endswith(NODE_SUFFIX) for name in peer_names(context)):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Only nodes of this cluster may ask for experts.")
         check_slice_request(request)
         if self._streams >= MAX_STREAMS:

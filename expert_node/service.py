@@ -1,11 +1,14 @@
-"""The node's door: requests of the one coordinator, each answered on the stream that brought it.
+"""The node's door: requests of the one coordinator, and of nodes before this one in a chain, each answered on the
+stream that brought it.
 
 A decode request is computed on the event loop's thread, the one that read it: going to another thread and back
 costs more than the wait. What takes longer goes to a worker, so that heartbeats go on; replies may overtake.
+A chain's request is passed on first and computed while the next node works on it.
 """
 
 import asyncio
 import logging
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 from typing import Any, TypeAlias
@@ -17,11 +20,15 @@ import torch
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
+from moehive.proto.bounds import MAX_SENTENCE
+from moehive.proto.chain import check_chain
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
-from moehive.proto.tensors import Routing, read_request, write_values
+from moehive.proto.tensors import Routing, WireError, read_request, read_values, write_values
 from moehive.proto.tiers import read_likely, write_on_disk
 
+from .chain import ChainBroken, Onward
 from .executor import Executor
+from .peers import NODE_SUFFIX
 from .types import NodeError
 
 log = logging.getLogger(__name__)
@@ -31,6 +38,9 @@ log = logging.getLogger(__name__)
 LARGE_WORK = 100_000_000
 # Requests of one stream that the worker has or is yet to take; beyond it the stream is not read: the sender waits.
 MAX_WAITING = 8
+# Requests of one stream that wait for the rest of their chain; each holds at most MAX_CHAIN_BYTES of hidden states.
+MAX_CHAINED = 32
+MAX_PASSING_ON = 64  # streams of other nodes at once
 BUSY_SECONDS = 0.5  # after a request, copies to other nodes are still paced
 
 REDUCTIONS = {
@@ -44,8 +54,10 @@ Context: TypeAlias = grpc.aio.ServicerContext[pb.ComputeRequest, pb.ComputeReply
 class ExpertsService(experts_pb2_grpc.ExpertsServicer):
     """Experts.Compute. `draining` set: every further request is refused."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, onward: Onward) -> None:
         self.draining = False
+        self._onward = onward
+        self._passing_on = 0  # streams of other nodes
         self._asked_at = 0.0  # seconds, monotonic clock
         self._executor = executor
         self._in_worker = 0  # requests that the worker has or is yet to take, of all streams
@@ -58,13 +70,40 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, "Only the coordinator may ask an expert node to compute."
             )
+        await self._serve(context, passed_on=False)
+
+    async def PassOn(self, request_iterator: Any, context: Context) -> None:
+        """As Compute, for a node of the cluster."""
+        if not any(name.endswith(NODE_SUFFIX) for name in peer_names(context)):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, "Only nodes of this cluster may pass on what a chain is asked."
+            )
+        if self._passing_on >= MAX_PASSING_ON:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many nodes pass on to this one now.")
+        self._passing_on += 1
+        try:
+            await self._serve(context, passed_on=True)
+        finally:
+            self._passing_on -= 1
+
+    def may_ask(self, context: Context) -> bool:
+        """Whether the caller may have experts computed: the coordinator, by its certificate."""
+        return COORDINATOR_NAME in peer_names(context)
+
+    async def _serve(self, context: Context, passed_on: bool) -> None:
         writing = asyncio.Lock()  # gRPC takes one write at a time
-        room = asyncio.Semaphore(MAX_WAITING)
+        room, chained = asyncio.Semaphore(MAX_WAITING), asyncio.Semaphore(MAX_CHAINED)
         tasks: set[asyncio.Task[None]] = set()
         try:
             while (request := await context.read()) is not grpc.aio.EOF:
                 self._asked_at = monotonic()
                 hidden, routing = read_request(request)
+                if passed_on or request.chain:
+                    check_chain(request)
+                if request.chain:
+                    await chained.acquire()
+                    self._begin(self._answer_chain(request, hidden, routing, context, writing), chained, tasks)
+                    continue
                 likely = read_likely(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
                 # One that waits for the disk would hold up the loop, too.
@@ -76,19 +115,11 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                         await context.write(reply)
                 else:
                     await room.acquire()
-                    self._in_worker += 1
-                    task = asyncio.create_task(self._answer_later(request, hidden, routing, likely, context, writing))
-                    tasks.add(task)
-                    task.add_done_callback(tasks.discard)
-                    task.add_done_callback(lambda _: self._leave_worker(room))
+                    self._begin(self._answer_later(request, hidden, routing, likely, context, writing), room, tasks)
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
-
-    def may_ask(self, context: Context) -> bool:
-        """Whether the caller may have experts computed: the coordinator, by its certificate."""
-        return COORDINATOR_NAME in peer_names(context)
 
     @property
     def busy(self) -> bool:
@@ -98,6 +129,16 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
     async def close(self) -> None:
         """Waits for the worker's request in hand and drops those that wait for it."""
         await asyncio.to_thread(self._worker.shutdown, cancel_futures=True)
+
+    def _begin(
+        self, answering: Coroutine[Any, Any, None], room: asyncio.Semaphore, tasks: set[asyncio.Task[None]]
+    ) -> None:
+        """Answers a request of a stream's `tasks` beside the loop; it has its place in `room`."""
+        self._in_worker += 1
+        task = asyncio.create_task(answering)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(lambda _: self._leave_worker(room))
 
     def _leave_worker(self, room: asyncio.Semaphore) -> None:
         self._in_worker -= 1
@@ -121,28 +162,10 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
     ) -> pb.ComputeReply:
         """The rows or a refusal."""
-        if self.draining:
-            return _refusal(request, pb.Refusal.REASON_DRAINING, "This node is leaving; ask the others.")
-        if request.epoch < self._executor.store.first_epoch:
-            return _refusal(
-                request,
-                pb.Refusal.REASON_STALE_EPOCH,
-                f"Epoch {request.epoch} is of another model; this node follows {self._executor.store.first_epoch}.",
-            )
         try:
-            reduction = REDUCTIONS[request.reduction]
-            rows, elapsed = self._executor.compute(request.layer, hidden, routing, reduction, likely)
-        except KeyError as error:
-            return _refusal(
-                request,
-                pb.Refusal.REASON_EXPERT_MISSING,
-                f"This node does not hold expert {error.args[0]} of layer {request.layer}; assign it first.",
-            )
-        except NodeError as error:
-            return _refusal(request, pb.Refusal.REASON_FAILED, str(error))
-        except (RuntimeError, MemoryError) as error:  # torch and the native library
-            log.error("Layer %d of epoch %d failed: %s", request.layer, request.epoch, error)
-            return _refusal(request, pb.Refusal.REASON_FAILED, f"The arithmetic failed on this node: {error}"[:1024])
+            rows, elapsed = self._rows(request, hidden, routing, likely)
+        except Refused as refused:
+            return refused.reply(request)
         reply = pb.ComputeReply(id=request.id, compute_ns=elapsed)
         write_values(reply, rows, request.dtype)
         tier = self._executor.store.tier
@@ -150,6 +173,69 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             write_on_disk(reply, tier.on_disk(request.layer))
         return reply
 
+    def _rows(
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+    ) -> tuple[torch.Tensor, int]:
+        """What this node computes of a request, and its own time in nanoseconds. Raises Refused."""
+        if self.draining:
+            raise Refused(pb.Refusal.REASON_DRAINING, "This node is leaving; ask the others.")
+        if request.epoch < self._executor.store.first_epoch:
+            raise Refused(
+                pb.Refusal.REASON_STALE_EPOCH,
+                f"Epoch {request.epoch} is of another model; this node follows {self._executor.store.first_epoch}.",
+            )
+        try:
+            return self._executor.compute(request.layer, hidden, routing, REDUCTIONS[request.reduction], likely)
+        except KeyError as error:
+            raise Refused(
+                pb.Refusal.REASON_EXPERT_MISSING,
+                f"This node does not hold expert {error.args[0]} of layer {request.layer}; assign it first.",
+            ) from None
+        except NodeError as error:
+            raise Refused(pb.Refusal.REASON_FAILED, str(error)) from None
+        except (RuntimeError, MemoryError) as error:  # torch and the native library
+            log.error("Layer %d of epoch %d failed: %s", request.layer, request.epoch, error)
+            raise Refused(pb.Refusal.REASON_FAILED, f"The arithmetic failed on this node: {error}") from None
 
-def _refusal(request: pb.ComputeRequest, reason: pb.Refusal.Reason, sentence: str) -> pb.ComputeReply:
-    return pb.ComputeReply(id=request.id, refusal=pb.Refusal(reason=reason, sentence=sentence))
+    async def _answer_chain(
+        self,
+        request: pb.ComputeRequest,
+        hidden: torch.Tensor,
+        routing: Routing,
+        context: Context,
+        writing: asyncio.Lock,
+    ) -> None:
+        """Passes a request on, computes meanwhile, and answers with the sum of all that come after and its own."""
+        onward = asyncio.create_task(self._onward.ask(request))
+        loop = asyncio.get_running_loop()
+        own = loop.run_in_executor(self._worker, self._rows, request, hidden, routing, [])
+        await asyncio.gather(own, onward, return_exceptions=True)
+        try:
+            rows, elapsed = own.result()
+            rest = onward.result()
+            theirs = read_values(rest, len(hidden), hidden.shape[1], hidden.dtype)
+        except Refused as refused:
+            reply = refused.reply(request)
+        except ChainBroken as broken:
+            reply = Refused(pb.Refusal.REASON_FAILED, str(broken), broken.node).reply(request)
+        except WireError as error:
+            node = request.chain[0].node_name
+            sentence = f"Node {node} answered something else than asked: {error}"
+            reply = Refused(pb.Refusal.REASON_FAILED, sentence, node).reply(request)
+        else:
+            reply = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=[rest.compute_ns, *rest.chain_ns])
+            write_values(reply, (rows.float() + theirs).to(hidden.dtype), request.dtype)
+        async with writing:
+            await context.write(reply)
+
+
+class Refused(NodeError):
+    """A request that is not computed, and why, in one sentence; `node`: who it is about, if not this one."""
+
+    def __init__(self, reason: pb.Refusal.Reason, sentence: str, node: str = "") -> None:
+        super().__init__(sentence)
+        self._refusal = pb.Refusal(reason=reason, sentence=sentence[:MAX_SENTENCE], node_name=node)
+
+    def reply(self, request: pb.ComputeRequest) -> pb.ComputeReply:
+        """The answer to the request."""
+        return pb.ComputeReply(id=request.id, refusal=self._refusal)

@@ -39,13 +39,26 @@ class ExpertsStub:
                 request_serializer=moehive_dot_proto_dot_experts__pb2.ComputeRequest.SerializeToString,
                 response_deserializer=moehive_dot_proto_dot_experts__pb2.ComputeReply.FromString,
                 _registered_method=True)
+        self.PassOn = channel.stream_stream(
+                '/moehive.experts.v1.Experts/PassOn',
+                request_serializer=moehive_dot_proto_dot_experts__pb2.ComputeRequest.SerializeToString,
+                response_deserializer=moehive_dot_proto_dot_experts__pb2.ComputeReply.FromString,
+                _registered_method=True)
 
 
 class ExpertsServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Compute(self, request_iterator, context):
-        """Requests may be in flight together; replies carry the request's id and may overtake one another.
+        """Requests may be in flight together; replies carry the request's id and may overtake one another. Only the
+        coordinator may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PassOn(self, request_iterator, context):
+        """As Compute, for the node before this one in a chain, which passes on what the coordinator asked of it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -56,6 +69,11 @@ def add_ExpertsServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Compute': grpc.stream_stream_rpc_method_handler(
                     servicer.Compute,
+                    request_deserializer=moehive_dot_proto_dot_experts__pb2.ComputeRequest.FromString,
+                    response_serializer=moehive_dot_proto_dot_experts__pb2.ComputeReply.SerializeToString,
+            ),
+            'PassOn': grpc.stream_stream_rpc_method_handler(
+                    servicer.PassOn,
                     request_deserializer=moehive_dot_proto_dot_experts__pb2.ComputeRequest.FromString,
                     response_serializer=moehive_dot_proto_dot_experts__pb2.ComputeReply.SerializeToString,
             ),
@@ -85,6 +103,33 @@ class Experts:
             request_iterator,
             target,
             '/moehive.experts.v1.Experts/Compute',
+            moehive_dot_proto_dot_experts__pb2.ComputeRequest.SerializeToString,
+            moehive_dot_proto_dot_experts__pb2.ComputeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PassOn(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/moehive.experts.v1.Experts/PassOn',
             moehive_dot_proto_dot_experts__pb2.ComputeRequest.SerializeToString,
             moehive_dot_proto_dot_experts__pb2.ComputeReply.FromString,
             options,

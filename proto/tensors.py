@@ -113,9 +113,23 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     size = 4 if dtype is torch.int8 else dtype.itemsize  # what it is once read
     if tokens * hidden * size > MAX_TENSOR_BYTES:
         raise WireError(f"[{tokens}, {hidden}] of {dtype} is over {MAX_TENSOR_BYTES} bytes.")
-    if len(request.offsets) != 4 * (tokens + 1):
-        raise WireError(f"offsets has {len(request.offsets)} bytes for {tokens} tokens.")
-    offset_bytes, expert_bytes, weight_bytes = request.offsets, request.experts, request.weights
+    routing = read_routing(request, tokens)
+    pairs = len(routing.experts)
+    rows = pairs if request.reduction == pb.REDUCTION_PER_EXPERT else tokens
+    if rows * hidden * size > MAX_TENSOR_BYTES:
+        raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
+    if dtype is torch.int8:
+        states = _from_int8(request.hidden_states, request.scales, tokens, hidden, "hidden_states")
+    else:
+        states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
+    return states, routing
+
+
+def read_routing(message: pb.ComputeRequest | pb.ChainNode, tokens: int) -> Routing:
+    """The routing of `tokens` tokens. Raises WireError."""
+    offset_bytes, expert_bytes, weight_bytes = message.offsets, message.experts, message.weights
+    if len(offset_bytes) != 4 * (tokens + 1):
+        raise WireError(f"offsets has {len(offset_bytes)} bytes for {tokens} tokens.")
     offsets = np.frombuffer(offset_bytes, dtype="<u4")
     if tokens == 1:  # the case of every decode step: plain numbers are quicker than arrays of so few
         first, pairs = struct.unpack("<2I", offset_bytes)
@@ -127,9 +141,6 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
         raise WireError("offsets must start at 0, never decrease and list at most 64 experts a token.")
     if len(expert_bytes) != 4 * pairs or len(weight_bytes) != 4 * pairs:
         raise WireError(f"experts and weights must have {pairs} entries, as offsets says.")
-    rows = pairs if request.reduction == pb.REDUCTION_PER_EXPERT else tokens
-    if rows * hidden * size > MAX_TENSOR_BYTES:
-        raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
     experts = np.frombuffer(expert_bytes, dtype="<u4")
     weights = np.frombuffer(weight_bytes, dtype="<f4")
     if tokens == 1:
@@ -139,11 +150,7 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
         valid = pairs == 0 or (int(experts.max()) <= MAX_EXPERT and bool(np.isfinite(weights).all()))
     if not valid:
         raise WireError("An expert's number is over 65,535 or a weight is not finite.")
-    if dtype is torch.int8:
-        states = _from_int8(request.hidden_states, request.scales, tokens, hidden, "hidden_states")
-    else:
-        states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
-    return states, Routing(offsets, experts, weights)
+    return Routing(offsets, experts, weights)
 
 
 def write_request(
@@ -164,9 +171,14 @@ def write_request(
     else:
         request.dtype = CODES[hidden.dtype]
         request.hidden_states = tensor_bytes(hidden) if raw is None else raw
-    request.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
-    request.experts = routing.experts.astype("<u4", copy=False).tobytes()
-    request.weights = routing.weights.astype("<f4", copy=False).tobytes()
+    write_routing(request, routing)
+
+
+def write_routing(message: pb.ComputeRequest | pb.ChainNode, routing: Routing) -> None:
+    """Fills a message's routing."""
+    message.offsets = routing.offsets.astype("<u4", copy=False).tobytes()
+    message.experts = routing.experts.astype("<u4", copy=False).tobytes()
+    message.weights = routing.weights.astype("<f4", copy=False).tobytes()
 
 
 def write_values(reply: pb.ComputeReply, rows: torch.Tensor, dtype: pb.Dtype) -> None:

@@ -29,7 +29,9 @@ HIDDEN = 1024  # f32: 4 KiB a token
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes a number
 PAYLOADS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 NODES = (1, 2, 3, 4)
+CHUNK_BYTES = 4 << 20  # of a prompt: 512 tokens of 2,048 numbers
 LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e9)
+SLOWER_LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e8)  # whose bytes, not this machine's processors, take the time
 
 
 @dataclass(slots=True)
@@ -42,6 +44,7 @@ class HopRow:
     link: str
     dtype: str = "float32"  # of the hidden states
     exact: bool = False  # they travel as they are, though the link is slow
+    chain: bool = False  # they travel from node to node; else from the coordinator to each
     eight_bit: bool = False  # they travelled in 8 bits: the link's own choice
     ours: list[float] = field(default_factory=list)  # seconds, without the nodes' arithmetic
     compute: list[float] = field(default_factory=list)  # seconds of the slowest node's arithmetic
@@ -58,6 +61,7 @@ class HopRow:
             "tls": self.tls,
             "link": self.link,
             "dtype": self.dtype,
+            "chain": self.chain,
             "eight_bit": self.eight_bit,
             "p50_us": ours,
             "p99_us": ranked[min(math.ceil(0.99 * len(ranked)), len(ranked)) - 1] * 1e6,
@@ -77,12 +81,20 @@ class HopRow:
 def summary(rows: list[HopRow]) -> dict[str, float]:
     """The figures that have a goal (docs/benchmarks.md), from the rows of one run."""
 
-    def find(nodes: int, payload: int, tls: bool, link: str, dtype: str = "float32", exact: bool = False) -> HopRow:
+    def find(
+        nodes: int,
+        payload: int,
+        tls: bool,
+        link: str,
+        dtype: str = "float32",
+        exact: bool = False,
+        chain: bool = False,
+    ) -> HopRow:
         (row,) = (
             row
             for row in rows
-            if (row.nodes, row.payload_bytes, row.tls, row.link, row.dtype, row.exact)
-            == (nodes, payload, tls, link, dtype, exact)
+            if (row.nodes, row.payload_bytes, row.tls, row.link, row.dtype, row.exact, row.chain)
+            == (nodes, payload, tls, link, dtype, exact, chain)
         )
         return row
 
@@ -100,6 +112,9 @@ def summary(rows: list[HopRow]) -> dict[str, float]:
     for dtype in DTYPES:
         exact, rounded = (find(1, large, True, slow, dtype, exact) for exact in (True, False))
         figures[f"prefill_gain_of_8_bits_{dtype}"] = exact.layer_s / rounded.layer_s
+    for link in (LINK, SLOWER_LINK):
+        star, chain = (find(4, CHUNK_BYTES, True, str(link), chain=chain) for chain in (False, True))
+        figures[f"prefill_gain_of_a_chain_of_four, {link}"] = star.layer_s / chain.layer_s
     return figures
 
 
@@ -117,6 +132,8 @@ def measure_hop(quick: bool, report: Callable[[float], None]) -> list[HopRow]:
     ]
     rows += [HopRow(count, payloads[-1], True, str(LINK), exact=True) for count in nodes]
     rows += [HopRow(1, payloads[-1], True, str(LINK), "bfloat16", exact) for exact in (False, True)]
+    for link in (LINK, SLOWER_LINK):
+        rows += [HopRow(nodes[-1], CHUNK_BYTES, True, str(link), chain=chain) for chain in (False, True)]
     with ExitStack() as stack:
         bench = _Bench(stack, max(nodes))
         for row in rows:
@@ -156,15 +173,17 @@ class _Bench:
         self._echo_ports = {"loopback": _start(stack, "moehive.coordinator.bench.echo", "serve").greeting}
         for port in self._echo_ports["loopback"].values():
             cables.append(Cable("coordinator", "n0", port))
-        slow = stack.enter_context(SlowLinks(cables, LINK)).ports
-        self._echo_ports[str(LINK)] = dict(zip(self._echo_ports["loopback"], slow[2 * nodes :], strict=True))
-        local = {kind: [f"127.0.0.1:{port}" for port in numbers] for kind, numbers in ports.items()}
-        far = {kind: [f"127.0.0.1:{port}" for port in slow[i : 2 * nodes : 2]] for i, kind in enumerate(ports)}
-        order = {
-            "addresses": {"loopback": local, str(LINK): far},
-            "tls": str(folder / "coordinator"),
-            "layers": layers,
-        }
+        # Of a chain: how each node reaches the next one.
+        cables += [Cable(f"n{node - 1}", f"n{node}", ports["tls"][node]) for node in range(1, nodes)]
+        addresses = {"loopback": {kind: [f"127.0.0.1:{port}" for port in numbers] for kind, numbers in ports.items()}}
+        onward = {"loopback": addresses["loopback"]["tls"]}
+        for link in (LINK, SLOWER_LINK):
+            slow = stack.enter_context(SlowLinks(cables, link)).ports
+            self._echo_ports[str(link)] = dict(zip(self._echo_ports["loopback"], slow[2 * nodes :], strict=False))
+            far = [f"127.0.0.1:{port}" for port in slow]
+            addresses[str(link)] = {kind: far[place : 2 * nodes : 2] for place, kind in enumerate(ports)}
+            onward[str(link)] = [far[0], *far[len(far) - nodes + 1 :]]
+        order = {"addresses": addresses, "onward": onward, "tls": str(folder / "coordinator"), "layers": layers}
         self._ours = _start(stack, "moehive.coordinator.bench.hop_client", json.dumps(order))
         self._echo = _start(stack, "moehive.coordinator.bench.echo", "ask")
 
@@ -177,6 +196,7 @@ class _Bench:
             "tls": row.tls,
             "kind": row.link,
             "exact": row.exact,
+            "chain": row.chain,
         }
         answer = self._ours.ask({**ask, "count": count})
         row.eight_bit = answer["eight_bit"]

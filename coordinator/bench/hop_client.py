@@ -1,7 +1,8 @@
 """The coordinator's side of a measured hop, in a process of its own: the dispatcher and its links, nothing made up.
 
-Argument: JSON with `addresses` (by link kind, then by node: host:port), `tls` (a folder with key.pem, chain.pem and
-ca.pem of a coordinator, or none) and `layers` as bench_node.py takes them. Each line of stdin is a measurement.
+Argument: JSON with `addresses` (by link kind, then by node: host:port), `onward` (by link kind and node: where the
+one before it in a chain finds it), `tls` (a folder with key.pem, chain.pem and ca.pem of a coordinator, or none) and
+`layers` as bench_node.py takes them. Each line of stdin is a measurement.
 """
 
 import json
@@ -22,6 +23,7 @@ async def _run(config: dict[str, Any]) -> None:
 
     from ..dispatch.dispatcher import Dispatcher
     from ..dispatch.link import Link
+    from ..dispatch.speed import LinkSpeed
     from ..types import NodeName, Plan
 
     torch.set_num_threads(1)
@@ -45,9 +47,9 @@ async def _run(config: dict[str, Any]) -> None:
                 if tls
                 else grpc.aio.insecure_channel(address, options=options())
             )
-            # Slow links are made by proxies on loopback; a link takes them for what they stand for by their name.
-            label = address if kind == "loopback" else f"slow-link:{number}"
-            link = Link(name, label, channel, on_close=lambda: None)
+            link = Link(name, config["onward"][kind][number], channel, on_close=lambda: None)
+            # Slow links are made by proxies on loopback, which is not what they stand for.
+            link.speed = LinkSpeed(loopback=kind == "loopback")
             await link.open()
             dispatcher.connect(link)
         owners = tuple((NodeName(f"n{e % nodes}"),) for e in range(layers[0].experts))
@@ -65,6 +67,7 @@ async def _run(config: dict[str, Any]) -> None:
         hidden = torch.randn(tokens, layers[0].spec.hidden_size).to(getattr(torch, order["dtype"]))
         ids = torch.arange(top_k)[None].expand(tokens, top_k)
         weights = torch.ones(tokens, top_k)
+        dispatchers[key].chains.always = order["chain"]
         counters = dispatchers[key].counters
         times: list[tuple[float, float]] = []  # seconds, and the nodes' part of them: arithmetic, the slowest's
         for _ in range(order["count"]):

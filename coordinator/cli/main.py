@@ -86,7 +86,8 @@ keys.command("revoke")(cluster.revoke_key)
 
 def main() -> None:
     """Runs the command line. Exit codes: 1 failed, 2 wrong usage or settings, 130 interrupted."""
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code leaves its place on stderr, and in the service's journal
+    # A crash of native code leaves its place on stderr, and in the service's journal.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
     try:
         app()
     except Exception as error:  # the last place where one can be put into words

@@ -19,20 +19,21 @@ import torch
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import WireError, raw_values, read_values, tensor_bytes, write_request
+from moehive.proto.tensors import tensor_bytes, write_request
 
 from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
+from .chain import Chains, NotAnswered
 from .fallback import Fallback
 from .link import Link
 from .local import LocalExperts
 from .parts import NodeCounters, Part, Sent
 from .placed import LOST
+from .replies import Replies
 from .routes import Routes
-from .routing import Share, only, pieces, split
+from .routing import Owner, Share, only, pieces, split
 from .rows import Rows, Sum, add_up, array, is_finite, rows_of
-from .speeds import FEW_TOKENS
-from .spot_check import EVERY_LAYERS, SpotCheck
+from .spot_check import SpotCheck
 from .statistics import RoutingStatistics
 from .tiers import TierView
 from .watch import Due, Watch
@@ -74,17 +75,18 @@ class Dispatcher:
         self._fallback = fallback
         self._on_lie = on_lie
         self._wait_seconds = wait_seconds
-        self._spot_check = None if read is None else SpotCheck(manifest, read, self._lied)
-        self._check_at = EVERY_LAYERS  # layers since the start, when the next answer is checked
         self._expert_bytes = [layer.expert_bytes for layer in manifest.layers]
         self._routes = Routes(self._expert_bytes, local is not None, self._routes_changed)
         self._speeds = self._routes.speeds
         self._links = self._routes.asking.links
+        self.chains = Chains(self._links, self._speeds, self._expert_bytes)
+        self._spot_check = None if read is None else SpotCheck(manifest, read, self._lied, self.chains.rest)
+        self._replies = Replies(reduction, self._expert_bytes, self.tiers, self._speeds, self._spot_check, self._lied)
+        self.counters = self._replies.counters
         self._lost_before = 0
         self._watch = Watch(self._late)
         self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         self._step = 0
-        self.counters: dict[NodeName, NodeCounters] = {}
         self.longest_pause_s = 0.0  # from the first failure in a layer to its sum
 
     @property
@@ -146,7 +148,11 @@ class Dispatcher:
         self._step += 1
         self._routes.tick()
         sent = Sent(layer, host, numbers, factors, hidden.device, self._settle)
-        self._ask(sent, split(numbers, factors, self._routes.owner(layer, numbers)))
+        owner = self._routes.owner(layer, numbers)
+        shares = split(numbers, factors, owner)
+        if self._reduction is Reduction.PARTIAL_SUM:
+            self._ask_chain(sent, shares, owner)
+        self._ask(sent, shares)
         self.tiers.sent()
         self.statistics.note(layer, numbers)  # while the nodes work
         return sent
@@ -155,6 +161,8 @@ class Dispatcher:
         parts, failed = await self._answers(sent)
         if failed:
             parts += await self._recover(sent, failed)
+        else:
+            self.chains.note(sent)
         with timeline.current.span("add up"):
             total, finite = self._sum(parts, sent)
         if not finite:
@@ -174,19 +182,34 @@ class Dispatcher:
                 with timeline.current.span("wait"):
                     answer = await part.reply
                 with timeline.current.span("read"):
-                    parts.append(self._read(part, sent.hidden, answer))
+                    parts.append(self._replies.read(part, sent.hidden, answer))
+                if part.chained:
+                    self.chains.answered(part)
             except NodeUnavailable as error:
-                self._failed(part, str(error))
+                self._failed(part, error)
                 failed.append(part.share)
             except asyncio.CancelledError:
                 task = asyncio.current_task()
                 if not part.given_up or (task is not None and task.cancelling()):
                     raise
-                self._failed(part, f"Node {part.node} is late; others are asked.")
+                self._failed(part, NotAnswered(part.nodes, f"Node {part.node} is late; others are asked."))
                 failed.append(part.share)
             finally:
                 self._settle(part)
         return parts, failed
+
+    def _ask_chain(self, sent: Sent, shares: dict[int, Share], owner: Owner) -> None:
+        """Sends what goes as a chain, and takes it out of `shares`."""
+        names = self._routes.placed.names
+        nodes = self.chains.choose(sent, shares, names)
+        if not nodes:
+            return
+        for part in self.chains.send(sent, nodes, names, owner, self._request(sent.layer)):
+            timeline.current.hop(part.node, part.reply, _COMPUTE_NS)
+            self._watch.add(part)
+            sent.waiting.append(part)
+        for node in nodes:
+            del shares[node]
 
     def _ask(self, sent: Sent, shares: dict[int, Share]) -> None:
         """Sends each node its share; those that can't be sent are `sent.lost`."""
@@ -278,9 +301,7 @@ class Dispatcher:
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
         layer, tokens = sent.layer, len(share.tokens)
-        request = pb.ComputeRequest(
-            epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
-        )
+        request = self._request(layer)
         if tokens == len(sent.hidden):  # the usual case of decoding: the same bytes for each node
             rows, raw = sent.hidden, sent.raw
             if raw is None:
@@ -296,15 +317,21 @@ class Dispatcher:
         reply = link.send(request)
         timeline.current.hop(node, reply, _COMPUTE_NS)
         speed = self._speeds.of(node)
-        expected = speed.expected(tokens, len(share.pairs), self._read_bytes(layer, share))
+        expected = speed.expected(tokens, len(share.pairs), self._replies.read_bytes(layer, share))
         if expected is None:
             expected, patience = 0.0, FIRST_SECONDS
         else:
             patience = 3 * (speed.backlog_s + expected + link.speed.round_trip_s) + SLACK_SECONDS
         speed.backlog_s += expected
-        part = Part(layer, node, share, reply, expected, asyncio.get_running_loop().time() + patience)
+        part = Part(layer, ((node, share),), share, reply, expected, asyncio.get_running_loop().time() + patience)
         self._watch.add(part)
         return part
+
+    def _request(self, layer: int) -> pb.ComputeRequest:
+        """A request of the layer that is dispatched now, without its share."""
+        return pb.ComputeRequest(
+            epoch=self.epoch, step=self._step, layer=layer, reduction=_WIRE_REDUCTION[self._reduction]
+        )
 
     def _settle(self, part: Part) -> None:
         """A part is over, however it ended."""
@@ -312,51 +339,16 @@ class Dispatcher:
         self._speeds.of(part.node).backlog_s -= part.expected
         part.expected = 0.0
 
-    def _read(self, part: Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> Rows:
-        """The rows of a reply. Raises NodeUnavailable when the node refused or answered nonsense."""
-        node, share = part.node, part.share
-        if reply.HasField("refusal"):
-            raise NodeUnavailable(node, f"Node {node} refuses: {reply.refusal.sentence[:1024]}")
-        count = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
-        size, dtype = hidden.shape[1], hidden.dtype
-        try:
-            raw = raw_values(reply, count, size, dtype)
-            if raw is not None:
-                rows = Rows.of_bytes(share, node, raw, count, size, dtype)
-            else:
-                rows = Rows(share, node, read_values(reply, count, size, dtype))
-            self.tiers.note(node, part.layer, reply)
-        except WireError as error:
-            sentence = f"Node {node} answered something else than asked: {error}"
-            self._lied(node, sentence)
-            raise NodeUnavailable(node, sentence) from None
-        counters = self.counters.get(node)
-        if counters is None:
-            counters = self.counters[node] = NodeCounters()
-        counters.requests += 1
-        counters.expert_calls += len(share.pairs)
-        counters.compute_ns += reply.compute_ns
-        if self._spot_check is not None and self._speeds.layers >= self._check_at:
-            self._check_at = self._speeds.layers + EVERY_LAYERS
-            self._spot_check.check(part, hidden, rows.values, self._reduction)
-        nbytes = self._read_bytes(part.layer, share)
-        self._speeds.of(node).note(
-            len(share.tokens), len(share.pairs), nbytes, reply.compute_ns / 1e9, self._speeds.layers
-        )
-        return rows
-
-    def _read_bytes(self, layer: int, share: Share) -> int:
-        """Bytes of the experts that a share reads, each once; of few tokens, for which alone it is looked at."""
-        pairs = len(share.pairs)
-        if len(share.tokens) > 1:
-            pairs = len(set(share.routing.experts.tolist())) if len(share.tokens) <= FEW_TOKENS else 0
-        return pairs * self._expert_bytes[layer]
-
-    def _failed(self, part: Part, sentence: str) -> None:
-        """A part did not come: its node is not asked until it has answered a probe."""
-        self.counters.setdefault(part.node, NodeCounters()).failed += 1
+    def _failed(self, part: Part, error: NodeUnavailable) -> None:
+        """A part did not come: its node is not asked until it has answered a probe, or its nodes as no chain."""
+        if part.chained:
+            culprits = error.culprits if isinstance(error, NotAnswered) else (NodeName(error.node),)
+            if self.chains.rest(culprits):
+                log.warning("A chain of nodes was broken; they are asked one by one. %s", error)
+            return
+        self._replies.failed(part.node)
         if self._routes.asking.shun(part.node):
-            log.warning("%s", sentence)
+            log.warning("%s", error)
 
     def _lied(self, node: NodeName, sentence: str) -> None:
         self._routes.asking.shun(node)
@@ -369,7 +361,8 @@ class Dispatcher:
             self._watch.remove(part)
             return
         now = asyncio.get_running_loop().time()
-        elsewhere = self._routes.placed.held_without(part.layer, part.share.routing.experts, (part.node,))
+        experts = part.share.routing.experts
+        elsewhere = part.chained or self._routes.placed.held_without(part.layer, experts, (part.node,))
         if not elsewhere and now < part.due + SILENT_SECONDS:
             return
         part.given_up = True

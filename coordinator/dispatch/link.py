@@ -39,6 +39,7 @@ class _Pending:
     reply: "asyncio.Future[pb.ComputeReply]"
     sent_at: float  # seconds, monotonic clock
     nbytes: int  # of the hidden states
+    chained: bool  # the time of the reply is that of other links, too
 
 
 class Link:
@@ -98,7 +99,7 @@ class Link:
         request.id = self._next_id
         self._next_id += 1
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = _Pending(future, monotonic(), len(request.hidden_states))
+        self._pending[request.id] = _Pending(future, monotonic(), len(request.hidden_states), bool(request.chain))
         future.add_done_callback(partial(self._settled, request.id))
         self._line.append(request)
         self._write()
@@ -121,7 +122,9 @@ class Link:
                 pending = self._pending.get(reply.id)
                 if pending is not None and not pending.reply.done():  # else: its request was cancelled
                     pending.reply.set_result(reply)
-                    if len(self._pending) == 1:  # others would share the link, and the time would say nothing
+                    if (
+                        len(self._pending) == 1 and not pending.chained
+                    ):  # others would share the link, and the time would say nothing
                         seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
                         self.speed.note(
                             max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds

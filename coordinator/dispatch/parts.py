@@ -12,6 +12,7 @@ from moehive.proto import experts_pb2 as pb
 
 from ..types import NodeName
 from .routing import Share
+from .ways import Chunk
 
 
 @dataclass(slots=True)
@@ -26,15 +27,30 @@ class NodeCounters:
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One node's part of a layer, asked for."""
+    """One node's part of a layer, or the part of a chain of nodes, asked for."""
 
     layer: int
-    node: NodeName
-    share: Share
+    members: tuple[tuple[NodeName, Share], ...]  # who computes what; the first is asked, the others are its chain
+    share: Share  # all of that
     reply: "asyncio.Future[pb.ComputeReply]"
     expected: float  # seconds until the reply
     due: float  # seconds of the loop's clock: it is late from then on
     given_up: bool = False  # `reply` was cancelled because it was late
+
+    @property
+    def node(self) -> NodeName:
+        """Who was asked."""
+        return self.members[0][0]
+
+    @property
+    def nodes(self) -> tuple[NodeName, ...]:
+        """Who answers."""
+        return tuple(name for name, _ in self.members)
+
+    @property
+    def chained(self) -> bool:
+        """Whether several nodes answer with one sum."""
+        return len(self.members) > 1
 
 
 @dataclass(slots=True)
@@ -51,6 +67,7 @@ class Sent:
     here: Share | None = None
     lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
     waiting: list[Part] = field(default_factory=list)
+    chunk: Chunk | None = None  # of a prompt, that may go as a chain
 
     def __del__(self) -> None:
         for part in self.waiting:

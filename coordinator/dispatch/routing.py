@@ -71,7 +71,7 @@ def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: Owner) -
 
 def only(ids: npt.NDArray[np.int64], shares: Sequence[Share]) -> npt.NDArray[np.int64]:
     """`ids` [tokens, k] with none (-1) in place of all pairs that are in no share."""
-    kept = np.full_like(ids, -1)
+    kept = np.full(ids.shape, -1, dtype=ids.dtype)  # in rows, however `ids` lies in memory
     for share in shares:
         kept.reshape(-1)[share.pairs] = ids.reshape(-1)[share.pairs]
     return kept

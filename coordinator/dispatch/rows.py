@@ -75,8 +75,9 @@ def _add_tensors(parts: Sequence[Rows], tokens: int, k: int, size: int, reductio
     else:
         total = torch.zeros((tokens, size), dtype=torch.float32)
     for rows in rest:
-        if len(rows.share.tokens) == tokens:
-            total += rows.values
+        start, end = int(rows.share.tokens[0]), int(rows.share.tokens[-1]) + 1
+        if len(rows.share.tokens) == end - start:  # all tokens, or all of a piece
+            total[start:end] += rows.values
         else:
             total.index_add_(0, torch.from_numpy(rows.share.tokens), rows.values.float())
     return total

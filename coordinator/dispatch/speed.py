@@ -57,6 +57,11 @@ class LinkSpeed:
         """Called now and then: a node that was late is not asked any more, and would stay late for ever."""
         self._usual *= FORGIVEN
 
+    @property
+    def slow(self) -> bool:
+        """Whether bytes are what large messages on it wait for."""
+        return self._slow and not self._loopback
+
     def note(self, largest: int, total: int, seconds: float) -> None:
         """An exchange whose messages had `largest` and `total` bytes, the node's arithmetic left out."""
         if largest < LARGE_BYTES:
@@ -69,4 +74,4 @@ class LinkSpeed:
 
     def eight_bit(self, nbytes: int) -> bool:
         """Whether hidden states of `nbytes` should travel in 8 bits: the link is slow and bytes are its time."""
-        return self._slow and not self._loopback and nbytes * self.s_per_byte > self.round_trip_s / 4
+        return self.slow and nbytes * self.s_per_byte > self.round_trip_s / 4

@@ -46,13 +46,14 @@ def test_what_passes_a_slow_link_is_unchanged() -> None:
 def test_every_way_is_measured(link: str) -> None:
     rows = [hop.HopRow(nodes, 8192, tls, link) for nodes, tls in ((1, False), (2, True))]
     rows.append(hop.HopRow(1, 8192, True, link, dtype="bfloat16", exact=True))
+    rows.append(hop.HopRow(2, 1 << 20, True, link, chain=True))
     with ExitStack() as stack:
         bench = hop._Bench(stack, 2)
         for row in rows:
             bench.measure(row, 4)
     for row in rows:
         assert len(row.ours) == len(row.compute) == len(row.raw) == len(row.plain) == 4
-        assert min(row.compute) > 0 and not row.eight_bit  # 8 KiB are not worth it
+        assert min(row.compute) > 0 and (row.chain or not row.eight_bit)  # 8 KiB are not worth it
         figures = row.figures()
         assert 0 < figures["p50_us"] <= figures["p99_us"]
         if link != "loopback":  # twice the delay, at the least
@@ -71,6 +72,8 @@ def test_the_summary_is_of_the_rows_that_it_names() -> None:
         row(5e-3, 1, small, True, slow),
         row(6e-3, 4, small, True, slow),
     ]
+    for link, star, chain in ((slow, 8e-3, 4e-3), (str(hop.SLOWER_LINK), 6e-2, 2e-2)):
+        rows += [row(star, 4, hop.CHUNK_BYTES, True, link), row(chain, 4, hop.CHUNK_BYTES, True, link, chain=True)]
     for dtype, exact, rounded in (("float32", 9e-3, 2e-3), ("bfloat16", 5e-3, 3e-3)):
         rows.append(row(exact, 1, large, True, slow, dtype=dtype, exact=True, compute=1e-3))
         rows.append(row(rounded, 1, large, True, slow, dtype=dtype, compute=1e-3))
@@ -84,5 +87,7 @@ def test_the_summary_is_of_the_rows_that_it_names() -> None:
             "added_us_on_slow_link": 4000,
             "prefill_gain_of_8_bits_float32": 10 / 3,
             "prefill_gain_of_8_bits_bfloat16": 1.5,
+            f"prefill_gain_of_a_chain_of_four, {hop.LINK}": 2,
+            f"prefill_gain_of_a_chain_of_four, {hop.SLOWER_LINK}": 3,
         }
     )

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moehive.coordinator.dispatch import asking, dispatcher
+from moehive.coordinator.dispatch import asking, dispatcher, spot_check
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.fallback import Fallback
 from moehive.coordinator.dispatch.link import Link
@@ -242,7 +242,7 @@ def test_a_spot_check_finds_wrong_sums(honest: bool, reduction: Reduction, monke
         reply.values = rows.numpy().tobytes()
 
     async def main() -> None:
-        monkeypatch.setattr(dispatcher, "EVERY_LAYERS", 2)
+        monkeypatch.setattr(spot_check, "EVERY_LAYERS", 2)
         case = Case(ONLY_A, (lambda reply: None) if honest else wrong, reduction, read=blob)
         check = case.dispatcher._spot_check
         assert check is not None

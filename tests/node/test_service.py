@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moehive.expert_node import service as service_module
+from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.service import ExpertsService
 from moehive.expert_node.store import ExpertStore
@@ -56,7 +57,7 @@ def serving(authority, model):
         store.use(model.manifest, 1)
         for expert, blob in model.blobs.items():
             store.add(expert, load_expert(model.manifest.layers[expert.layer].spec, blob))
-        service = ExpertsService(Executor(store, ExpertOps(1)))
+        service = ExpertsService(Executor(store, ExpertOps(1)), Onward(lambda: identity))
         guard = CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})
         server = grpc.aio.server(interceptors=[guard], options=options())
         experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)

@@ -1,0 +1,135 @@
+"""The way on from this node: streams to those that come after it in a chain, opened as they are needed.
+
+Whom to ask, the request says; that it is that node of this cluster, its certificate does.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from moehive.proto import experts_pb2 as pb
+from moehive.proto import experts_pb2_grpc
+from moehive.proto.chain import check_chain_reply, next_request
+from moehive.proto.channel import Identity, node_dns_name, open_channel
+from moehive.proto.handshake import metadata
+from moehive.proto.tensors import WireError
+
+from .peers import Peer
+from .types import NodeError
+
+MAX_STREAMS = 32  # to other nodes at once; beyond it the oldest is closed
+REPLY_SECONDS = 60.0  # a silent node must not hang this one; the coordinator has lost patience long before
+
+
+class ChainBroken(NodeError):
+    """The chain ended at `node`; the text is one sentence."""
+
+    def __init__(self, node: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.node = node
+
+
+class Onward:
+    """Asks the next nodes; use it on one event loop."""
+
+    def __init__(self, identity: Callable[[], Identity]) -> None:
+        self._identity = identity
+        self._streams: dict[Peer, _Stream] = {}
+
+    async def ask(self, request: pb.ComputeRequest) -> pb.ComputeReply:
+        """The reply of all nodes of `request`'s chain, which `check_chain` has checked. Raises ChainBroken."""
+        peer = Peer(request.chain[0].node_name, request.chain[0].address)
+        stream = self._streams.get(peer)
+        if stream is None or stream.ended:
+            await self._make_room(peer)
+            stream = self._streams[peer] = _Stream(peer, self._identity())
+        reply = await stream.ask(next_request(request))
+        if reply.HasField("refusal"):
+            raise ChainBroken(reply.refusal.node_name[:63] or peer.name, reply.refusal.sentence[:1024])
+        try:
+            check_chain_reply(reply, len(request.chain) - 1)
+        except WireError as error:
+            raise ChainBroken(peer.name, f"Node {peer.name} answered something else than asked: {error}") from None
+        return reply
+
+    async def close(self) -> None:
+        """Ends every stream."""
+        while self._streams:
+            await self._streams.popitem()[1].close()
+
+    async def _make_room(self, peer: Peer) -> None:
+        """Drops a stream to `peer` that has ended, and the oldest of too many."""
+        gone = [self._streams.pop(peer)] if peer in self._streams else []
+        if len(self._streams) >= MAX_STREAMS:
+            gone.append(self._streams.pop(next(iter(self._streams))))
+        for stream in gone:
+            await stream.close()
+
+
+class _Stream:
+    """One stream, many requests in flight on it; whatever ends it ends them."""
+
+    def __init__(self, peer: Peer, identity: Identity) -> None:
+        self._peer = peer
+        self._channel = open_channel(peer.address, identity, node_dns_name(peer.name))
+        self._call = experts_pb2_grpc.ExpertsStub(self._channel).PassOn(metadata=metadata())
+        self._writing = asyncio.Lock()  # gRPC takes one write at a time
+        self._pending: dict[int, asyncio.Future[pb.ComputeReply]] = {}
+        self._last_id = 0
+        self.ended = False
+        self._reader = asyncio.create_task(self._read())
+
+    async def ask(self, request: pb.ComputeRequest) -> pb.ComputeReply:
+        """Raises ChainBroken when the node is gone or silent for REPLY_SECONDS."""
+        self._last_id += 1
+        request.id = number = self._last_id
+        reply: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
+        self._pending[number] = reply
+        try:
+            async with asyncio.timeout(REPLY_SECONDS):
+                async with self._writing:
+                    await self._call.write(request)
+                return await reply
+        except TimeoutError:
+            raise self._broken(f"did not answer within {REPLY_SECONDS:.0f} s") from None
+        except grpc.aio.AioRpcError as error:
+            raise self._broken(f"can't be asked ({(error.details() or error.code().name)[:512]})") from None
+        except (asyncio.InvalidStateError, grpc.aio.UsageError):
+            raise self._broken("ended the connection") from None
+        except asyncio.CancelledError:
+            # grpc.aio raises this in the writer of a stream that was cancelled, too.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise self._broken("ended the connection") from None
+        finally:
+            self._pending.pop(number, None)
+
+    async def close(self) -> None:
+        self._end("is not asked any more")
+        self._reader.cancel()
+        self._call.cancel()
+        await self._channel.close()
+
+    async def _read(self) -> None:
+        what = "ended the connection"
+        try:
+            while (reply := await self._call.read()) is not grpc.aio.EOF:
+                pending = self._pending.get(reply.id)
+                if pending is not None and not pending.done():
+                    pending.set_result(reply)
+        except grpc.aio.AioRpcError as error:
+            what = f"can't be asked ({(error.details() or error.code().name)[:512]})"
+        finally:
+            self._end(what)
+
+    def _end(self, what: str) -> None:
+        self.ended = True
+        for pending in self._pending.values():
+            if not pending.done():
+                pending.set_exception(self._broken(what))
+
+    def _broken(self, what: str) -> ChainBroken:
+        return ChainBroken(self._peer.name, f"Node {self._peer.name} {what}, says the node before it in a chain.")
