@@ -69,7 +69,6 @@ class Dispatcher:
         `cache_margin`: of cache-aware routing, see models/lean/foresight.py; 0: off.
         """
         self.tiers = TierView([layer.experts for layer in manifest.layers], cache_margin)
-        self._manifest = manifest
         self._local = local
         self._reduction = reduction
         self._fallback = fallback
@@ -102,7 +101,7 @@ class Dispatcher:
     @property
     def busy(self) -> bool:
         """Whether layers are being asked for, of nodes that hold all of them."""
-        return self.lost == 0 and self._watch.active
+        return self._routes.lost == 0 and self._watch.active
 
     async def prepare(self, plan: Plan) -> None:
         """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
