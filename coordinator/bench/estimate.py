@@ -16,6 +16,7 @@ from ..estimate.holding import hold
 from ..estimate.model import Model, check_format, of_shape
 from ..estimate.step import decode_step, prefill_rate
 from ..estimate.this_machine import read_speed, step_factor
+from ..settings import cores
 from ..types import CoordinatorError
 from .decode import DecodeSettings, measure_decode
 from .random_model import RandomModel, random_model
@@ -94,7 +95,9 @@ def _cluster(model: Model, alone: float, together: float) -> Cluster:
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token
     own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, alone)
     nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, together)) for n in range(NODES))
-    coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=step_factor())
+    # All processes share this machine's processors, and wait for them when a layer's messages come and go.
+    crowding = max(1.0, (NODES + 1) / cores())
+    coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=step_factor() * crowding)
     return Cluster(0.0, _LOOPBACK_BANDWIDTH, (coordinator, *nodes))
 
 

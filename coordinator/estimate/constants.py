@@ -1,8 +1,8 @@
 """What a step costs beside bytes and distance, each constant with where it comes from.
 
-All are of a core of an AMD EPYC (Zen 3, AVX2). The kernels' shares are measured; the fixed seconds are first values,
-not fitted on a quiet machine yet: `moehive bench estimate` shows estimates beside measurements, and the constants
-that would have fitted.
+The kernels' shares are of a core of an AMD EPYC (Zen 3, AVX2). The fixed seconds are of an Intel Xeon at 2.5 GHz
+(Cascade Lake), fitted to `moehive bench estimate` there, which shows estimates beside measurements; another machine
+takes `step_factor` (estimate/this_machine.py) times as long.
 """
 
 # Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`).
@@ -13,14 +13,13 @@ KERNEL_SHARES = {
 }  # fmt: skip
 OTHER_SHARE = 0.75  # of a mixture of formats
 
-# First values; `moehive bench estimate` prints what would have fitted.
-TOKEN_S = 0.6e-3  # sampling and the engine, a token
-LAYER_S = 0.15e-3  # calls and small operations of one decoder layer in the trunk
-HOP_S = 0.45e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
+TOKEN_S = 0.4e-3  # sampling and the engine, a token
+LAYER_S = 0.3e-3  # calls and small operations of one decoder layer in the trunk
+HOP_S = 0.9e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
 PROBE_S = 0.4e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
-MESSAGE_S = 0.10e-3  # for each node beyond the first that a layer asks
+MESSAGE_S = 0.6e-3  # for each node beyond the first that a layer asks
 
-# Multiplications with one weight that a machine does while it reads a byte: a first value, as those above.
+# Multiplications with one weight that a machine does while it reads a byte: a first value, not fitted.
 PRODUCTS_PER_BYTE = 8.0
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
 
