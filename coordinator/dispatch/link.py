@@ -29,6 +29,7 @@ from .speed import LinkSpeed, is_loopback
 log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
+ID_STEP = 1_000_003  # from a request's id to the next one's: an answer with a wrong number is no other request's
 CONNECT_SECONDS = 10.0
 PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with when it opens
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
@@ -97,7 +98,7 @@ class Link:
         if self._call is None or self._failure is not None:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
         request.id = self._next_id
-        self._next_id += 1
+        self._next_id += ID_STEP
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
         self._pending[request.id] = _Pending(future, monotonic(), len(request.hidden_states), bool(request.chain))
         future.add_done_callback(partial(self._settled, request.id))
