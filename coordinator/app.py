@@ -220,7 +220,9 @@ class Coordinator:
             measured = Measured()
             if (given := node.capacity) is not None:
                 machine = given.address.rpartition(":")[0]
-                measured = Measured(given.read_bandwidth, 0.0, 0.0, machine, given.ram_bytes, given.vram_bytes)
+                measured = Measured(
+                    given.read_bandwidth, machine=machine, ram_bytes=given.ram_bytes, vram_bytes=given.vram_bytes
+                )
             if link is not None:
                 row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
                 token_s = row * link.speed.s_per_byte

@@ -48,11 +48,15 @@ class LinearWeights:
         object.__setattr__(self, "native", matrix)
 
     @property
+    def stored(self) -> torch.Tensor:
+        """The blob's bytes as the format stores them; plain weights are [rows, columns] of their own type."""
+        shape = (self.rows, self.columns)
+        return FORMATS[self.format].view(self.blob[: tensor_bytes(self.format, *shape)], shape)
+
+    @property
     def matrix(self) -> torch.Tensor:
         """The numbers that the weights mean, f32 [rows, columns]: a view of f32 weights, else made for the call."""
-        shape = (self.rows, self.columns)
-        stored = FORMATS[self.format].view(self.blob[: tensor_bytes(self.format, *shape)], shape)
-        return FORMATS[self.format].decode(stored, shape)
+        return FORMATS[self.format].decode(self.stored, (self.rows, self.columns))
 
     @property
     def is_plain(self) -> bool:

@@ -65,7 +65,8 @@ def measure_faults(quick: bool, told: Callable[[str], None] = lambda line: None)
         uvloop.run(_on_one_cluster(model, folder / "cluster", report, size, told))
         if size.restarts:
             told("restarts of processes")
-            measure_restarts(model, folder / "processes", report, size.restarts)
+            (folder / "processes").mkdir()
+            uvloop.run(measure_restarts(model, folder / "processes", report, size.restarts))
     return report
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from .options import Json
+from .tables import show_figures, show_rows
 
 
 def chaos(
@@ -26,14 +27,7 @@ def chaos(
     if as_json:
         typer.echo(json.dumps(figures))
     else:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("figure", "value")
-        for name, value in figures.items():
-            shown = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-            table.add_row(name.replace("_", " "), shown)
-        Console().print(table)
+        show_figures(figures, False)
     if not report.passed:
         raise typer.Exit(1)
 
@@ -42,14 +36,4 @@ def dispatch(as_json: Json = False) -> None:
     """Choosing among replicas: what it costs for a layer, and how much slower a choice by chance would be."""
     from ..bench.dispatch import measure_dispatch
 
-    rows = measure_dispatch()
-    if as_json:
-        typer.echo(json.dumps({"rows": rows}))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console().print(table)
+    show_rows(measure_dispatch(), as_json)

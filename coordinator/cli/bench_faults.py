@@ -8,6 +8,7 @@ import typer
 
 from .options import Json
 from .process import prepare
+from .tables import console
 
 if TYPE_CHECKING:
     from ..bench.faults_report import FaultsReport
@@ -34,7 +35,6 @@ def faults(
 
 
 def _show(report: "FaultsReport") -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("what", "median", "worst", "times", "goal", "met", "note")
@@ -45,9 +45,9 @@ def _show(report: "FaultsReport") -> None:
         middle, worst, goal = (_number(value, unit) for value in shown)
         met = {True: "yes", False: "no", None: ""}[figures["met"]]
         table.add_row(figures["what"], middle, worst, str(figures["times"]), goal, met, figures["note"])
-    console = Console()
-    console.print(table)
-    console.print(f"{report.texts} texts, {report.differ} differed, {len(report.errors)} failed.", highlight=False)
+    out = console()
+    out.print(table)
+    out.print(f"{report.texts} texts, {report.differ} differed, {len(report.errors)} failed.", highlight=False)
 
 
 def _number(value: Any, unit: str) -> str:

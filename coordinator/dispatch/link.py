@@ -123,9 +123,8 @@ class Link:
                 pending = self._pending.get(reply.id)
                 if pending is not None and not pending.reply.done():  # else: its request was cancelled
                     pending.reply.set_result(reply)
-                    if (
-                        len(self._pending) == 1 and not pending.chained
-                    ):  # others would share the link, and the time would say nothing
+                    # Others would share the link, and the time would say nothing.
+                    if len(self._pending) == 1 and not pending.chained:
                         seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
                         self.speed.note(
                             max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds

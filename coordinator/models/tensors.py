@@ -10,7 +10,6 @@ from typing import Protocol
 
 import torch
 
-from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import GROUP_ROWS, tensor_bytes
 from moehive.kernels.linear import LinearWeights
@@ -91,11 +90,7 @@ class BlockEmbedding:
 
 def embedding_of(weights: LinearWeights) -> Embedding:
     """A matrix [vocabulary, hidden] as a table; it shares the memory."""
-    dtype = PLAIN_TYPES.get(weights.format)
-    if dtype is None:
-        return BlockEmbedding(weights)
-    plain = weights.blob[: weights.rows * weights.columns * dtype.itemsize].view(dtype)
-    return PlainEmbedding(plain.view(weights.rows, weights.columns))
+    return PlainEmbedding(weights.stored) if weights.is_plain else BlockEmbedding(weights)
 
 
 class Replaced:

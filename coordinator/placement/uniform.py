@@ -22,7 +22,7 @@ from .traces import DEFAULT_MIXES
 
 MIX = DEFAULT_MIXES[len(DEFAULT_MIXES) // 2]  # the batch that is evened out for; the others lose little
 
-Owners = tuple[tuple[NodeName, ...], ...]  # of one layer: for each expert the nodes that hold it
+LayerOwners = tuple[tuple[NodeName, ...], ...]  # of one layer: for each expert the nodes that hold it
 
 
 def uniform_plan(
@@ -39,7 +39,7 @@ def uniform_plan(
     node needs more than its `capacities` (bytes) while it holds what both plans give it. Where such shares don't
     exist, only what has lost its node moves. Should even that have no room, a node will say so when it loads.
     """
-    old: Sequence[Owners] = previous.owners if previous is not None else [()] * len(layers)
+    old: Sequence[LayerOwners] = previous.owners if previous is not None else [()] * len(layers)
     spare = _spare(capacities, layers, old)
     for trial in (
         _Trial(cluster, layers, capacities, old, slots, spare),
@@ -60,7 +60,7 @@ class _Trial:
     cluster: Cluster
     layers: Sequence[LayerGeometry]
     capacities: Mapping[NodeName, int]  # bytes
-    old: Sequence[Owners]  # of each layer, by the plan before; empty: there is none
+    old: Sequence[LayerOwners]  # of each layer, by the plan before; empty: there is none
     slots: Slots | None  # [layers, places] that a place may hold; None: what has a node stays there
     spare: Mapping[NodeName, int] | None  # bytes that a node may load beyond what it holds; None: any
 
@@ -119,7 +119,7 @@ class _Trial:
 
 
 def _spare(
-    capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry], old: Sequence[Owners]
+    capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry], old: Sequence[LayerOwners]
 ) -> dict[NodeName, int]:
     """Bytes that each node has beyond what it holds already."""
     spare = dict(capacities)
@@ -130,7 +130,7 @@ def _spare(
     return {node: max(0, size) for node, size in spare.items()}
 
 
-def _assign(experts: int, counts: Mapping[NodeName, int], old: Owners) -> Owners:
+def _assign(experts: int, counts: Mapping[NodeName, int], old: LayerOwners) -> LayerOwners:
     """Which experts each node gets: those that it has, as far as its count goes, then the rest in order."""
     left = dict(counts)
     chosen: list[NodeName | None] = [None] * experts

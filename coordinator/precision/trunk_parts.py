@@ -23,7 +23,6 @@ import numpy as np
 import torch
 
 from moehive.kernels.formats.file_rows import pack_file_rows
-from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.geometry import Format, tensor_bytes
 from moehive.kernels.linear import LinearOps, LinearWeights
 from moehive.kernels.quantizers.feedback import Moments, quantize
@@ -135,7 +134,7 @@ class TrunkMatrices:
         """The matrix in `format` as kernels compute it, uint8, piece by piece."""
         importance = Moments.diagonal(part.inputs.squares)
         for first in range(0, part.rows, _STEP):
-            numbers = _table(self._matrices[part.name])[first : first + _STEP]
+            numbers = self._matrices[part.name].stored[first : first + _STEP]
             piece = torch.empty(tensor_bytes(format, *numbers.shape), dtype=torch.uint8)
             pack_file_rows(format, quantize(format, numbers, importance), part.columns, piece)
             yield piece
@@ -157,7 +156,7 @@ class TrunkMatrices:
             tokens, uses = torch.cat([*texts]).unique(return_counts=True)
             most = uses.argsort(descending=True)[:_TOKENS]
             rows, counts, inputs = tokens[most], uses[most] / uses.sum(), _looked_up(weights)
-        return _Sample(_table(weights)[rows].float(), counts, inputs)
+        return _Sample(weights.stored[rows].float(), counts, inputs)
 
     def _rounded(self, name: str, format: Format) -> Trunk:
         """The trunk with one matrix in another format; it shares all others with this one."""
@@ -258,12 +257,6 @@ class _Watched(LinearOps):
 def _looked_up(weights: LinearWeights) -> Inputs:
     """The inputs of a table, of which one row is taken for each token."""
     return Inputs(torch.ones(weights.columns), torch.zeros(weights.columns))
-
-
-def _table(weights: LinearWeights) -> torch.Tensor:
-    """Plain weights as they are stored, [rows, columns]."""
-    dtype = PLAIN_TYPES[weights.format]
-    return weights.blob[: weights.rows * weights.columns * dtype.itemsize].view(dtype).view(weights.rows, -1)
 
 
 def _formats(weights: LinearWeights) -> tuple[Format, ...]:

@@ -189,9 +189,11 @@ def _matrices(
     if not chosen and not kept:
         return (), None
 
+    there = source.matrices if isinstance(source, PackCheckpoint) else {}
+
     def encode(one: TrunkMatrix) -> Iterable[torch.Tensor]:
-        if isinstance(source, PackCheckpoint) and one in kept:
-            return [source.matrices[one.name].blob]
+        if one in kept:
+            return [there[one.name].blob]
         assert isinstance(format, Chosen) and format.encode_matrix is not None
         return format.encode_matrix(one)
 
