@@ -57,40 +57,44 @@ def place(
     previous: Plan | None = None,
 ) -> Plan:
     """A plan within `capacities` (bytes of each node). Raises CoordinatorError when the experts don't fit."""
-    plan = _place(capacities, measured, layers, trace, epoch, previous)
-    return plan if trace is None else replace(plan, pins=_pins(plan.owners, measured, layers, trace))
-
-
-def _place(
-    capacities: Mapping[NodeName, int],
-    measured: Mapping[NodeName, Measured],
-    layers: Sequence[LayerGeometry],
-    trace: Trace | None,
-    epoch: int,
-    previous: Plan | None,
-) -> Plan:
     # Beyond what the planner knows, the nodes that give least hold nothing.
     names = sorted(capacities, key=lambda name: (-capacities[name], name))[:MAX_NODES]
     capacities = {name: capacities[name] for name in sorted(names)}
-    measured = _by_machine(measured)
-    uniform = _uniform(capacities, measured, layers, epoch, previous)
+    alike = _by_machine(measured)
+    plan = _uniform(capacities, alike, layers, epoch, previous)
+    if trace is None:
+        return plan
+    owners = _by_traffic(capacities, alike, layers, trace, previous)
+    if owners is not None:
+        plan = Plan(epoch, owners)
+    return replace(plan, pins=_pins(plan.owners, measured, layers, trace))
+
+
+def _by_traffic(
+    capacities: Mapping[NodeName, int],
+    measured: Mapping[NodeName, Measured],
+    layers: Sequence[LayerGeometry],
+    trace: Trace,
+    previous: Plan | None,
+) -> Owners | None:
+    """What the planner finds; None where it knows nothing of such a model, or there is no memory for it."""
     experts = {layer.experts for layer in layers}
-    if trace is None or len(experts) > 1 or trace.layers != len(layers):
-        return uniform
+    if len(experts) > 1 or trace.layers != len(layers):
+        return None
     cluster = _cluster(_with_replicas(capacities, measured, layers), measured, layers)
     try:
         made = make_plan(cluster, trace, experts=experts.pop(), effort=EFFORT)
     except CoordinatorError:
-        return uniform  # the model fits, but with no memory to spare
-    plan = Plan(epoch, _owners(made, list(capacities), layers))
-    if previous is not None and not _fits_beside(plan, previous, capacities, layers):
+        return None  # the model fits, but with no memory to spare
+    owners = _owners(made, list(capacities), layers)
+    if previous is not None and not _fits_beside(owners, previous, capacities, layers):
         log.info("The plan by traffic would need more memory than there is while nodes change over.")
-        return uniform
+        return None
     log.info(
         "Planned for %d tokens of traffic: %.3f ms of experts a step; no plan takes less than %.3f ms.",
         trace.tokens, 1e3 * made.expected_s, 1e3 * made.bound_s,
     )  # fmt: skip
-    return plan
+    return owners
 
 
 def better(
@@ -148,7 +152,7 @@ def _better_owners(
     if not decision.adopt:
         return None
     owners = _owners(decision.plan, names, layers)
-    return owners if _fits_beside(Plan(current.epoch, owners), current, capacities, layers) else None
+    return owners if _fits_beside(owners, current, capacities, layers) else None
 
 
 def _uniform(
@@ -239,11 +243,11 @@ def _node(name: NodeName, nbytes: int, measured: Measured) -> Node:
 
 
 def _fits_beside(
-    plan: Plan, previous: Plan, capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry]
+    owners: Owners, previous: Plan, capacities: Mapping[NodeName, int], layers: Sequence[LayerGeometry]
 ) -> bool:
-    """Whether each node has room for its slices of both plans."""
+    """Whether each node has room for what `owners` give it beside its slice of the plan before."""
     held: Counter[NodeName] = Counter()
-    for new, old, geometry in zip(plan.owners, previous.owners, layers, strict=True):
+    for new, old, geometry in zip(owners, previous.owners, layers, strict=True):
         for expert, (ours, theirs) in enumerate(zip(new, old, strict=True)):
             for name in {*ours, *theirs}:
                 held[name] += geometry.spec_of(expert).nbytes
