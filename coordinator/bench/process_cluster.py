@@ -105,11 +105,11 @@ class Supervised:
         try:
             code = await asyncio.wait_for(process.wait(), STOP_SECONDS)
             if code not in (0, -signal.SIGTERM):  # the latter before it has begun to listen
-                self._crashed(code)
+                self._crashed(f"ended by itself, with exit code {code}")
         except TimeoutError:
-            self.crashes.append(f"{self.name} did not end within {STOP_SECONDS:.0f} s of being told to.")
-            _send(process, signal.SIGKILL)
+            _send(process, signal.SIGABRT)  # it says where each of its threads is
             await process.wait()
+            self._crashed(f"did not end within {STOP_SECONDS:.0f} s of being told to")
         self.process = None
 
     async def _keep(self) -> None:
@@ -125,17 +125,17 @@ class Supervised:
             first = ()
             code = await process.wait()
             if not self.may_end and not (process is self._killed and code == -signal.SIGKILL):
-                self._crashed(code)
+                self._crashed(f"ended by itself, with exit code {code}")
             self.process = None
             await asyncio.sleep(RESTART_SECONDS)
 
-    def _crashed(self, code: int) -> None:
+    def _crashed(self, how: str) -> None:
         with self._log.open("rb") as file:
             file.seek(self._begun)
             said = file.read().decode(errors="replace")
-        at = said.rfind("Current thread")  # faulthandler's word on where native code has failed
+        at = said.rfind("Fatal Python error")  # faulthandler's words: where each thread is
         part = said[-LOG_CHARACTERS:] if at < 0 else said[at : at + LOG_CHARACTERS]
-        self.crashes.append(f"{self.name} ended by itself, with exit code {code}. Its log: {part.strip()}")
+        self.crashes.append(f"{self.name} {how}. Its log: {part.strip()}")
 
 
 class ProcessCluster:
