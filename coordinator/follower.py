@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 
 from moehive.kernels.geometry import ExpertId
-from moehive.proto.channel import Identity, node_dns_name, open_channel
+from moehive.proto.channel import Identity, node_dns_name
+from moehive.proto.wire.channel import Channel
 
 from .changes import Changes
 from .cluster.membership import Membership
@@ -149,7 +150,7 @@ class Follower:
             await asyncio.sleep(self._rest.get(name, 0.0))
             begun = loop.time()
             lost = asyncio.Event()
-            channel = open_channel(address, self._identity(), node_dns_name(name))
+            channel = Channel(address, self._identity(), node_dns_name(name))
             link = Link(name, address, channel, on_close=lost.set)
             try:
                 await link.open()

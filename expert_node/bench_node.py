@@ -16,16 +16,17 @@ from typing import Any
 
 async def _serve(config: dict[str, Any]) -> None:
     import grpc
-    import grpc.aio
     import torch
 
     from moehive.kernels.blob import build_blob
     from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
     from moehive.kernels.ops import ExpertOps, load_expert
     from moehive.proto import experts_pb2_grpc
-    from moehive.proto.channel import Identity, bind, options, server_credentials
+    from moehive.proto.channel import Identity
     from moehive.proto.interceptor import CallGuard
     from moehive.proto.tensors import WireError
+    from moehive.proto.wire.server import Server
+    from moehive.proto.wire.tls import server_context
 
     from .chain import Onward
     from .executor import Executor
@@ -55,12 +56,10 @@ async def _serve(config: dict[str, Any]) -> None:
     identity = Identity(*((folder / name).read_bytes() for name in ("key.pem", "chain.pem", "ca.pem")))
     onward = Onward(lambda: identity)
     ports, servers = [], []
-    for kind, credentials in ((ExpertsService, server_credentials(lambda: identity)), (OpenService, None)):
-        guard = CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})
-        server = grpc.aio.server(interceptors=[guard], options=options())
+    for kind, context in ((ExpertsService, server_context(lambda: identity)), (OpenService, None)):
+        server = Server(CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT}))
         experts_pb2_grpc.add_ExpertsServicer_to_server(kind(executor, onward), server)
-        ports.append(bind(server, "127.0.0.1", 0, credentials))
-        await server.start()
+        ports.append(await server.listen("127.0.0.1", 0, context))
         servers.append(server)  # one that nobody holds would end
     print(json.dumps({"tls": ports[0], "open": ports[1]}), flush=True)
     await asyncio.to_thread(sys.stdin.read)
@@ -68,8 +67,7 @@ async def _serve(config: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The process; gRPC is set up as in a node's."""
-    os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")
+    """The process, set up as a node's is."""
     import uvloop
 
     from moehive.proto.malloc import keep_freed_memory

@@ -6,15 +6,16 @@ Whom to ask, the request says; that it is that node of this cluster, its certifi
 import asyncio
 from collections.abc import Callable
 
-import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from moehive.proto import experts_pb2 as pb
-from moehive.proto import experts_pb2_grpc
 from moehive.proto.chain import check_chain_reply, next_request
-from moehive.proto.channel import Identity, node_dns_name, open_channel
+from moehive.proto.channel import Identity, node_dns_name
 from moehive.proto.handshake import metadata
 from moehive.proto.tensors import WireError
+from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.methods import PASS_ON
 
 from .peers import Peer
 from .types import NodeError
@@ -73,13 +74,11 @@ class _Stream:
 
     def __init__(self, peer: Peer, identity: Identity) -> None:
         self._peer = peer
-        self._channel = open_channel(peer.address, identity, node_dns_name(peer.name))
-        self._call = experts_pb2_grpc.ExpertsStub(self._channel).PassOn(metadata=metadata())
-        self._writing = asyncio.Lock()  # gRPC takes one write at a time
+        self._channel = Channel(peer.address, identity, node_dns_name(peer.name))
+        self._opening = asyncio.create_task(self._channel.open(PASS_ON, metadata()))
         self._pending: dict[int, asyncio.Future[pb.ComputeReply]] = {}
         self._last_id = 0
         self.ended = False
-        self._reader = asyncio.create_task(self._read())
 
     async def ask(self, request: pb.ComputeRequest) -> pb.ComputeReply:
         """Raises ChainBroken when the node is gone or silent for REPLY_SECONDS."""
@@ -89,41 +88,37 @@ class _Stream:
         self._pending[number] = reply
         try:
             async with asyncio.timeout(REPLY_SECONDS):
-                async with self._writing:
-                    await self._call.write(request)
+                stream = await asyncio.shield(self._opening)
+                if stream.on_message is None:
+                    stream.on_message, stream.on_end = self._take, lambda: self._end(_why(stream.failure))
+                stream.send((request.SerializeToString(),))
+                await stream.drain()
                 return await reply
         except TimeoutError:
             raise self._broken(f"did not answer within {REPLY_SECONDS:.0f} s") from None
         except grpc.aio.AioRpcError as error:
-            raise self._broken(f"can't be asked ({(error.details() or error.code().name)[:512]})") from None
-        except (asyncio.InvalidStateError, grpc.aio.UsageError):
-            raise self._broken("ended the connection") from None
-        except asyncio.CancelledError:
-            # grpc.aio raises this in the writer of a stream that was cancelled, too.
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
-                raise
-            raise self._broken("ended the connection") from None
+            self._end(_why(error))
+            raise self._broken(_why(error)) from None
         finally:
             self._pending.pop(number, None)
+            if reply.done() and not reply.cancelled():
+                reply.exception()  # it was told already, where it was
 
     async def close(self) -> None:
         self._end("is not asked any more")
-        self._reader.cancel()
-        self._call.cancel()
+        self._opening.cancel()
         await self._channel.close()
 
-    async def _read(self) -> None:
-        what = "ended the connection"
+    def _take(self, message: bytes | bytearray) -> bool:
         try:
-            while (reply := await self._call.read()) is not grpc.aio.EOF:
-                pending = self._pending.get(reply.id)
-                if pending is not None and not pending.done():
-                    pending.set_result(reply)
-        except grpc.aio.AioRpcError as error:
-            what = f"can't be asked ({(error.details() or error.code().name)[:512]})"
-        finally:
-            self._end(what)
+            reply = pb.ComputeReply.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
+        except DecodeError:
+            self._end("sends what is no reply")
+            return True
+        pending = self._pending.get(reply.id)
+        if pending is not None and not pending.done():
+            pending.set_result(reply)
+        return True
 
     def _end(self, what: str) -> None:
         self.ended = True
@@ -133,3 +128,9 @@ class _Stream:
 
     def _broken(self, what: str) -> ChainBroken:
         return ChainBroken(self._peer.name, f"Node {self._peer.name} {what}, says the node before it in a chain.")
+
+
+def _why(error: Exception | None) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"can't be asked ({(error.details() or error.code().name)[:512]})"
+    return "ended the connection"

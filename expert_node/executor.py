@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 # A request of more tokens, a piece of a prompt, is no guide to the next layer's experts: it wants nearly all of them.
 FORESEEN_TOKENS = 8
+# Multiply-adds above which a request goes to the worker. 100 million read 200 MB of bf16 weights at one token,
+# some 10 ms on a home machine; a thread's hand-over is about 0.1 ms.
+LARGE_WORK = 100_000_000
 
 
 class CannotCompute(NodeError):
@@ -48,8 +51,8 @@ class Executor:
 
     def __init__(self, store: ExpertStore, ops: ExpertOps) -> None:
         self.store = store
+        self.ops = ops
         self.totals = Totals()
-        self._ops = ops
         self._lock = threading.Lock()
 
     def compute(
@@ -81,22 +84,26 @@ class Executor:
                 rows = self._beside_gpu(gpu, layer, spec, hidden, routing, reduction, likely)
         elif tier is None:
             held = self.store.layer(layer)
-            rows = self._ops.moe_layer(
+            rows = self.ops.moe_layer(
                 spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
             )
         else:
             rows = self._above_disk(tier, layer, spec, hidden, routing, reduction, likely)
         elapsed = perf_counter_ns() - start
-        with self._lock:
-            self.totals.calls += 1
-            self.totals.expert_calls += len(routing.experts)
-            self.totals.compute_ns += elapsed
+        self.note(len(routing.experts), elapsed)
         return rows, elapsed
 
-    def work(self, layer: int, pairs: int) -> int:
-        """Multiply-adds of `pairs` in a layer, roughly; 0 for an unknown layer."""
+    def note(self, pairs: int, elapsed: int) -> None:
+        """A request of so many pairs was computed within `elapsed` nanoseconds."""
+        with self._lock:
+            self.totals.calls += 1
+            self.totals.expert_calls += pairs
+            self.totals.compute_ns += elapsed
+
+    def quick(self, layer: int, pairs: int) -> bool:
+        """Whether so many pairs of a layer are computed sooner than a thread's hand-over is worth."""
         spec = self.store.spec(layer)
-        return 0 if spec is None else pairs * spec.hidden_size * (spec.projected_size + spec.intermediate_size)
+        return spec is None or pairs * spec.hidden_size * (spec.projected_size + spec.intermediate_size) <= LARGE_WORK
 
     def in_memory(self, layer: int, routing: Routing) -> bool:
         """Whether none of a request's experts has to be read from disk first, as things stand."""
@@ -124,7 +131,7 @@ class Executor:
                 tier.prefetch(layer, numbers, likely)
             if lease.whole:
                 held = {**staying, **next(lease, {})}
-                return self._ops.moe_layer(
+                return self.ops.moe_layer(
                     spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
                 )
             pairs = self._in_groups(itertools.chain([staying], lease), layer, spec, hidden, routing)
@@ -179,7 +186,7 @@ class Executor:
             if gpu is not None:
                 rows = gpu.compute(layer, spec, held, x, part)
             else:
-                rows = self._ops.moe_layer(
+                rows = self.ops.moe_layer(
                     spec, held, x, part.offsets, part.experts, part.weights, Reduction.PER_EXPERT
                 )
             pairs[torch.from_numpy(mine)] = rows
@@ -190,4 +197,4 @@ class Executor:
     ) -> torch.Tensor:
         if reduction is Reduction.PER_EXPERT:
             return pairs.to(hidden.dtype)
-        return self._ops.sum_pairs(pairs, routing.offsets).to(hidden.dtype)
+        return self.ops.sum_pairs(pairs, routing.offsets).to(hidden.dtype)

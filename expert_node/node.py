@@ -7,7 +7,6 @@ import socket
 from typing import TYPE_CHECKING
 
 import grpc
-import grpc.aio
 import torch
 
 from moehive.kernels.machine import available_memory
@@ -15,13 +14,14 @@ from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
 from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
-from moehive.proto.channel import bind, options, server_credentials
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.malloc import settle_heap
 from moehive.proto.pacing import Pace
 from moehive.proto.sd_notify import notify, watchdog_interval
 from moehive.proto.tensors import WireError
+from moehive.proto.wire.server import Server
+from moehive.proto.wire.tls import server_context
 
 from . import measure
 from .agent import Agent
@@ -79,7 +79,7 @@ class Node:
         uplink: Uplink,
         onward: Onward,
         service: ExpertsService,
-        server: grpc.aio.Server,
+        server: Server,
     ) -> None:
         self._identity = identity
         self._onward = onward
@@ -148,17 +148,13 @@ async def start(settings: Settings) -> Node:
     loader = SliceLoader(store, settings.state / "cache", uplink)
 
     host, port = settings.listen or (_own_address(identity.cluster_address), 0)
-    server = grpc.aio.server(
-        interceptors=[CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})], options=options()
-    )
+    server = Server(CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT}))
     experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
     cluster_pb2_grpc.add_PeersServicer_to_server(PeerService(loader.file_of, Pace(lambda: service.busy)), server)
     try:
-        port = bind(server, host, port, server_credentials(identity.current))
+        port = await server.listen(host, port, server_context(identity.current))
     except OSError as error:
-        await server.stop(None)
         raise ConfigError(str(error)) from error
-    await server.start()
     reached = _own_address(identity.cluster_address) if host in _WILDCARDS and not settings.advertise else host
     address = settings.advertise or join_host_port(reached, port)
     log.info("Node %s listens on %s and gives %.2f GB to experts.", identity.name, address, memory / 1e9)

@@ -8,7 +8,7 @@ import asyncio
 import mmap
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import grpc
 import grpc.aio
@@ -20,13 +20,14 @@ from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_slice_reque
 from moehive.proto.channel import COORDINATOR_NAME, Identity, node_dns_name, open_channel, peer_names
 from moehive.proto.chunks import make_chunks, spans, worth_compressing
 from moehive.proto.pacing import Pace
+from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.server import Context
 
 MAX_STREAMS = 64  # that other nodes may have open here at once
 WINDOW_BYTES = 1 << 20  # of one stream, unread: 10 Gbit/s with a round trip of 0.8 ms, and several streams
 _AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # made in one go by a thread
 NODE_SUFFIX = node_dns_name("")
 
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 Find: TypeAlias = Callable[[str, ExpertId], Awaitable[Path | None]]  # see SliceLoader.file_of
 
 
@@ -44,25 +45,30 @@ class SourceChannels:
         """`coordinator`: its address, host:port."""
         self._identity = identity
         self._coordinator = coordinator
-        self._open: dict[Peer | None, grpc.aio.Channel] = {}
+        self._up: grpc.aio.Channel | None = None
+        self._peers: dict[Peer, Channel] = {}
 
     def coordinator(self) -> cluster_pb2_grpc.ClusterStub:
         """The coordinator, on another channel than the control stream's."""
-        return cluster_pb2_grpc.ClusterStub(self._channel(None, self._coordinator, COORDINATOR_NAME))
+        if self._up is None:
+            self._up = open_channel(self._coordinator, self._identity(), COORDINATOR_NAME, WINDOW_BYTES)
+        return cluster_pb2_grpc.ClusterStub(self._up)
 
     def peer(self, peer: Peer) -> cluster_pb2_grpc.PeersStub:
         """Calls end in UNAVAILABLE when the other side is not that node of this cluster."""
-        return cluster_pb2_grpc.PeersStub(self._channel(peer, peer.address, node_dns_name(peer.name)))
+        if peer not in self._peers:
+            self._peers[peer] = Channel(
+                peer.address, self._identity(), node_dns_name(peer.name), 2 * MAX_CHUNK_BYTES, 4 * MAX_CHUNK_BYTES
+            )
+        return cluster_pb2_grpc.PeersStub(cast(grpc.aio.Channel, self._peers[peer]))
 
     async def close(self) -> None:
         """Ends every call."""
-        while self._open:
-            await self._open.popitem()[1].close()
-
-    def _channel(self, key: Peer | None, address: str, server_name: str) -> grpc.aio.Channel:
-        if key not in self._open:
-            self._open[key] = open_channel(address, self._identity(), server_name, WINDOW_BYTES)
-        return self._open[key]
+        if self._up is not None:
+            await self._up.close()
+            self._up = None
+        while self._peers:
+            await self._peers.popitem()[1].close()
 
 
 class PeerService(cluster_pb2_grpc.PeersServicer):

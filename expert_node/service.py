@@ -11,7 +11,7 @@ import logging
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -25,21 +25,21 @@ from moehive.proto.chain import check_chain
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
 from moehive.proto.tensors import Routing, WireError, read_request, read_values, write_values
 from moehive.proto.tiers import read_likely, write_on_disk
+from moehive.proto.wire.server import Context
 
 from .chain import ChainBroken, Onward
 from .executor import Executor
 from .peers import NODE_SUFFIX
+from .plain import PlainRequests
 from .types import NodeError
 
 log = logging.getLogger(__name__)
 
-# Multiply-adds above which a request goes to the worker. 100 million read 200 MB of bf16 weights at one token,
-# some 10 ms on a home machine; a thread's hand-over is about 0.1 ms.
-LARGE_WORK = 100_000_000
 # Requests of one stream that the worker has or is yet to take; beyond it the stream is not read: the sender waits.
 MAX_WAITING = 8
 # Requests of one stream that wait for the rest of their chain; each holds at most MAX_CHAIN_BYTES of hidden states.
 MAX_CHAINED = 32
+MAX_PLAIN_BYTES = 256 << 10
 MAX_PASSING_ON = 64  # streams of other nodes at once
 BUSY_SECONDS = 0.5  # after a request, copies to other nodes are still paced
 
@@ -47,8 +47,6 @@ REDUCTIONS = {
     pb.REDUCTION_PARTIAL_SUM: Reduction.PARTIAL_SUM,
     pb.REDUCTION_PER_EXPERT: Reduction.PER_EXPERT,
 }
-
-Context: TypeAlias = grpc.aio.ServicerContext[pb.ComputeRequest, pb.ComputeReply]
 
 
 class ExpertsService(experts_pb2_grpc.ExpertsServicer):
@@ -60,6 +58,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._passing_on = 0  # streams of other nodes
         self._asked_at = 0.0  # seconds, monotonic clock
         self._executor = executor
+        self._plain = PlainRequests(executor)
         self._in_worker = 0  # requests that the worker has or is yet to take, of all streams
         # One: the kernels spread each request over their own threads.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
@@ -91,9 +90,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         return COORDINATOR_NAME in peer_names(context)
 
     async def _serve(self, context: Context, passed_on: bool) -> None:
-        writing = asyncio.Lock()  # gRPC takes one write at a time
         room, chained = asyncio.Semaphore(MAX_WAITING), asyncio.Semaphore(MAX_CHAINED)
         tasks: set[asyncio.Task[None]] = set()
+        context.answer_at_once(self._at_once)
         try:
             while (request := await context.read()) is not grpc.aio.EOF:
                 self._asked_at = monotonic()
@@ -102,24 +101,34 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                     check_chain(request)
                 if request.chain:
                     await chained.acquire()
-                    self._begin(self._answer_chain(request, hidden, routing, context, writing), chained, tasks)
+                    self._begin(self._answer_chain(request, hidden, routing, context), chained, tasks)
                     continue
                 likely = read_likely(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
                 # One that waits for the disk would hold up the loop, too.
-                small = self._executor.work(request.layer, len(routing.experts)) <= LARGE_WORK
+                small = self._executor.quick(request.layer, len(routing.experts))
                 small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
                     reply = self._answer(request, hidden, routing, likely)
-                    async with writing:
-                        await context.write(reply)
+                    await context.write(reply)
                 else:
                     await room.acquire()
-                    self._begin(self._answer_later(request, hidden, routing, likely, context, writing), room, tasks)
+                    self._begin(self._answer_later(request, hidden, routing, likely, context), room, tasks)
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+
+    def _at_once(self, message: bytes | bytearray) -> tuple[bytes] | None:
+        """The reply to a plain request, unless a worker has the kernels or this node is leaving."""
+        if self._in_worker or self.draining or len(message) > MAX_PLAIN_BYTES:
+            return None
+        self._asked_at = monotonic()
+        try:
+            reply = self._plain.answer(message)
+        except MemoryError:
+            return None  # whoever tries again says it
+        return None if reply is None else (reply,)
 
     @property
     def busy(self) -> bool:
@@ -151,12 +160,10 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         routing: Routing,
         likely: list[int],
         context: Context,
-        writing: asyncio.Lock,
     ) -> None:
         loop = asyncio.get_running_loop()
         reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing, likely)
-        async with writing:
-            await context.write(reply)
+        await context.write(reply)
 
     def _answer(
         self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
@@ -203,7 +210,6 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         hidden: torch.Tensor,
         routing: Routing,
         context: Context,
-        writing: asyncio.Lock,
     ) -> None:
         """Passes a request on, computes meanwhile, and answers with the sum of all that come after and its own."""
         onward = asyncio.create_task(self._onward.ask(request))
@@ -225,8 +231,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         else:
             reply = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=[rest.compute_ns, *rest.chain_ns])
             write_values(reply, (rows.float() + theirs).to(hidden.dtype), request.dtype)
-        async with writing:
-            await context.write(reply)
+        await context.write(reply)
 
 
 class Refused(NodeError):

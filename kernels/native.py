@@ -1,4 +1,4 @@
-"""The native library by ctypes: experts with few tokens on the CPU. Its C side is kernels/cpu/api.cc."""
+"""The native library by ctypes: experts with few tokens on the CPU. Its C side: kernels/cpu/api.cc, answer.cc."""
 
 import ctypes
 import functools
@@ -14,7 +14,7 @@ import torch
 
 from .geometry import Activation, ExpertSpec, Format
 
-_ABI = 5
+_ABI = 6
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -37,7 +37,8 @@ class _Spec(ctypes.Structure):
 
 
 @functools.lru_cache(maxsize=1024)  # as many as a model may have layers
-def _describe(spec: ExpertSpec) -> _Spec:
+def describe(spec: ExpertSpec) -> _Spec:
+    """A spec as the C side takes it."""
     offsets = {place.name: place.offset for place in spec.tensors}
     return _Spec(
         hidden_size=spec.hidden_size,
@@ -80,6 +81,10 @@ def library() -> ctypes.CDLL:
         pointer, pointer, pointer, flag, size, pointer, ctypes.c_char_p, pointer, flag, pointer
     )  # fmt: skip
     loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
+    message = ctypes.c_char_p
+    loaded.moehive_read_request.argtypes = (message, size, pointer)
+    loaded.moehive_answer.argtypes = (pointer, pointer, pointer, size, message, pointer, pointer, size)
+    loaded.moehive_answer.restype = size
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
     return loaded
@@ -122,10 +127,10 @@ class NativeExperts:
     def __init__(self, kernel: str, threads: int) -> None:
         """`kernel` is one of `kernels()`. Raises NativeLibraryError."""
         self._library = library()
-        self._handle = self._library.moehive_create(kernel.encode(), threads)
-        if not self._handle:
+        self.handle = self._library.moehive_create(kernel.encode(), threads)
+        if not self.handle:
             raise NativeLibraryError(f"The native library can't start its kernel {kernel!r} with {threads} threads.")
-        weakref.finalize(self, self._library.moehive_destroy, self._handle)
+        weakref.finalize(self, self._library.moehive_destroy, self.handle)
         self._described: dict[
             int, tuple[ExpertSpec, int, _Spec]
         ] = {}  # by id, which a spec that is kept does not lose
@@ -146,13 +151,13 @@ class NativeExperts:
         """
         kept = self._described.get(id(spec))
         if kept is None:
-            described = _describe(spec)
+            described = describe(spec)
             kept = self._described[id(spec)] = spec, ctypes.addressof(described), described
         tokens = len(hidden)
         rows = torch.empty((tokens if added else len(addresses), hidden.shape[1]), dtype=hidden.dtype)
         self._check(
             self._library.moehive_layer(
-                self._handle,
+                self.handle,
                 kept[1],
                 hidden.data_ptr(),
                 hidden.dtype is torch.bfloat16,
@@ -182,8 +187,8 @@ class NativeExperts:
         """
         self._check(
             self._library.moehive_experts(
-                self._handle,
-                ctypes.byref(_describe(spec)),
+                self.handle,
+                ctypes.byref(describe(spec)),
                 hidden.data_ptr(),
                 len(hidden),
                 offsets.ctypes.data,

@@ -133,6 +133,11 @@ class ExpertOps:
             return pairs.to(hidden.dtype)
         return self.sum_pairs(pairs, offsets).to(hidden.dtype)
 
+    @property
+    def native(self) -> NativeExperts | None:
+        """The native library, where there is one."""
+        return self._native
+
     def sum_pairs(self, pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:
         """Adds each token's pairs in the order listed, as `moe_layer` does: f32 [P, H] → f32 [T, H]."""
         return _sum_pairs(pairs, offsets) if self._native is None else self._native.sum_pairs(pairs, offsets)

@@ -4,9 +4,9 @@ Names, not addresses, are what certificates say: a caller checks that the other 
 that it meant to reach, whatever address that has today.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -30,6 +30,13 @@ class Identity:
     key_pem: bytes
     chain_pem: bytes
     ca_pem: bytes
+
+
+class Authenticated(Protocol):
+    """A call's context that knows who called: gRPC's own, and the wire's."""
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]] | None:
+        """What is known of the caller."""
 
 
 def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
@@ -81,7 +88,7 @@ def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) 
     )
 
 
-def peer_names(context: grpc.aio.ServicerContext[Any, Any]) -> frozenset[str]:
+def peer_names(context: Authenticated) -> frozenset[str]:
     """The DNS names in the caller's certificate; empty on a channel without one."""
     names = (context.auth_context() or {}).get("x509_subject_alternative_name", ())
     return frozenset(name.decode("ascii", "replace") for name in names)

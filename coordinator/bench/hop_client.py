@@ -14,12 +14,12 @@ from typing import Any
 
 
 async def _run(config: dict[str, Any]) -> None:
-    import grpc.aio
     import torch
 
     from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
     from moehive.kernels.ops import Reduction
-    from moehive.proto.channel import Identity, node_dns_name, open_channel, options
+    from moehive.proto.channel import Identity, node_dns_name
+    from moehive.proto.wire.channel import Channel
 
     from ..dispatch.dispatcher import Dispatcher
     from ..dispatch.link import Link
@@ -42,11 +42,7 @@ async def _run(config: dict[str, Any]) -> None:
         for number in range(nodes):
             name = NodeName(f"n{number}")
             address = config["addresses"][kind]["tls" if tls else "open"][number]
-            channel = (
-                open_channel(address, identity, node_dns_name(name))
-                if tls
-                else grpc.aio.insecure_channel(address, options=options())
-            )
+            channel = Channel(address, identity if tls else None, node_dns_name(name))
             link = Link(name, config["onward"][kind][number], channel, on_close=lambda: None)
             # Slow links are made by proxies on loopback, which is not what they stand for.
             link.speed = LinkSpeed(loopback=kind == "loopback")

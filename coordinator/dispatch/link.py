@@ -7,21 +7,22 @@ gone. A new stream is opened by whoever hears that the node is back (coordinator
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import Any
 
-import grpc
 import grpc.aio
 import numpy as np
 import torch
+from google.protobuf.message import DecodeError
 
 from moehive.proto import experts_pb2 as pb
-from moehive.proto import experts_pb2_grpc
 from moehive.proto.handshake import metadata
 from moehive.proto.tensors import MAX_LAYER, Routing, write_request
+from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.methods import COMPUTE
+from moehive.proto.wire.stream import Stream
 
 from ..types import NodeName, NodeUnavailable
 from .speed import LinkSpeed, is_loopback
@@ -46,7 +47,7 @@ class _Pending:
 class Link:
     """The stream to one node. Use it on the event loop that opened it."""
 
-    def __init__(self, node: NodeName, address: str, channel: grpc.aio.Channel, on_close: Callable[[], None]) -> None:
+    def __init__(self, node: NodeName, address: str, channel: Channel, on_close: Callable[[], None]) -> None:
         """`channel` leads to the node's service at `address` (for messages to persons); the link closes it."""
         self.node = node
         self.address = address
@@ -56,26 +57,26 @@ class Link:
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[pb.ComputeRequest] = deque()  # those that were not
-        self._writing = False
         self._next_id = 1
-        self._call: grpc.aio.StreamStreamCall[pb.ComputeRequest, pb.ComputeReply] | None = None
-        self._tasks: list[asyncio.Task[None]] = []
+        self._stream: Stream | None = None
+        self._watching: asyncio.Task[None] | None = None
         self._failure: str | None = None
 
     async def open(self) -> None:
         """Connects and starts the stream. Raises NodeUnavailable within CONNECT_SECONDS."""
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
-        except TimeoutError:
+            stream = self._stream = await asyncio.wait_for(self._channel.open(COMPUTE, metadata()), CONNECT_SECONDS)
+        except (TimeoutError, grpc.aio.AioRpcError) as error:
             await self._channel.close()
+            why = "" if isinstance(error, TimeoutError) else f" ({(error.details() or error.code().name)[:512]})"
             raise NodeUnavailable(
                 self.node,
-                f"Node {self.node} does not answer at {self.address} within {CONNECT_SECONDS:.0f} s: check that its "
-                "address can be reached from the coordinator and that no firewall is in between.",
+                f"Node {self.node} does not answer at {self.address}{why}: check that its address can be reached "
+                "from the coordinator and that no firewall is in between.",
             ) from None
-        stub = experts_pb2_grpc.ExpertsStub(self._channel)
-        self._call = stub.Compute(metadata=metadata())
-        self._tasks = [asyncio.create_task(task) for task in (self._read(), self._watch())]
+        stream.on_message = self._take
+        stream.on_end = self._ended
+        self._watching = asyncio.create_task(self._watch())
         try:
             await asyncio.wait_for(self._measure(), CONNECT_SECONDS)
         except TimeoutError:
@@ -95,7 +96,7 @@ class Link:
         An idle stream takes it before this returns. The future has the reply. It raises NodeUnavailable, as this
         does, when the node is gone or stays silent for REPLY_SECONDS. Whoever no longer wants the reply cancels it.
         """
-        if self._call is None or self._failure is not None:
+        if self._stream is None or self._failure is not None:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
         request.id = self._next_id
         self._next_id += ID_STEP
@@ -109,59 +110,44 @@ class Link:
     async def close(self, sentence: str) -> None:
         """Ends the stream; requests in flight fail with `sentence`."""
         self._fail(sentence)
-        for task in self._tasks:
-            task.cancel()
-        if self._call is not None:
-            self._call.cancel()
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._stream is not None:
+            self._stream.cancel()
         await self._channel.close()
 
-    async def _read(self) -> None:
-        call = self._call
-        assert call is not None
+    def _take(self, message: bytes | bytearray) -> bool:
+        """A reply has come."""
         try:
-            while (reply := await call.read()) is not grpc.aio.EOF:
-                pending = self._pending.get(reply.id)
-                if pending is not None and not pending.reply.done():  # else: its request was cancelled
-                    pending.reply.set_result(reply)
-                    # Others would share the link, and the time would say nothing.
-                    if len(self._pending) == 1 and not pending.chained:
-                        seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
-                        self.speed.note(
-                            max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds
-                        )
-            sentence = f"Node {self.node} ended the connection; the request can be sent again once it is back."
-        except grpc.aio.AioRpcError as error:
-            sentence = _sentence(self.node, error)
-        self._fail(sentence)
+            reply = pb.ComputeReply.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
+        except DecodeError:
+            self._fail(f"Node {self.node} sends what is no reply; it is connected again.")
+            return True
+        pending = self._pending.get(reply.id)
+        if pending is not None and not pending.reply.done():  # else: its request was cancelled
+            pending.reply.set_result(reply)
+            # Others would share the link, and the time would say nothing.
+            if len(self._pending) == 1 and not pending.chained:
+                seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
+                self.speed.note(max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds)
+        return True
+
+    def _ended(self) -> None:
+        assert self._stream is not None
+        failure = self._stream.failure
+        if isinstance(failure, grpc.aio.AioRpcError):
+            detail = (failure.details() or failure.code().name)[:512]
+            self._fail(f"Node {self.node} is unavailable ({detail}); the request can be sent again once it is back.")
+        self._fail(f"Node {self.node} ended the connection; the request can be sent again once it is back.")
 
     def _write(self) -> None:
-        """Puts the next request in line on the stream: gRPC takes one message at a time."""
-        while self._line and not self._writing and len(self._on_stream) < MAX_IN_FLIGHT:
+        """Puts the requests in line on the stream, as many as it takes."""
+        assert self._stream is not None
+        while self._line and len(self._on_stream) < MAX_IN_FLIGHT:
             request = self._line.popleft()
             if request.id in self._pending:  # else: cancelled while it was in line
-                assert self._call is not None
                 self._on_stream.add(request.id)
-                self._writing = True
-                self._step(self._call.write(request))
-
-    def _step(self, write: Coroutine[Any, Any, None], waited: "asyncio.Future[Any] | None" = None) -> None:
-        """Runs `write` until it waits, as a task would, but now: a task would begin in the loop's next turn."""
-        try:
-            waited = write.send(None)
-        except StopIteration:
-            self._writing = False
-            self._write()
-        except (
-            grpc.aio.AioRpcError,
-            asyncio.InvalidStateError,
-            grpc.aio.UsageError,
-        ) as error:  # the stream has ended
-            self._fail(_sentence(self.node, error))
-        except asyncio.CancelledError:
-            self._fail(f"Node {self.node} is unavailable; the request can be sent again once it is back.")
-        else:
-            assert waited is not None
-            waited.add_done_callback(partial(self._step, write))
+                self._stream.send((request.SerializeToString(),))
 
     async def _watch(self) -> None:
         while True:
@@ -172,8 +158,6 @@ class Link:
                     f"Node {self.node} did not answer within {REPLY_SECONDS:.0f} s; it is taken for lost until it "
                     "joins again."
                 )
-                if self._call is not None:
-                    self._call.cancel()
                 return
 
     def _settled(self, request_id: int, _: object) -> None:
@@ -199,10 +183,3 @@ def probe(tokens: int) -> pb.ComputeRequest:
     request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
     write_request(request, torch.zeros(tokens, 1024), routing)
     return request
-
-
-def _sentence(node: NodeName, error: Exception) -> str:
-    if isinstance(error, grpc.aio.AioRpcError):
-        detail = (error.details() or error.code().name)[:512]
-        return f"Node {node} is unavailable ({detail}); the request can be sent again once it is back."
-    return f"Node {node} is unavailable; the request can be sent again once it is back."

@@ -19,7 +19,8 @@ from moehive.coordinator.dispatch.speed import LinkSpeed
 from moehive.coordinator.types import NodeName, Plan
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import Reduction
-from moehive.proto.channel import Identity, node_dns_name, open_channel
+from moehive.proto.channel import Identity, node_dns_name
+from moehive.proto.wire.channel import Channel
 
 EXPERTS, TOP_K, HIDDEN, CHUNK = 16, 8, 256, 512
 LAYER = {"hidden_size": HIDDEN, "intermediate_size": 64, "activation": "silu", "format": "f32"}
@@ -65,7 +66,7 @@ class Nodes:
 
         for name, peer in self.peers.items():
             address = f"127.0.0.1:{peer.greeting['tls']}"
-            channel = open_channel(address, identity, node_dns_name(name))
+            channel = Channel(address, identity, node_dns_name(name))
             link = Link(name, address, channel, on_close=lambda name=name: lost(name))
             link.speed = SlowSpeed(loopback=False)
             await link.open()

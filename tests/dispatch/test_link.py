@@ -9,6 +9,7 @@ from moehive.coordinator.dispatch.link import Link
 from moehive.coordinator.types import NodeName
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
+from moehive.proto.wire.channel import Channel
 
 
 class OffByOne(experts_pb2_grpc.ExpertsServicer):
@@ -35,7 +36,7 @@ def test_an_answer_with_a_wrong_number_is_no_other_requests() -> None:
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         address = f"127.0.0.1:{port}"
-        link = Link(NodeName("a"), address, grpc.aio.insecure_channel(address), lambda: None)
+        link = Link(NodeName("a"), address, Channel(address, None, "a"), lambda: None)
         try:
             await link.open()
             replies = [link.send(pb.ComputeRequest(epoch=1)) for _ in range(2)]

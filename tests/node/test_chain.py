@@ -20,10 +20,14 @@ from moehive.kernels.ops import ExpertOps, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.chain import MAX_CHAIN, MAX_CHAIN_BYTES, add_to_chain
-from moehive.proto.channel import Identity, bind, node_dns_name, open_channel, options, server_credentials
+from moehive.proto.channel import Identity, node_dns_name
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.tensors import Routing, WireError, read_values
+from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.methods import COMPUTE, PASS_ON
+from moehive.proto.wire.server import Server
+from moehive.proto.wire.tls import server_context
 
 NAMES = ("a", "b", "c")
 
@@ -37,6 +41,9 @@ def node_identity(authority, name):
     return Identity(pem, chain, authority.ca_pem)
 
 
+METHODS = {"Compute": COMPUTE, "PassOn": PASS_ON}
+
+
 class Cluster:
     """Services a, b and c, each with all of the model's experts, behind their own sockets."""
 
@@ -45,13 +52,15 @@ class Cluster:
 
     async def ask(self, request, identity, method="Compute", name="a"):
         """The reply to one request on a new stream. Raises AioRpcError."""
-        async with open_channel(self.addresses[name], identity, node_dns_name(name)) as channel:
-            call = getattr(experts_pb2_grpc.ExpertsStub(channel), method)(metadata=metadata())
-            await call.write(request)
-            reply = await asyncio.wait_for(call.read(), 30)
-            if reply is grpc.aio.EOF:  # gRPC's client says why only to a reader that waits
-                raise AssertionError(await call.code())
-            return reply
+        channel = Channel(self.addresses[name], identity, node_dns_name(name))
+        try:
+            stream = await channel.open(METHODS[method], metadata())
+            stream.send((request.SerializeToString(),))
+            reply = await asyncio.wait_for(stream.read(), 30)
+            assert reply is not None
+            return pb.ComputeReply.FromString(bytes(reply))
+        finally:
+            await channel.close()
 
 
 @pytest.fixture
@@ -71,11 +80,10 @@ def scene(authority, model):
             onwards.append(Onward(lambda identity=identity: identity))
             service = cluster.services[name] = ExpertsService(Executor(store, ExpertOps(1)), onwards[-1])
             guard = CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})
-            server = cluster.servers[name] = grpc.aio.server(interceptors=[guard], options=options())
+            server = cluster.servers[name] = Server(guard)
             experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
-            port = bind(server, "127.0.0.1", 0, server_credentials(lambda identity=identity: identity))
+            port = await server.listen("127.0.0.1", 0, server_context(lambda identity=identity: identity))
             cluster.addresses[name] = f"127.0.0.1:{port}"
-            await server.start()
         try:
             yield cluster
         finally:

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moehive.expert_node import service as service_module
+from moehive.expert_node import executor as executor_module
 from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.service import ExpertsService
@@ -26,15 +26,14 @@ from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import (
     MAX_MESSAGE_BYTES,
     Identity,
-    bind,
     node_dns_name,
     open_channel,
-    options,
-    server_credentials,
 )
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.tensors import WireError, read_values
+from moehive.proto.wire.server import Server
+from moehive.proto.wire.tls import server_context
 
 EXAMPLES = int(os.environ.get("MOEHIVE_FUZZ_EXAMPLES", "200"))
 MIB = 1 << 20
@@ -59,10 +58,9 @@ def serving(authority, model):
             store.add(expert, load_expert(model.manifest.layers[expert.layer].spec, blob))
         service = ExpertsService(Executor(store, ExpertOps(1)), Onward(lambda: identity))
         guard = CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT})
-        server = grpc.aio.server(interceptors=[guard], options=options())
+        server = Server(guard)
         experts_pb2_grpc.add_ExpertsServicer_to_server(service, server)
-        port = bind(server, "127.0.0.1", 0, server_credentials(lambda: identity))
-        await server.start()
+        port = await server.listen("127.0.0.1", 0, server_context(lambda: identity))
         async with open_channel(f"127.0.0.1:{port}", authority.issue_coordinator(), node_dns_name("a")) as channel:
             yield service, channel
         await server.stop(None)
@@ -71,9 +69,9 @@ def serving(authority, model):
     return serve
 
 
-@pytest.mark.parametrize("large_work", [0, service_module.LARGE_WORK], ids=["worker", "loop"])
+@pytest.mark.parametrize("large_work", [0, executor_module.LARGE_WORK], ids=["worker", "loop"])
 def test_answers_are_the_reference(serving, model, make_request, monkeypatch, large_work):
-    monkeypatch.setattr(service_module, "LARGE_WORK", large_work)
+    monkeypatch.setattr(executor_module, "LARGE_WORK", large_work)
 
     async def main():
         async with serving() as (service, channel):
@@ -122,7 +120,7 @@ def test_same_request_same_bits(serving, make_request):
 
 def test_a_small_request_does_not_wait_on_the_loop_behind_a_large_one(serving, make_request, monkeypatch):
     """While the worker computes, the loop's thread stays free, also when a small request comes in."""
-    monkeypatch.setattr(service_module, "LARGE_WORK", 100_000)
+    monkeypatch.setattr(executor_module, "LARGE_WORK", 100_000)
 
     async def main():
         async with serving() as (service, channel):
@@ -169,7 +167,7 @@ def test_failing_arithmetic_is_a_refusal(serving, make_request, monkeypatch):
 
             monkeypatch.setattr(service._executor, "compute", fail)
             call = experts_pb2_grpc.ExpertsStub(channel).Compute(metadata=metadata())
-            await call.write(make_request(64, [0, 1])[0])
+            await call.write(make_request(64, [0, 1], tokens=40)[0])
             refusal = (await call.read()).refusal
             assert refusal.reason == pb.Refusal.REASON_FAILED and "no memory" in refusal.sentence
 

@@ -1,0 +1,143 @@
+"""The end that calls: a channel to one server, which connects when it is needed, once."""
+
+import asyncio
+import ssl
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from ..bounds import host_port
+from ..channel import MAX_MESSAGE_BYTES, Identity
+from . import status
+from .connection import Connection
+from .server import HANDSHAKE_SECONDS
+from .stream import Stream
+from .tls import client_context
+
+WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)
+
+
+class Channel:
+    """Use it on one event loop. A connection that has ended is not opened again: make another channel."""
+
+    def __init__(
+        self,
+        address: str,
+        identity: Identity | None,
+        server_name: str,
+        max_bytes: int = MAX_MESSAGE_BYTES,
+        window_bytes: int = WINDOW_BYTES,
+    ) -> None:
+        """To `address` (host:port), whose certificate must be for `server_name`; no `identity`: without TLS.
+
+        `max_bytes` of a message that comes, `window_bytes` of them that nobody has read yet.
+        """
+        self._address = address
+        self._identity = identity
+        self._server_name = server_name
+        self._max_bytes = max_bytes
+        self._window_bytes = window_bytes
+        self._opening: asyncio.Task[Connection] | None = None
+        self._closed = False
+
+    async def connect(self) -> Connection:
+        """Returns once the other side speaks gRPC. Raises AioRpcError (UNAVAILABLE)."""
+        if self._closed:
+            raise status.error(grpc.StatusCode.UNAVAILABLE, "The channel is closed.")
+        if self._opening is None:
+            self._opening = asyncio.create_task(self._connect())
+        return await asyncio.shield(self._opening)
+
+    async def open(self, method: str, metadata: tuple[tuple[str, str], ...]) -> Stream:
+        """Begins a call of `method`, /package.Service/Method. Raises AioRpcError."""
+        connection = await self.connect()
+        return connection.open(
+            [
+                (":method", "POST"),
+                (":scheme", "http" if self._identity is None else "https"),
+                (":path", method),
+                (":authority", self._server_name),
+                ("te", "trailers"),
+                ("content-type", "application/grpc"),
+                ("user-agent", "moehive"),
+                *metadata,
+            ]
+        )
+
+    def unary_stream(self, method: str, request_serializer: Any, response_deserializer: Any, **_: Any) -> Any:
+        """For generated code: what a stub calls."""
+
+        def call(request: Any, metadata: tuple[tuple[str, str], ...] = ()) -> Call:
+            return Call(self, method, request_serializer(request), response_deserializer, metadata)
+
+        return call
+
+    async def close(self) -> None:
+        """Ends every call on it."""
+        self._closed = True
+        if self._opening is None:
+            return
+        self._opening.cancel()
+        await asyncio.wait([self._opening])
+        if not self._opening.cancelled() and self._opening.exception() is None:
+            self._opening.result().close("The channel was closed.")
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        host, port = host_port(self._address)
+        secure = self._identity is not None
+        try:
+            _, connection = await loop.create_connection(
+                lambda: Connection(self._max_bytes, self._window_bytes),
+                host,
+                port,
+                ssl=client_context(self._identity) if self._identity is not None else None,
+                server_hostname=self._server_name if secure else None,
+                ssl_handshake_timeout=HANDSHAKE_SECONDS if secure else None,
+            )
+        except ssl.SSLCertVerificationError as error:
+            raise self._unreachable(
+                f"its certificate is not {self._server_name}'s: {error.verify_message}"
+            ) from error
+        except OSError as error:  # ssl.SSLError and time-outs are OSErrors, too
+            raise self._unreachable(error.strerror or str(error)) from error
+        try:
+            await connection.ready
+        except asyncio.CancelledError:
+            connection.close("The channel was closed.")
+            raise
+        if connection.lost is not None:
+            raise self._unreachable(connection.lost)
+        return connection
+
+    def _unreachable(self, why: str) -> grpc.aio.AioRpcError:
+        return status.error(grpc.StatusCode.UNAVAILABLE, f"{self._address} can't be reached: {why}")
+
+
+class Call:
+    """A call of one request and many answers."""
+
+    def __init__(
+        self, channel: Channel, method: str, request: bytes, parse: Any, metadata: tuple[tuple[str, str], ...]
+    ) -> None:
+        self._channel = channel
+        self._method = method
+        self._request = request
+        self._parse = parse
+        self._metadata = metadata
+        self._stream: Stream | None = None
+
+    async def read(self) -> Any:
+        """The next answer, or grpc.aio.EOF after the last. Raises AioRpcError and DecodeError."""
+        if self._stream is None:
+            self._stream = await self._channel.open(self._method, self._metadata)
+            self._stream.send((self._request,))
+            self._stream.end()
+        message = await self._stream.read()
+        return grpc.aio.EOF if message is None else self._parse(message)
+
+    def cancel(self) -> None:
+        """Ends it."""
+        if self._stream is not None:
+            self._stream.cancel()

@@ -1,0 +1,549 @@
+"""One HTTP/2 connection on an event loop's transport, either end: frames in, frames out, windows, pings.
+
+Small frames are read out of one buffer; a large message's bytes go where they will stay as they come. Whatever ends
+the connection ends its streams with UNAVAILABLE.
+"""
+
+import asyncio
+import logging
+import ssl
+import struct
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import grpc
+import grpc.aio
+import hpack
+
+from . import status
+from .frames import (
+    FIRST_WINDOW,
+    HEADER_BYTES,
+    LARGEST_CONTROL_FRAME,
+    LARGEST_FRAME,
+    LARGEST_WINDOW,
+    LEAST_FRAME,
+    PREFACE,
+    ErrorCode,
+    Flag,
+    FrameError,
+    FrameType,
+    Setting,
+    frame,
+    go_away,
+    header,
+    headers,
+    reset,
+    settings,
+    unpadded,
+    window_update,
+)
+from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
+from .stream import Stream
+from .tls import peer_names
+
+log = logging.getLogger(__name__)
+
+BUFFER_BYTES = 128 << 10
+DIRECT_BYTES = 32 << 10  # of a message that are still missing: they are received where they will stay
+MAX_HEADER_BYTES = 16 << 10
+MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
+TICK_SECONDS = 5.0
+PING_TICKS, DEAD_TICKS = 2, 3  # without a byte from the other side
+
+Fields = list[tuple[str, str]]
+ANSWER: Fields = [(":status", "200"), ("content-type", "application/grpc")]
+
+
+class Owner(Protocol):
+    """Who answers the calls of a connection."""
+
+    def made(self, connection: "Connection") -> None:
+        """The connection is open; the owner may close it."""
+
+    def called(self, connection: "Connection", stream: Stream) -> None:
+        """A call has begun; `stream.fields` are the caller's headers."""
+
+    def gone(self, connection: "Connection") -> None:
+        """The connection is over."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """Use it on one event loop."""
+
+    def __init__(
+        self,
+        max_bytes: int,
+        window_bytes: int,
+        owner: Owner | None = None,
+    ) -> None:
+        """`max_bytes` of a message, `window_bytes` that a stream may bring before they are read: more than that.
+
+        `owner` answers the calls that come in; None: this end is the caller.
+        """
+        assert window_bytes > max_bytes + window_bytes // 8
+        self.max_bytes = max_bytes
+        self.window_bytes = window_bytes
+        self.first_send_window = FIRST_WINDOW
+        self.paused = False  # the transport has more than it wants
+        self.lost: str | None = None  # why it is over, one sentence
+        self.names: list[str] = []  # in the other side's certificate
+        self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the other side has answered
+        self.going = False  # the other side takes no new streams
+        self._owner = owner
+        self._transport: asyncio.Transport
+        self._streams: dict[int, Stream] = {}
+        self._last_stream = 0 if owner is not None else -1  # the newest, whoever opened it
+        self._send_window = FIRST_WINDOW
+        self._largest_frame = LEAST_FRAME
+        self._unsent_replies = 0
+        self._received = 0  # since this connection's window was credited
+        self._encoder = hpack.Encoder()
+        self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._expected = len(PREFACE) if owner is not None else 0  # of the caller's first bytes
+        self._data_left = 0  # of the DATA frame that is coming
+        self._data_stream: Stream | None = None
+        self._data_ends = False
+        self._direct: memoryview | None = None
+        self._headers: tuple[int, bool, bytearray] | None = None  # that CONTINUATION frames complete
+        self._progress: asyncio.Future[None] | None = None
+        self._quiet_ticks = 0
+        self._timer: asyncio.TimerHandle | None = None
+
+    # The transport's side.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio.BaseProtocol."""
+        transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._transport = transport
+        secured: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if secured is not None and secured.selected_alpn_protocol() != "h2":
+            self._end("The other side does not speak HTTP/2.", ErrorCode.PROTOCOL_ERROR)
+            return
+        self.names = peer_names(transport.get_extra_info("peercert"))
+        values = {
+            Setting.INITIAL_WINDOW_SIZE: self.window_bytes,
+            Setting.MAX_FRAME_SIZE: LARGEST_FRAME,
+            Setting.MAX_HEADER_LIST_SIZE: MAX_HEADER_BYTES,
+        }
+        if self._owner is None:
+            values[Setting.ENABLE_PUSH] = 0
+        opening = settings(values) + window_update(0, LARGEST_WINDOW - FIRST_WINDOW)
+        transport.write(opening if self._owner is not None else PREFACE + opening)
+        self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        if self._owner is not None:
+            self._owner.made(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See asyncio.BaseProtocol."""
+        self._end(f"The connection broke ({exc})." if exc is not None else "The other side ended the connection.")
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """See asyncio.BufferedProtocol."""
+        stream = self._data_stream
+        if self._data_left >= DIRECT_BYTES and self._filled == 0 and stream is not None:
+            room = stream.room
+            if room is not None and len(room) >= DIRECT_BYTES:
+                self._direct = room[: self._data_left]
+                return self._direct
+        self._direct = None
+        return self._view[self._filled :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """See asyncio.BufferedProtocol."""
+        self._quiet_ticks = 0
+        try:
+            if self._direct is not None:
+                self._direct = None
+                stream = self._data_stream
+                assert stream is not None
+                self._data_left -= nbytes
+                self._count(stream, nbytes)
+                stream.filled(nbytes)
+                if self._data_left == 0:
+                    self._data_done()
+                return
+            self._filled += nbytes
+            self._parse()
+        except FrameError as error:
+            self._end(str(error), error.code)
+        except hpack.HPACKError:
+            self._end("The other side's headers can't be read.", ErrorCode.COMPRESSION_ERROR)
+
+    def eof_received(self) -> bool:
+        """See asyncio.BaseProtocol."""
+        return False
+
+    def pause_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
+        self.paused = True
+
+    def resume_writing(self) -> None:
+        """See asyncio.BaseProtocol."""
+        self.paused = False
+        self._unsent_replies = 0
+        self._advance()
+
+    # Streams' side.
+
+    def open(self, fields: Fields) -> Stream:
+        """Begins a call with these headers. Raises AioRpcError when the connection takes none any more."""
+        if self.lost is not None or self.going:
+            raise status.error(grpc.StatusCode.UNAVAILABLE, self.lost or "The other side is ending.")
+        self._last_stream += 2
+        stream = self._streams[self._last_stream] = Stream(self, self._last_stream)
+        self._send_headers(stream, fields, end=False)
+        return stream
+
+    def answer(self, stream: Stream) -> None:
+        """Sends the headers that come before an answer's messages."""
+        if stream.number in self._streams:
+            stream.answered = True
+            self._send_headers(stream, ANSWER, end=False)
+
+    def send(self, stream: Stream, message: Sequence[Buffer]) -> None:
+        """See Stream.send."""
+        length = size(message)
+        total = PREFIX_BYTES + length
+        if not stream.outgoing and total <= min(stream.send_window, self._send_window, self._largest_frame):
+            stream.send_window -= total
+            self._send_window -= total
+            head = header(total, FrameType.DATA, 0, stream.number) + prefix(length)
+            if length <= COPIED_BYTES:
+                self._transport.write(b"".join((head, *message)))
+            else:
+                self._transport.writelines([head, *message])
+            return
+        stream.outgoing.extend(memoryview(piece) for piece in (prefix(length), *message) if len(piece))
+        self._pump(stream)
+
+    def end(self, stream: Stream, trailers: Sequence[tuple[str, str]] | None) -> None:
+        """See Stream.end."""
+        if stream.number not in self._streams:
+            return
+        if trailers is None:
+            self._transport.write(frame(FrameType.DATA, Flag.END_STREAM, stream.number))
+            return
+        if stream.outgoing:  # who answers has awaited `drain`, or gives the rest up
+            self.drop(stream, ErrorCode.INTERNAL_ERROR)
+            return
+        begin = [] if stream.answered else ANSWER  # a call that fails at once has but one block of headers
+        self._send_headers(stream, [*begin, *trailers], end=True)
+        # No RST_STREAM to a caller that is still sending: it could miss the trailers. What comes is dropped.
+        self._streams.pop(stream.number, None)
+
+    def drop(self, stream: Stream, code: ErrorCode) -> None:
+        """Ends a stream at once."""
+        if self._streams.pop(stream.number, None) is not None and self.lost is None:
+            self._transport.write(reset(stream.number, code))
+
+    def credit(self, stream: Stream, length: int) -> None:
+        """So many bytes of a stream were read."""
+        if stream.number in self._streams:
+            self._transport.write(window_update(stream.number, length))
+
+    async def progress(self) -> None:
+        """Returns when something more could be sent, or the connection is over."""
+        if self.lost is not None:
+            return
+        if self._progress is None:
+            self._progress = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._progress)
+
+    def say_goodbye(self) -> None:
+        """Takes no new streams."""
+        if self.lost is None:
+            self._transport.write(go_away(max(self._last_stream, 0), ErrorCode.NO_ERROR))
+
+    def close(self, why: str) -> None:
+        """Ends it, and its streams with `why`, one sentence; what was sent before still leaves."""
+        self._end(why)
+
+    # Frames.
+
+    def _parse(self) -> None:
+        start = 0
+        while self.lost is None:
+            rest = self._filled - start
+            if self._data_left:
+                if not rest:
+                    break
+                start += self._take_data(self._view[start : start + min(rest, self._data_left)])
+                continue
+            if self._expected:
+                if rest < self._expected:
+                    break
+                if self._view[start : start + self._expected] != PREFACE:
+                    raise FrameError(ErrorCode.PROTOCOL_ERROR, "The other side does not speak HTTP/2.")
+                start, self._expected = start + self._expected, 0
+                continue
+            if rest < HEADER_BYTES:
+                break
+            high, low, kind, flags, number = struct.unpack_from(">HBBBI", self._view, start)
+            length, number = high << 8 | low, number & LARGEST_WINDOW
+            if self._headers is not None and (kind != FrameType.CONTINUATION or number != self._headers[0]):
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers were cut by another frame.")
+            if kind == FrameType.DATA and not flags & Flag.PADDED:
+                if length > LARGEST_FRAME:
+                    raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
+                start += HEADER_BYTES
+                self._begin_data(number, length, flags)
+                continue
+            if length > LARGEST_CONTROL_FRAME:
+                raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
+            end = start + HEADER_BYTES + length
+            if end > self._filled:
+                break
+            self._frame(kind, flags, number, self._view[start + HEADER_BYTES : end])
+            start = end
+        rest = self._filled - start
+        if start and rest:
+            self._buffer[:rest] = self._buffer[start : self._filled]
+        self._filled = rest
+
+    def _begin_data(self, number: int, length: int, flags: int) -> None:
+        stream = self._streams.get(number)
+        if stream is None:
+            self._check_known(number)
+        elif stream.ended:
+            raise FrameError(ErrorCode.STREAM_CLOSED, "Data came after a stream's end.")
+        self._data_stream, self._data_left = stream, length
+        self._data_ends = bool(flags & Flag.END_STREAM)
+        if length == 0:
+            self._data_done()
+
+    def _take_data(self, data: memoryview) -> int:
+        self._data_left -= len(data)
+        self._feed(self._data_stream, data, len(data))
+        if self._data_left == 0:
+            self._data_done()
+        return len(data)
+
+    def _feed(self, stream: Stream | None, data: memoryview, counted: int) -> None:
+        self._count(stream, counted)
+        if stream is None or stream.failure is not None:  # it was given up here
+            return
+        try:
+            stream.feed(data)
+        except grpc.aio.AioRpcError as error:
+            if self._owner is not None:
+                stream.end(status.trailers(error.code(), error.details() or ""))
+            self.drop(stream, ErrorCode.CANCEL)
+            stream.fail(error)
+            self._data_stream = None  # the rest of the frame is nobody's
+
+    def _count(self, stream: Stream | None, length: int) -> None:
+        self._received += length
+        if self._received > LARGEST_WINDOW // 2:
+            self._transport.write(window_update(0, self._received))
+            self._received = 0
+        if stream is not None:
+            stream.count(length)
+
+    def _data_done(self) -> None:
+        stream, self._data_stream = self._data_stream, None
+        if stream is not None and self._data_ends:
+            self._half_close(stream)
+
+    def _frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        if kind == FrameType.HEADERS:
+            content = unpadded(payload, flags, priority=True)
+            self._headers = number, bool(flags & Flag.END_STREAM), bytearray(content)
+        elif kind == FrameType.CONTINUATION:
+            if self._headers is None:
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers go on that never began.")
+            self._headers[2].extend(payload)
+            if len(self._headers[2]) > MAX_HEADER_BYTES:
+                raise FrameError(ErrorCode.ENHANCE_YOUR_CALM, "Headers are too large.")
+        if kind in (FrameType.HEADERS, FrameType.CONTINUATION):
+            if flags & Flag.END_HEADERS:
+                number, end, block = self._headers  # type: ignore[misc]  # set above
+                self._headers = None
+                self._take_headers(number, self._decode(block), end=end)
+        elif kind == FrameType.DATA:  # a padded one
+            self._begin_data(number, 0, flags & ~Flag.END_STREAM)
+            self._feed(self._streams.get(number), unpadded(payload, flags, priority=False), len(payload))
+            stream = self._streams.get(number)
+            if flags & Flag.END_STREAM and stream is not None:
+                self._half_close(stream)
+        elif kind == FrameType.RST_STREAM:
+            (code,) = _fields(">I", payload)
+            stream = self._streams.pop(number, None)
+            if stream is None:
+                self._check_known(number)
+            else:
+                stream.fail(status.of_reset(code))
+                self._advance()
+        elif kind == FrameType.SETTINGS:
+            self._take_settings(flags, payload)
+        elif kind == FrameType.PING:
+            if len(payload) != 8:
+                raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A ping has eight bytes.")
+            if not flags & Flag.ACK:
+                self._reply(frame(FrameType.PING, Flag.ACK, 0, bytes(payload)))
+        elif kind == FrameType.GOAWAY:
+            self.going = True
+        elif kind == FrameType.WINDOW_UPDATE:
+            self._take_window(number, _fields(">I", payload)[0] & LARGEST_WINDOW)
+        elif kind == FrameType.PUSH_PROMISE:
+            raise FrameError(ErrorCode.PROTOCOL_ERROR, "Nothing is to be pushed.")
+
+    def _decode(self, block: bytearray) -> Fields:
+        fields: Fields = []
+        for name, value in self._decoder.decode(bytes(block), raw=True):
+            fields.append((bytes(name).decode("ascii", "replace"), bytes(value).decode("ascii", "replace")))
+        return fields
+
+    def _take_headers(self, number: int, fields: Fields, *, end: bool) -> None:
+        stream = self._streams.get(number)
+        if stream is None and self._owner is not None and number > self._last_stream:
+            if number % 2 == 0:
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "A caller's streams have odd numbers.")
+            self._last_stream = number
+            stream = self._streams[number] = Stream(self, number)
+            stream.fields = fields
+            self._owner.called(self, stream)
+        elif stream is None:
+            self._check_known(number)
+        elif self._owner is None and (end or stream.fields):
+            failure = status.of_headers(fields)
+            if failure is not None:
+                stream.fail(failure)
+        elif self._owner is None:
+            stream.fields = fields
+        if end and stream is not None:
+            self._half_close(stream)
+
+    def _half_close(self, stream: Stream) -> None:
+        if self._owner is None:  # who answers has said all, so there is nothing more to ask either
+            self._streams.pop(stream.number, None)
+            if not stream.fields and stream.failure is None:
+                stream.fail(status.error(grpc.StatusCode.INTERNAL, "The answer ended without a status."))
+        stream.half_close()
+
+    def _take_settings(self, flags: int, payload: memoryview) -> None:
+        if flags & Flag.ACK:
+            return
+        if len(payload) % 6:
+            raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "Settings are cut.")
+        for key, value in struct.iter_unpack(">HI", payload):
+            if key == Setting.INITIAL_WINDOW_SIZE:
+                if value > LARGEST_WINDOW:
+                    raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
+                for stream in self._streams.values():
+                    stream.send_window += value - self.first_send_window
+                self.first_send_window = value
+            elif key == Setting.MAX_FRAME_SIZE:
+                if not LEAST_FRAME <= value <= LARGEST_FRAME:
+                    raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame can't be of the size announced.")
+                self._largest_frame = value
+            elif key == Setting.HEADER_TABLE_SIZE:
+                self._encoder.header_table_size = min(value, 4096)
+        self._reply(frame(FrameType.SETTINGS, Flag.ACK, 0))
+        if not self.ready.done():
+            self.ready.set_result(None)
+        self._pump_all()
+
+    def _take_window(self, number: int, credit: int) -> None:
+        if credit == 0:
+            raise FrameError(ErrorCode.PROTOCOL_ERROR, "A window grew by nothing.")
+        if number == 0:
+            self._send_window += credit
+            if self._send_window > LARGEST_WINDOW:
+                raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
+            self._pump_all()
+            return
+        stream = self._streams.get(number)
+        if stream is None:
+            self._check_known(number)
+            return
+        stream.send_window += credit
+        if stream.send_window > LARGEST_WINDOW:
+            raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
+        self._pump(stream)
+
+    def _check_known(self, number: int) -> None:
+        """A frame of a stream that is over is late; one of a stream that never was is wrong. Raises FrameError."""
+        if number == 0 or number > self._last_stream or number % 2 == 0:
+            raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame is of a stream that never was.")
+
+    # Sending.
+
+    def _send_headers(self, stream: Stream, fields: Fields, *, end: bool) -> None:
+        block = self._encoder.encode(fields)
+        self._transport.write(headers(stream.number, block, self._largest_frame, end=end))
+
+    def _pump_all(self) -> None:
+        for stream in list(self._streams.values()):
+            if stream.outgoing:
+                self._pump(stream)
+
+    def _pump(self, stream: Stream) -> None:
+        """Sends what the windows let through of what waits."""
+        while stream.outgoing:
+            room = min(stream.send_window, self._send_window, self._largest_frame)
+            if room <= 0:
+                return
+            pieces: list[Buffer] = []
+            length = 0
+            while stream.outgoing and length < room:
+                piece = stream.outgoing.popleft()
+                if len(piece) > room - length:
+                    stream.outgoing.appendleft(piece[room - length :])
+                    piece = piece[: room - length]
+                pieces.append(piece)
+                length += len(piece)
+            stream.send_window -= length
+            self._send_window -= length
+            self._transport.writelines([header(length, FrameType.DATA, 0, stream.number), *pieces])
+        self._advance()
+
+    def _reply(self, data: bytes) -> None:
+        if self.paused:
+            self._unsent_replies += 1
+            if self._unsent_replies > MAX_UNSENT_REPLIES:
+                raise FrameError(ErrorCode.ENHANCE_YOUR_CALM, "The other side asks and does not listen.")
+        self._transport.write(data)
+
+    def _advance(self) -> None:
+        if self._progress is not None:
+            self._progress.set_result(None)
+            self._progress = None
+
+    def _tick(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        self._quiet_ticks += 1
+        if self._quiet_ticks == PING_TICKS:
+            self._transport.write(frame(FrameType.PING, 0, 0, bytes(8)))
+        elif self._quiet_ticks > DEAD_TICKS:
+            seconds = DEAD_TICKS * TICK_SECONDS
+            self._end(f"The other side was silent for {seconds:.0f} s.")
+            self._transport.abort()
+
+    def _end(self, why: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        if self.lost is not None:
+            return
+        self.lost = why
+        if self._timer is not None:
+            self._timer.cancel()
+        if code is not ErrorCode.NO_ERROR:
+            log.warning("A connection is ended: %s", why)
+            self._transport.write(go_away(max(self._last_stream, 0), code, why))
+        self._transport.close()
+        streams, self._streams = list(self._streams.values()), {}
+        for stream in streams:
+            stream.fail(status.error(grpc.StatusCode.UNAVAILABLE, why))
+        if not self.ready.done():
+            self.ready.set_result(None)
+        self._advance()
+        if self._owner is not None:
+            self._owner.gone(self)
+
+
+def _fields(layout: str, payload: memoryview) -> tuple[int, ...]:
+    if len(payload) != struct.calcsize(layout):
+        raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too short or too long.")
+    return struct.unpack(layout, payload)

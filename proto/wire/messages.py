@@ -1,0 +1,100 @@
+"""gRPC's messages in a stream's bytes: a byte that says whether it is compressed, four of length, the message."""
+
+import struct
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import grpc
+import grpc.aio
+
+from . import status
+
+PREFIX_BYTES = 5
+COPIED_BYTES = 64 << 10  # up to here a message is put together of its pieces; a larger one is sent in its pieces
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+
+def prefix(length: int) -> bytes:
+    """The bytes before a message."""
+    return struct.pack(">BI", 0, length)
+
+
+def size(message: Sequence[Buffer]) -> int:
+    """Bytes of a message in pieces, each a buffer of bytes."""
+    return sum(map(len, message))
+
+
+class Assembler:
+    """Cuts a stream's bytes into messages."""
+
+    def __init__(self, max_bytes: int) -> None:
+        """`max_bytes`: of a message."""
+        self._max_bytes = max_bytes
+        self._prefix = bytearray()
+        self._message: bytearray | None = None  # that is being filled
+        self._got = 0
+
+    @property
+    def missing(self) -> int:
+        """Bytes of the message that has begun."""
+        return 0 if self._message is None else len(self._message) - self._got
+
+    @property
+    def between(self) -> bool:
+        """Whether no message has begun."""
+        return self._message is None and not self._prefix
+
+    def room(self) -> memoryview:
+        """Where the next bytes of the message that has begun belong; `filled` says how many came."""
+        assert self._message is not None
+        return memoryview(self._message)[self._got :]
+
+    def filled(self, count: int) -> bytearray | None:
+        """`count` bytes are in `room`; returns the message if that was all of it."""
+        self._got += count
+        message = self._message
+        assert message is not None
+        if self._got < len(message):
+            return None
+        self._message = None
+        return message
+
+    def feed(self, data: memoryview) -> list[bytes | bytearray]:
+        """The messages that `data` completes. Raises AioRpcError for one that is too large or compressed."""
+        if self._message is None and not self._prefix and len(data) >= PREFIX_BYTES:
+            end = PREFIX_BYTES + self._length(data)
+            if len(data) == end:  # the usual case: one small message in one frame
+                return [bytes(data[PREFIX_BYTES:])]
+        done: list[bytes | bytearray] = []
+        while data:
+            if self._message is None:
+                part = data[: PREFIX_BYTES - len(self._prefix)]
+                self._prefix += part
+                data = data[len(part) :]
+                if len(self._prefix) < PREFIX_BYTES:
+                    break
+                length = self._length(memoryview(self._prefix))
+                self._prefix.clear()
+                if length == 0:
+                    done.append(b"")
+                    continue
+                self._message, self._got = bytearray(length), 0
+            part = data[: self.missing]
+            self.room()[: len(part)] = part
+            message = self.filled(len(part))
+            if message is not None:
+                done.append(message)
+            data = data[len(part) :]
+        return done
+
+    def _length(self, data: memoryview) -> int:
+        compressed, length = struct.unpack_from(">BI", data)
+        if compressed:
+            raise status.error(grpc.StatusCode.UNIMPLEMENTED, "Compressed messages are not taken here.")
+        if length > self._max_bytes:
+            raise status.error(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"A message of {length} bytes is over the limit of {self._max_bytes}.",
+            )
+        return int(length)

@@ -1,0 +1,222 @@
+"""The end that answers: a server for services whose answers are streams, used as a grpc.aio server is.
+
+Generated code registers a service here (`add_…Servicer_to_server`); what a service is given as its context has the
+methods of grpc.aio's that a node needs.
+"""
+
+import asyncio
+import inspect
+import logging
+import ssl
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, NamedTuple
+
+import grpc
+import grpc.aio
+
+from ..channel import MAX_MESSAGE_BYTES
+from ..interceptor import CallGuard
+from . import status
+from .connection import Connection
+from .frames import ErrorCode
+from .messages import Buffer
+from .stream import Stream
+
+log = logging.getLogger(__name__)
+
+WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)
+MAX_CONNECTIONS = 256
+MAX_CALLS = 128  # of one connection
+HANDSHAKE_SECONDS = 10.0
+
+AtOnce = Callable[[bytes | bytearray], Sequence[Buffer] | None]
+
+
+class _Details(NamedTuple):
+    """grpc.HandlerCallDetails, for the interceptor."""
+
+    method: str
+    invocation_metadata: tuple[tuple[str, str], ...]
+
+
+class Context:
+    """What a service sees of a call: the part of grpc.aio.ServicerContext that nodes' services use."""
+
+    def __init__(self, stream: Stream, names: Sequence[str], parse: Any, serialize: Any) -> None:
+        self.code: grpc.StatusCode = grpc.StatusCode.OK
+        self.details = ""
+        self._stream = stream
+        self._names = names
+        self._parse = parse
+        self._serialize = serialize
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        """As grpc.aio's: the DNS names in the caller's certificate."""
+        return {"x509_subject_alternative_name": [name.encode() for name in self._names]}
+
+    async def read(self) -> Any:
+        """The next request, or grpc.aio.EOF. Raises DecodeError, and AioRpcError when the caller is gone."""
+        message = await self._stream.read()
+        return grpc.aio.EOF if message is None else self._parse(message)
+
+    async def write(self, reply: Any) -> None:
+        """Sends a reply, and waits while the caller, or the network, takes no more."""
+        self._stream.send((self._serialize(reply),))
+        await self._stream.drain()
+
+    async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
+        """Ends the call with a status. Raises grpc.aio.AbortError always."""
+        self.code, self.details = code, details
+        raise grpc.aio.AbortError("The call was ended.")
+
+    def answer_at_once(self, take: AtOnce) -> None:
+        """From now on `take` gets each request's bytes as they come, before `read` does, if no other waits there.
+
+        It returns the reply, in pieces, or None to leave the request to `read`. It must not wait for anything.
+        """
+        stream = self._stream
+
+        def take_message(message: bytes | bytearray) -> bool:
+            reply = take(message)
+            if reply is None:
+                return False
+            stream.send(reply)
+            return True
+
+        stream.on_message = take_message
+
+
+class Server:
+    """Listens on one port. Use it on one event loop."""
+
+    def __init__(self, guard: CallGuard) -> None:
+        self._guard = guard
+        self._handlers: dict[str, Any] = {}
+        self._listening: asyncio.Server | None = None
+        self._connections: set[Connection] = set()
+        self._calls: dict[asyncio.Task[None], Connection] = {}
+        self._ending = False
+
+    def add_registered_method_handlers(self, service: str, handlers: dict[str, Any]) -> None:
+        """For generated code."""
+        for name, handler in handlers.items():
+            self._handlers[f"/{service}/{name}"] = handler
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        """For generated code, which names the same methods once more."""
+
+    async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
+        """Listens on host:port (0: any free one) and returns the port; without `context` on a machine's loopback.
+
+        Raises OSError with one sentence when the port is taken or the address is not this machine's.
+        """
+        loop = asyncio.get_running_loop()
+        try:
+            self._listening = await loop.create_server(
+                lambda: Connection(MAX_MESSAGE_BYTES, WINDOW_BYTES, self),
+                host,
+                port,
+                ssl=context,
+                ssl_handshake_timeout=None if context is None else HANDSHAKE_SECONDS,
+            )
+        except OSError as error:
+            where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+            raise OSError(
+                f"Cannot listen on {where}: the port is in use or the address is not this machine's. "
+                "Stop the other program or choose another port."
+            ) from error
+        bound: int = self._listening.sockets[0].getsockname()[1]
+        return bound
+
+    async def stop(self, grace: float | None) -> None:
+        """Takes no calls any more; those that go on have `grace` seconds (None: none) to end."""
+        self._ending = True
+        if self._listening is not None:
+            self._listening.close()
+        for connection in self._connections:
+            connection.say_goodbye()
+        if self._calls and grace:
+            await asyncio.wait(self._calls, timeout=grace)
+        for task in list(self._calls):
+            task.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls)
+        for connection in list(self._connections):
+            connection.close("The server has ended.")
+
+    def made(self, connection: Connection) -> None:
+        """See Owner."""
+        if self._ending or len(self._connections) >= MAX_CONNECTIONS:
+            connection.close("The server takes no more connections.")
+        else:
+            self._connections.add(connection)
+
+    def called(self, connection: Connection, stream: Stream) -> None:
+        """See Owner."""
+        calls = sum(1 for owner in self._calls.values() if owner is connection)
+        if self._ending or calls >= MAX_CALLS:
+            connection.drop(stream, ErrorCode.REFUSED_STREAM)
+            return
+        task = asyncio.get_running_loop().create_task(self._answer(connection, stream))
+        self._calls[task] = connection
+        task.add_done_callback(lambda done: self._calls.pop(done, None))
+        stream.on_end = lambda: None if stream.failure is None else _cancel(task)
+
+    def gone(self, connection: Connection) -> None:
+        """See Owner."""
+        self._connections.discard(connection)
+
+    async def _answer(self, connection: Connection, stream: Stream) -> None:
+        code, details = grpc.StatusCode.OK, ""
+        try:
+            code, details = await self._call(connection, stream)
+        except asyncio.CancelledError:  # the caller is gone, or this server ends
+            code, details = grpc.StatusCode.UNAVAILABLE, "The server is ending."
+        except grpc.aio.AioRpcError:
+            return  # the caller is gone
+        except Exception:  # what the guard does not know
+            log.exception("A call failed")
+            code, details = grpc.StatusCode.INTERNAL, "The call failed."
+        stream.end(status.trailers(code, details))
+
+    async def _call(self, connection: Connection, stream: Stream) -> tuple[grpc.StatusCode, str]:
+        fields = dict(stream.fields)
+        path = fields.get(":path", "")
+
+        async def find(details: Any) -> Any:
+            return self._handlers.get(details.method)
+
+        metadata = tuple((key, value) for key, value in stream.fields if not key.startswith(":"))
+        details: Any = _Details(path, metadata)
+        if fields.get(":method") != "POST" or not fields.get("content-type", "").startswith("application/grpc"):
+            return grpc.StatusCode.UNKNOWN, "This port speaks gRPC only."
+        handler = await self._guard.intercept_service(find, details)
+        if handler is None or not handler.response_streaming:
+            return grpc.StatusCode.UNIMPLEMENTED, f"There is no method {path[:256]}."
+        context = Context(stream, connection.names, handler.request_deserializer, handler.response_serializer)
+        connection.answer(stream)
+        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        try:
+            first: Any = None
+            if handler.request_streaming:
+                first = _requests(context)
+            elif (first := await context.read()) is grpc.aio.EOF:
+                return grpc.StatusCode.INTERNAL, "The call came without its request."
+            if inspect.isasyncgenfunction(behavior):
+                async for reply in behavior(first, context):
+                    await context.write(reply)
+            else:
+                await behavior(first, context)
+        except grpc.aio.AbortError:
+            return context.code, context.details
+        return grpc.StatusCode.OK, ""
+
+
+async def _requests(context: Context) -> AsyncIterator[Any]:
+    while (request := await context.read()) is not grpc.aio.EOF:
+        yield request
+
+
+def _cancel(task: "asyncio.Task[None]") -> None:
+    if task is not asyncio.current_task():
+        task.cancel()

@@ -1,0 +1,155 @@
+"""One call's stream on a connection: messages both ways, each direction held back by its window (RFC 9113, 5.2)."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import grpc
+import grpc.aio
+
+from . import status
+from .frames import ErrorCode, FrameError
+from .messages import PREFIX_BYTES, Assembler, Buffer
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+CREDIT_BYTES = (
+    1 << 20
+)  # read messages are credited to the sender in lots of so many bytes, of small windows an eighth
+
+
+class Stream:
+    """What a caller and who answers it have in common. Use it on the connection's event loop."""
+
+    def __init__(self, connection: "Connection", number: int) -> None:
+        self.number = number
+        self.send_window = connection.first_send_window
+        self.outgoing: deque[memoryview] = deque()  # what the windows do not let through yet
+        self.on_message: Callable[[bytes | bytearray], bool] | None = None
+        """Called with each message as it comes, when none waits to be read; says whether it took it."""
+        self.on_end: Callable[[], None] | None = None
+        self.failure: Exception | None = None  # how the other side, or the network, has ended it
+        self.fields: list[tuple[str, str]] = []  # the headers that began it here
+        self.answered = False  # headers were sent
+        self._connection = connection
+        self._assembler = Assembler(connection.max_bytes)
+        self._window = connection.window_bytes  # what the other side may still send
+        self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
+        self._owed = 0  # bytes of messages that were taken since the last credit
+        self._messages: deque[bytes | bytearray] = deque()
+        self._reader: asyncio.Future[None] | None = None
+        self._half_closed = False  # the other side sends no more
+        self._closed = False  # this side does not
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing will come any more but what waits to be read."""
+        return self._half_closed or self.failure is not None
+
+    async def read(self) -> bytes | bytearray | None:
+        """The next message; None after the last. Raises AioRpcError when the call has failed."""
+        while not self._messages:
+            if self.failure is not None:
+                raise self.failure
+            if self._half_closed:
+                return None
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        message = self._messages.popleft()
+        self._taken(len(message))
+        return message
+
+    def send(self, message: Sequence[Buffer]) -> None:
+        """Sends a message in pieces, each a buffer of bytes that must not change until they have left.
+
+        What does not leave at once waits here; whoever sends much awaits `drain`. Does nothing on a stream that has
+        ended.
+        """
+        if not self._closed and self.failure is None:
+            self._connection.send(self, message)
+
+    async def drain(self) -> None:
+        """Returns once what was sent has left, or nearly. Raises AioRpcError when the call has failed."""
+        while self.failure is None and (self.outgoing or self._connection.paused):
+            await self._connection.progress()
+        if self.failure is not None:
+            raise self.failure
+
+    def end(self, trailers: Sequence[tuple[str, str]] | None = None) -> None:
+        """Sends nothing any more: `trailers`, of who answers, or that no message will follow."""
+        if self._closed or self.failure is not None:
+            return
+        self._closed = True
+        self._connection.end(self, trailers)
+
+    def cancel(self) -> None:
+        """Wants nothing of this call any more."""
+        if self.failure is None:
+            self.fail(status.error(grpc.StatusCode.CANCELLED, "The call was given up."))
+            self._connection.drop(self, ErrorCode.CANCEL)
+
+    # What follows is the connection's.
+
+    @property
+    def room(self) -> memoryview | None:
+        """Where a large message's next bytes may be put, to be told of by `filled`."""
+        return self._assembler.room() if self._assembler.missing and self.failure is None else None
+
+    def count(self, length: int) -> None:
+        """`length` bytes of this stream came, padding included. Raises FrameError."""
+        self._window -= length
+        if self._window < 0:
+            raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A stream brought more than its window.")
+
+    def filled(self, length: int) -> None:
+        """`length` bytes were put into `room`."""
+        message = self._assembler.filled(length)
+        if message is not None:
+            self._deliver(message)
+
+    def feed(self, data: memoryview) -> None:
+        """Bytes came. Raises AioRpcError for messages that are refused."""
+        for message in self._assembler.feed(data):
+            self._deliver(message)
+
+    def half_close(self) -> None:
+        """The other side has sent its last message."""
+        if not self._assembler.between:
+            self.fail(status.error(grpc.StatusCode.INTERNAL, "The other side ended in the middle of a message."))
+        self._half_closed = True
+        self._over()
+
+    def fail(self, error: Exception) -> None:
+        """The call is over, whatever waited to be sent."""
+        if self.failure is None:
+            self.failure = error
+            self.outgoing.clear()
+            self._over()
+
+    def _over(self) -> None:
+        self._wake()
+        if self.on_end is not None:
+            self.on_end()
+
+    def _deliver(self, message: bytes | bytearray) -> None:
+        if self.on_message is not None and not self._messages and self.on_message(message):
+            self._taken(len(message))
+            return
+        self._messages.append(message)
+        self._wake()
+
+    def _taken(self, length: int) -> None:
+        self._owed += length + PREFIX_BYTES
+        if self._owed >= self._credit and not self._half_closed:
+            self._window += self._owed
+            self._connection.credit(self, self._owed)
+            self._owed = 0
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

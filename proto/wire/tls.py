@@ -1,0 +1,76 @@
+"""Both sides' certificates as OpenSSL wants them. Whom a certificate is for is a name in it, not an address."""
+
+import os
+import ssl
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..channel import Identity
+
+
+def client_context(identity: Identity) -> ssl.SSLContext:
+    """For calls: shows `identity`, and believes its CA only. Raises ssl.SSLError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    _configure(context, identity)
+    return context
+
+
+def server_context(current: Callable[[], Identity]) -> ssl.SSLContext:
+    """For calls that come in, of those only who have a certificate of the same CA.
+
+    `current` is asked at each handshake, so that a renewed certificate is used. Raises ssl.SSLError.
+    """
+    newest: list[tuple[Identity, ssl.SSLContext]] = []
+
+    def choose(handshake: ssl.SSLObject, name: str | None, context: ssl.SSLContext) -> None:
+        identity = current()
+        if newest[0][0] is not identity:
+            newest[0] = identity, _server(identity)
+        handshake.context = newest[0][1]
+
+    identity = current()
+    context = _server(identity)
+    newest.append((identity, context))
+    context.sni_callback = choose  # called at each handshake, with or without a name
+    return context
+
+
+def _server(identity: Identity) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.verify_mode = ssl.CERT_REQUIRED
+    _configure(context, identity)
+    return context
+
+
+def _configure(context: ssl.SSLContext, identity: Identity) -> None:
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    context.load_verify_locations(cadata=identity.ca_pem.decode("ascii"))
+    with _file(identity.key_pem) as key, _file(identity.chain_pem) as chain:
+        context.load_cert_chain(chain, key)
+
+
+@contextmanager
+def _file(data: bytes) -> Iterator[str]:
+    """A path to `data` for as long as it is needed: OpenSSL's binding takes keys from files only."""
+    if hasattr(os, "memfd_create"):  # a key that never reaches a disk
+        number = os.memfd_create("pem")
+        try:
+            os.write(number, data)
+            yield f"/proc/self/fd/{number}"
+        finally:
+            os.close(number)
+        return
+    with tempfile.TemporaryDirectory() as folder:  # only this user may look into it
+        path = Path(folder) / "pem"
+        path.write_bytes(data)
+        yield str(path)
+
+
+def peer_names(transport_certificate: dict[str, object] | None) -> list[str]:
+    """The DNS names in the other side's certificate, as `ssl` gives it; none without one."""
+    names = (transport_certificate or {}).get("subjectAltName", ())
+    assert isinstance(names, tuple)
+    return [name for kind, name in names if kind == "DNS"]
