@@ -9,7 +9,7 @@ from time import perf_counter_ns
 from moehive.kernels.answer import Answerer, LayerTable
 from moehive.kernels.ops import FEW_TOKENS
 
-from .executor import Executor
+from .executor import LARGE_WORK, Executor
 
 
 class PlainRequests:
@@ -17,28 +17,30 @@ class PlainRequests:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
+        self._store = executor.store
         native = executor.ops.native
         self._answerer = None if native is None else Answerer(native)
         self._tables: dict[int, LayerTable] = {}
 
     def answer(self, message: bytes | bytearray) -> bytes | None:
         """The reply to a message; None for one that is not plain. Raises MemoryError."""
-        answerer, store = self._answerer, self._executor.store
+        answerer, store = self._answerer, self._store
         if answerer is None or store.tier is not None or store.gpu is not None:
             return None
         start = perf_counter_ns()
-        message = bytes(message)
-        request = answerer.request
+        if type(message) is not bytes:
+            message = bytes(message)
         if not answerer.read(message):
             return None
+        request = answerer.request
         layer, pairs = request.layer, request.pairs
-        if pairs > FEW_TOKENS or request.epoch < store.first_epoch or not self._executor.quick(layer, pairs):
-            return None
         table = self._tables.get(layer)
         if table is None or table.held is not store.layer(layer):
             table = self._table(layer)
             if table is None:
                 return None
+        if pairs > FEW_TOKENS or pairs * table.work > LARGE_WORK or request.epoch < store.first_epoch:
+            return None
         reply = answerer.answer(message, table)
         if reply is not None:
             self._executor.note(pairs, perf_counter_ns() - start)
@@ -46,7 +48,7 @@ class PlainRequests:
 
     def _table(self, layer: int) -> LayerTable | None:
         """Where the experts of a layer lie as of now; None for a layer that the model does not have."""
-        store = self._executor.store
+        store = self._store
         if store.manifest is None or layer >= len(store.manifest.layers):
             return None
         geometry = store.manifest.layers[layer]

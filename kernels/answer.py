@@ -40,6 +40,8 @@ class LayerTable:
         )
         self.blobs = (ctypes.c_uint64 * experts)(*addresses)
         self.spec = describe(spec)
+        self.work = spec.hidden_size * (spec.projected_size + spec.intermediate_size)  # of a pair, multiply-adds
+        self.arguments = ctypes.addressof(self.spec), ctypes.addressof(self.blobs), experts  # of the native call
 
 
 class Answerer:
@@ -49,30 +51,23 @@ class Answerer:
         """Raises NativeLibraryError."""
         self.request = PlainRequest()  # what `read` has read
         self._native = native
-        self._library = library()
+        self._read = library().moehive_read_request
+        self._answer = library().moehive_answer
         self._request = ctypes.addressof(self.request)
         self._reply = ctypes.create_string_buffer(MAX_REPLY_BYTES)
         self._reply_at = ctypes.addressof(self._reply)
 
     def read(self, message: bytes) -> bool:
         """Reads a message into `request`; whether it is a plain and sound one."""
-        return bool(self._library.moehive_read_request(message, len(message), self._request) == 0)
+        return bool(self._read(message, len(message), self._request) == 0)
 
     def answer(self, message: bytes, table: LayerTable) -> bytes | None:
         """The reply to `message`, which `read` has just read; None if `table` lacks an expert, or it is too large.
 
         Raises MemoryError.
         """
-        blobs = table.blobs
-        size = self._library.moehive_answer(
-            self._native.handle,
-            ctypes.addressof(table.spec),
-            ctypes.addressof(blobs),
-            len(blobs),
-            message,
-            self._request,
-            self._reply_at,
-            MAX_REPLY_BYTES,
+        size = self._answer(
+            self._native.handle, *table.arguments, message, self._request, self._reply_at, MAX_REPLY_BYTES
         )
         if size == -2:
             raise MemoryError("There is no memory left for the experts' intermediate results.")

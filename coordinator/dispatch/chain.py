@@ -59,7 +59,7 @@ class Chains:
 
     def choose(self, sent: Sent, shares: Mapping[int, Share], names: Sequence[NodeName]) -> list[int]:
         """The nodes, by their index in `names`, that answer a layer together; none: each for itself."""
-        tokens = len(sent.hidden)
+        tokens = len(sent.ids)
         if tokens < MIN_TOKENS:
             return []
         now = asyncio.get_running_loop().time()

@@ -141,12 +141,13 @@ class Dispatcher:
             return _Answer(self, self._submit(layer, hidden, ids, weights))
 
     def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
-        host = hidden if hidden.device.type == "cpu" else hidden.cpu()
+        here = hidden.is_cpu
+        host = hidden if here else hidden.cpu()
         numbers = array(ids, torch.int64)
         factors = array(weights, torch.float32)
         self._step += 1
         self._routes.tick()
-        sent = Sent(layer, host, numbers, factors, hidden.device, self._settle)
+        sent = Sent(layer, host, numbers, factors, None if here else hidden.device, self._settle)
         owner = self._routes.owner(layer, numbers)
         shares = split(numbers, factors, owner)
         if self._reduction is Reduction.PARTIAL_SUM:
@@ -166,7 +167,7 @@ class Dispatcher:
             total, finite = self._sum(parts, sent)
         if not finite:
             total, _ = self._sum(await self._check(sent, parts), sent)
-        return total if sent.device.type == "cpu" else total.to(sent.device)
+        return total if sent.device is None else total.to(sent.device)
 
     async def _answers(self, sent: Sent) -> tuple[list[Rows], list[Share]]:
         """What was asked for: rows, and the shares that failed."""
@@ -195,6 +196,7 @@ class Dispatcher:
                 failed.append(part.share)
             finally:
                 self._settle(part)
+        sent.collected = True
         return parts, failed
 
     def _ask_chain(self, sent: Sent, shares: dict[int, Share], owner: Owner) -> None:
@@ -301,7 +303,7 @@ class Dispatcher:
             raise NodeUnavailable(node, f"Node {node} is away.")
         layer, tokens = sent.layer, len(share.tokens)
         request = self._request(layer)
-        if tokens == len(sent.hidden):  # the usual case of decoding: the same bytes for each node
+        if tokens == len(sent.ids):  # the usual case of decoding: the same bytes for each node
             rows, raw = sent.hidden, sent.raw
             if raw is None:
                 raw = sent.raw = tensor_bytes(rows)

@@ -61,7 +61,7 @@ class Sent:
     hidden: torch.Tensor  # [tokens, hidden] on the CPU
     ids: npt.NDArray[np.int64]  # [tokens, k]
     weights: npt.NDArray[np.float32]
-    device: torch.device
+    device: torch.device | None  # where its caller has its tensors, if not there
     settle: Callable[[Part], None]  # to be called with each part when it is over
     raw: bytes | None = None  # the bytes of `hidden`, once they were needed
     here: Share | None = None
@@ -69,7 +69,11 @@ class Sent:
     waiting: list[Part] = field(default_factory=list)
     chunk: Chunk | None = None  # of a prompt, that may go as a chain
 
+    collected: bool = False  # every part is over
+
     def __del__(self) -> None:
+        if self.collected:
+            return
         for part in self.waiting:
             self.settle(part)
             part.reply.cancel()  # those that are done stay as they are

@@ -98,6 +98,6 @@ def is_finite(rows: torch.Tensor) -> bool:
 
 def array(tensor: torch.Tensor, dtype: torch.dtype) -> npt.NDArray[Any]:
     """A tensor's numbers as `dtype`; on the CPU and of that type already, the usual case, they are not copied."""
-    if tensor.dtype is not dtype or tensor.device.type != "cpu":
+    if tensor.dtype is not dtype or not tensor.is_cpu:
         tensor = tensor.to("cpu", dtype)
     return tensor.numpy()

@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 import hpack
 
-from . import status
+from . import frames, status
 from .frames import (
     FIRST_WINDOW,
     HEADER_BYTES,
@@ -25,18 +25,9 @@ from .frames import (
     LEAST_FRAME,
     PREFACE,
     ErrorCode,
-    Flag,
     FrameError,
-    FrameType,
-    Setting,
     frame,
-    go_away,
     header,
-    headers,
-    reset,
-    settings,
-    unpadded,
-    window_update,
 )
 from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
 from .stream import Stream
@@ -125,13 +116,13 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.names = peer_names(transport.get_extra_info("peercert"))
         values = {
-            Setting.INITIAL_WINDOW_SIZE: self.window_bytes,
-            Setting.MAX_FRAME_SIZE: LARGEST_FRAME,
-            Setting.MAX_HEADER_LIST_SIZE: MAX_HEADER_BYTES,
+            frames.INITIAL_WINDOW_SIZE: self.window_bytes,
+            frames.MAX_FRAME_SIZE: LARGEST_FRAME,
+            frames.MAX_HEADER_LIST_SIZE: MAX_HEADER_BYTES,
         }
         if self._owner is None:
-            values[Setting.ENABLE_PUSH] = 0
-        opening = settings(values) + window_update(0, LARGEST_WINDOW - FIRST_WINDOW)
+            values[frames.ENABLE_PUSH] = 0
+        opening = frames.settings(values) + frames.window_update(0, LARGEST_WINDOW - FIRST_WINDOW)
         transport.write(opening if self._owner is not None else PREFACE + opening)
         self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
         if self._owner is not None:
@@ -208,10 +199,12 @@ class Connection(asyncio.BufferedProtocol):
         """See Stream.send."""
         length = size(message)
         total = PREFIX_BYTES + length
-        if not stream.outgoing and total <= min(stream.send_window, self._send_window, self._largest_frame):
+        fits = total <= stream.send_window and total <= self._send_window and total <= self._largest_frame
+        if fits and not stream.outgoing:
             stream.send_window -= total
             self._send_window -= total
-            head = header(total, FrameType.DATA, 0, stream.number) + prefix(length)
+            # A frame's header and a message's prefix at once.
+            head = struct.pack(">HBHIBI", total >> 8, total & 0xFF, frames.DATA << 8, stream.number, 0, length)
             if length <= COPIED_BYTES:
                 self._transport.write(b"".join((head, *message)))
             else:
@@ -225,7 +218,7 @@ class Connection(asyncio.BufferedProtocol):
         if stream.number not in self._streams:
             return
         if trailers is None:
-            self._transport.write(frame(FrameType.DATA, Flag.END_STREAM, stream.number))
+            self._transport.write(frame(frames.DATA, frames.END_STREAM, stream.number))
             return
         if stream.outgoing:  # who answers has awaited `drain`, or gives the rest up
             self.drop(stream, ErrorCode.INTERNAL_ERROR)
@@ -238,12 +231,12 @@ class Connection(asyncio.BufferedProtocol):
     def drop(self, stream: Stream, code: ErrorCode) -> None:
         """Ends a stream at once."""
         if self._streams.pop(stream.number, None) is not None and self.lost is None:
-            self._transport.write(reset(stream.number, code))
+            self._transport.write(frames.reset(stream.number, code))
 
     def credit(self, stream: Stream, length: int) -> None:
         """So many bytes of a stream were read."""
         if stream.number in self._streams:
-            self._transport.write(window_update(stream.number, length))
+            self._transport.write(frames.window_update(stream.number, length))
 
     async def progress(self) -> None:
         """Returns when something more could be sent, or the connection is over."""
@@ -256,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
     def say_goodbye(self) -> None:
         """Takes no new streams."""
         if self.lost is None:
-            self._transport.write(go_away(max(self._last_stream, 0), ErrorCode.NO_ERROR))
+            self._transport.write(frames.go_away(max(self._last_stream, 0), ErrorCode.NO_ERROR))
 
     def close(self, why: str) -> None:
         """Ends it, and its streams with `why`, one sentence; what was sent before still leaves."""
@@ -284,9 +277,16 @@ class Connection(asyncio.BufferedProtocol):
                 break
             high, low, kind, flags, number = struct.unpack_from(">HBBBI", self._view, start)
             length, number = high << 8 | low, number & LARGEST_WINDOW
-            if self._headers is not None and (kind != FrameType.CONTINUATION or number != self._headers[0]):
+            if self._headers is not None and (kind != frames.CONTINUATION or number != self._headers[0]):
                 raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers were cut by another frame.")
-            if kind == FrameType.DATA and not flags & Flag.PADDED:
+            if kind == frames.DATA and not flags & frames.PADDED:
+                if flags == 0 and HEADER_BYTES + length <= rest:  # the usual case: a whole message
+                    stream = self._streams.get(number)
+                    place = start + HEADER_BYTES
+                    if stream is not None and stream.take_whole(self._view[place : place + length]):
+                        self._received += length
+                        start = place + length
+                        continue
                 if length > LARGEST_FRAME:
                     raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
                 start += HEADER_BYTES
@@ -311,7 +311,7 @@ class Connection(asyncio.BufferedProtocol):
         elif stream.ended:
             raise FrameError(ErrorCode.STREAM_CLOSED, "Data came after a stream's end.")
         self._data_stream, self._data_left = stream, length
-        self._data_ends = bool(flags & Flag.END_STREAM)
+        self._data_ends = bool(flags & frames.END_STREAM)
         if length == 0:
             self._data_done()
 
@@ -338,7 +338,7 @@ class Connection(asyncio.BufferedProtocol):
     def _count(self, stream: Stream | None, length: int) -> None:
         self._received += length
         if self._received > LARGEST_WINDOW // 2:
-            self._transport.write(window_update(0, self._received))
+            self._transport.write(frames.window_update(0, self._received))
             self._received = 0
         if stream is not None:
             stream.count(length)
@@ -349,27 +349,27 @@ class Connection(asyncio.BufferedProtocol):
             self._half_close(stream)
 
     def _frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
-        if kind == FrameType.HEADERS:
-            content = unpadded(payload, flags, priority=True)
-            self._headers = number, bool(flags & Flag.END_STREAM), bytearray(content)
-        elif kind == FrameType.CONTINUATION:
+        if kind == frames.HEADERS:
+            content = frames.unpadded(payload, flags, priority=True)
+            self._headers = number, bool(flags & frames.END_STREAM), bytearray(content)
+        elif kind == frames.CONTINUATION:
             if self._headers is None:
                 raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers go on that never began.")
             self._headers[2].extend(payload)
             if len(self._headers[2]) > MAX_HEADER_BYTES:
                 raise FrameError(ErrorCode.ENHANCE_YOUR_CALM, "Headers are too large.")
-        if kind in (FrameType.HEADERS, FrameType.CONTINUATION):
-            if flags & Flag.END_HEADERS:
+        if kind in (frames.HEADERS, frames.CONTINUATION):
+            if flags & frames.END_HEADERS:
                 number, end, block = self._headers  # type: ignore[misc]  # set above
                 self._headers = None
                 self._take_headers(number, self._decode(block), end=end)
-        elif kind == FrameType.DATA:  # a padded one
-            self._begin_data(number, 0, flags & ~Flag.END_STREAM)
-            self._feed(self._streams.get(number), unpadded(payload, flags, priority=False), len(payload))
+        elif kind == frames.DATA:  # a padded one
+            self._begin_data(number, 0, flags & ~frames.END_STREAM)
+            self._feed(self._streams.get(number), frames.unpadded(payload, flags, priority=False), len(payload))
             stream = self._streams.get(number)
-            if flags & Flag.END_STREAM and stream is not None:
+            if flags & frames.END_STREAM and stream is not None:
                 self._half_close(stream)
-        elif kind == FrameType.RST_STREAM:
+        elif kind == frames.RST_STREAM:
             (code,) = _fields(">I", payload)
             stream = self._streams.pop(number, None)
             if stream is None:
@@ -377,18 +377,18 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 stream.fail(status.of_reset(code))
                 self._advance()
-        elif kind == FrameType.SETTINGS:
+        elif kind == frames.SETTINGS:
             self._take_settings(flags, payload)
-        elif kind == FrameType.PING:
+        elif kind == frames.PING:
             if len(payload) != 8:
                 raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A ping has eight bytes.")
-            if not flags & Flag.ACK:
-                self._reply(frame(FrameType.PING, Flag.ACK, 0, bytes(payload)))
-        elif kind == FrameType.GOAWAY:
+            if not flags & frames.ACK:
+                self._reply(frame(frames.PING, frames.ACK, 0, bytes(payload)))
+        elif kind == frames.GOAWAY:
             self.going = True
-        elif kind == FrameType.WINDOW_UPDATE:
+        elif kind == frames.WINDOW_UPDATE:
             self._take_window(number, _fields(">I", payload)[0] & LARGEST_WINDOW)
-        elif kind == FrameType.PUSH_PROMISE:
+        elif kind == frames.PUSH_PROMISE:
             raise FrameError(ErrorCode.PROTOCOL_ERROR, "Nothing is to be pushed.")
 
     def _decode(self, block: bytearray) -> Fields:
@@ -425,24 +425,24 @@ class Connection(asyncio.BufferedProtocol):
         stream.half_close()
 
     def _take_settings(self, flags: int, payload: memoryview) -> None:
-        if flags & Flag.ACK:
+        if flags & frames.ACK:
             return
         if len(payload) % 6:
             raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "Settings are cut.")
         for key, value in struct.iter_unpack(">HI", payload):
-            if key == Setting.INITIAL_WINDOW_SIZE:
+            if key == frames.INITIAL_WINDOW_SIZE:
                 if value > LARGEST_WINDOW:
                     raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
                 for stream in self._streams.values():
                     stream.send_window += value - self.first_send_window
                 self.first_send_window = value
-            elif key == Setting.MAX_FRAME_SIZE:
+            elif key == frames.MAX_FRAME_SIZE:
                 if not LEAST_FRAME <= value <= LARGEST_FRAME:
                     raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame can't be of the size announced.")
                 self._largest_frame = value
-            elif key == Setting.HEADER_TABLE_SIZE:
+            elif key == frames.HEADER_TABLE_SIZE:
                 self._encoder.header_table_size = min(value, 4096)
-        self._reply(frame(FrameType.SETTINGS, Flag.ACK, 0))
+        self._reply(frame(frames.SETTINGS, frames.ACK, 0))
         if not self.ready.done():
             self.ready.set_result(None)
         self._pump_all()
@@ -474,7 +474,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send_headers(self, stream: Stream, fields: Fields, *, end: bool) -> None:
         block = self._encoder.encode(fields)
-        self._transport.write(headers(stream.number, block, self._largest_frame, end=end))
+        self._transport.write(frames.headers(stream.number, block, self._largest_frame, end=end))
 
     def _pump_all(self) -> None:
         for stream in list(self._streams.values()):
@@ -498,7 +498,7 @@ class Connection(asyncio.BufferedProtocol):
                 length += len(piece)
             stream.send_window -= length
             self._send_window -= length
-            self._transport.writelines([header(length, FrameType.DATA, 0, stream.number), *pieces])
+            self._transport.writelines([header(length, frames.DATA, 0, stream.number), *pieces])
         self._advance()
 
     def _reply(self, data: bytes) -> None:
@@ -517,7 +517,7 @@ class Connection(asyncio.BufferedProtocol):
         self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
         self._quiet_ticks += 1
         if self._quiet_ticks == PING_TICKS:
-            self._transport.write(frame(FrameType.PING, 0, 0, bytes(8)))
+            self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
         elif self._quiet_ticks > DEAD_TICKS:
             seconds = DEAD_TICKS * TICK_SECONDS
             self._end(f"The other side was silent for {seconds:.0f} s.")
@@ -531,7 +531,7 @@ class Connection(asyncio.BufferedProtocol):
             self._timer.cancel()
         if code is not ErrorCode.NO_ERROR:
             log.warning("A connection is ended: %s", why)
-            self._transport.write(go_away(max(self._last_stream, 0), code, why))
+            self._transport.write(frames.go_away(max(self._last_stream, 0), code, why))
         self._transport.close()
         streams, self._streams = list(self._streams.values()), {}
         for stream in streams:

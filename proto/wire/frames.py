@@ -1,7 +1,7 @@
 """HTTP/2's frames (RFC 9113, section 4 and 6): as much as gRPC needs."""
 
 import struct
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"  # a client's first bytes
 HEADER_BYTES = 9
@@ -12,40 +12,33 @@ LARGEST_WINDOW = (1 << 31) - 1
 FIRST_WINDOW = 65_535
 
 
-class FrameType(IntEnum):
-    """Section 6."""
+# Types, flags and settings are plain numbers: every message is compared with some of them, and Python's enumerations
+# take a microsecond for it.
 
-    DATA = 0
-    HEADERS = 1
-    PRIORITY = 2
-    RST_STREAM = 3
-    SETTINGS = 4
-    PUSH_PROMISE = 5
-    PING = 6
-    GOAWAY = 7
-    WINDOW_UPDATE = 8
-    CONTINUATION = 9
+# Types of frames, section 6.
+DATA = 0
+HEADERS = 1
+RST_STREAM = 3
+SETTINGS = 4
+PUSH_PROMISE = 5
+PING = 6
+GOAWAY = 7
+WINDOW_UPDATE = 8
+CONTINUATION = 9
 
+# Flags.
+END_STREAM = 0x1
+ACK = 0x1  # of SETTINGS and PING
+END_HEADERS = 0x4
+PADDED = 0x8
+PRIORITY = 0x20
 
-class Flag(IntFlag):
-    """What a frame's flags mean; ACK is END_STREAM's bit in SETTINGS and PING."""
-
-    END_STREAM = 0x1
-    ACK = 0x1
-    END_HEADERS = 0x4
-    PADDED = 0x8
-    PRIORITY = 0x20
-
-
-class Setting(IntEnum):
-    """Section 6.5.2."""
-
-    HEADER_TABLE_SIZE = 1
-    ENABLE_PUSH = 2
-    MAX_CONCURRENT_STREAMS = 3
-    INITIAL_WINDOW_SIZE = 4
-    MAX_FRAME_SIZE = 5
-    MAX_HEADER_LIST_SIZE = 6
+# Settings, section 6.5.2.
+HEADER_TABLE_SIZE = 1
+ENABLE_PUSH = 2
+INITIAL_WINDOW_SIZE = 4
+MAX_FRAME_SIZE = 5
+MAX_HEADER_LIST_SIZE = 6
 
 
 class ErrorCode(IntEnum):
@@ -81,25 +74,25 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return header(len(payload), kind, flags, stream) + payload
 
 
-def settings(values: dict[Setting, int]) -> bytes:
+def settings(values: dict[int, int]) -> bytes:
     """A SETTINGS frame."""
     payload = b"".join(struct.pack(">HI", key, value) for key, value in values.items())
-    return frame(FrameType.SETTINGS, 0, 0, payload)
+    return frame(SETTINGS, 0, 0, payload)
 
 
 def window_update(stream: int, credit: int) -> bytes:
     """A WINDOW_UPDATE frame, `credit` from 1 to LARGEST_WINDOW."""
-    return frame(FrameType.WINDOW_UPDATE, 0, stream, struct.pack(">I", credit))
+    return frame(WINDOW_UPDATE, 0, stream, struct.pack(">I", credit))
 
 
 def reset(stream: int, code: ErrorCode) -> bytes:
     """A RST_STREAM frame."""
-    return frame(FrameType.RST_STREAM, 0, stream, struct.pack(">I", code))
+    return frame(RST_STREAM, 0, stream, struct.pack(">I", code))
 
 
 def go_away(last_stream: int, code: ErrorCode, why: str = "") -> bytes:
     """A GOAWAY frame."""
-    return frame(FrameType.GOAWAY, 0, 0, struct.pack(">II", last_stream, code) + why.encode()[:128])
+    return frame(GOAWAY, 0, 0, struct.pack(">II", last_stream, code) + why.encode()[:128])
 
 
 def headers(stream: int, block: bytes, largest: int, *, end: bool) -> bytes:
@@ -107,21 +100,21 @@ def headers(stream: int, block: bytes, largest: int, *, end: bool) -> bytes:
     pieces = [block[at : at + largest] for at in range(0, len(block), largest)] or [b""]
     out = b""
     for number, piece in enumerate(pieces):
-        flags = Flag.END_HEADERS if number == len(pieces) - 1 else 0
+        flags = END_HEADERS if number == len(pieces) - 1 else 0
         if number == 0 and end:
-            flags |= Flag.END_STREAM
-        out += frame(FrameType.HEADERS if number == 0 else FrameType.CONTINUATION, flags, stream, piece)
+            flags |= END_STREAM
+        out += frame(HEADERS if number == 0 else CONTINUATION, flags, stream, piece)
     return out
 
 
 def unpadded(payload: memoryview, flags: int, *, priority: bool) -> memoryview:
     """A HEADERS or DATA frame's content without padding and the old priority fields. Raises FrameError."""
     start, end = 0, len(payload)
-    if flags & Flag.PADDED:
+    if flags & PADDED:
         if end < 1:
             raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A padded frame has no padding.")
         start, end = 1, end - payload[0]
-    if priority and flags & Flag.PRIORITY:
+    if priority and flags & PRIORITY:
         start += 5
     if start > end:
         raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame is padded with more than it has.")

@@ -10,6 +10,7 @@ import grpc.aio
 from . import status
 
 PREFIX_BYTES = 5
+_PREFIX = struct.Struct(">BI")
 COPIED_BYTES = 64 << 10  # up to here a message is put together of its pieces; a larger one is sent in its pieces
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
@@ -17,7 +18,7 @@ Buffer: TypeAlias = bytes | bytearray | memoryview
 
 def prefix(length: int) -> bytes:
     """The bytes before a message."""
-    return struct.pack(">BI", 0, length)
+    return _PREFIX.pack(0, length)
 
 
 def size(message: Sequence[Buffer]) -> int:
@@ -60,12 +61,17 @@ class Assembler:
         self._message = None
         return message
 
+    def whole(self, data: memoryview) -> bytes | None:
+        """The message that `data` is, no more and no less; None when it is not, to be fed then."""
+        if self._message is not None or self._prefix or len(data) < PREFIX_BYTES:
+            return None
+        compressed, length = _PREFIX.unpack_from(data)
+        if compressed or length != len(data) - PREFIX_BYTES or length > self._max_bytes:
+            return None
+        return bytes(data[PREFIX_BYTES:])
+
     def feed(self, data: memoryview) -> list[bytes | bytearray]:
         """The messages that `data` completes. Raises AioRpcError for one that is too large or compressed."""
-        if self._message is None and not self._prefix and len(data) >= PREFIX_BYTES:
-            end = PREFIX_BYTES + self._length(data)
-            if len(data) == end:  # the usual case: one small message in one frame
-                return [bytes(data[PREFIX_BYTES:])]
         done: list[bytes | bytearray] = []
         while data:
             if self._message is None:
@@ -89,7 +95,7 @@ class Assembler:
         return done
 
     def _length(self, data: memoryview) -> int:
-        compressed, length = struct.unpack_from(">BI", data)
+        compressed, length = _PREFIX.unpack_from(data)
         if compressed:
             raise status.error(grpc.StatusCode.UNIMPLEMENTED, "Compressed messages are not taken here.")
         if length > self._max_bytes:

@@ -112,6 +112,15 @@ class Stream:
         if message is not None:
             self._deliver(message)
 
+    def take_whole(self, data: memoryview) -> bool:
+        """Takes a DATA frame that is one message; says whether it was that, and one that was waited for."""
+        message = self._assembler.whole(data)
+        if message is None or self.ended or len(data) > self._window:
+            return False
+        self._window -= len(data)
+        self._deliver(message)
+        return True
+
     def feed(self, data: memoryview) -> None:
         """Bytes came. Raises AioRpcError for messages that are refused."""
         for message in self._assembler.feed(data):
@@ -147,8 +156,8 @@ class Stream:
         self._owed += length + PREFIX_BYTES
         if self._owed >= self._credit and not self._half_closed:
             self._window += self._owed
-            self._connection.credit(self, self._owed)
-            self._owed = 0
+            owed, self._owed = self._owed, 0
+            self._connection.credit(self, owed)
 
     def _wake(self) -> None:
         if self._reader is not None and not self._reader.done():
