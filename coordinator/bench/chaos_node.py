@@ -9,7 +9,7 @@ The node reads the file `fault` in its state directory at its start and then twe
 
 or is missing: all is well. At the first effect of the latter two it makes the file `felt` beside it.
 
-The clock is the one that the node's own code reads. TLS reads the system's, in gRPC's library, and would refuse the
+The clock is the one that the node's own code reads. TLS reads the system's, and would refuse the
 connections too; either way the node takes its certificate for expired and stays away. Python's `time.time` is left
 alone: gRPC makes deadlines of it, which its library compares with the system's clock.
 """
@@ -17,10 +17,11 @@ alone: gRPC makes deadlines of it, which its library compares with the system's 
 LIES = ("nan", "garbage", "old", "memory")
 FILE, FELT = "fault", "felt"
 
-PRELUDE = """
+PRELUDE = (
+    """
 import datetime, errno, os, pathlib, threading, time
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")  # as the node itself does
-from moehive.expert_node import cache, executor, identity, service
+from moehive.expert_node import cache, executor, identity, plain, service
 _file = pathlib.Path(sys.argv[sys.argv.index("--state-dir") + 1]) / "{FILE}"
 _fault = ""
 def _look():
@@ -51,6 +52,8 @@ def _written(reply, *arguments, **keywords):
     if _fault == "old":
         reply.id -= 1
 executor.Executor.compute, service.write_values = _computed, _written
+_answer = plain.PlainRequests.answer
+plain.PlainRequests.answer = lambda self, message: None if _fault in {LIES} else _answer(self, message)
 
 class _Disk:
     def __init__(self, file):
@@ -75,4 +78,7 @@ class _Clock(datetime.datetime):
         _file.with_name("{FELT}").touch()
         return datetime.datetime.now(zone) + datetime.timedelta(days=365)
 identity.datetime = _Clock
-""".replace("{FILE}", FILE).replace("{FELT}", FELT)
+""".replace("{LIES}", repr(LIES))
+    .replace("{FILE}", FILE)
+    .replace("{FELT}", FELT)
+)

@@ -1,7 +1,6 @@
-"""One HTTP/2 connection on an event loop's transport, either end: frames in, frames out, windows, pings.
+"""One HTTP/2 connection on an event loop's transport, either end: streams, windows, pings.
 
-Small frames are read out of one buffer; a large message's bytes go where they will stay as they come. Whatever ends
-the connection ends its streams with UNAVAILABLE.
+Whatever ends the connection ends its streams with UNAVAILABLE.
 """
 
 import asyncio
@@ -18,8 +17,6 @@ import hpack
 from . import frames, status
 from .frames import (
     FIRST_WINDOW,
-    HEADER_BYTES,
-    LARGEST_CONTROL_FRAME,
     LARGEST_FRAME,
     LARGEST_WINDOW,
     LEAST_FRAME,
@@ -30,14 +27,12 @@ from .frames import (
     header,
 )
 from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
+from .reader import MAX_HEADER_BYTES, FrameReader
 from .stream import Stream
 from .tls import peer_names
 
 log = logging.getLogger(__name__)
 
-BUFFER_BYTES = 128 << 10
-DIRECT_BYTES = 32 << 10  # of a message that are still missing: they are received where they will stay
-MAX_HEADER_BYTES = 16 << 10
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
 TICK_SECONDS = 5.0
 PING_TICKS, DEAD_TICKS = 2, 3  # without a byte from the other side
@@ -91,15 +86,7 @@ class Connection(asyncio.BufferedProtocol):
         self._received = 0  # since this connection's window was credited
         self._encoder = hpack.Encoder()
         self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
-        self._buffer = bytearray(BUFFER_BYTES)
-        self._view = memoryview(self._buffer)
-        self._filled = 0
-        self._expected = len(PREFACE) if owner is not None else 0  # of the caller's first bytes
-        self._data_left = 0  # of the DATA frame that is coming
-        self._data_stream: Stream | None = None
-        self._data_ends = False
-        self._direct: memoryview | None = None
-        self._headers: tuple[int, bool, bytearray] | None = None  # that CONTINUATION frames complete
+        self._reader = FrameReader(self, preface=owner is not None)
         self._progress: asyncio.Future[None] | None = None
         self._quiet_ticks = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -134,31 +121,13 @@ class Connection(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
-        stream = self._data_stream
-        if self._data_left >= DIRECT_BYTES and self._filled == 0 and stream is not None:
-            room = stream.room
-            if room is not None and len(room) >= DIRECT_BYTES:
-                self._direct = room[: self._data_left]
-                return self._direct
-        self._direct = None
-        return self._view[self._filled :]
+        return self._reader.room()
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio.BufferedProtocol."""
         self._quiet_ticks = 0
         try:
-            if self._direct is not None:
-                self._direct = None
-                stream = self._data_stream
-                assert stream is not None
-                self._data_left -= nbytes
-                self._count(stream, nbytes)
-                stream.filled(nbytes)
-                if self._data_left == 0:
-                    self._data_done()
-                return
-            self._filled += nbytes
-            self._parse()
+            self._reader.received(nbytes)
         except FrameError as error:
             self._end(str(error), error.code)
         except hpack.HPACKError:
@@ -218,7 +187,8 @@ class Connection(asyncio.BufferedProtocol):
         if stream.number not in self._streams:
             return
         if trailers is None:
-            self._transport.write(frame(frames.DATA, frames.END_STREAM, stream.number))
+            if not stream.outgoing:  # else the last of it says so
+                self._transport.write(frame(frames.DATA, frames.END_STREAM, stream.number))
             return
         if stream.outgoing:  # who answers has awaited `drain`, or gives the rest up
             self.drop(stream, ErrorCode.INTERNAL_ERROR)
@@ -255,126 +225,71 @@ class Connection(asyncio.BufferedProtocol):
         """Ends it, and its streams with `why`, one sentence; what was sent before still leaves."""
         self._end(why)
 
-    # Frames.
+    # The reader's side.
 
-    def _parse(self) -> None:
-        start = 0
-        while self.lost is None:
-            rest = self._filled - start
-            if self._data_left:
-                if not rest:
-                    break
-                start += self._take_data(self._view[start : start + min(rest, self._data_left)])
-                continue
-            if self._expected:
-                if rest < self._expected:
-                    break
-                if self._view[start : start + self._expected] != PREFACE:
-                    raise FrameError(ErrorCode.PROTOCOL_ERROR, "The other side does not speak HTTP/2.")
-                start, self._expected = start + self._expected, 0
-                continue
-            if rest < HEADER_BYTES:
-                break
-            high, low, kind, flags, number = struct.unpack_from(">HBBBI", self._view, start)
-            length, number = high << 8 | low, number & LARGEST_WINDOW
-            if self._headers is not None and (kind != frames.CONTINUATION or number != self._headers[0]):
-                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers were cut by another frame.")
-            if kind == frames.DATA and not flags & frames.PADDED:
-                if flags == 0 and HEADER_BYTES + length <= rest:  # the usual case: a whole message
-                    stream = self._streams.get(number)
-                    place = start + HEADER_BYTES
-                    if stream is not None and stream.take_whole(self._view[place : place + length]):
-                        self._received += length
-                        start = place + length
-                        continue
-                if length > LARGEST_FRAME:
-                    raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
-                start += HEADER_BYTES
-                self._begin_data(number, length, flags)
-                continue
-            if length > LARGEST_CONTROL_FRAME:
-                raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
-            end = start + HEADER_BYTES + length
-            if end > self._filled:
-                break
-            self._frame(kind, flags, number, self._view[start + HEADER_BYTES : end])
-            start = end
-        rest = self._filled - start
-        if start and rest:
-            self._buffer[:rest] = self._buffer[start : self._filled]
-        self._filled = rest
-
-    def _begin_data(self, number: int, length: int, flags: int) -> None:
+    def stream(self, number: int) -> Stream | None:
+        """See Frames."""
         stream = self._streams.get(number)
-        if stream is None:
-            self._check_known(number)
-        elif stream.ended:
-            raise FrameError(ErrorCode.STREAM_CLOSED, "Data came after a stream's end.")
-        self._data_stream, self._data_left = stream, length
-        self._data_ends = bool(flags & frames.END_STREAM)
-        if length == 0:
-            self._data_done()
+        if stream is None and (number == 0 or number > self._last_stream or number % 2 == 0):
+            raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame is of a stream that never was.")
+        return stream
 
-    def _take_data(self, data: memoryview) -> int:
-        self._data_left -= len(data)
-        self._feed(self._data_stream, data, len(data))
-        if self._data_left == 0:
-            self._data_done()
-        return len(data)
-
-    def _feed(self, stream: Stream | None, data: memoryview, counted: int) -> None:
-        self._count(stream, counted)
-        if stream is None or stream.failure is not None:  # it was given up here
-            return
-        try:
-            stream.feed(data)
-        except grpc.aio.AioRpcError as error:
-            if self._owner is not None:
-                stream.end(status.trailers(error.code(), error.details() or ""))
-            self.drop(stream, ErrorCode.CANCEL)
-            stream.fail(error)
-            self._data_stream = None  # the rest of the frame is nobody's
-
-    def _count(self, stream: Stream | None, length: int) -> None:
+    def count(self, length: int) -> None:
+        """See Frames."""
         self._received += length
         if self._received > LARGEST_WINDOW // 2:
             self._transport.write(frames.window_update(0, self._received))
             self._received = 0
-        if stream is not None:
-            stream.count(length)
 
-    def _data_done(self) -> None:
-        stream, self._data_stream = self._data_stream, None
-        if stream is not None and self._data_ends:
-            self._half_close(stream)
+    def refuse(self, stream: Stream, error: grpc.aio.AioRpcError) -> None:
+        """See Frames."""
+        if self._owner is not None:
+            stream.end(status.trailers(error.code(), error.details() or ""))
+        self.drop(stream, ErrorCode.CANCEL)
+        stream.fail(error)
 
-    def _frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
-        if kind == frames.HEADERS:
-            content = frames.unpadded(payload, flags, priority=True)
-            self._headers = number, bool(flags & frames.END_STREAM), bytearray(content)
-        elif kind == frames.CONTINUATION:
-            if self._headers is None:
-                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers go on that never began.")
-            self._headers[2].extend(payload)
-            if len(self._headers[2]) > MAX_HEADER_BYTES:
-                raise FrameError(ErrorCode.ENHANCE_YOUR_CALM, "Headers are too large.")
-        if kind in (frames.HEADERS, frames.CONTINUATION):
-            if flags & frames.END_HEADERS:
-                number, end, block = self._headers  # type: ignore[misc]  # set above
-                self._headers = None
-                self._take_headers(number, self._decode(block), end=end)
-        elif kind == frames.DATA:  # a padded one
-            self._begin_data(number, 0, flags & ~frames.END_STREAM)
-            self._feed(self._streams.get(number), frames.unpadded(payload, flags, priority=False), len(payload))
-            stream = self._streams.get(number)
-            if flags & frames.END_STREAM and stream is not None:
-                self._half_close(stream)
-        elif kind == frames.RST_STREAM:
+    def half_close(self, stream: Stream) -> None:
+        """See Frames."""
+        if self._owner is None:  # who answers has said all, so there is nothing more to ask either
+            self._streams.pop(stream.number, None)
+            if not stream.fields and stream.failure is None:
+                stream.fail(status.error(grpc.StatusCode.INTERNAL, "The answer ended without a status."))
+        stream.half_close()
+
+    def take_headers(self, number: int, block: bytes, *, end: bool) -> None:
+        """See Frames."""
+        fields: Fields = [
+            (bytes(name).decode("ascii", "replace"), bytes(value).decode("ascii", "replace"))
+            for name, value in self._decoder.decode(block, raw=True)
+        ]
+        if self._owner is not None and number > self._last_stream:
+            if number % 2 == 0:
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "A caller's streams have odd numbers.")
+            self._last_stream = number
+            stream = self._streams[number] = Stream(self, number)
+            stream.fields = fields
+            self._owner.called(self, stream)
+        else:
+            known = self.stream(number)
+            if known is None:
+                return
+            stream = known
+            if self._owner is None and (end or stream.fields):
+                failure = status.of_headers(fields)
+                if failure is not None:
+                    stream.fail(failure)
+            if self._owner is None:
+                stream.fields = stream.fields or fields
+        if end:
+            self.half_close(stream)
+
+    def take_frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        """See Frames."""
+        if kind == frames.RST_STREAM:
             (code,) = _fields(">I", payload)
-            stream = self._streams.pop(number, None)
-            if stream is None:
-                self._check_known(number)
-            else:
+            stream = self.stream(number)
+            if stream is not None:
+                del self._streams[number]
                 stream.fail(status.of_reset(code))
                 self._advance()
         elif kind == frames.SETTINGS:
@@ -390,39 +305,6 @@ class Connection(asyncio.BufferedProtocol):
             self._take_window(number, _fields(">I", payload)[0] & LARGEST_WINDOW)
         elif kind == frames.PUSH_PROMISE:
             raise FrameError(ErrorCode.PROTOCOL_ERROR, "Nothing is to be pushed.")
-
-    def _decode(self, block: bytearray) -> Fields:
-        fields: Fields = []
-        for name, value in self._decoder.decode(bytes(block), raw=True):
-            fields.append((bytes(name).decode("ascii", "replace"), bytes(value).decode("ascii", "replace")))
-        return fields
-
-    def _take_headers(self, number: int, fields: Fields, *, end: bool) -> None:
-        stream = self._streams.get(number)
-        if stream is None and self._owner is not None and number > self._last_stream:
-            if number % 2 == 0:
-                raise FrameError(ErrorCode.PROTOCOL_ERROR, "A caller's streams have odd numbers.")
-            self._last_stream = number
-            stream = self._streams[number] = Stream(self, number)
-            stream.fields = fields
-            self._owner.called(self, stream)
-        elif stream is None:
-            self._check_known(number)
-        elif self._owner is None and (end or stream.fields):
-            failure = status.of_headers(fields)
-            if failure is not None:
-                stream.fail(failure)
-        elif self._owner is None:
-            stream.fields = fields
-        if end and stream is not None:
-            self._half_close(stream)
-
-    def _half_close(self, stream: Stream) -> None:
-        if self._owner is None:  # who answers has said all, so there is nothing more to ask either
-            self._streams.pop(stream.number, None)
-            if not stream.fields and stream.failure is None:
-                stream.fail(status.error(grpc.StatusCode.INTERNAL, "The answer ended without a status."))
-        stream.half_close()
 
     def _take_settings(self, flags: int, payload: memoryview) -> None:
         if flags & frames.ACK:
@@ -456,19 +338,13 @@ class Connection(asyncio.BufferedProtocol):
                 raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
             self._pump_all()
             return
-        stream = self._streams.get(number)
+        stream = self.stream(number)
         if stream is None:
-            self._check_known(number)
             return
         stream.send_window += credit
         if stream.send_window > LARGEST_WINDOW:
             raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
         self._pump(stream)
-
-    def _check_known(self, number: int) -> None:
-        """A frame of a stream that is over is late; one of a stream that never was is wrong. Raises FrameError."""
-        if number == 0 or number > self._last_stream or number % 2 == 0:
-            raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame is of a stream that never was.")
 
     # Sending.
 
@@ -498,7 +374,8 @@ class Connection(asyncio.BufferedProtocol):
                 length += len(piece)
             stream.send_window -= length
             self._send_window -= length
-            self._transport.writelines([header(length, frames.DATA, 0, stream.number), *pieces])
+            flags = frames.END_STREAM if stream.closed and not stream.outgoing else 0
+            self._transport.writelines([header(length, frames.DATA, flags, stream.number), *pieces])
         self._advance()
 
     def _reply(self, data: bytes) -> None:
@@ -527,6 +404,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.lost is not None:
             return
         self.lost = why
+        self._reader.closed = True
         if self._timer is not None:
             self._timer.cancel()
         if code is not ErrorCode.NO_ERROR:

@@ -40,20 +40,20 @@ class Stream:
         self._owed = 0  # bytes of messages that were taken since the last credit
         self._messages: deque[bytes | bytearray] = deque()
         self._reader: asyncio.Future[None] | None = None
-        self._half_closed = False  # the other side sends no more
-        self._closed = False  # this side does not
+        self.half_closed = False  # the other side sends no more
+        self.closed = False  # this side does not
 
     @property
     def ended(self) -> bool:
         """Whether nothing will come any more but what waits to be read."""
-        return self._half_closed or self.failure is not None
+        return self.half_closed or self.failure is not None
 
     async def read(self) -> bytes | bytearray | None:
         """The next message; None after the last. Raises AioRpcError when the call has failed."""
         while not self._messages:
             if self.failure is not None:
                 raise self.failure
-            if self._half_closed:
+            if self.half_closed:
                 return None
             self._reader = asyncio.get_running_loop().create_future()
             try:
@@ -70,7 +70,7 @@ class Stream:
         What does not leave at once waits here; whoever sends much awaits `drain`. Does nothing on a stream that has
         ended.
         """
-        if not self._closed and self.failure is None:
+        if not self.closed and self.failure is None:
             self._connection.send(self, message)
 
     async def drain(self) -> None:
@@ -82,9 +82,9 @@ class Stream:
 
     def end(self, trailers: Sequence[tuple[str, str]] | None = None) -> None:
         """Sends nothing any more: `trailers`, of who answers, or that no message will follow."""
-        if self._closed or self.failure is not None:
+        if self.closed or self.failure is not None:
             return
-        self._closed = True
+        self.closed = True
         self._connection.end(self, trailers)
 
     def cancel(self) -> None:
@@ -130,7 +130,7 @@ class Stream:
         """The other side has sent its last message."""
         if not self._assembler.between:
             self.fail(status.error(grpc.StatusCode.INTERNAL, "The other side ended in the middle of a message."))
-        self._half_closed = True
+        self.half_closed = True
         self._over()
 
     def fail(self, error: Exception) -> None:
@@ -154,7 +154,7 @@ class Stream:
 
     def _taken(self, length: int) -> None:
         self._owed += length + PREFIX_BYTES
-        if self._owed >= self._credit and not self._half_closed:
+        if self._owed >= self._credit and not self.half_closed:
             self._window += self._owed
             owed, self._owed = self._owed, 0
             self._connection.credit(self, owed)

@@ -1,0 +1,189 @@
+"""Bytes cut into frames as they come: small frames out of one buffer, a large message where it will stay."""
+
+import struct
+from typing import Protocol
+
+import grpc.aio
+
+from . import frames
+from .frames import (
+    HEADER_BYTES,
+    LARGEST_CONTROL_FRAME,
+    LARGEST_FRAME,
+    LARGEST_WINDOW,
+    PREFACE,
+    ErrorCode,
+    FrameError,
+)
+from .stream import Stream
+
+BUFFER_BYTES = 128 << 10
+DIRECT_BYTES = 32 << 10  # of a message that are still missing: they are received where they will stay
+MAX_HEADER_BYTES = 16 << 10
+
+
+class Frames(Protocol):
+    """Who is told of frames; each method raises FrameError where the other side has broken the protocol."""
+
+    def stream(self, number: int) -> Stream | None:
+        """The stream of that number; None when it is over."""
+
+    def count(self, length: int) -> None:
+        """So many bytes of data came."""
+
+    def refuse(self, stream: Stream, error: grpc.aio.AioRpcError) -> None:
+        """A stream brings what is not taken."""
+
+    def half_close(self, stream: Stream) -> None:
+        """The other side has sent a stream's last message."""
+
+    def take_headers(self, number: int, block: bytes, *, end: bool) -> None:
+        """A whole header block came."""
+
+    def take_frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        """A frame came that is neither data nor headers."""
+
+
+class FrameReader:
+    """What a connection receives."""
+
+    def __init__(self, told: Frames, *, preface: bool) -> None:
+        """`preface`: a caller's first bytes come before its frames."""
+        self._told = told
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._view = memoryview(self._buffer)
+        self._filled = 0
+        self._expected = len(PREFACE) if preface else 0
+        self._data_left = 0  # of the DATA frame that is coming
+        self._data_stream: Stream | None = None
+        self._data_ends = False
+        self._direct = False
+        self._headers: tuple[int, bool, bytearray] | None = None  # that CONTINUATION frames complete
+        self.closed = False  # nothing is read any more
+
+    def room(self) -> memoryview:
+        """Where the next bytes belong."""
+        stream = self._data_stream
+        if self._data_left >= DIRECT_BYTES and self._filled == 0 and stream is not None:
+            room = stream.room
+            if room is not None and len(room) >= DIRECT_BYTES:
+                self._direct = True
+                return room[: self._data_left]
+        self._direct = False
+        return self._view[self._filled :]
+
+    def received(self, length: int) -> None:
+        """So many bytes came there. Raises FrameError."""
+        if not self._direct:
+            self._filled += length
+            self._read()
+            return
+        stream = self._data_stream
+        assert stream is not None
+        self._data_left -= length
+        self._told.count(length)
+        stream.count(length)
+        stream.filled(length)
+        if self._data_left == 0:
+            self._data_done()
+
+    def _read(self) -> None:
+        start = 0
+        while not self.closed:
+            rest = self._filled - start
+            if self._data_left:
+                if not rest:
+                    break
+                part = self._view[start : start + min(rest, self._data_left)]
+                start += len(part)
+                self._data_left -= len(part)
+                self._feed(self._data_stream, part, len(part))
+                if self._data_left == 0:
+                    self._data_done()
+                continue
+            if self._expected:
+                if rest < self._expected:
+                    break
+                if self._view[start : start + self._expected] != PREFACE:
+                    raise FrameError(ErrorCode.PROTOCOL_ERROR, "The other side does not speak HTTP/2.")
+                start, self._expected = start + self._expected, 0
+                continue
+            if rest < HEADER_BYTES:
+                break
+            high, low, kind, flags, number = struct.unpack_from(">HBBBI", self._view, start)
+            length, number = high << 8 | low, number & LARGEST_WINDOW
+            if self._headers is not None and (kind != frames.CONTINUATION or number != self._headers[0]):
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers were cut by another frame.")
+            content = start + HEADER_BYTES
+            if kind == frames.DATA and not flags & frames.PADDED:
+                if length > LARGEST_FRAME:
+                    raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
+                stream = self._told.stream(number)
+                # The usual case: a whole message.
+                here = stream is not None and flags == 0 and content + length <= self._filled
+                if stream is not None and here and stream.take_whole(self._view[content : content + length]):
+                    self._told.count(length)
+                    start = content + length
+                    continue
+                start = content
+                self._begin_data(stream, length, flags)
+                continue
+            if length > LARGEST_CONTROL_FRAME:
+                raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
+            if content + length > self._filled:
+                break
+            self._frame(kind, flags, number, self._view[content : content + length])
+            start = content + length
+        rest = self._filled - start
+        if start and rest:
+            self._buffer[:rest] = self._buffer[start : self._filled]
+        self._filled = rest
+
+    def _begin_data(self, stream: Stream | None, length: int, flags: int) -> None:
+        if stream is not None and stream.half_closed:
+            raise FrameError(ErrorCode.STREAM_CLOSED, "Data came after a stream's end.")
+        self._data_stream, self._data_left = stream, length
+        self._data_ends = bool(flags & frames.END_STREAM)
+        if length == 0:
+            self._data_done()
+
+    def _feed(self, stream: Stream | None, data: memoryview, counted: int) -> None:
+        self._told.count(counted)
+        if stream is None or stream.failure is not None:  # it was given up here
+            return
+        stream.count(counted)
+        try:
+            stream.feed(data)
+        except grpc.aio.AioRpcError as error:
+            self._data_stream = None  # the rest of the frame is nobody's
+            self._told.refuse(stream, error)
+
+    def _data_done(self) -> None:
+        stream, self._data_stream = self._data_stream, None
+        if stream is not None and self._data_ends:
+            self._told.half_close(stream)
+
+    def _frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
+        if kind == frames.DATA:  # a padded one
+            stream = self._told.stream(number)
+            self._begin_data(stream, 0, flags & ~frames.END_STREAM)
+            self._feed(stream, frames.unpadded(payload, flags, priority=False), len(payload))
+            if flags & frames.END_STREAM and stream is not None and stream.failure is None:
+                self._told.half_close(stream)
+            return
+        if kind == frames.HEADERS:
+            content = frames.unpadded(payload, flags, priority=True)
+            self._headers = number, bool(flags & frames.END_STREAM), bytearray(content)
+        elif kind == frames.CONTINUATION:
+            if self._headers is None:
+                raise FrameError(ErrorCode.PROTOCOL_ERROR, "Headers go on that never began.")
+            self._headers[2].extend(payload)
+        else:
+            self._told.take_frame(kind, flags, number, payload)
+            return
+        number, end, block = self._headers
+        if len(block) > MAX_HEADER_BYTES:
+            raise FrameError(ErrorCode.ENHANCE_YOUR_CALM, "Headers are too large.")
+        if flags & frames.END_HEADERS:
+            self._headers = None
+            self._told.take_headers(number, bytes(block), end=end)
