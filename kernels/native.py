@@ -162,9 +162,9 @@ class NativeExperts:
                 hidden.data_ptr(),
                 hidden.dtype is torch.bfloat16,
                 tokens,
-                offsets.ctypes.data,
+                offsets.tobytes(),  # a few numbers: a copy is quicker than numpy's `ctypes`
                 struct.pack(f"={len(addresses)}Q", *addresses),
-                weights.ctypes.data,
+                weights.tobytes(),
                 added,
                 rows.data_ptr(),
             )

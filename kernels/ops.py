@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 # 64 7.9 / 6.9, 128 17 / 13; f32 8 tokens 1.8 / 1.9, 16 3.1 / 2.9, 32 9.4 / 5.9.
 FEW_TOKENS = 32
 
+_DTYPES = (np.dtype(np.uint32), np.dtype(np.uint32), np.dtype(np.float32))  # of offsets, expert numbers, weights
+
 
 class Reduction(Enum):
     """What a layer's call returns: one weighted sum for each token, or one weighted output for each pair."""
@@ -172,23 +174,28 @@ def _check(
     pair_experts: npt.NDArray[np.uint32],
     pair_weights: npt.NDArray[np.float32],
 ) -> None:
-    """Raises GeometryError if a layer's inputs do not fit together."""
-    if hidden.dim() != 2 or hidden.shape[1] != spec.hidden_size:
-        raise GeometryError(f"Hidden states must be [tokens, {spec.hidden_size}], not {list(hidden.shape)}.")
-    if hidden.dtype not in (torch.float32, torch.bfloat16) or hidden.device.type != "cpu":
+    """Raises GeometryError if a layer's inputs do not fit together.
+
+    Few steps, none of them numpy's arithmetic: each call's weights push this code out of the caches.
+    """
+    shape = hidden.shape
+    if len(shape) != 2 or shape[1] != spec.hidden_size:
+        raise GeometryError(f"Hidden states must be [tokens, {spec.hidden_size}], not {list(shape)}.")
+    if hidden.dtype not in (torch.float32, torch.bfloat16) or not hidden.is_cpu:
         raise GeometryError(f"Hidden states must be f32 or bf16 on the CPU, not {hidden.dtype} on {hidden.device}.")
-    if offsets.dtype != np.uint32 or pair_experts.dtype != np.uint32 or pair_weights.dtype != np.float32:
+    if (offsets.dtype, pair_experts.dtype, pair_weights.dtype) != _DTYPES:
         raise GeometryError("Offsets and expert numbers must be of type uint32, weights of type float32.")
     if pair_experts.ndim != 1 or pair_experts.shape != pair_weights.shape:
         raise GeometryError(
             f"Every pair needs one expert and one weight; here are {pair_experts.shape} and {pair_weights.shape}."
         )
-    if offsets.shape != (len(hidden) + 1,) or offsets[0] != 0 or offsets[-1] != len(pair_experts):
+    starts = offsets.tolist()
+    if offsets.ndim != 1 or len(starts) != shape[0] + 1 or starts[0] != 0 or starts[-1] != len(pair_experts):
         raise GeometryError(
-            f"The offsets of {len(hidden)} tokens must be {len(hidden) + 1} numbers from 0 to {len(pair_experts)}."
+            f"The offsets of {shape[0]} tokens must be {shape[0] + 1} numbers from 0 to {len(pair_experts)}."
         )
+    if starts != sorted(starts):
+        raise GeometryError("The offsets of tokens must not fall.")
     arrays = (offsets, pair_experts, pair_weights)
     if not all(array.flags.c_contiguous for array in arrays):
         raise GeometryError("Offsets, expert numbers and weights must be contiguous in memory.")
-    if (offsets[1:] < offsets[:-1]).any():
-        raise GeometryError("The offsets of tokens must not fall.")

@@ -1,18 +1,22 @@
 """`moehive bench experts`: the expert MLP of every format beside the machine's own limits, measured in one run.
 
 One token goes to eight experts, as in a node's part of a layer; more tokens go to one. Call after call walks over a
-set of experts far larger than the caches. Beside each call, alternating with it, as many threads read memory, and
-torch multiplies the same tokens with bf16 weights of the same shape.
+set of experts far larger than the caches. Alternating with the calls, as many threads read memory. Before, torch
+multiplies the same tokens with bf16 weights of the same shape: not in turns with them, since its threads go on
+spinning for some time after their work.
 """
 
 import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import cycle
 from typing import NamedTuple, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
@@ -28,6 +32,7 @@ from .random_model import write_tensor
 from .timing import seconds_of, torch_threads
 
 _TOP_K = 8
+_TORCH_SPINS = 0.1  # seconds after its work, at most
 _READ_BYTES = 512 << 20  # of plain memory; the largest last-level caches have about as much
 
 
@@ -103,26 +108,26 @@ def _measure(
     hidden = torch.randn(batch, spec.hidden_size)
     offsets = np.arange(batch + 1, dtype=np.uint32) * np.uint32(used)
     weights = np.full(batch * used, 1 / used, dtype=np.float32)
-    numbers = _walk(len(experts), used)
+    numbers = _walk(len(experts), used, batch)
     held = dict(enumerate(experts))
 
     def call() -> None:
-        chosen = np.tile(next(numbers), batch).astype(np.uint32)
-        ops.moe_layer(spec, held, hidden, offsets, chosen, weights, Reduction.PARTIAL_SUM)
+        ops.moe_layer(spec, held, hidden, offsets, next(numbers), weights, Reduction.PARTIAL_SUM)
 
     products = _torch_products(spec, batch, used)
     # At batch 1 the whole set is walked once in each repetition, so that one is long enough to compare with a read.
     calls = max(1, len(experts) // used) if batch == 1 else 1
-    times: tuple[list[float], list[float], list[float]] = ([], [], [])
-    call()
+    times: tuple[list[float], list[float]] = ([], [])
     products()
+    # Torch takes seconds for many tokens.
+    torch_seconds = statistics.median(seconds_of(products, 1) for _ in range(repeats if batch < 64 else 3))
+    time.sleep(_TORCH_SPINS)
+    call()
     slice_bytes = min(_READ_BYTES, max(64 << 20, calls * used * spec.nbytes))
-    for repetition in range(repeats):
+    for _ in range(repeats):
         times[0].append(seconds_of(call, calls))
         times[1].append(seconds_of(lambda: read_memory(memory[:slice_bytes], threads), 1))
-        if batch < 64 or repetition < 3:  # torch takes seconds for many tokens
-            times[2].append(seconds_of(products, 1))
-    seconds, read_seconds, torch_seconds = (statistics.median(series) for series in times)
+    seconds, read_seconds = (statistics.median(series) for series in times)
     nbytes = used * spec.nbytes
     bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / read_seconds
     return ExpertsRow(
@@ -140,12 +145,10 @@ def _measure(
     )
 
 
-def _walk(experts: int, used: int) -> Iterator[list[int]]:
-    """Experts of call after call, each in turn, so that an expert comes again only after all others."""
-    at = 0
-    while True:
-        yield [(at + i) % experts for i in range(used)]
-        at = (at + used) % experts
+def _walk(experts: int, used: int, batch: int) -> Iterator[npt.NDArray[np.uint32]]:
+    """The pairs' experts of call after call, each in turn, so that an expert comes again only after all others."""
+    starts = range(0, experts - used + 1, used)
+    return cycle([np.tile(np.arange(at, at + used, dtype=np.uint32), batch) for at in starts])
 
 
 def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], None]:

@@ -9,36 +9,39 @@
 
 namespace moehive {
 
+// Four at a time, and bounds as choices between vectors: of a choice between numbers GCC makes a branch for each bound,
+// then computes all of them, and x / (1 + e^88) is a denormal number, over which Intel's processors spend 150 cycles.
+typedef float Four __attribute__((vector_size(16)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
+
+inline Four all(float x) { return Four{x, x, x, x}; }
+
 // e^x within 2 units in the last place for -87 <= x <= 88, held at the bounds beyond. The C library's own differs
 // between machines, and the compiler can't do several of those at once. After Cephes' expf (Moshier).
-inline float exponential(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
-  const float shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the whole number is in the low bits
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float y = 1.9875691500e-4f;
+inline Four exponential(Four x) {
+  x = x < all(-87.0f) ? all(-87.0f) : x;
+  x = x > all(88.0f) ? all(88.0f) : x;
+  const Four shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the whole number is in the low bits
+  const Four n = shifted - 12582912.0f;
+  const Four r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Four y = all(1.9875691500e-4f);
   y = y * r + 1.3981999507e-3f;
   y = y * r + 8.3334519073e-3f;
   y = y * r + 4.1665795894e-2f;
   y = y * r + 1.6666665459e-1f;
   y = y * r + 5.0000001201e-1f;
   y = y * r * r + r + 1.0f;
-  uint32_t bits, power;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  power = (bits + 127u) << 23;  // 2^n
-  float scale;
-  std::memcpy(&scale, &power, sizeof scale);
-  return y * scale;
+  const FourWords power = (reinterpret_cast<FourWords>(shifted) + 127u) << 23;  // 2^n
+  return y * reinterpret_cast<Four>(power);
 }
 
-inline float silu(float x, float alpha) { return x / (1.0f + exponential(-alpha * x)); }
+inline Four silu(Four x, float alpha) { return x / (1.0f + exponential(-alpha * x)); }
 
 inline float gelu(float x) { return 0.5f * x * (1.0f + std::erf(x * 0.70710678118654752f)); }
 
 // 0.5 x (1 + tanh u) = x / (1 + e^-2u)
-inline float gelu_tanh(float x) {
-  const float u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
+inline Four gelu_tanh(Four x) {
+  const Four u = 0.79788456080286536f * (x + 0.044715f * x * x * x);
   return x / (1.0f + exponential(-2.0f * u));
 }
 
@@ -47,12 +50,23 @@ inline void apply(float* x, int64_t n, Function&& function) {
   for (int64_t i = 0; i < n; ++i) x[i] = function(x[i]);
 }
 
+template <class Function>
+inline void apply_by_four(float* x, int64_t n, Function&& function) {
+  for (int64_t i = 0; i < n; i += 4) {
+    Four four = {};
+    const size_t bytes = static_cast<size_t>(n - i < 4 ? n - i : 4) * sizeof(float);
+    std::memcpy(&four, x + i, bytes);
+    four = function(four);
+    std::memcpy(x + i, &four, bytes);
+  }
+}
+
 inline void activate(const MoehiveSpec& spec, float* x, int64_t n) {
   const float alpha = spec.alpha;
   switch (static_cast<Activation>(spec.activation)) {
-    case Activation::silu: return apply(x, n, [alpha](float v) { return silu(v, alpha); });
+    case Activation::silu: return apply_by_four(x, n, [alpha](Four v) { return silu(v, alpha); });
     case Activation::gelu: return apply(x, n, gelu);
-    case Activation::gelu_tanh: return apply(x, n, gelu_tanh);
+    case Activation::gelu_tanh: return apply_by_four(x, n, gelu_tanh);
     case Activation::relu: return apply(x, n, [](float v) { return v < 0.0f ? 0.0f : v; });
     case Activation::relu2: return apply(x, n, [](float v) { return v < 0.0f ? 0.0f : v * v; });
   }

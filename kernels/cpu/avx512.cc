@@ -82,12 +82,10 @@ struct Int8 {
   }
   static inline Sums even(Factor f, int32_t n) { return {_mm512_mullo_epi32(f.all, _mm512_set1_epi32(2 * n))}; }
   static inline Sums pairs(Octets a, int32_t n, Octets b, int32_t m) {
-    return {_mm512_add_epi32(times(a, n), times(b, m))};
-  }
-
- private:
-  static inline __m512i times(Octets o, int32_t n) {
-    return _mm512_mullo_epi32(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(o)), _mm512_set1_epi32(n));
+    const __m512i left = _mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(a));
+    const __m512i right = _mm512_slli_epi32(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(b)), 16);
+    const __m512i both = _mm512_set1_epi32(static_cast<int32_t>((n & 0xffff) | static_cast<uint32_t>(m) << 16));
+    return {_mm512_madd_epi16(_mm512_or_si512(left, right), both)};
   }
 };
 

@@ -39,8 +39,8 @@ const float* floats_at(const char* blob, int64_t offset) { return reinterpret_ca
 
 // The pieces of a projection of all experts. An item, which one thread takes, is `run` pieces that follow each other in
 // one expert's memory: then what a thread fetches ahead is its own. Two threads read the same way of a linear layer
-// went from 22 to 27 GB/s; here it was not measured by itself. With several tokens pieces come from the second cache, and a thread takes them one by one.
-// `threads` share one-token products; 0 stands for products with several tokens.
+// went from 22 to 27 GB/s; here it was not measured by itself. With several tokens pieces come from the second cache,
+// and a thread takes them one by one. `threads` share one-token products; 0 stands for products with several tokens.
 struct Pieces {
   int64_t step;  // rows of a piece
   int64_t end;   // rows of an expert
@@ -53,14 +53,18 @@ struct Pieces {
     runs = (count + run - 1) / run;
   }
 
-  // Walks one item: rows [row, row + rows) of one expert, its tokens in groups of at most kMaxTokens.
+  int64_t first_row(int64_t item) const { return item % runs * run * step; }
+
+  // Walks one item: rows [row, row + rows) of one expert, its tokens in groups of at most kMaxTokens; `last` is true for
+  // the item's last rows.
   template <class Work>
   void walk(const std::vector<Group>& groups, int64_t item, Work&& work) const {
     const Group& group = groups[item / runs];
-    const int64_t begin = item % runs * run * step, until = std::min(begin + run * step, end);
+    const int64_t begin = first_row(item), until = std::min(begin + run * step, end);
     for (int64_t row = begin; row < until; row += step)
       for (int64_t first = group.first; first < group.last; first += kMaxTokens)
-        work(group.blob, row, std::min(step, end - row), first, std::min(kMaxTokens, group.last - first));
+        work(group.blob, row, std::min(step, end - row), first, std::min(kMaxTokens, group.last - first),
+             row + step >= until);
   }
 };
 
@@ -225,37 +229,46 @@ void Experts::run_alone(const Layer& layer) {
     for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
   }
 
-  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
   const int64_t experts = static_cast<int64_t>(groups.size());
   const int sharing = count == experts ? pool_->threads() : 0;
-  const Pieces ups(up_format, hidden, middle, experts, sharing);
-  pool_->run(experts * ups.runs, [&](uint32_t item) {
-    ups.walk(groups, item,
-              [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-                alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
-                // Two matrices, gate and up, where the expert is gated.
-                const char* matrices[2] = {blob + spec.up, blob + spec.up + rows_bytes(up_format, middle, hidden)};
-                const auto at = [&](int matrix, int64_t from) {
-                  return matrices[matrix] + rows_bytes(up_format, from, hidden);
-                };
-                const auto project = [&](int matrix, float* out, const char* next) {
-                  kernel_.multiply(
-                      {up_format, at(matrix, row), rows, hidden, &input_of[first], tokens, out, tokens, next});
-                  if (spec.up_bias >= 0)
-                    add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
-                };
-                const char* next = row + rows < middle ? at(0, row + rows) : blob + spec.down;
-                project(0, gate, spec.gated ? at(1, row) : next);
-                if (spec.gated) {
-                  project(1, up, next);
-                  join_gate(spec, gate, up, rows * tokens);
-                } else {
-                  activate(spec, gate, rows * tokens);
-                }
-                for (int64_t t = 0; t < tokens; ++t)
-                  for (int64_t r = 0; r < rows; ++r)
-                    middles[(first + t) * middle_stride + row + r] = gate[r * tokens + t];
-              });
+  const Pieces ups(up_format, hidden, middle, experts, sharing), downs(down_format, middle, hidden, experts, sharing);
+  const int64_t up_items = experts * ups.runs, down_items = experts * downs.runs;
+  const auto up_at = [&](const char* blob, int matrix, int64_t row) {  // gate and up, where the expert is gated
+    return blob + spec.up + matrix * rows_bytes(up_format, middle, hidden) + rows_bytes(up_format, row, hidden);
+  };
+  const auto down_at = [&](const char* blob, int64_t row) {
+    return blob + spec.down + rows_bytes(down_format, row, middle);
+  };
+  // What a thread probably takes after an item, fetched while that one ends.
+  const auto down_item_at = [&](int64_t item) {
+    item = std::min(item, down_items - 1);
+    return down_at(groups[item / downs.runs].blob, downs.first_row(item));
+  };
+  const auto item_at = [&](int64_t item) {
+    if (item >= up_items) return down_item_at(item - up_items);
+    return up_at(groups[item / ups.runs].blob, 0, ups.first_row(item));
+  };
+
+  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
+  pool_->run(up_items, [&](uint32_t item) {
+    ups.walk(groups, item, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens, bool last) {
+      alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
+      const auto project = [&](int matrix, float* out, const char* next) {
+        kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
+                          next});
+        if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
+      };
+      const char* next = last ? item_at(item + pool_->threads()) : up_at(blob, 0, row + rows);
+      project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
+      if (spec.gated) {
+        project(1, up, next);
+        join_gate(spec, gate, up, rows * tokens);
+      } else {
+        activate(spec, gate, rows * tokens);
+      }
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) middles[(first + t) * middle_stride + row + r] = gate[r * tokens + t];
+    });
   });
 
   if (middle_bytes) {
@@ -265,24 +278,20 @@ void Experts::run_alone(const Layer& layer) {
   }
 
   // intermediate → hidden
-  const Pieces downs(down_format, middle, hidden, experts, sharing);
-  pool_->run(experts * downs.runs, [&](uint32_t item) {
+  pool_->run(down_items, [&](uint32_t item) {
     downs.walk(groups, item,
-              [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-                alignas(64) float out[kMaxRows * kMaxTokens];
-                const auto at = [&](int64_t from) {
-                  return blob + spec.down + rows_bytes(down_format, from, middle);
-                };
-                kernel_.multiply(
-                    {down_format, at(row), rows, middle, &middle_of[first], tokens, out, tokens, at(row + rows)});
-                if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
-                for (int64_t t = 0; t < tokens; ++t) {
-                  const uint32_t pair = pairs[first + t].pair;
-                  const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
-                  float* to = layer.out + pair * hidden + row;
-                  for (int64_t r = 0; r < rows; ++r) to[r] = out[r * tokens + t] * weight;
-                }
-              });
+               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens, bool last) {
+      alignas(64) float out[kMaxRows * kMaxTokens];
+      const char* next = last ? down_item_at(item + pool_->threads()) : down_at(blob, row + rows);
+      kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, out, tokens, next});
+      if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const uint32_t pair = pairs[first + t].pair;
+        const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
+        float* to = layer.out + pair * hidden + row;
+        for (int64_t r = 0; r < rows; ++r) to[r] = out[r * tokens + t] * weight;
+      }
+    });
   });
 
   if (spec.post_norm < 0) return;

@@ -20,44 +20,25 @@ namespace moehive {
 namespace {
 
 constexpr int64_t kFp8Head = 16;
-constexpr int64_t kFp8BytesAhead = 4 << 10;
+constexpr float kFp8Missing = 0x1p8f;  // in the numbers of load_e4m3
 
-// The numbers of 16 rows in one column, and the power of two that is missing in their products with `scaled` vectors.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-// A conversion from f16 takes twice the steps of shifting into the bits of an f32, which is then times 2^-120. Vectors
-// are taken times 2^60 so that products stay far from the smallest f32.
-constexpr float kFp8Missing = 0x1p60f;
-
+// The numbers of 16 rows in one column, by way of f16. Shifted into the bits of an f32 they would take fewer steps, but
+// subnormals would be denormal, and a product with one takes Intel's processors 150 cycles.
 inline Vec load_e4m3(const uint8_t* at) {
-  const __m256i mask = _mm256_set1_epi32(static_cast<int32_t>(0x87f00000u));
-  const __m256i lo = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-  const __m256i hi = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at + 8)));
-  return {_mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(lo, 20), mask)),
-          _mm256_castsi256_ps(_mm256_and_si256(_mm256_slli_epi32(hi, 20), mask))};
-}
-
-// x[0 .. n), n a multiple of 16, into `memory` [128].
-inline const float* scaled(const float* x, int64_t n, float* memory) {
-  for (int64_t k = 0; k < n; k += kLanes) Vec::store(memory + k, Vec::mul(Vec::load(x + k), Vec::splat(0x1p60f)));
-  return memory;
-}
-#else
-constexpr float kFp8Missing = 0x1p8f;
-
-inline Vec load_e4m3(const uint8_t* at) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   const __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-  const __m256i mask = _mm256_set1_epi16(static_cast<int16_t>(0xbf80));
-  return {_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(wide, 7), mask))};
+  const __m256i halves = _mm256_and_si256(_mm256_slli_epi16(wide, 7), _mm256_set1_epi16(static_cast<int16_t>(0xbf80)));
+#if defined(__AVX512F__)
+  return {_mm512_cvtph_ps(halves)};
+#else
+  return {_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1))};
+#endif
 #else
   uint16_t halves[kLanes];
   for (int i = 0; i < kLanes; ++i) halves[i] = static_cast<uint16_t>((at[i] & 0x80) << 8 | (at[i] & 0x7f) << 7);
   return Vec::load_f16(halves);
 #endif
 }
-
-inline const float* scaled(const float* x, int64_t, float*) { return x; }
-#endif
 
 inline float fp8_scale(const uint8_t* block) {
   float scale;
@@ -68,21 +49,21 @@ inline float fp8_scale(const uint8_t* block) {
 inline Vec plus(Vec a, Vec b) { return Vec::fma(a, Vec::splat(1.0f), b); }
 
 // One token: weights are expanded as they come.
-inline void fp8_one(const uint8_t* weights, int64_t columns, const float* x, float* out) {
-  alignas(64) float memory[kFp8Columns];
+inline void fp8_one(const uint8_t* weights, int64_t columns, Ahead* ahead, const float* x, float* out) {
   Vec total = Vec::zero();
   for (int64_t first = 0; first < columns; first += kFp8Columns, weights += kFp8Bytes) {
     const int64_t n = padded(columns - first < kFp8Columns ? columns - first : kFp8Columns);
-    const float* here = scaled(x + first, n, memory);
+    const float* here = x + first;
     const uint8_t* w = weights + kFp8Head;
     Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
     for (int64_t k = 0; k < n; k += 4) {
-      __builtin_prefetch(w + k * kGroupRows + kFp8BytesAhead);
+      __builtin_prefetch(ahead->at + k * kGroupRows);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i)
         sums[i] = Vec::fma(load_e4m3(w + (k + i) * kGroupRows), Vec::splat(here[k + i]), sums[i]);
     }
     total = Vec::fma(plus(plus(sums[3], sums[2]), plus(sums[1], sums[0])), Vec::splat(fp8_scale(weights)), total);
+    ahead->step(kFp8Bytes);
   }
   Vec::store(out, total);
 }
@@ -112,23 +93,23 @@ inline void fp8_block(const float* w, int64_t n, const float* const* x, float sc
 }
 
 // Several tokens: a block is expanded once, into the first cache, for all of them.
-inline void fp8_some(const uint8_t* weights, int64_t columns, const void* const* tokens, int64_t count,
-                     float (*out)[kGroupRows]) {
+inline void fp8_some(const uint8_t* weights, int64_t columns, Ahead* ahead, const void* const* tokens,
+                     int64_t count, float (*out)[kGroupRows]) {
   alignas(64) float wide[kFp8Columns * kGroupRows];
   memset(out, 0, count * sizeof *out);
   for (int64_t first = 0; first < columns; first += kFp8Columns, weights += kFp8Bytes) {
     const int64_t n = padded(columns - first < kFp8Columns ? columns - first : kFp8Columns);
     for (int64_t k = 0; k < n; ++k) {
-      __builtin_prefetch(weights + k * kGroupRows + kFp8BytesAhead);
+      __builtin_prefetch(ahead->at + k * kGroupRows);
       Vec::store(wide + k * kGroupRows, load_e4m3(weights + kFp8Head + k * kGroupRows));
     }
+    ahead->step(kFp8Bytes);
     const float scale = fp8_scale(weights);
-    alignas(64) float memory[kBlockTokens][kFp8Columns];
     const float* x[kBlockTokens];
     int64_t t = 0;
     const auto next = [&](int64_t some) {
       for (int64_t i = 0; i < some; ++i)
-        x[i] = scaled(static_cast<const float*>(tokens[t + i]) + first, n, memory[i]);
+        x[i] = static_cast<const float*>(tokens[t + i]) + first;
     };
     for (; t + kBlockTokens <= count; t += kBlockTokens) {
       next(kBlockTokens);
@@ -145,15 +126,16 @@ void multiply_fp8(const Product& p) {
   constexpr int64_t kMost = 48;  // tokens whose sums wait in memory: 3 KiB
   const int64_t row_bytes = (p.columns + kFp8Columns - 1) / kFp8Columns * kFp8Bytes;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
+  Ahead ahead(weights, rows_bytes(Format::fp8_block, p.rows, p.columns), kFp8Bytes, p.next);
   alignas(64) float out[kMost][kGroupRows];
   for (int64_t row = 0; row < p.rows; row += kGroupRows, weights += row_bytes) {
     const int64_t rows = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
     for (int64_t token = 0; token < p.tokens; token += kMost) {
       const int64_t tokens = p.tokens - token < kMost ? p.tokens - token : kMost;
       if (tokens == 1)
-        fp8_one(weights, p.columns, static_cast<const float*>(p.x[token]), out[0]);
+        fp8_one(weights, p.columns, &ahead, static_cast<const float*>(p.x[token]), out[0]);
       else
-        fp8_some(weights, p.columns, p.x + token, tokens, out);
+        fp8_some(weights, p.columns, &ahead, p.x + token, tokens, out);
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t t = 0; t < tokens; ++t) p.out[(row + r) * p.out_stride + token + t] = out[t][r];
     }
