@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
 ID_STEP = 1_000_003  # from a request's id to the next one's: an answer with a wrong number is no other request's
+FIRST_ID = 1
 CONNECT_SECONDS = 10.0
 PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with when it opens
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
@@ -57,7 +58,7 @@ class Link:
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[pb.ComputeRequest] = deque()  # those that were not
         self._writing = False
-        self._next_id = 1
+        self._next_id = FIRST_ID
         self._call: grpc.aio.StreamStreamCall[pb.ComputeRequest, pb.ComputeReply] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._failure: str | None = None
@@ -65,7 +66,8 @@ class Link:
     async def open(self) -> None:
         """Connects and starts the stream. Raises NodeUnavailable within CONNECT_SECONDS."""
         try:
-            await asyncio.wait_for(self._channel.channel_ready(), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):  # Python 3.11's wait_for may lose a cancellation
+                await self._channel.channel_ready()
         except TimeoutError:
             await self._channel.close()
             raise NodeUnavailable(
@@ -77,7 +79,8 @@ class Link:
         self._call = stub.Compute(metadata=metadata())
         self._tasks = [asyncio.create_task(task) for task in (self._read(), self._watch())]
         try:
-            await asyncio.wait_for(self._measure(), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._measure()
         except TimeoutError:
             raise NodeUnavailable(
                 self.node,
@@ -121,6 +124,13 @@ class Link:
         try:
             while (reply := await call.read()) is not grpc.aio.EOF:
                 pending = self._pending.get(reply.id)
+                if pending is None and not self._was_sent(reply.id):
+                    self._fail(
+                        f"Node {self.node} answered a request that nobody has sent; it is asked again on a new "
+                        "connection."
+                    )
+                    call.cancel()
+                    return
                 if pending is not None and not pending.reply.done():  # else: its request was cancelled
                     pending.reply.set_result(reply)
                     # Others would share the link, and the time would say nothing.
@@ -133,6 +143,10 @@ class Link:
         except grpc.aio.AioRpcError as error:
             sentence = _sentence(self.node, error)
         self._fail(sentence)
+
+    def _was_sent(self, request_id: int) -> bool:
+        """Whether a request of this id was ever on this link, given up since or not."""
+        return request_id < self._next_id and request_id % ID_STEP == FIRST_ID
 
     def _write(self) -> None:
         """Puts the next request in line on the stream: gRPC takes one message at a time."""
