@@ -16,6 +16,7 @@ from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
 from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
 from moehive.proto.channel import bind, options, server_credentials
+from moehive.proto.ending import end_soon
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.malloc import settle_heap
@@ -57,6 +58,7 @@ async def run(settings: Settings) -> None:
     with lock_folder(settings.state):
         starting = asyncio.create_task(start(settings))
         stopped = asyncio.create_task(stop.wait())
+        stopped.add_done_callback(lambda _: end_soon())  # when it is released, too: it is cancelled then
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():  # nothing was promised to anybody yet
             starting.cancel()

@@ -133,7 +133,7 @@ class Supervised:
         with self._log.open("rb") as file:
             file.seek(self._begun)
             said = file.read().decode(errors="replace")
-        at = said.rfind("Fatal Python error")  # faulthandler's words: where each thread is
+        at = max(said.rfind("Fatal Python error"), said.rfind("Timeout ("))  # before where each thread is
         part = said[-LOG_CHARACTERS:] if at < 0 else said[at : at + LOG_CHARACTERS]
         self.crashes.append(f"{self.name} {how}. Its log: {part.strip()}")
 
