@@ -1,4 +1,4 @@
-"""Binding a server: a port in use is one clear sentence; its certificate is replaced once it is renewed, not before."""
+"""Binding a server: a port in use is one clear sentence. A certificate is replaced when it is renewed, only then."""
 
 import asyncio
 import socket
