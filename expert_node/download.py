@@ -213,7 +213,8 @@ class Download:
                 try:
                     self._note(expert, part.offset)
                     while part.offset < nbytes:
-                        chunk = await asyncio.wait_for(call.read(), silence)
+                        async with asyncio.timeout(silence):
+                            chunk = await call.read()
                         if chunk is grpc.aio.EOF:
                             raise BadAnswer("The slice ended before its last expert.")
                         await in_thread(_take, part, expert, nbytes, chunk)

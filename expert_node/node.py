@@ -14,6 +14,7 @@ from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
 from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
+from moehive.proto.ending import end_now, end_soon
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.malloc import settle_heap
@@ -49,7 +50,10 @@ _WILDCARDS = frozenset({"0.0.0.0", "::"})
 
 
 async def run(settings: Settings) -> None:
-    """Runs a node until SIGTERM, SIGINT or its release. Raises NodeError and ConfigError, one sentence each."""
+    """Runs a node until SIGTERM, SIGINT or its release, and ends the process then.
+
+    Raises NodeError and ConfigError, one sentence each.
+    """
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -57,10 +61,10 @@ async def run(settings: Settings) -> None:
     with lock_folder(settings.state):
         starting = asyncio.create_task(start(settings))
         stopped = asyncio.create_task(stop.wait())
+        stopped.add_done_callback(lambda _: end_soon())  # when it is released, too: it is cancelled then
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():  # nothing was promised to anybody yet
-            starting.cancel()
-            return
+            end_now()
         node = starting.result()
         settle_heap()
         try:
@@ -68,6 +72,7 @@ async def run(settings: Settings) -> None:
         finally:
             stopped.cancel()
             await node.close()
+        end_now()
 
 
 class Node:

@@ -25,7 +25,7 @@ def node_dns_name(node: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """One side's private key, its certificate (then the CA's), and the CA that it trusts; all PEM."""
+    """One side's private key, its certificate (then the CA's), and the CA that it trusts, if any; all PEM."""
 
     key_pem: bytes
     chain_pem: bytes
@@ -78,14 +78,23 @@ def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) 
 
     Not `mutual`: callers need no certificate (nodes that join, clients of the public door).
     """
+    shown = current()
 
     def configuration() -> grpc.ServerCertificateConfiguration:
-        identity = current()
-        return grpc.ssl_server_certificate_configuration([(identity.key_pem, identity.chain_pem)], identity.ca_pem)
+        roots = shown.ca_pem or None
+        return grpc.ssl_server_certificate_configuration([(shown.key_pem, shown.chain_pem)], roots)
 
-    return grpc.dynamic_ssl_server_credentials(
-        configuration(), lambda: configuration(), require_client_authentication=mutual
-    )
+    def renewed() -> grpc.ServerCertificateConfiguration | None:
+        # None: the same as before. To replace it is safe only while no other connection begins or ends: gRPC frees
+        # what another handshake reads (a crash of servers that stopped while several nodes connected).
+        nonlocal shown
+        identity = current()
+        if identity == shown:
+            return None
+        shown = identity
+        return configuration()
+
+    return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=mutual)
 
 
 def peer_names(context: Authenticated) -> frozenset[str]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from moehive.client import Client, MoehiveError
+from moehive.client import Client, MoehiveError, Status
 
 from ..cluster.store import Store
 from ..cluster.tokens import create_token
@@ -133,7 +133,7 @@ class Supervised:
         with self._log.open("rb") as file:
             file.seek(self._begun)
             said = file.read().decode(errors="replace")
-        at = said.rfind("Fatal Python error")  # faulthandler's words: where each thread is
+        at = max(said.rfind("Fatal Python error"), said.rfind("Timeout ("))  # before where each thread is
         part = said[-LOG_CHARACTERS:] if at < 0 else said[at : at + LOG_CHARACTERS]
         self.crashes.append(f"{self.name} {how}. Its log: {part.strip()}")
 
@@ -171,7 +171,6 @@ class ProcessCluster:
                 )
         finally:
             store.close()
-        self._client = Client(self.address)
 
     @property
     def crashes(self) -> list[str]:
@@ -198,7 +197,6 @@ class ProcessCluster:
         await asyncio.gather(*(node.stop() for node in self.nodes.values()))
         for door in self.doors.values():
             await door.close()
-        self._client.close()
 
     async def wait_answering(self, seconds: float) -> None:
         """Returns once the coordinator answers clients. Raises CoordinatorError after so long."""
@@ -227,16 +225,21 @@ class ProcessCluster:
             return "The coordinator lets no nodes in."
         return ""
 
+    def _status(self) -> Status:
+        # A new connection each time: one that was refused is tried again late, and only while somebody waits for it.
+        with Client(self.address) as client:
+            return client.status()
+
     def _no_answer(self) -> str:
         try:
-            self._client.status()
+            self._status()
         except MoehiveError as error:
             return str(error)
         return ""
 
     def _not_ready(self) -> str:
         try:
-            status = self._client.status()
+            status = self._status()
         except MoehiveError as error:
             return str(error)
         return "" if status.ready else status.reason or "It gives no reason."

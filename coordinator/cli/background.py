@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from moehive.proto.ending import end_soon
 from moehive.proto.malloc import settle_heap
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
             settle_heap()
             yield cluster
         finally:
+            end_soon()  # a thread that still reads a model would be waited for
             with contextlib.suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(cluster.stop(), loop).result(STOP_SECONDS)
             loop.call_soon_threadsafe(loop.stop)

@@ -109,6 +109,7 @@ def coordinator(
 
 async def _run(settings: CoordinatorSettings) -> None:
     """Serves until SIGTERM or SIGINT, also when it is still starting."""
+    from moehive.proto.ending import end_now, end_soon
     from moehive.proto.malloc import settle_heap
     from moehive.proto.sd_notify import notify
 
@@ -121,11 +122,12 @@ async def _run(settings: CoordinatorSettings) -> None:
     notify(status="Loading the model.")
     starting = asyncio.create_task(running.start())
     stopping = asyncio.create_task(stopped.wait())
+    stopping.add_done_callback(lambda _: end_soon())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
-        return
+        end_now()
     starting.result()
     settle_heap()
     feeding = asyncio.create_task(_tell_systemd(running))
@@ -140,6 +142,7 @@ async def _run(settings: CoordinatorSettings) -> None:
         notify(stopping=True, status="Stopping.")
         feeding.cancel()
         await running.stop()
+    end_now()
 
 
 async def _tell_systemd(running: "Coordinator") -> None:

@@ -33,6 +33,8 @@ def up(
     """
     prepare(verbose=False)
     print(f"Starting {nodes} expert nodes for {model} …", file=sys.stderr)
+    from moehive.proto.ending import end_now
+
     from ..local_cluster import folder_name
     from .background import running_cluster
 
@@ -47,6 +49,7 @@ def up(
         with contextlib.suppress(KeyboardInterrupt):  # SIGTERM and Ctrl-C
             while True:
                 signal.pause()
+    end_now()
 
 
 def _greeting(model: str, nodes: int, grpc_port: int, http_port: int) -> str:

@@ -67,7 +67,8 @@ class Asking:
     async def _probe(self, link: Link) -> None:
         await asyncio.sleep(REST_SECONDS)
         try:
-            await asyncio.wait_for(link.send(probe(1)), LOST_SECONDS)
+            async with asyncio.timeout(LOST_SECONDS):
+                await link.send(probe(1))
         except NodeUnavailable:
             return  # the link has ended, and `disconnect` follows
         except TimeoutError:

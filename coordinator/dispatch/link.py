@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
 ID_STEP = 1_000_003  # from a request's id to the next one's: an answer with a wrong number is no other request's
+FIRST_ID = 1
 CONNECT_SECONDS = 10.0
 PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with when it opens
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
@@ -57,7 +58,7 @@ class Link:
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[pb.ComputeRequest] = deque()  # those that were not
-        self._next_id = 1
+        self._next_id = FIRST_ID
         self._stream: Stream | None = None
         self._watching: asyncio.Task[None] | None = None
         self._failure: str | None = None
@@ -65,7 +66,8 @@ class Link:
     async def open(self) -> None:
         """Connects and starts the stream. Raises NodeUnavailable within CONNECT_SECONDS."""
         try:
-            stream = self._stream = await asyncio.wait_for(self._channel.open(COMPUTE, metadata()), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):  # Python 3.11's wait_for may lose a cancellation
+                stream = self._stream = await self._channel.open(COMPUTE, metadata())
         except (TimeoutError, grpc.aio.AioRpcError) as error:
             await self._channel.close()
             why = "" if isinstance(error, TimeoutError) else f" ({(error.details() or error.code().name)[:512]})"
@@ -78,7 +80,8 @@ class Link:
         stream.on_end = self._ended
         self._watching = asyncio.create_task(self._watch())
         try:
-            await asyncio.wait_for(self._measure(), CONNECT_SECONDS)
+            async with asyncio.timeout(CONNECT_SECONDS):
+                await self._measure()
         except TimeoutError:
             raise NodeUnavailable(
                 self.node,
@@ -121,16 +124,28 @@ class Link:
         try:
             reply = pb.ComputeReply.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
         except DecodeError:
-            self._fail(f"Node {self.node} sends what is no reply; it is connected again.")
+            self._give_up(f"Node {self.node} sends what is no reply; it is asked again on a new connection.")
             return True
         pending = self._pending.get(reply.id)
-        if pending is not None and not pending.reply.done():  # else: its request was cancelled
+        if pending is None:
+            if not self._was_sent(reply.id):
+                self._give_up(
+                    f"Node {self.node} answered a request that nobody has sent; it is asked again on a new "
+                    "connection."
+                )
+        elif not pending.reply.done():  # else: its request was cancelled
             pending.reply.set_result(reply)
             # Others would share the link, and the time would say nothing.
             if len(self._pending) == 1 and not pending.chained:
                 seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
                 self.speed.note(max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds)
         return True
+
+    def _give_up(self, sentence: str) -> None:
+        """The node sends nonsense: nothing more is read of it."""
+        self._fail(sentence)
+        if self._stream is not None:
+            self._stream.cancel()
 
     def _ended(self) -> None:
         assert self._stream is not None
@@ -139,6 +154,10 @@ class Link:
             detail = (failure.details() or failure.code().name)[:512]
             self._fail(f"Node {self.node} is unavailable ({detail}); the request can be sent again once it is back.")
         self._fail(f"Node {self.node} ended the connection; the request can be sent again once it is back.")
+
+    def _was_sent(self, request_id: int) -> bool:
+        """Whether a request of this id was ever on this link, given up since or not."""
+        return request_id < self._next_id and request_id % ID_STEP == FIRST_ID
 
     def _write(self) -> None:
         """Puts the requests in line on the stream, as many as it takes."""

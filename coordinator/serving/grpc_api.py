@@ -254,11 +254,10 @@ async def serve_grpc(
     return GrpcDoor(server, bound, health_service)
 
 
-def _credentials(tls: Tls) -> Any:
+def _credentials(tls: Tls) -> grpc.ServerCredentials:
     """Reads the files at each handshake: certificates are replaced while the door is open."""
 
-    def configuration() -> Any:
-        pair = (tls.key_file.read_bytes(), tls.chain_file.read_bytes())
-        return grpc.ssl_server_certificate_configuration([pair])
+    def identity() -> channel.Identity:
+        return channel.Identity(tls.key_file.read_bytes(), tls.chain_file.read_bytes(), ca_pem=b"")
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), configuration)
+    return channel.server_credentials(identity, mutual=False)

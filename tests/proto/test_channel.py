@@ -1,12 +1,15 @@
-"""Binding a server: a port in use or a foreign address is one clear sentence."""
+"""Binding a server: a port in use is one clear sentence. A certificate is replaced when it is renewed, only then."""
 
 import asyncio
 import socket
+from collections.abc import Callable
+from typing import Any
 
+import grpc
 import grpc.aio
 import pytest
 
-from moehive.proto.channel import bind, options
+from moehive.proto.channel import Identity, bind, options, server_credentials
 
 
 def bound(host: str, port: int) -> int:
@@ -62,3 +65,12 @@ def test_two_servers_never_share_a_port() -> None:
 def test_an_address_that_is_not_this_machines() -> None:
     with pytest.raises(OSError, match=r"Cannot listen on 192\.0\.2\.1:0"):  # TEST-NET-1, never assigned
         bound("192.0.2.1", 0)
+
+
+def test_a_certificate_is_given_to_grpc_again_only_when_it_was_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Callable[[], Any]] = []  # what gRPC calls at each handshake
+    monkeypatch.setattr(grpc, "dynamic_ssl_server_credentials", lambda first, again, **_: asked.append(again))
+    identities = [Identity(b"key", number, b"ca") for number in (b"1", b"1", b"2", b"2")]
+    coming = iter(identities)
+    server_credentials(lambda: next(coming))
+    assert [again() is None for again in asked * 3] == [True, False, True]
