@@ -1,7 +1,7 @@
 """Fetches experts that this machine does not have: several streams at once, from other nodes or the coordinator.
 
 The coordinator says for each batch where to ask. A cut is resumed at the byte where it happened. Nothing is used
-before its SHA-256 is found right: what the coordinator sends carries it, and for what another node gives the
+before its hash is found right: what the coordinator sends carries it, and for what another node gives the
 coordinator is asked. A node that gives wrong bytes is reported to it, and whoever fails is not asked again.
 """
 
@@ -157,7 +157,7 @@ class Download:
     async def _from_coordinator(self, experts: list[ExpertId]) -> None:
         call = self._sources.coordinator().FetchSlice
         async for expert, part, digest in self._stream(call, experts, CHUNK_SECONDS, self._uplink.address):
-            if part.sha256 != digest.hex():
+            if part.digest != digest:
                 self._drop(expert, part)
                 raise BadAnswer(f"The bytes of {_words(expert)} do not have the hash that the coordinator names.")
             await self._keep(expert, part)
@@ -183,8 +183,8 @@ class Download:
             request.experts.add(layer=layer, expert=number)
         reply = await self._sources.coordinator().HashExperts(request, metadata=metadata(), timeout=CHUNK_SECONDS)
         check_hashes(reply, len(whole))
-        for (expert, part), digest in zip(whole, reply.sha256, strict=True):
-            if part.sha256 == digest.hex():
+        for (expert, part), digest in zip(whole, reply.digests, strict=True):
+            if part.digest == digest:
                 await self._keep(expert, part)
                 continue
             self._drop(expert, part)
@@ -220,7 +220,7 @@ class Download:
                         self._note(expert, part.offset)
                 finally:
                     part.close()
-                yield expert, part, chunk.expert_sha256
+                yield expert, part, chunk.expert_digest
         finally:
             call.cancel()
 

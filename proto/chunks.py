@@ -1,10 +1,9 @@
 """An expert's bytes as the chunks of FetchSlice, and back; coordinator and nodes both send and receive them.
 
-Chunks carry no hash of their own: TLS notices what a network damages, and the whole expert is checked by its SHA-256
-before it is used. Hashing each chunk as well took longer than the transport (0.6 s for each GB and side).
+Chunks carry no hash of their own: TLS notices what a network damages, and the whole expert is checked by its hash
+before it is used.
 """
 
-import hashlib
 from collections.abc import Iterator
 
 import zstandard
@@ -26,7 +25,7 @@ def worth_compressing(data: memoryview) -> bool:
 
 
 def make_chunks(
-    expert: tuple[int, int], data: memoryview, span: tuple[int, int], sha256: bytes, zstd: bool
+    expert: tuple[int, int], data: memoryview, span: tuple[int, int], digest: bytes, zstd: bool
 ) -> list[tuple[pb.SliceChunk, int]]:
     """The chunks of bytes [start, end) of an expert (layer, number) whose bytes are `data`; one, empty, of none.
 
@@ -34,7 +33,7 @@ def make_chunks(
     """
     start, end = span
     starts = range(start, end, MAX_CHUNK_BYTES) or (start,)
-    return [_chunk(expert, data, at, min(at + MAX_CHUNK_BYTES, end), sha256, zstd) for at in starts]
+    return [_chunk(expert, data, at, min(at + MAX_CHUNK_BYTES, end), digest, zstd) for at in starts]
 
 
 def spans(offset: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
@@ -57,13 +56,8 @@ def chunk_data(chunk: pb.SliceChunk) -> bytes:
         raise BoundsError("A compressed chunk does not decompress.") from error
 
 
-def sha256_of(data: memoryview) -> bytes:
-    """The 32 bytes by which an expert is known."""
-    return hashlib.sha256(data).digest()
-
-
 def _chunk(
-    expert: tuple[int, int], whole: memoryview, start: int, end: int, sha256: bytes, zstd: bool
+    expert: tuple[int, int], whole: memoryview, start: int, end: int, digest: bytes, zstd: bool
 ) -> tuple[pb.SliceChunk, int]:
     data, zstd_bytes = bytes(whole[start:end]), 0
     if zstd and data:
@@ -77,6 +71,6 @@ def _chunk(
         total_bytes=len(whole),
         data=data,
         zstd_bytes=zstd_bytes,
-        expert_sha256=sha256 if end == len(whole) else b"",
+        expert_digest=digest if end == len(whole) else b"",
     )
     return chunk, len(data)

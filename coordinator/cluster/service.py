@@ -150,7 +150,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def HashExperts(self, request: pb.HashRequest, context: Context) -> pb.HashReply:
         """See checkpoints/slices.py."""
         self._caller(context)
-        return pb.HashReply(sha256=await self._slices.hashes(request))
+        return pb.HashReply(digests=await self._slices.hashes(request))
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
         """A new certificate for the caller's name, whatever name the request has."""

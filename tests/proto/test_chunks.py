@@ -1,7 +1,6 @@
 """Chunks of an expert: what is sent is what is read, compressed only where that pays; hostile frames are refused."""
 
 import contextlib
-import hashlib
 import os
 
 import pytest
@@ -9,9 +8,10 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moehive.kernels.digest import digest_of
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_chunk
-from moehive.proto.chunks import chunk_data, make_chunks, sha256_of, spans, worth_compressing
+from moehive.proto.chunks import chunk_data, make_chunks, spans, worth_compressing
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,7 +23,7 @@ from moehive.proto.chunks import chunk_data, make_chunks, sha256_of, spans, wort
 )
 def test_what_is_sent_is_what_is_read(data, cut, most, zstd):
     offset = int(cut * len(data))
-    digest = sha256_of(memoryview(data))
+    digest = digest_of(data)
     sent = [
         chunk
         for span in spans(offset, len(data), most)
@@ -37,8 +37,8 @@ def test_what_is_sent_is_what_is_read(data, cut, most, zstd):
         assert len(chunk.data) <= max(1, chunk.zstd_bytes or len(chunk.data))
         got += chunk_data(chunk)
     assert got == data[offset:]
-    assert [bool(chunk.expert_sha256) for chunk in sent] == [False] * (len(sent) - 1) + [True]
-    assert sent[-1].expert_sha256 == hashlib.sha256(data).digest()
+    assert [bool(chunk.expert_digest) for chunk in sent] == [False] * (len(sent) - 1) + [True]
+    assert sent[-1].expert_digest == digest_of(data)
 
 
 def test_random_bytes_are_not_compressed_and_others_are():
@@ -89,8 +89,8 @@ def test_any_bytes_give_the_named_size_or_our_error(data, named):
         {"data": bytes(8), "total_bytes": 7},
         {"data": bytes(8), "zstd_bytes": 9, "total_bytes": 8},
         {"data": bytes(8), "total_bytes": 8},
-        {"data": bytes(8), "total_bytes": 9, "expert_sha256": bytes(32)},
-        {"data": bytes(8), "total_bytes": 8, "expert_sha256": bytes(31)},
+        {"data": bytes(8), "total_bytes": 9, "expert_digest": bytes(32)},
+        {"data": bytes(8), "total_bytes": 8, "expert_digest": bytes(31)},
         {"data": bytes(8), "total_bytes": 1 << 62},
     ],
 )
