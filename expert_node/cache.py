@@ -94,9 +94,8 @@ class PartFile:
             os.truncate(path, self.offset)  # a longer one is of another build
             self._file = path.open("ab", buffering=0)
 
-    def append(self, data: bytes) -> None:
+    def append(self, view: memoryview) -> None:
         """Adds the next bytes to file and hash, at most up to `nbytes`. Raises CacheError; the part is then gone."""
-        view = memoryview(data)
         if self.offset + len(view) > self._nbytes:
             raise ValueError("These are more bytes than the expert has.")
         self._digest.update(view)

@@ -50,9 +50,17 @@ class SourceChannels:
         """The coordinator, on another channel than the control stream's."""
         return cluster_pb2_grpc.ClusterStub(self._channel(None, self._coordinator, COORDINATOR_NAME))
 
-    def peer(self, peer: Peer) -> cluster_pb2_grpc.PeersStub:
-        """Calls end in UNAVAILABLE when the other side is not that node of this cluster."""
-        return cluster_pb2_grpc.PeersStub(self._channel(peer, peer.address, node_dns_name(peer.name)))
+    def fetch_slice(self, peer: Peer | None) -> grpc.aio.UnaryStreamMultiCallable[pb.SliceRequest, bytes]:
+        """The rpc FetchSlice of a node, or of the coordinator, whose replies are for proto/chunks.py to read.
+
+        Calls end in UNAVAILABLE when the other side is not that node of this cluster.
+        """
+        if peer is None:
+            service, channel = "Cluster", self._channel(None, self._coordinator, COORDINATOR_NAME)
+        else:
+            service, channel = "Peers", self._channel(peer, peer.address, node_dns_name(peer.name))
+        name = f"/{pb.DESCRIPTOR.services_by_name[service].full_name}/FetchSlice"
+        return channel.unary_stream(name, request_serializer=pb.SliceRequest.SerializeToString)
 
     async def close(self) -> None:
         """Ends every call."""
@@ -74,8 +82,8 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
         self._pace = pace
         self._streams = 0
 
-    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
-        """The experts asked for, in that order; an expert that is on its way here is waited for."""
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[bytes]:
+        """The experts asked for, in that order, as serialized SliceChunks; waits for one that is on its way here."""
         if not any(name.endswith(NODE_SUFFIX) for name in peer_names(context)):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Only nodes of this cluster may ask for experts.")
         check_slice_request(request)
@@ -95,7 +103,7 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
             self._streams -= 1
 
 
-async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncGenerator[pb.SliceChunk]:
+async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncGenerator[bytes]:
     digest = bytes.fromhex(path.name.split(".")[1])
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
         view = memoryview(data)

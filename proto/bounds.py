@@ -155,17 +155,15 @@ def check_slice_request(request: pb.SliceRequest) -> None:
     _experts(len(request.experts))
 
 
-def check_chunk(chunk: pb.SliceChunk) -> bytes:
-    """The chunk's data as it travelled. Raises BoundsError; whether the bytes are right is the reader's to check."""
-    data = chunk.data  # once: each look at the field copies it
-    if max(len(data), chunk.zstd_bytes) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
+def check_chunk(chunk: pb.SliceChunk, nbytes: int) -> None:
+    """Checks all but its data, of which it has `nbytes`. Raises BoundsError."""
+    if max(nbytes, chunk.zstd_bytes) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
         raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
-    end = chunk.offset + (chunk.zstd_bytes or len(data))
+    end = chunk.offset + (chunk.zstd_bytes or nbytes)
     if end > chunk.total_bytes:
         raise BoundsError("A chunk reaches beyond its expert's end.")
     if len(chunk.expert_digest) != (DIGEST_BYTES if end == chunk.total_bytes else 0):
         raise BoundsError("The hash of a whole expert belongs on its last chunk, and only there.")
-    return data
 
 
 def check_locate(request: pb.LocateRequest) -> None:

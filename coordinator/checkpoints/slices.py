@@ -46,8 +46,8 @@ class SliceSource:
         largest = max(layer.largest_bytes for layer in manifest.layers)
         self._slots = asyncio.Semaphore(max(2, min(MAX_STREAMS, BLOB_BYTES // largest)))
 
-    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[pb.SliceChunk]:
-        """The experts asked for, in that order, each from its offset on.
+    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[bytes]:
+        """The experts asked for, in that order, each from its offset on, as serialized SliceChunks.
 
         An expert of which the node has all bytes already is answered by one empty chunk that carries its hash.
         Raises BoundsError, SliceMismatch, and what reading the checkpoint raises.

@@ -125,7 +125,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[bytes]:
         """See checkpoints/slices.py."""
         self._caller(context)
         async for chunk in self._pace.chunks(self._slices.stream(request)):

@@ -13,6 +13,7 @@ from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_CHUNK_BYTES, check_chunk
+from moehive.proto.chunks import read_chunk
 from moehive.proto.handshake import metadata
 
 # 3 * 1024 * 512 * 2 bytes: three chunks exactly; and one of 3 * 64 * 2048 * 4: one and a half.
@@ -31,7 +32,7 @@ async def fetch(node, request):
     got: dict[tuple[int, int], bytes] = {}
     digests = {}
     async for chunk in node.stub.FetchSlice(request, metadata=metadata()):
-        check_chunk(chunk)
+        check_chunk(chunk, len(chunk.data))
         key = (chunk.layer, chunk.expert)
         started = next(w.offset for w in request.experts if (w.layer, w.expert) == key)
         assert chunk.offset == started + len(got.get(key, b""))
@@ -119,8 +120,8 @@ def test_few_blobs_are_in_memory_however_many_nodes_fetch():
 
         async def one(expert):
             nonlocal reading
-            async for chunk in source.stream(request_for(manifest, (0, expert, 0))):
-                assert chunk.expert_digest
+            async for message in source.stream(request_for(manifest, (0, expert, 0))):
+                assert read_chunk(message).head.expert_digest
                 with lock:
                     reading -= 1
 
