@@ -282,7 +282,7 @@ def _tier_status(tiers: TierFigures | None) -> TierStatus | None:
 
 def _known_hashes(checkpoint: ModelSource) -> Callable[[ExpertId], bytes | None]:
     """A pack knows what its experts hash to; of other models it is computed when they are read."""
-    return checkpoint.expert_hash if isinstance(checkpoint, PackCheckpoint) else lambda _: None
+    return checkpoint.expert_digest if isinstance(checkpoint, PackCheckpoint) else lambda _: None
 
 
 def text_of(checkpoint: ModelSource) -> Text:

@@ -1,6 +1,6 @@
 """The node's disk cache of experts, so that a restart needs no network.
 
-    <state>/cache/<fingerprint of the model>/<layer>-<expert>.<sha256 of the content>.expert
+    <state>/cache/<fingerprint of the model>/<layer>-<expert>.<hash of the content>.expert
     <state>/cache/<fingerprint of the model>/<layer>-<expert>.part         an expert on its way
 
 A file is written as `.part` and renamed once its hash is known to be right; the name then says what the content must
@@ -11,7 +11,6 @@ All methods block on the disk: call them in a thread.
 """
 
 import errno
-import hashlib
 import logging
 import mmap
 import os
@@ -20,10 +19,10 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
+from moehive.kernels.digest import Digest, new_digest
 from moehive.kernels.geometry import ExpertId
 
 from .types import NodeError
@@ -37,11 +36,6 @@ _SPARE_BYTES = 16 << 20  # room that the slice leaves on the disk, for logs and 
 
 class CacheError(NodeError):
     """The disk is full or does not work; the sentence names the folder."""
-
-
-class _Hash(Protocol):
-    def update(self, data: memoryview, /) -> None: ...
-    def hexdigest(self) -> str: ...
 
 
 @contextmanager
@@ -59,7 +53,7 @@ def _disk_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_into(path: Path, digest: _Hash, nbytes: int) -> int:
+def _read_into(path: Path, digest: Digest, nbytes: int) -> int:
     """Reads a file into the hash; returns the bytes read, at most `nbytes`."""
     piece = memoryview(bytearray(min(_READ_BYTES, nbytes)))
     done = 0
@@ -92,7 +86,7 @@ class PartFile:
         self._path = path
         self._nbytes = nbytes
         self._kept = kept
-        self._digest: _Hash = hashlib.sha256()
+        self._digest = new_digest()
         with _disk_errors(path.parent):
             path.touch()
             self.offset = _read_into(path, self._digest, nbytes)
@@ -100,9 +94,8 @@ class PartFile:
             os.truncate(path, self.offset)  # a longer one is of another build
             self._file = path.open("ab", buffering=0)
 
-    def append(self, data: bytes) -> None:
+    def append(self, view: memoryview) -> None:
         """Adds the next bytes to file and hash, at most up to `nbytes`. Raises CacheError; the part is then gone."""
-        view = memoryview(data)
         if self.offset + len(view) > self._nbytes:
             raise ValueError("These are more bytes than the expert has.")
         self._digest.update(view)
@@ -117,16 +110,16 @@ class PartFile:
         self.offset += len(view)
 
     @property
-    def sha256(self) -> str:
-        """Of the bytes so far, hexadecimal."""
-        return self._digest.hexdigest()
+    def digest(self) -> bytes:
+        """The hash of the bytes so far."""
+        return self._digest.digest()
 
     def keep(self) -> torch.Tensor:
         """Gives the whole and checked file its final name; returns it mapped, uint8 [nbytes].
 
         Raises CacheError.
         """
-        final = self._path.with_name(f"{self._path.stem}.{self.sha256}.expert")
+        final = self._path.with_name(f"{self._path.stem}.{self.digest.hex()}.expert")
         try:
             with _disk_errors(self._path.parent):
                 self._file.close()
@@ -183,7 +176,7 @@ class DiskCache:
         path = self._files.get(expert)
         if path is None:
             return None
-        digest = hashlib.sha256()
+        digest = new_digest()
         try:
             whole = path.stat().st_size == nbytes and _read_into(path, digest, nbytes) == nbytes
         except OSError as error:

@@ -1,7 +1,7 @@
 """Fetches experts that this machine does not have: several streams at once, from other nodes or the coordinator.
 
 The coordinator says for each batch where to ask. A cut is resumed at the byte where it happened. Nothing is used
-before its SHA-256 is found right: what the coordinator sends carries it, and for what another node gives the
+before its hash is found right: what the coordinator sends carries it, and for what another node gives the
 coordinator is asked. A node that gives wrong bytes is reported to it, and whoever fails is not asked again.
 """
 
@@ -9,7 +9,6 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 import grpc
 import grpc.aio
@@ -18,9 +17,10 @@ import torch
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_FAULTS, BoundsError, check_hashes, check_located
-from moehive.proto.chunks import chunk_data
+from moehive.proto.chunks import Chunk, read_chunk
 from moehive.proto.handshake import metadata
 
+from .appending import Appending
 from .backoff import Backoff
 from .cache import DiskCache, PartFile
 from .concurrency import all_of, in_thread
@@ -155,9 +155,8 @@ class Download:
         return [peers[number] for number in reply.sources]
 
     async def _from_coordinator(self, experts: list[ExpertId]) -> None:
-        call = self._sources.coordinator().FetchSlice
-        async for expert, part, digest in self._stream(call, experts, CHUNK_SECONDS, self._uplink.address):
-            if part.sha256 != digest.hex():
+        async for expert, part, digest in self._stream(None, experts, CHUNK_SECONDS):
+            if part.digest != digest:
                 self._drop(expert, part)
                 raise BadAnswer(f"The bytes of {_words(expert)} do not have the hash that the coordinator names.")
             await self._keep(expert, part)
@@ -167,8 +166,7 @@ class Download:
         """Gets what it can; a node that fails is avoided from here on. Raises what the coordinator's call raises."""
         whole: list[tuple[ExpertId, PartFile]] = []
         try:
-            call = self._sources.peer(peer).FetchSlice
-            async for expert, part, _ in self._stream(call, experts, PEER_SECONDS, peer.address):
+            async for expert, part, _ in self._stream(peer, experts, PEER_SECONDS):
                 whole.append((expert, part))
         except grpc.aio.AioRpcError as error:
             self._leave(peer, error.details() or error.code().name)
@@ -183,8 +181,8 @@ class Download:
             request.experts.add(layer=layer, expert=number)
         reply = await self._sources.coordinator().HashExperts(request, metadata=metadata(), timeout=CHUNK_SECONDS)
         check_hashes(reply, len(whole))
-        for (expert, part), digest in zip(whole, reply.sha256, strict=True):
-            if part.sha256 == digest.hex():
+        for (expert, part), digest in zip(whole, reply.digests, strict=True):
+            if part.digest == digest:
                 await self._keep(expert, part)
                 continue
             self._drop(expert, part)
@@ -194,34 +192,45 @@ class Download:
             self._faults.append((peer.name, expert))
 
     async def _stream(
-        self, fetch: Callable[..., Any], experts: list[ExpertId], silence: float, address: str
+        self, peer: Peer | None, experts: list[ExpertId], silence: float
     ) -> AsyncIterator[tuple[ExpertId, PartFile, bytes]]:
         """One FetchSlice: yields each expert whose bytes are all here, unchecked, and the hash that came with it.
 
-        `silence`: seconds without a chunk after which TimeoutError is raised. Also raises AioRpcError, BadAnswer,
-        BoundsError and CacheError.
+        `peer`: who is asked; None: the coordinator. `silence`: seconds without a chunk after which TimeoutError is
+        raised. Also raises AioRpcError, BadAnswer, BoundsError and CacheError.
         """
         offsets = await in_thread(self._part_bytes, experts)
+        address = self._uplink.address if peer is None else peer.address
         request = pb.SliceRequest(fingerprint=self._manifest.fingerprint, zstd=not is_loopback(address))
         for (layer, number), offset in zip(experts, offsets, strict=True):
             request.experts.add(layer=layer, expert=number, offset=offset)
-        call = fetch(request, metadata=metadata())
+        call = self._sources.fetch_slice(peer)(request, metadata=metadata())
         try:
             for expert in experts:
                 nbytes = self._manifest.nbytes(expert)
                 part = await in_thread(self._cache.part, expert, nbytes)
+                appending = Appending(part)
                 try:
-                    self._note(expert, part.offset)
-                    while part.offset < nbytes:
+                    arrived = part.offset
+                    self._note(expert, arrived)
+                    while arrived < nbytes:
                         async with asyncio.timeout(silence):
-                            chunk = await call.read()
-                        if chunk is grpc.aio.EOF:
+                            message = await call.read()
+                        if message is grpc.aio.EOF:
                             raise BadAnswer("The slice ended before its last expert.")
-                        await in_thread(_take, part, expert, nbytes, chunk)
+                        chunk = read_chunk(message)
+                        arrived += _bytes_in(chunk, expert, arrived, nbytes)
+                        await appending.add(chunk)
                         self._note(expert, part.offset)
+                    await appending.finish()
+                    self._note(expert, nbytes)
+                except grpc.aio.AioRpcError:
+                    await appending.finish()  # what has arrived need not be fetched again
+                    raise
                 finally:
+                    await appending.stop()
                     part.close()
-                yield expert, part, chunk.expert_sha256
+                yield expert, part, chunk.head.expert_digest
         finally:
             call.cancel()
 
@@ -246,14 +255,15 @@ class Download:
         return [self._cache.part_bytes(expert, self._manifest.nbytes(expert)) for expert in experts]
 
 
-def _take(part: PartFile, expert: ExpertId, nbytes: int, chunk: pb.SliceChunk) -> None:
-    """Checks the next chunk and appends it. Raises BadAnswer, BoundsError and CacheError."""
-    if (chunk.layer, chunk.expert, chunk.offset, chunk.total_bytes) != (*expert, part.offset, nbytes):
+def _bytes_in(chunk: Chunk, expert: ExpertId, offset: int, nbytes: int) -> int:
+    """How many of the expert's `nbytes` a chunk brings, `offset` of which are here. Raises BadAnswer."""
+    head = chunk.head
+    if (head.layer, head.expert, head.offset, head.total_bytes) != (*expert, offset, nbytes):
         raise BadAnswer(f"These are not the bytes of {_words(expert)} that were asked for.")
-    data = chunk_data(chunk)
-    if not data:
+    brought = head.zstd_bytes or len(chunk.data)
+    if not brought:
         raise BadAnswer(f"A chunk of {_words(expert)} is empty.")
-    part.append(data)
+    return brought
 
 
 def _words(expert: ExpertId) -> str:

@@ -8,7 +8,7 @@ import asyncio
 import mmap
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import grpc
 import grpc.aio
@@ -50,17 +50,29 @@ class SourceChannels:
 
     def coordinator(self) -> cluster_pb2_grpc.ClusterStub:
         """The coordinator, on another channel than the control stream's."""
+        return cluster_pb2_grpc.ClusterStub(self._coordinators())
+
+    def fetch_slice(self, peer: Peer | None) -> Any:
+        """The rpc FetchSlice of a node, or of the coordinator, whose replies are for proto/chunks.py to read.
+
+        Calls end in UNAVAILABLE when the other side is not that node of this cluster.
+        """
+        channel = self._coordinators() if peer is None else self._peer(peer)
+        service = pb.DESCRIPTOR.services_by_name["Cluster" if peer is None else "Peers"]
+        name = f"/{service.full_name}/FetchSlice"
+        return channel.unary_stream(name, request_serializer=pb.SliceRequest.SerializeToString)
+
+    def _coordinators(self) -> grpc.aio.Channel:
         if self._up is None:
             self._up = open_channel(self._coordinator, self._identity(), COORDINATOR_NAME, WINDOW_BYTES)
-        return cluster_pb2_grpc.ClusterStub(self._up)
+        return self._up
 
-    def peer(self, peer: Peer) -> cluster_pb2_grpc.PeersStub:
-        """Calls end in UNAVAILABLE when the other side is not that node of this cluster."""
+    def _peer(self, peer: Peer) -> Channel:
         if peer not in self._peers:
             self._peers[peer] = Channel(
                 peer.address, self._identity(), node_dns_name(peer.name), 2 * MAX_CHUNK_BYTES, 4 * MAX_CHUNK_BYTES
             )
-        return cluster_pb2_grpc.PeersStub(cast(grpc.aio.Channel, self._peers[peer]))
+        return self._peers[peer]
 
     async def close(self) -> None:
         """Ends every call."""
@@ -80,8 +92,8 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
         self._pace = pace
         self._streams = 0
 
-    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
-        """The experts asked for, in that order; an expert that is on its way here is waited for."""
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[bytes]:
+        """The experts asked for, in that order, as serialized SliceChunks; waits for one that is on its way here."""
         if not any(name.endswith(NODE_SUFFIX) for name in peer_names(context)):
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Only nodes of this cluster may ask for experts.")
         check_slice_request(request)
@@ -101,7 +113,7 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
             self._streams -= 1
 
 
-async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncGenerator[pb.SliceChunk]:
+async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncGenerator[bytes]:
     digest = bytes.fromhex(path.name.split(".")[1])
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
         view = memoryview(data)

@@ -18,7 +18,7 @@ MAX_MANIFEST_BYTES = 4 << 20
 MAX_LAYERS = 1024
 MAX_EXPERTS = 65_536  # of a layer, and of one slice request
 MAX_CHUNK_BYTES = 512 << 10
-SHA256_BYTES = 32
+DIGEST_BYTES = 32  # of an expert's hash
 MAX_NODES = 1024  # of a cluster, named in one message
 MAX_FAULTS = 64  # of sources, named in one message
 
@@ -155,17 +155,15 @@ def check_slice_request(request: pb.SliceRequest) -> None:
     _experts(len(request.experts))
 
 
-def check_chunk(chunk: pb.SliceChunk) -> bytes:
-    """The chunk's data as it travelled. Raises BoundsError; whether the bytes are right is the reader's to check."""
-    data = chunk.data  # once: each look at the field copies it
-    if max(len(data), chunk.zstd_bytes) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
+def check_chunk(chunk: pb.SliceChunk, nbytes: int) -> None:
+    """Checks all but its data, of which it has `nbytes`. Raises BoundsError."""
+    if max(nbytes, chunk.zstd_bytes) > MAX_CHUNK_BYTES or chunk.total_bytes > MAX_BYTES:
         raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
-    end = chunk.offset + (chunk.zstd_bytes or len(data))
+    end = chunk.offset + (chunk.zstd_bytes or nbytes)
     if end > chunk.total_bytes:
         raise BoundsError("A chunk reaches beyond its expert's end.")
-    if len(chunk.expert_sha256) != (SHA256_BYTES if end == chunk.total_bytes else 0):
-        raise BoundsError("The SHA-256 of a whole expert belongs on its last chunk, and only there.")
-    return data
+    if len(chunk.expert_digest) != (DIGEST_BYTES if end == chunk.total_bytes else 0):
+        raise BoundsError("The hash of a whole expert belongs on its last chunk, and only there.")
 
 
 def check_locate(request: pb.LocateRequest) -> None:
@@ -197,8 +195,8 @@ def check_hash_request(request: pb.HashRequest) -> None:
 
 def check_hashes(reply: pb.HashReply, asked: int) -> None:
     """Raises BoundsError when it does not answer for `asked` experts."""
-    if len(reply.sha256) != asked or any(len(digest) != SHA256_BYTES for digest in reply.sha256):
-        raise BoundsError(f"The coordinator did not give a SHA-256 for each of {asked} experts.")
+    if len(reply.digests) != asked or any(len(digest) != DIGEST_BYTES for digest in reply.digests):
+        raise BoundsError(f"The coordinator did not give a hash for each of {asked} experts.")
 
 
 def _experts(count: int) -> None:

@@ -241,10 +241,10 @@ class HashRequest(_message.Message):
     def __init__(self, fingerprint: _Optional[str] = ..., experts: _Optional[_Iterable[_Union[ExpertWanted, _Mapping]]] = ...) -> None: ...
 
 class HashReply(_message.Message):
-    __slots__ = ("sha256",)
-    SHA256_FIELD_NUMBER: _ClassVar[int]
-    sha256: _containers.RepeatedScalarFieldContainer[bytes]
-    def __init__(self, sha256: _Optional[_Iterable[bytes]] = ...) -> None: ...
+    __slots__ = ("digests",)
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    digests: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, digests: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class SliceRequest(_message.Message):
     __slots__ = ("fingerprint", "experts", "zstd")
@@ -267,19 +267,19 @@ class ExpertWanted(_message.Message):
     def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ...) -> None: ...
 
 class SliceChunk(_message.Message):
-    __slots__ = ("layer", "expert", "offset", "total_bytes", "data", "expert_sha256", "zstd_bytes")
+    __slots__ = ("layer", "expert", "offset", "total_bytes", "data", "expert_digest", "zstd_bytes")
     LAYER_FIELD_NUMBER: _ClassVar[int]
     EXPERT_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
-    EXPERT_SHA256_FIELD_NUMBER: _ClassVar[int]
+    EXPERT_DIGEST_FIELD_NUMBER: _ClassVar[int]
     ZSTD_BYTES_FIELD_NUMBER: _ClassVar[int]
     layer: int
     expert: int
     offset: int
     total_bytes: int
     data: bytes
-    expert_sha256: bytes
+    expert_digest: bytes
     zstd_bytes: int
-    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., expert_sha256: _Optional[bytes] = ..., zstd_bytes: _Optional[int] = ...) -> None: ...
+    def __init__(self, layer: _Optional[int] = ..., expert: _Optional[int] = ..., offset: _Optional[int] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., expert_digest: _Optional[bytes] = ..., zstd_bytes: _Optional[int] = ...) -> None: ...

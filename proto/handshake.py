@@ -7,7 +7,7 @@ knows which machine to update.
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
-PROTOCOL = 3  # grows when an older build could misread a message
+PROTOCOL = 4  # grows when an older build could misread a message
 PROTOCOL_KEY = "moehive-protocol"
 VERSION_KEY = "moehive-version"
 

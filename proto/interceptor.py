@@ -59,7 +59,7 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs 
         return make(
             wrap(behavior, refusal, handler_call_details.method),
             request_deserializer=deserializer,
-            response_serializer=handler.response_serializer,
+            response_serializer=_serialized(handler.response_serializer),
         )
 
     def _wrap_unary(self, behavior: Any, refusal: str | None, method: str) -> Any:
@@ -108,6 +108,11 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs 
             grpc.StatusCode.INTERNAL, f"{method} failed; the log of the machine that serves it says why."
         )
         raise AssertionError("abort always raises")
+
+
+def _serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
+    """A service may give a reply that is serialized already."""
+    return lambda reply: reply if type(reply) is bytes else serialize(reply)
 
 
 class _Malformed:

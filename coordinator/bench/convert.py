@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
@@ -109,10 +110,12 @@ def measure_kills(model: str, folder: Path, seeds: int, format: str = KEEP) -> l
     torch.set_num_threads(1)
     source = open_model(model)
     with ExitStack() as stack:
-        whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
-        start = perf_counter()
-        _forked(lambda: _convert(source, whole / "pack", format), None)
-        seconds = perf_counter() - start
+        seconds = float("inf")
+        for _ in range(2):  # the first one has the source read from the disk, which those that are killed do not
+            whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
+            start = perf_counter()
+            _forked(partial(_convert, source, whole / "pack", format), None)
+            seconds = min(seconds, perf_counter() - start)
         wanted = _contents(whole / "pack")
         rows = []
         for seed in range(seeds):

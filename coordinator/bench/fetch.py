@@ -32,6 +32,7 @@ from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
 from ..types import CoordinatorError, NodeName, Plan
 from .decode import peak_bytes
+from .grpc_copy import grpc_copy_rate
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
@@ -71,9 +72,11 @@ async def _measure(folder: Path, experts: int) -> list[dict[str, Any]]:
     async with _cluster(folder / "one", model, 1, 1, None) as cluster:
         seconds = await cluster.load()
         copy = (before + await asyncio.to_thread(tcp_copy_rate)) / 2
+        bare = await grpc_copy_rate(cluster.authority, model.nbytes)
         rate = model.nbytes / seconds
         loopback = {"row": "loopback", "bytes": model.nbytes, "seconds": seconds, "bytes_per_s": rate}
-        loopback |= {"tcp_copy_bytes_per_s": copy, "ratio": rate / copy, **cluster.peak()}
+        loopback |= {"tcp_copy_bytes_per_s": copy, "ratio": rate / copy}
+        loopback |= {"bare_grpc_bytes_per_s": bare, "of_bare_grpc": rate / bare, **cluster.peak()}
 
         cluster.source.bytes_sent = 0
         await cluster.end_nodes()
@@ -120,7 +123,7 @@ class _Cluster:
         self._replicas = replicas
         self._folder = folder
         self._store = store
-        self._authority = authority
+        self.authority = authority
         self._model = model
         self._nodes = nodes
         self._processes: list[asyncio.subprocess.Process] = []
@@ -131,7 +134,7 @@ class _Cluster:
 
     async def serve(self, host: str, advertise: str, ports: tuple[int, int]) -> ClusterServer:
         server = ClusterServer(
-            self._authority, self._store, self.membership, self.source,
+            self.authority, self._store, self.membership, self.source,
             host=host, advertise=advertise, join_port=ports[0], cluster_port=ports[1],
         )  # fmt: skip
         await server.start()
@@ -143,7 +146,7 @@ class _Cluster:
         self._assigned_at, self._ready_at = 0.0, asyncio.Future()
         for number in range(1, self._nodes + 1):
             state = self._folder / f"node-{number}"
-            token = str(create_token(self._store, self._join_address, self._authority.fingerprint))
+            token = str(create_token(self._store, self._join_address, self.authority.fingerprint))
             with (self._folder / f"node-{number}.log").open("ab") as output:
                 self._processes.append(
                     await asyncio.create_subprocess_exec(

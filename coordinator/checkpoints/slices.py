@@ -8,10 +8,11 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import TYPE_CHECKING
 
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_hash_request, check_slice_request
-from moehive.proto.chunks import make_chunks, sha256_of, spans, worth_compressing
+from moehive.proto.chunks import make_chunks, spans, worth_compressing
 
 from ..types import CoordinatorError
 
@@ -36,7 +37,7 @@ class SliceSource:
         expert_blob: "Callable[[ExpertId], torch.Tensor]",
         known_hash: Callable[[ExpertId], bytes | None] = lambda _: None,
     ) -> None:
-        """`expert_blob` reads one expert, uint8 [nbytes], in a thread; `known_hash` is its SHA-256 where stored."""
+        """`expert_blob` reads one expert, uint8 [nbytes], in a thread; `known_hash` is its hash where stored."""
         self.bytes_sent = 0  # on the wire, of experts
         self._manifest = manifest
         self._expert_blob = expert_blob
@@ -45,8 +46,8 @@ class SliceSource:
         largest = max(layer.largest_bytes for layer in manifest.layers)
         self._slots = asyncio.Semaphore(max(2, min(MAX_STREAMS, BLOB_BYTES // largest)))
 
-    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[pb.SliceChunk]:
-        """The experts asked for, in that order, each from its offset on.
+    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[bytes]:
+        """The experts asked for, in that order, each from its offset on, as serialized SliceChunks.
 
         An expert of which the node has all bytes already is answered by one empty chunk that carries its hash.
         Raises BoundsError, SliceMismatch, and what reading the checkpoint raises.
@@ -62,7 +63,7 @@ class SliceSource:
                         yield chunk
 
     async def hashes(self, request: pb.HashRequest) -> list[bytes]:
-        """The SHA-256 of each expert asked for; those that nothing has read yet are read. Raises as `stream`."""
+        """The hash of each expert asked for; those that nothing has read yet are read. Raises as `stream`."""
         check_hash_request(request)
         digests: list[bytes] = []
         for expert, _ in self.named(request.fingerprint, request.experts):
@@ -91,8 +92,8 @@ class SliceSource:
         return named
 
     def _read(self, expert: ExpertId, may_compress: bool) -> tuple[memoryview, bytes, bool]:
-        """The blob, its SHA-256, and whether to compress it; in a thread, hashing releases the GIL."""
+        """The blob, its hash, and whether to compress it; in a thread, hashing releases the GIL."""
         blob = memoryview(self._expert_blob(expert).numpy())  # type: ignore[arg-type]
-        digest = self._hashes.get(expert) or self._known_hash(expert) or sha256_of(blob)
+        digest = self._hashes.get(expert) or self._known_hash(expert) or digest_of(blob)
         self._hashes[expert] = digest
         return blob, digest, may_compress and worth_compressing(blob)

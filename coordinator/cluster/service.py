@@ -125,7 +125,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[pb.SliceChunk]:
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[bytes]:
         """See checkpoints/slices.py."""
         self._caller(context)
         async for chunk in self._pace.chunks(self._slices.stream(request)):
@@ -150,7 +150,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def HashExperts(self, request: pb.HashRequest, context: Context) -> pb.HashReply:
         """See checkpoints/slices.py."""
         self._caller(context)
-        return pb.HashReply(sha256=await self._slices.hashes(request))
+        return pb.HashReply(digests=await self._slices.hashes(request))
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
         """A new certificate for the caller's name, whatever name the request has."""

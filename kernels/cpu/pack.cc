@@ -1,5 +1,7 @@
 // From a GGUF file's rows to the computing layout of blocks.h, for ctypes (kernels/formats/blocks.py). The file's blocks
-// are those of ggml-common.h; what their bits mean, ggml-quants.c says.
+// are those of ggml-common.h; what their bits mean, ggml-quants.c says. The 16 blocks that become one are taken apart
+// first, so that what follows is the same for 16 rows at once. Loops over bytes are left to the compiler's vectors.
+#include <algorithm>
 #include <cstring>
 
 #include "blocks.h"
@@ -12,7 +14,7 @@ using namespace moehive;
 
 // One row's block, taken apart.
 struct Parts {
-  uint8_t codes[256];
+  uint8_t codes[256];   // as many as the block has columns
   uint8_t factors[4];   // d and m, f16
   uint8_t first[16], second[16];  // sub-block numbers, as Scales stores them
 };
@@ -27,7 +29,13 @@ void halves(const uint8_t* from, int bytes, uint8_t* codes) {
 // 4 bits of 32 columns, and a fifth in a little-endian word.
 void five(const uint8_t* bits, const uint8_t* from, uint8_t* codes) {
   halves(from, 16, codes);
-  for (int k = 0; k < 32; ++k) codes[k] |= (bits[k / 8] >> (k % 8) & 1) << 4;
+  for (int k = 0; k < 8; ++k) {
+    const uint32_t four = bits[k / 2] >> (4 * (k % 2)) & 15;
+    uint32_t word = (four * 0x00204081u & 0x01010101u) << 4;  // bit i to byte i, of a little-endian word
+    uint8_t bytes[4];
+    std::memcpy(bytes, &word, 4);
+    for (int i = 0; i < 4; ++i) codes[4 * k + i] |= bytes[i];
+  }
 }
 
 void two_bits(const uint8_t* from, uint8_t* codes) {
@@ -122,12 +130,13 @@ void take_apart(Format format, const uint8_t* b, Parts& to) {
       return add_bits(b + 16, 4, to.codes);
     case Format::q6_k:
       factors(b + 208, nullptr, to);
-      for (int half = 0; half < 2; ++half)
-        for (int l = 0; l < 64; ++l) {
-          const uint8_t low = b[64 * half + l];
-          const uint8_t high = b[128 + 32 * half + l % 32] >> (l / 32 * 2);
-          to.codes[128 * half + l] = (low & 15) | (high & 3) << 4;
-          to.codes[128 * half + 64 + l] = low >> 4 | (high >> 4 & 3) << 4;
+      for (int part = 0; part < 4; ++part)
+        for (int l = 0; l < 32; ++l) {
+          const uint8_t low = b[32 * part + l];
+          const uint8_t high = b[128 + 32 * (part / 2) + l] >> (part % 2 * 2);
+          uint8_t* codes = to.codes + 128 * (part / 2) + 32 * (part % 2) + l;
+          codes[0] = (low & 15) | (high & 3) << 4;
+          codes[64] = low >> 4 | (high >> 4 & 3) << 4;
         }
       std::memcpy(to.first, b + 192, 16);
       return;
@@ -168,25 +177,47 @@ void put_scales(Scales kind, const Parts& from, int64_t row, uint8_t* to) {
   }
 }
 
-// 8 column groups of `bits` bits from `codes` into `bits` vectors.
+// The codes of 4 columns in each word: [column group][row].
+using Words = uint32_t[kGroupRows];
+
+// 8 column groups into `Bits` vectors of `Bits` bits a code, `shift` bits above the codes' lowest.
 template <int Bits>
-void put_plane(const uint8_t* codes, int shift, int64_t row, uint8_t* to) {
+void put_plane(const Words* codes, int shift, uint8_t* to) {
   constexpr int shared = 8 / Bits;
-  for (int vector = 0; vector < Bits; ++vector)
-    for (int k = 0; k < 4; ++k) {
-      int byte = 0;
-      for (int part = 0; part < shared; ++part)
-        byte |= (codes[4 * (shared * vector + part) + k] >> shift & ((1 << Bits) - 1)) << (Bits * part);
-      to[64 * vector + 4 * row + k] = static_cast<uint8_t>(byte);
-    }
+  constexpr uint32_t mask = ((1 << Bits) - 1) * 0x01010101u;
+  for (int vector = 0; vector < Bits; ++vector) {
+    uint32_t words[kGroupRows] = {};
+    for (int part = 0; part < shared; ++part)
+      for (int row = 0; row < kGroupRows; ++row)
+        words[row] |= (codes[shared * vector + part][row] >> shift & mask) << (Bits * part);
+    std::memcpy(to + 64 * vector, words, 64);
+  }
 }
 
-void put_unit(const Layout& layout, const uint8_t* codes, int64_t row, uint8_t* to) {
-  if (layout.low == 8) put_plane<8>(codes, 0, row, to);
-  if (layout.low == 4) put_plane<4>(codes, 0, row, to);
-  if (layout.low == 2) put_plane<2>(codes, 0, row, to);
-  if (layout.high == 1) put_plane<1>(codes, layout.low, row, to + 64 * layout.low);
-  if (layout.high == 2) put_plane<2>(codes, layout.low, row, to + 64 * layout.low);
+void put_unit(const Layout& layout, const Words* codes, uint8_t* to) {
+  if (layout.low == 8) put_plane<8>(codes, 0, to);
+  if (layout.low == 4) put_plane<4>(codes, 0, to);
+  if (layout.low == 2) put_plane<2>(codes, 0, to);
+  if (layout.high == 1) put_plane<1>(codes, layout.low, to + 64 * layout.low);
+  if (layout.high == 2) put_plane<2>(codes, layout.low, to + 64 * layout.low);
+}
+
+// One block of the layout, of the blocks of `rows` (1 to 16) rows, `stride` bytes apart.
+void put_block(Format format, const Layout& layout, const uint8_t* from, int64_t stride, int64_t rows, uint8_t* to) {
+  alignas(64) Words codes[64];
+  const int64_t groups = layout.columns() / 4;
+  if (rows < kGroupRows) std::memset(codes, 0, sizeof codes);
+  std::memset(to, 0, layout.head());
+  for (int64_t row = 0; row < rows; ++row) {
+    Parts parts;
+    take_apart(format, from + row * stride, parts);
+    for (int64_t group = 0; group < groups; ++group) std::memcpy(&codes[group][row], parts.codes + 4 * group, 4);
+    if (layout.scales != Scales::e8m0) std::memcpy(to + 2 * row, parts.factors, 2);
+    if (layout.minimum) std::memcpy(to + 32 + 2 * row, parts.factors + 2, 2);
+    put_scales(layout.scales, parts, row, to + layout.head() - scales_bytes(layout.scales));
+  }
+  for (int unit = 0; unit < layout.units; ++unit)
+    put_unit(layout, codes + 8 * unit, to + layout.head() + unit * layout.unit_bytes());
 }
 
 }  // namespace
@@ -198,18 +229,11 @@ MOEHIVE_API int32_t moehive_pack(int32_t number, const uint8_t* from, int64_t ro
   const int64_t size = file_bytes(format);
   if (size == 0 || rows < 0 || blocks < 0) return 1;
   const Layout layout = layout_of(format);
-  std::memset(out, 0, (rows + kGroupRows - 1) / kGroupRows * blocks * layout.bytes());
-  for (int64_t row = 0; row < rows; ++row)
+  for (int64_t first = 0; first < rows; first += kGroupRows)
     for (int64_t block = 0; block < blocks; ++block) {
-      Parts parts = {};
-      take_apart(format, from + (row * blocks + block) * size, parts);
-      uint8_t* to = out + (row / kGroupRows * blocks + block) * layout.bytes();
-      const int64_t lane = row % kGroupRows;
-      if (layout.scales != Scales::e8m0) std::memcpy(to + 2 * lane, parts.factors, 2);
-      if (layout.minimum) std::memcpy(to + 32 + 2 * lane, parts.factors + 2, 2);
-      put_scales(layout.scales, parts, lane, to + layout.head() - scales_bytes(layout.scales));
-      for (int unit = 0; unit < layout.units; ++unit)
-        put_unit(layout, parts.codes + 32 * unit, lane, to + layout.head() + unit * layout.unit_bytes());
+      put_block(format, layout, from + (first * blocks + block) * size, blocks * size,
+                std::min(rows - first, kGroupRows), out);
+      out += layout.bytes();
     }
   return 0;
 }

@@ -65,11 +65,12 @@ class Channel:
             ]
         )
 
-    def unary_stream(self, method: str, request_serializer: Any, response_deserializer: Any, **_: Any) -> Any:
-        """For generated code: what a stub calls."""
+    def unary_stream(self, method: str, request_serializer: Any, response_deserializer: Any = None, **_: Any) -> Any:
+        """As grpc.aio's: what a stub calls, or who reads the answers' bytes itself."""
 
         def call(request: Any, metadata: tuple[tuple[str, str], ...] = ()) -> Call:
-            return Call(self, method, request_serializer(request), response_deserializer, metadata)
+            parse = response_deserializer or (lambda message: message)
+            return Call(self, method, request_serializer(request), parse, metadata)
 
         return call
 

@@ -1,7 +1,6 @@
 """Slices over mutual TLS: every byte and hash, resumption, and what is not given out."""
 
 import asyncio
-import hashlib
 import threading
 
 import grpc
@@ -10,9 +9,11 @@ import pytest
 import torch
 
 from moehive.coordinator.checkpoints.slices import SliceSource
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_CHUNK_BYTES, check_chunk
+from moehive.proto.chunks import read_chunk
 from moehive.proto.handshake import metadata
 
 # 3 * 1024 * 512 * 2 bytes: three chunks exactly; and one of 3 * 64 * 2048 * 4: one and a half.
@@ -31,13 +32,13 @@ async def fetch(node, request):
     got: dict[tuple[int, int], bytes] = {}
     digests = {}
     async for chunk in node.stub.FetchSlice(request, metadata=metadata()):
-        check_chunk(chunk)
+        check_chunk(chunk, len(chunk.data))
         key = (chunk.layer, chunk.expert)
         started = next(w.offset for w in request.experts if (w.layer, w.expert) == key)
         assert chunk.offset == started + len(got.get(key, b""))
         got[key] = got.get(key, b"") + chunk.data
-        if chunk.expert_sha256:
-            digests[key] = chunk.expert_sha256
+        if chunk.expert_digest:
+            digests[key] = chunk.expert_digest
     assert list(got) == [(w.layer, w.expert) for w in request.experts]
     assert set(digests) == set(got)
     return got, digests
@@ -52,7 +53,7 @@ def test_a_slice_arrives_whole_in_the_order_asked_for(cluster, blob):
             for (layer, expert), data in got.items():
                 whole = blob(ExpertId(layer, expert), LARGE).numpy().tobytes()
                 assert data == whole
-                assert digests[layer, expert] == hashlib.sha256(whole).digest()
+                assert digests[layer, expert] == digest_of(whole)
 
     asyncio.run(main())
 
@@ -65,7 +66,7 @@ def test_a_cut_slice_goes_on_where_it_was_cut(cluster, blob, offset):
             whole = blob(ExpertId(1, 1), LARGE).numpy().tobytes()
             got, digests = await fetch(node, request_for(LARGE, (1, 1, offset), (1, 2, 0)))
             assert got[1, 1] == whole[offset:]
-            assert digests[1, 1] == hashlib.sha256(whole).digest()
+            assert digests[1, 1] == digest_of(whole)
 
     asyncio.run(main())
 
@@ -119,8 +120,8 @@ def test_few_blobs_are_in_memory_however_many_nodes_fetch():
 
         async def one(expert):
             nonlocal reading
-            async for chunk in source.stream(request_for(manifest, (0, expert, 0))):
-                assert chunk.expert_sha256
+            async for message in source.stream(request_for(manifest, (0, expert, 0))):
+                assert read_chunk(message).head.expert_digest
                 with lock:
                     reading -= 1
 

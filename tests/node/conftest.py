@@ -98,16 +98,18 @@ class Slices(SliceSource):
         self.cut_after: int | None = None  # chunks, once
         self.tamper: Callable[[cluster_pb2.SliceChunk], None] | None = None
 
-    async def stream(self, request: cluster_pb2.SliceRequest) -> AsyncGenerator[cluster_pb2.SliceChunk]:
+    async def stream(self, request: cluster_pb2.SliceRequest) -> AsyncGenerator[bytes]:
         self.requests.append(request)
         sent = 0
-        async for chunk in super().stream(request):
+        async for message in super().stream(request):
             if self.cut_after is not None and sent >= self.cut_after:
                 self.cut_after = None
                 raise CoordinatorError("The test has cut the slice.")
             if self.tamper is not None:
+                chunk = cluster_pb2.SliceChunk.FromString(message)
                 self.tamper(chunk)
-            yield chunk
+                message = chunk.SerializeToString()
+            yield message
             sent += 1
 
 

@@ -1,7 +1,6 @@
 """The disk cache: what is on disk is whole, or is fetched again; a full disk is a sentence."""
 
 import asyncio
-import hashlib
 import os
 import resource
 import shutil
@@ -15,6 +14,7 @@ import pytest
 from moehive.coordinator.types import NodeName
 from moehive.expert_node import cache as cache_module
 from moehive.expert_node.cache import CacheError, DiskCache
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 
 A = NodeName("a")
@@ -58,7 +58,7 @@ def test_written_then_read_by_another_process(tmp_path):
     assert read(DiskCache(tmp_path, "f" * 64)) is None
     write(DiskCache(tmp_path, "f" * 64))
     (file,) = (tmp_path / ("f" * 64)).iterdir()
-    assert file.name == f"3-17.{hashlib.sha256(DATA).hexdigest()}.expert"
+    assert file.name == f"3-17.{digest_of(DATA).hex()}.expert"
     assert E in DiskCache(tmp_path, "f" * 64) and read(DiskCache(tmp_path, "f" * 64)) == DATA
     assert E not in DiskCache(tmp_path, "e" * 64)
 
@@ -82,7 +82,7 @@ def test_a_part_is_resumed_where_it_ended(tmp_path):
     part = cache.part(E, len(DATA))
     assert part.offset == 1000
     part.append(DATA[1000:])
-    assert part.sha256 == hashlib.sha256(DATA).hexdigest()
+    assert part.digest == digest_of(DATA)
     assert part.keep().numpy().tobytes() == DATA
     assert read(DiskCache(tmp_path, "f" * 64)) == DATA
 
@@ -219,7 +219,7 @@ def test_disk_full_during_a_fetch(
             problem = coordinator.membership.state.nodes[A].problem
             assert "disk" in problem and "--state-dir" in problem and "free some space" in problem
             whole = list(state.glob("cache/*/*.expert"))
-            assert all(hashlib.sha256(p.read_bytes()).hexdigest() == p.name.split(".")[1] for p in whole)
+            assert all(digest_of(p.read_bytes()).hex() == p.name.split(".")[1] for p in whole)
             assert coordinator.membership.state.nodes[A].present
             ballast.unlink()
             await coordinator.until_ready()

@@ -89,7 +89,7 @@ def test_cut_slices_are_resumed(tmp_path, coordinator_class, authority, model_cl
 def test_hostile_slices_are_refused(tmp_path, coordinator_class, authority, model, node_here):
     lies = [
         lambda chunk: setattr(chunk, "data", chunk.data[:-1] + bytes([chunk.data[-1] ^ 1])),
-        lambda chunk: setattr(chunk, "expert_sha256", bytes(32)),
+        lambda chunk: setattr(chunk, "expert_digest", bytes(32)),
         lambda chunk: setattr(chunk, "total_bytes", 1 << 50),
         lambda chunk: setattr(chunk, "offset", 64),
         lambda chunk: setattr(chunk, "expert", chunk.expert + 1),

@@ -1,7 +1,6 @@
 """Experts from node to node: each leaves the coordinator once, and a node that dies or lies is done without."""
 
 import asyncio
-import hashlib
 from collections import Counter
 from contextlib import AsyncExitStack
 
@@ -11,6 +10,7 @@ import torch
 
 from moehive.coordinator.types import NodeName, Plan
 from moehive.expert_node import download
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 from moehive.proto import chunks, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
@@ -35,7 +35,7 @@ def right(coordinator, state) -> bool:
     """Whether a node's cache has the model's bytes, all of them."""
     files = {path.name: path.read_bytes() for path in state.glob("cache/*/*.expert")}
     return files == {
-        f"{layer}-{number}.{hashlib.sha256(blob.numpy()).hexdigest()}.expert": blob.numpy().tobytes()
+        f"{layer}-{number}.{digest_of(blob.numpy()).hex()}.expert": blob.numpy().tobytes()
         for (layer, number), blob in coordinator.model.blobs.items()
     }
 

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.convert import convert
 from moehive.coordinator.checkpoints.pack.journal import Journal
 from moehive.coordinator.checkpoints.pack.manifest import NAME, offsets, read_manifest
@@ -39,6 +40,32 @@ def flip(path: Path, offset: int, bit: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 1 << bit]))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_pack_of_an_older_version_is_checked_by_its_sha256(version: int, whole: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    inner = msgpack.unpackb(msgpack.unpackb((pack / NAME).read_bytes())["body"])
+    opened, layers = open_model(str(pack)), read_manifest(pack).manifest.layers
+    inner["version"] = version
+    inner["hashes"] = [
+        b"".join(hashlib.sha256(opened.expert_blob(ExpertId(n, e)).numpy()).digest() for e in range(layer.experts))
+        for n, layer in enumerate(layers)
+    ]
+    inner["trunk"] = [
+        [name, nbytes, hashlib.sha256((pack / "trunk" / name).read_bytes()).digest()]
+        for name, nbytes, _ in inner["trunk"]
+    ]
+    body = msgpack.packb(inner)
+    (pack / NAME).write_bytes(msgpack.packb({"body": body, "sha256": hashlib.sha256(body).digest()}))
+    found = verify(pack, threads=2)
+    assert found.damaged == () and found.damaged_files == ()
+    old = open_model(str(pack))
+    assert isinstance(old, PackCheckpoint) and old.expert_digest(ExpertId(0, 0)) is None
+    flip(pack / "experts-00000.bin", 100, 3)
+    assert verify(pack, threads=2).damaged == (ExpertId(0, 0),)
+    with pytest.raises(CoordinatorError, match="is damaged"):
+        old.expert_blob(ExpertId(0, 0))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -56,7 +56,8 @@ class LayerExperts:
             if place.format in PLAIN_BYTES:
                 floats[place.name] = torch.cat([numbers(t.type, r) for t, r in zip(sources, parts, strict=True)])
             else:
-                rows[place.name] = list(torch.cat(parts).chunk(place.matrices))
+                whole = len(parts) == place.matrices
+                rows[place.name] = parts if whole else list(torch.cat(parts).chunk(place.matrices))
         return pack_blob(self.spec, rows, floats)
 
     def _tensor(self, name: str, *shape: int) -> GgufTensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -20,7 +19,7 @@ from ...types import CoordinatorError
 from ..architecture import Architecture
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
-from .manifest import NAME, TRUNK, PackManifest, file_name, offsets, read_manifest
+from .manifest import NAME, TRUNK, VERSION, PackManifest, file_name, offsets, read_manifest
 from .matrices import NAME as MATRICES
 from .matrices import map_matrices
 from .trunk import GGUF_NAME
@@ -85,17 +84,18 @@ class PackCheckpoint:
         can't be read, or when its bytes are not those that were written.
         """
         blob = self.trunk.expert_blob(expert) if self.pack.in_place else _map(self.expert_range(expert))
-        buffer: Any = blob.numpy()
-        if hashlib.sha256(buffer).digest() != self.expert_hash(expert):
+        digest = self.pack.new_digest()
+        digest.update(blob.numpy())
+        if digest.digest() != self.pack.digest(expert):
             raise CoordinatorError(
                 f"Expert {expert.expert} of MoE layer {expert.layer} in {self.path} is damaged; run `moehive verify`,"
                 " then copy or convert the model again."
             )
         return blob
 
-    def expert_hash(self, expert: ExpertId) -> bytes:
-        """SHA-256 of one expert's blob, 32 bytes, as it was when the pack was made."""
-        return self.pack.sha256(expert)
+    def expert_digest(self, expert: ExpertId) -> bytes | None:
+        """One expert's hash (kernels/digest.py) as it was when the pack was made; None in packs with older hashes."""
+        return self.pack.digest(expert) if self.pack.version == VERSION else None
 
     def expert_range(self, expert: ExpertId) -> FileRange | None:
         """Where one expert's blob lies, for who sends or maps it as it is; None in a pack that is served in place."""

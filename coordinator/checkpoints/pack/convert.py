@@ -6,7 +6,6 @@ experts in the journal. An expert counts when it is in the journal, never becaus
 """
 
 import fcntl
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError, LayerGeometry, Manifest
 
 from ...types import CoordinatorError
@@ -297,7 +297,7 @@ class _Work:
                 ) from error
         buffer: Any = blob.numpy()
         view = memoryview(buffer)
-        digest = hashlib.sha256(view).digest()
+        digest = digest_of(view)
         if self.files is not None:
             self.files.write(expert, view)
         return expert, digest

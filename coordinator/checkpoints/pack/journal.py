@@ -1,6 +1,6 @@
 """Which experts of a half-made pack are finished: a file that only grows, so that a kill loses its last lines only.
 
-A header (magic, identity of the conversion), then a record for each expert: layer, number, SHA-256 of its blob, and
+A header (magic, identity of the conversion), then a record for each expert: layer, number, hash of its blob, and
 CRC-32 of the record. A record is appended after its expert's bytes are on the disk. What follows the last whole
 record is cut off when the journal is opened again.
 """
@@ -16,7 +16,7 @@ from moehive.kernels.geometry import ExpertId, Manifest
 from ...types import CoordinatorError
 
 NAME = "journal"
-_MAGIC = b"MHPACK01"
+_MAGIC = b"MHPACK02"  # 01 had SHA-256
 _HEADER = len(_MAGIC) + 32
 _BODY = struct.Struct("<II32s")
 _RECORD = _BODY.size + 4
@@ -55,7 +55,7 @@ class Journal:
     def append(self, done: Iterable[tuple[ExpertId, bytes]]) -> None:
         """Records finished experts with their hashes; they count from here on. Raises OSError: then none does."""
         done = list(done)
-        bodies = [_BODY.pack(expert.layer, expert.expert, sha256) for expert, sha256 in done]
+        bodies = [_BODY.pack(expert.layer, expert.expert, digest) for expert, digest in done]
         data = b"".join(body + zlib.crc32(body).to_bytes(4, "little") for body in bodies)
         _write(self._descriptor, data, self._size)
         os.fsync(self._descriptor)
@@ -77,11 +77,11 @@ def _records(data: bytes, manifest: Manifest) -> dict[ExpertId, bytes]:
         body = data[start : start + _BODY.size]
         if zlib.crc32(body).to_bytes(4, "little") != data[start + _BODY.size : start + _RECORD]:
             break
-        layer, number, sha256 = _BODY.unpack(body)
+        layer, number, digest = _BODY.unpack(body)
         expert = ExpertId(layer, number)
         if layer >= len(manifest.layers) or number >= manifest.layers[layer].experts or expert in finished:
             break
-        finished[expert] = sha256
+        finished[expert] = digest
     return finished
 
 

@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import msgpack
 
+from moehive.kernels.digest import DIGEST_BYTES, Digest, new_digest
 from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, LayerGeometry, Manifest
 from moehive.kernels.manifest import from_bytes, to_bytes
 
@@ -28,26 +29,25 @@ from . import matrices as own
 NAME = "pack.msgpack"
 TRUNK = "trunk"
 PAGE = 4096  # bytes
-VERSION = 2
-_KNOWN_VERSIONS = (1, VERSION)  # 1 had no matrices of the trunk's
+VERSION = 3
+_KNOWN_VERSIONS = (1, 2, VERSION)  # 1 had no matrices of the trunk's; 1 and 2 had SHA-256
 MAX_BYTES = 256 << 20
-_DIGEST = 32  # bytes of SHA-256
 
 
 @dataclass(frozen=True, slots=True)
 class TrunkFile:
-    """One file of `trunk/`: its name, size in bytes, and SHA-256."""
+    """One file of `trunk/`: its name, size in bytes, and hash."""
 
     name: str
     nbytes: int
-    sha256: bytes
+    digest: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PackManifest:
     """What `pack.msgpack` holds.
 
-    `hashes[layer]` are the SHA-256 of the layer's blobs, 32 bytes each, one after the other. `identity` says which
+    `hashes[layer]` are the hashes of the layer's blobs, 32 bytes each, one after the other. `identity` says which
     source and which format the pack was made of (`identity_of`). `source`: where the checkpoint lies that is served
     in place, else empty. `source_fingerprint`: the source's own, as it was.
     """
@@ -59,16 +59,21 @@ class PackManifest:
     source_fingerprint: str = ""
     trunk: tuple[TrunkFile, ...] = field(default=())
     matrices: tuple[own.TrunkMatrix, ...] = field(default=())
+    version: int = VERSION
 
     @property
     def in_place(self) -> bool:
         """Whether the experts stay in the source's files."""
         return bool(self.source)
 
-    def sha256(self, expert: ExpertId) -> bytes:
+    def new_digest(self) -> Digest:
+        """What its hashes are made with: kernels/digest.py's, in older packs SHA-256."""
+        return new_digest() if self.version == VERSION else hashlib.sha256()
+
+    def digest(self, expert: ExpertId) -> bytes:
         """The hash of one expert's blob."""
-        start = expert.expert * _DIGEST
-        return self.hashes[expert.layer][start : start + _DIGEST]
+        start = expert.expert * DIGEST_BYTES
+        return self.hashes[expert.layer][start : start + DIGEST_BYTES]
 
 
 def file_name(layer: int) -> str:
@@ -109,7 +114,7 @@ def write_manifest(folder: Path, pack: PackManifest) -> None:
         "hashes": list(pack.hashes),
         "source": pack.source,
         "source_fingerprint": pack.source_fingerprint,
-        "trunk": [[file.name, file.nbytes, file.sha256] for file in pack.trunk],
+        "trunk": [[file.name, file.nbytes, file.digest] for file in pack.trunk],
         "matrices": [list(one) for one in pack.matrices],
     }
     body = cast(bytes, msgpack.packb(packed))
@@ -173,19 +178,20 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         packed["source"],
         packed["source_fingerprint"],
         tuple(TrunkFile(*file) for file in packed["trunk"]),
-        own.checked(packed["matrices"]) if packed["version"] == VERSION else (),
+        own.checked(packed["matrices"]) if packed["version"] > 1 else (),
+        packed["version"],
     )
     whole = (
         type(pack.identity) is bytes
-        and len(pack.identity) == _DIGEST
+        and len(pack.identity) == DIGEST_BYTES
         and all(type(found) is bytes for found in pack.hashes)
-        and [len(found) for found in pack.hashes] == [layer.experts * _DIGEST for layer in manifest.layers]
+        and [len(found) for found in pack.hashes] == [layer.experts * DIGEST_BYTES for layer in manifest.layers]
         and type(pack.source) is str
         and type(pack.source_fingerprint) is str
         and all(
             type(file.name) is str
             and type(file.nbytes) is int
-            and type(file.sha256) is bytes
+            and type(file.digest) is bytes
             and Path(file.name).name == file.name
             and file.name not in ("", ".", "..")
             for file in pack.trunk

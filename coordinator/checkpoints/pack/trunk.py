@@ -5,7 +5,6 @@ directory of safetensors: config.json, the tokenizer's files, one model.safetens
 another format. Of a GGUF: one trunk.gguf with the source's own metadata.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -13,6 +12,8 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from moehive.kernels.digest import new_digest
 
 from ...types import CoordinatorError
 from ..checkpoint import Checkpoint
@@ -68,9 +69,11 @@ def hash_trunk(folder: Path) -> tuple[TrunkFile, ...]:
     """The files of `folder`/trunk with their hashes. Raises OSError."""
     found = []
     for path in sorted((folder / TRUNK).iterdir()):
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").digest()
-        found.append(TrunkFile(path.name, path.stat().st_size, digest))
+        digest = new_digest()
+        with path.open("rb", buffering=0) as file:
+            while piece := file.read(_PIECE):
+                digest.update(piece)
+        found.append(TrunkFile(path.name, path.stat().st_size, digest.digest()))
     return tuple(found)
 
 

@@ -1,14 +1,13 @@
 """`moehive verify`: every byte of a pack that has a hash is read and compared."""
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
+from moehive.kernels.digest import Digest, digest_of, new_digest
 from moehive.kernels.geometry import ExpertId
 
 from ...types import CoordinatorError
@@ -35,7 +34,7 @@ def verify(folder: Path, threads: int, progress: Callable[[int, int], None] = la
     Raises CoordinatorError when it is no pack, or its manifest or a file's size is wrong.
     """
     pack = read_manifest(folder)
-    check = _in_place(folder) if pack.in_place else _copied(folder, pack)
+    check = _in_place(folder, pack) if pack.in_place else _copied(folder, pack)
     experts = [ExpertId(n, e) for n, layer in enumerate(pack.manifest.layers) for e in range(layer.experts)]
     total = pack.manifest.total_bytes + sum(file.nbytes for file in pack.trunk)
     done = 0
@@ -49,7 +48,7 @@ def verify(folder: Path, threads: int, progress: Callable[[int, int], None] = la
                 progress(done, total)
     files = []
     for file in pack.trunk:
-        if _sha256(folder / TRUNK / file.name, 0, file.nbytes) != file.sha256:
+        if _read(folder / TRUNK / file.name, 0, file.nbytes, pack.new_digest()) != file.digest:
             files.append(file.name)
         done += file.nbytes
         progress(done, total)
@@ -68,24 +67,26 @@ def _copied(folder: Path, pack: PackManifest) -> Callable[[ExpertId], bool]:
         path, nbytes = folder / file_name(expert.layer), pack.manifest.nbytes(expert)
         begin, following = offsets(pack.manifest.layers[expert.layer])[expert.expert : expert.expert + 2]
         padding = following - begin - nbytes
-        empty = hashlib.sha256(bytes(padding)).digest()  # up to the next page
-        return _sha256(path, begin, nbytes) == pack.sha256(expert) and _sha256(path, begin + nbytes, padding) == empty
+        empty = digest_of(bytes(padding))  # up to the next page
+        whole = _read(path, begin, nbytes, pack.new_digest()) == pack.digest(expert)
+        return whole and _read(path, begin + nbytes, padding, new_digest()) == empty
 
     return check
 
 
-def _in_place(folder: Path) -> Callable[[ExpertId], bool]:
+def _in_place(folder: Path, pack: PackManifest) -> Callable[[ExpertId], bool]:
     opened = PackCheckpoint.open(folder)
 
     def check(expert: ExpertId) -> bool:
-        buffer: Any = opened.trunk.expert_blob(expert).numpy()
-        return hashlib.sha256(buffer).digest() == opened.expert_hash(expert)
+        digest = pack.new_digest()
+        digest.update(opened.trunk.expert_blob(expert).numpy())
+        return digest.digest() == pack.digest(expert)
 
     return check
 
 
-def _sha256(path: Path, offset: int, nbytes: int) -> bytes:
-    digest = hashlib.sha256()
+def _read(path: Path, offset: int, nbytes: int, digest: Digest) -> bytes:
+    """The hash of some bytes of a file; of no bytes at all when the file ends before them."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:

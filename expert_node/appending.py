@@ -1,0 +1,49 @@
+"""An expert's bytes go to the disk in a thread while more of them arrive."""
+
+import asyncio
+
+from moehive.proto.chunks import Chunk, chunk_data
+
+from .cache import PartFile
+from .concurrency import in_thread
+
+MOST_WAITING = 2  # chunks that have arrived while the thread writes; then the sender waits
+
+
+class Appending:
+    """Appends chunks to one part in the order of `add`; use it on one event loop, and `stop` it at the end."""
+
+    def __init__(self, part: PartFile) -> None:
+        self._part = part
+        self._waiting: list[Chunk] = []
+        self._work: asyncio.Task[None] | None = None
+
+    async def add(self, chunk: Chunk) -> None:
+        """Takes the next chunk. Raises BoundsError and CacheError for it or an earlier one."""
+        self._waiting.append(chunk)
+        if self._work is None or self._work.done() or len(self._waiting) == MOST_WAITING:
+            await self._turn()
+
+    async def finish(self) -> None:
+        """Returns once file and hash have all that was added. Raises BoundsError and CacheError."""
+        while self._work is not None or self._waiting:
+            await self._turn()
+
+    async def stop(self) -> None:
+        """Returns once no thread writes; what still waits is forgotten."""
+        if self._work is not None:
+            self._work.cancel()
+            await asyncio.wait([self._work])
+
+    async def _turn(self) -> None:
+        if self._work is not None:
+            work, self._work = self._work, None
+            await work
+        if self._waiting:
+            chunks, self._waiting = self._waiting, []
+            self._work = asyncio.create_task(in_thread(_append, self._part, chunks))
+
+
+def _append(part: PartFile, chunks: list[Chunk]) -> None:
+    for chunk in chunks:
+        part.append(chunk_data(chunk))
