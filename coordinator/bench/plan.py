@@ -22,7 +22,7 @@ from ..placement.traces import DEFAULT_MIXES, Batches, Trace, sample
 
 LAYERS = 2
 SPARE = 0.25
-SEQUENCES = 640  # 61,000 tokens: with a quarter of them, plans for 512 experts are 1 to 2 % worse on B and C
+SEQUENCES = 160
 GEOMETRIES = ((256, 8, 1_800_000), (512, 10, 7_000_000))  # experts, top-k, bytes of an expert
 
 # What held-back makespans should reach: (cluster, experts) → for batches of 1, 4 and 16, as a multiple of the proven

@@ -71,10 +71,7 @@ def lower_bounds(
             any_plan[mix] = same_slots[mix] = sum(float(layer.free.mean()) for layer in layers)
             sets, multipliers = _proof(layers[0], usable, slots.mean(axis=0).astype(np.int32))
             if sets:
-                either = max(
-                    _any_plan(cluster, one, start, usable, layers, pool)
-                    for one, start in zip(sets, multipliers, strict=True)
-                )
+                either = _any_plan(cluster, sets[0], multipliers[0], usable, layers, pool)
                 same = _same_slots(sets, multipliers, usable, layers, slots, pool)
                 any_plan[mix], same_slots[mix] = max(any_plan[mix], either), max(same_slots[mix], same)
     return Bounds(any_plan, np.maximum(any_plan, same_slots))
