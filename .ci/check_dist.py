@@ -16,7 +16,7 @@ def check_wheel(names: list[str]) -> list[str]:
     wrong += [f"the wheel holds {name} twice" for name in names if name.startswith("moehive/proto/client/")]
     needed = [f"moehive/{part}/py.typed" for part in PARTS]
     needed += ["moehive/kernels/libmoehive_kernels.so", "moehive/coordinator/placement/libmoehive_planner.so"]
-    needed += ["moehive/coordinator/cli/main.py"]
+    needed += ["moehive/coordinator/dispatch/libmoehive_dispatch.so", "moehive/coordinator/cli/main.py"]
     return wrong + [f"the wheel lacks {name}" for name in needed if name not in names]
 
 

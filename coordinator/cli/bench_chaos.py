@@ -1,4 +1,4 @@
-"""`moehive bench chaos`: faults on a real cluster, and a verdict. `moehive bench dispatch`: choosing a replica."""
+"""`moehive bench chaos`: faults on a real cluster, and a verdict. `moehive bench dispatch`: a layer's choices."""
 
 import json
 import sys
@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from .options import Json
+from .options import Json, StateDir
+from .process import prepare
 from .tables import show_figures, show_rows
 
 
@@ -32,8 +33,9 @@ def chaos(
         raise typer.Exit(1)
 
 
-def dispatch(as_json: Json = False) -> None:
-    """Choosing among replicas: what it costs for a layer, and how much slower a choice by chance would be."""
-    from ..bench.dispatch import measure_dispatch
+def dispatch(state_dir: StateDir, as_json: Json = False) -> None:
+    """What choosing among replicas, splitting and noting cost a layer, and how much slower a choice by chance is."""
+    from ..bench.dispatch import measure_dispatch, measure_statistics
 
-    show_rows(measure_dispatch(), as_json)
+    prepare(verbose=False)
+    show_rows(measure_dispatch() + measure_statistics(state_dir), as_json)

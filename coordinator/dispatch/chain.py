@@ -142,7 +142,7 @@ class Chains:
     def _read_seconds(self, layer: int, node: NodeName, share: Share) -> float:
         """How long a node reads the experts of its share."""
         experts = len(np.unique(share.routing.experts))
-        return experts * self._expert_bytes[layer] * self._speeds.per_byte([node])[0]
+        return experts * self._expert_bytes[layer] * self._speeds.of(node).read_s_per_byte
 
     def _link(self, node: NodeName) -> Link:
         """Raises NodeUnavailable when the node's link has just gone."""

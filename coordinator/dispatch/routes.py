@@ -10,9 +10,9 @@ from ..changes import Changes
 from ..types import NodeName, NodeUnavailable, NotReady, Plan
 from .asking import Asking
 from .placed import Placed
-from .replicas import choose
 from .routing import Owner
-from .speeds import FEW_TOKENS, UNHEARD, Speeds
+from .speed import LinkSpeed
+from .speeds import FEW_TOKENS, UNHEARD, NodeSpeed, Speeds
 
 
 class Routes:
@@ -27,6 +27,7 @@ class Routes:
         self._changed = changed
         self._placed: Placed | None = None
         self._prepared: Placed | None = None
+        self._figures: list[tuple[NodeSpeed, LinkSpeed | None]] = []  # of each node of the plan in force
         self._changes = Changes()
 
     @property
@@ -75,25 +76,11 @@ class Routes:
         placed = self.placed
         if avoid:
             return placed.owners_but(layer, avoid)
-        one = len(ids) == 1
         if not placed.has_choice[layer]:
-            return placed.first[layer] if one else placed.owners[layer]
-        options = placed.options(layer)
-        if one:
-            experts = [e for e in ids[0].tolist() if 0 <= e < len(options) and options[e]]
-            sizes = [1.0] * len(experts)
-        else:
-            flat = ids[(ids >= 0) & (ids < len(options))]
-            tokens = np.bincount(flat, minlength=len(options))
-            experts = [e for e in np.flatnonzero(tokens).tolist() if options[e]]
-            # Many tokens are computed as pairs, few are read as bytes.
-            sizes = tokens[experts].tolist() if len(ids) > FEW_TOKENS else [1.0] * len(experts)
-        base, per = self._costs(placed, self._expert_bytes[layer])
-        chosen = choose([options[e] for e in experts], sizes, base, per)
-        owner = placed.first[layer].copy()
-        for expert, node in zip(experts, chosen, strict=True):
-            owner[expert] = node
-        return owner
+            return placed.owners[layer]
+        base, per = self._costs(self._expert_bytes[layer])
+        # Many tokens are computed as pairs, few are read as bytes.
+        return placed.holders(layer).choose(ids, len(ids) > FEW_TOKENS, base, per)
 
     async def change(self) -> None:
         """Returns when somebody can be asked again or no more."""
@@ -108,26 +95,25 @@ class Routes:
             "be sent again once it is back.",
         )
 
-    def _costs(self, placed: Placed, nbytes: int) -> tuple[list[float], list[float]]:
+    def _costs(self, nbytes: int) -> tuple[list[float], list[float]]:
         """For each node of the plan: seconds before anything comes from it, and seconds for an expert.
 
         By how much all nodes are late is this process's own doing, and says nothing for or against one of them.
         """
-        base = [self.speeds.of(name).backlog_s for name in placed.names]
-        late = {}
-        for i, name in enumerate(placed.names):
-            link = self.asking.links.get(name)
-            if link is not None:
-                late[i] = link.speed.late_s
-                base[i] += link.speed.round_trip_s
-        least = min(late.values(), default=0.0)
-        for i, seconds in late.items():
-            base[i] += seconds - least
-        return base, [s * nbytes for s in self.speeds.per_byte(placed.names)]
+        late = min([link.late_s for _, link in self._figures if link is not None], default=0.0)
+        base = [
+            speed.backlog_s if link is None else speed.backlog_s + link.round_trip_s + (link.late_s - late)
+            for speed, link in self._figures
+        ]
+        return base, [speed.read_s_per_byte * nbytes for speed, _ in self._figures]
 
     def _place(self) -> None:
         if self._placed is None:
             return
         self._placed.use(self.asking.live(self._with_local))
+        links = self.asking.links
+        self._figures = [
+            (self.speeds.of(name), links[name].speed if name in links else None) for name in self._placed.names
+        ]
         self._changed()
         self._changes.tell()

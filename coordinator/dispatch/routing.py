@@ -8,6 +8,8 @@ import numpy.typing as npt
 
 from moehive.proto.tensors import Routing
 
+from .native import address, library
+
 
 class Share(NamedTuple):
     """One node's part of a layer."""
@@ -17,55 +19,40 @@ class Share(NamedTuple):
     routing: Routing  # offsets over `tokens`
 
 
-Owner: TypeAlias = npt.NDArray[np.int64] | Sequence[int]  # [experts], a node's index for each
+Owner: TypeAlias = npt.NDArray[np.int64]  # [experts]: a node's index for each, -1: none
 
 
 def split(ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: Owner) -> dict[int, Share]:
-    """Splits `ids` and `weights` [tokens, k] by `owner`; for one token a list of owners is quicker than an array.
+    """Splits `ids` and `weights` [tokens, k] by `owner`, in native code (cpp/dispatch.cc).
 
-    Ids outside the experts mean none (some families pad their top-k). Nodes come in ascending order, tokens and
-    pairs in theirs: the same input gives the same messages.
+    `owner` lies in one piece. Ids outside the experts mean none (some families pad their top-k). Nodes come in
+    ascending order, tokens and pairs in theirs: the same input gives the same messages. The shares' arrays are parts
+    of one.
     """
     tokens, k = ids.shape
-    if tokens == 1:
-        return _split_one(ids[0].tolist(), weights[0], owner)
-    owner = np.asarray(owner)
-    flat = ids.reshape(-1)
-    positions = np.arange(flat.size)
-    valid = (flat >= 0) & (flat < owner.size)
-    if not valid.all():
-        positions, flat = positions[valid], flat[valid]
-    nodes = owner[flat]
-    order = np.argsort(nodes, kind="stable")
-    positions, nodes = positions[order], nodes[order]
-    present, starts = np.unique(nodes, return_index=True)
-    all_weights = weights.reshape(-1)
+    ids, weights = np.ascontiguousarray(ids), np.ascontiguousarray(weights)
+    count, experts = ids.size, len(owner)
+    heads_at, numbers_at = 2 * count, 2 * count + 3 * min(count, experts)
+    block = np.empty(numbers_at + 2 * count + 1, dtype=np.int64)
+    found = library().moehive_split(
+        address(ids), address(weights), tokens, k, address(owner), experts, address(block)
+    )
+    if found < 0:
+        raise MemoryError("There is no memory left to split a layer.")
+    heads = block[heads_at : heads_at + 3 * found].tolist()
+    narrow = block[numbers_at:].view(np.uint32)
     shares: dict[int, Share] = {}
-    for node, start, end in zip(present, starts, np.append(starts, nodes.size)[1:], strict=True):
-        pairs = positions[start:end]
-        rows, counts = np.unique(pairs // k, return_counts=True)
-        offsets = np.zeros(rows.size + 1, dtype=np.uint32)
-        np.cumsum(counts, out=offsets[1:])
-        experts = ids.reshape(-1)[pairs].astype(np.uint32)
-        shares[int(node)] = Share(rows, pairs, Routing(offsets, experts, all_weights[pairs]))
-    return shares
-
-
-_ONE = np.zeros(1, dtype=np.int64)  # the only token of a decode step
-
-
-def _split_one(ids: list[int], weights: npt.NDArray[np.float32], owner: Owner) -> dict[int, Share]:
-    """`split` for one token, the case of every decode step: lists are quicker than arrays of so few."""
-    places: dict[int, list[int]] = {}
-    experts_in_all = len(owner)
-    for place, expert in enumerate(ids):
-        if 0 <= expert < experts_in_all:
-            places.setdefault(int(owner[expert]), []).append(place)
-    shares: dict[int, Share] = {}
-    for node in sorted(places):
-        pairs = np.array(places[node], dtype=np.int64)
-        numbers = np.array([0, len(pairs), *(ids[place] for place in places[node])], dtype=np.uint32)
-        shares[node] = Share(_ONE, pairs, Routing(numbers[:2], numbers[2:], weights[pairs]))
+    pair = row = 0
+    first = 2 * count  # of the offsets
+    for at in range(0, 3 * found, 3):
+        end, last, after = pair + heads[at + 1], row + heads[at + 2], first + heads[at + 2] + 1
+        weights = narrow[count + pair : count + end].view(np.float32)
+        shares[heads[at]] = Share(
+            block[count + row : count + last],
+            block[pair:end],
+            Routing(narrow[first:after], narrow[pair:end], weights),
+        )
+        pair, row, first = end, last, after
     return shares
 
 

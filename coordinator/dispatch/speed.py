@@ -30,32 +30,25 @@ class LinkSpeed:
     def __init__(self, *, loopback: bool) -> None:
         """`loopback`: the other end is on this machine, and a busy processor must not be taken for a slow line."""
         self._loopback = loopback
+        # Plain values: each layer's choice among replicas reads them of each link.
+        self.round_trip_s = 0.0  # the best of late; 0 before the first
+        # How much longer than the best a message of one token or some takes of late. A machine that is busy with
+        # something else is slow to look at what it gets, whatever its arithmetic takes.
+        self.late_s = 0.0
         self._round_trips: deque[float] = deque(maxlen=SAMPLES)
         self._per_byte: deque[float] = deque(maxlen=SAMPLES)
         self._usual = 0.0
         self._slow = False
 
     @property
-    def round_trip_s(self) -> float:
-        """The best of late, seconds; 0 before the first."""
-        return min(self._round_trips, default=0.0)
-
-    @property
     def s_per_byte(self) -> float:
         """The best of late, seconds; 0 before the first, as if bytes cost nothing."""
         return min(self._per_byte, default=0.0)
 
-    @property
-    def late_s(self) -> float:
-        """How much longer than the best a message of one token or some takes of late, seconds.
-
-        A machine that is busy with something else is slow to look at what it gets, whatever its arithmetic takes.
-        """
-        return max(0.0, self._usual - self.round_trip_s)
-
     def forgive(self) -> None:
         """Called now and then: a node that was late is not asked any more, and would stay late for ever."""
         self._usual *= FORGIVEN
+        self.late_s = max(0.0, self._usual - self.round_trip_s)
 
     @property
     def slow(self) -> bool:
@@ -68,9 +61,11 @@ class LinkSpeed:
             self._usual = self._usual + NEWEST * (seconds - self._usual) if self._usual else seconds
         if largest <= SMALL_BYTES:
             self._round_trips.append(seconds)
+            self.round_trip_s = min(self._round_trips)
         elif largest >= LARGE_BYTES:
             self._per_byte.append(max(seconds - self.round_trip_s, 0.0) / total)
             self._slow = self.s_per_byte > (FAST_S_PER_BYTE if self._slow else SLOW_S_PER_BYTE)
+        self.late_s = max(0.0, self._usual - self.round_trip_s)
 
     def eight_bit(self, nbytes: int) -> bool:
         """Whether hidden states of `nbytes` should travel in 8 bits: the link is slow and bytes are its time."""

@@ -4,7 +4,6 @@ The newest replies count most, so a node that becomes busy with something else i
 One that is not asked any more is forgiven little by little, or nobody would notice that it is idle again.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..types import NodeName
@@ -25,6 +24,11 @@ class NodeSpeed:
     best_s_per_byte: float = 0.0
     backlog_s: float = 0.0  # expected of the requests that are not answered yet
     heard: int = 0  # the layer, counted since the start, of the last reply
+
+    @property
+    def read_s_per_byte(self) -> float:
+        """Of the experts that a request of few tokens reads, a guess until it is known."""
+        return self.s_per_byte or UNKNOWN_S_PER_BYTE
 
     def note(self, tokens: int, pairs: int, nbytes: int, seconds: float, now: int) -> None:
         """A reply's own computing time for `pairs` over experts of `nbytes` together."""
@@ -72,7 +76,3 @@ class Speeds:
         if self.layers % UNHEARD == 0:
             for speed in self._nodes.values():
                 speed.forgive(self.layers)
-
-    def per_byte(self, names: Sequence[NodeName]) -> list[float]:
-        """Seconds to read a byte of experts on each of `names`."""
-        return [self.of(name).s_per_byte or UNKNOWN_S_PER_BYTE for name in names]

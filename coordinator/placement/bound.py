@@ -15,26 +15,31 @@ where w_e is how often e is hit and w_ef how often e and f are hit together. The
 the M largest of β w_e + γ/2 × (sum of the M-1 largest w_ef of that e). β and γ are searched for; each gives a valid
 bound. The pair term is what says that no X can hold all experts of many batches at once, which decides small batches.
 
+Two sets S and T prove more than the better of them: a batch takes at least the larger of their ψ, one says that it
+leaves the fast places at all, the other that it then waits for a slow one. Each has its X, its h and its multipliers;
+the minimum is over both h, and where S lies within T, h of S is not below h of T.
+
 Memory may be shared out unevenly over the layers: with a price for a byte outside S, each layer takes what is
 cheapest for it, and the sum less the price of all bytes is a bound for any sharing out (Lagrange).
 """
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from .bound_layer import LayerHits, Multipliers, SetTimes
 from .cluster import Cluster
 from .makespan import layer_costs, time_for
-from .native import Floats, LayerCosts
+from .native import Floats
 from .traces import Batches, Mix
 
-SETS = 3  # sets S that are looked into, of those that mean loads make look best
-PAIR_BATCHES = 2048  # of one kind and layer, whose pairs are counted; the bound is one for these batches
+MOST_SETS = 256  # that are looked at, of those that mean loads make look best
+PARTNERS = 64  # sets that are tried beside the best one
+FINEST = 6  # rounds of the search on the first layer; the others go on from there
 
 
 class Bounds(NamedTuple):
@@ -59,21 +64,38 @@ def lower_bounds(
     with ThreadPoolExecutor(threads) as pool:
         for mix in range(len(mixes)):
 
-            def count(layer: int, mix: int = mix) -> _Layer:
-                return _Layer.of(costs[layer], mix, batches[layer], experts, usable)
+            def count(layer: int, mix: int = mix) -> LayerHits:
+                return LayerHits.of(costs[layer], mix, batches[layer], experts, usable)
 
             layers = list(pool.map(count, range(len(batches))))
             any_plan[mix] = same_slots[mix] = sum(float(layer.free.mean()) for layer in layers)
-            best: tuple[float, npt.NDArray[np.bool_], Multipliers] | None = None
-            even = slots.mean(axis=0).astype(np.int32)
-            for inside in _sets(layers[0], usable, even):
-                value, multipliers = layers[0].search(layers[0].times(inside & usable), _room(even, inside, experts))
-                if best is None or value > best[0]:
-                    best = value, inside, multipliers
-            if best is not None:
-                either, same = _memory_bounds(cluster, best[1], best[2], usable, layers, slots, pool)
+            sets, multipliers = _proof(layers[0], usable, slots.mean(axis=0).astype(np.int32))
+            if sets:
+                either = _any_plan(cluster, sets[0], multipliers[0], usable, layers, pool)
+                same = _same_slots(sets, multipliers, usable, layers, slots, pool)
                 any_plan[mix], same_slots[mix] = max(any_plan[mix], either), max(same_slots[mix], same)
     return Bounds(any_plan, np.maximum(any_plan, same_slots))
+
+
+def _proof(
+    layer: LayerHits, usable: npt.NDArray[np.bool_], slots: npt.NDArray[np.int32]
+) -> tuple[list[SetTimes], list[Multipliers]]:
+    """The best set of places alone, and the one that proves most with it, if it does; none where none proves much."""
+    tried = [layer.at(inside, usable, _room(slots, inside, layer.experts)) for inside in _sets(layer, usable, slots)]
+    alone = sorted(
+        ((layer.search([one], rounds=1)[0], i) for i, one in enumerate(tried)), key=lambda e: (-e[0], e[1])
+    )
+    if not alone:
+        return [], []
+    refined = [([tried[i]], *layer.search([tried[i]], rounds=FINEST)) for _, i in alone[:4]]
+    sets, value, multipliers = max(refined, key=lambda entry: entry[1])
+    if layer.can_pair():
+        pairs = [[sets[0], tried[i]] for _, i in alone[:PARTNERS] if tried[i] is not sets[0]]
+        found = [(layer.search(pair, multipliers, rounds=1)[0], -i) for i, pair in enumerate(pairs)]
+        if found and (best := max(found))[0] > value:
+            pair = pairs[-best[1]]
+            return pair, layer.search(pair, multipliers, rounds=FINEST)[1]
+    return sets, multipliers
 
 
 def _bytes_outside(cluster: Cluster, outside: npt.NDArray[np.bool_]) -> int:
@@ -89,9 +111,9 @@ def _room(slots: npt.NDArray[np.int32], inside: npt.NDArray[np.bool_], experts: 
 
 
 def _sets(
-    layer: "_Layer", usable: npt.NDArray[np.bool_], slots: npt.NDArray[np.int32]
+    layer: LayerHits, usable: npt.NDArray[np.bool_], slots: npt.NDArray[np.int32]
 ) -> list[npt.NDArray[np.bool_]]:
-    """The sets S worth a proof, by the time that they would need for the mean of what must be left to them."""
+    """Sets S of places, by the time that they would need for the mean of what must be left to them."""
     places = np.flatnonzero(usable)
     fixed, step = layer.fixed, layer.step
     found: set[tuple[int, ...]] = set()
@@ -114,129 +136,55 @@ def _sets(
             ends = (low + (left - whole) * (high - low)) * min(1.0, left)  # less than one: seldom touched at all
             scored.append((float(ends), members, inside))
     scored.sort(key=lambda entry: (-entry[0], entry[1]))
-    return [inside for _, _, inside in scored[:SETS]]
+    return [inside for _, _, inside in scored[:MOST_SETS]]
 
 
-def _memory_bounds(
+def _any_plan(
     cluster: Cluster,
-    inside: npt.NDArray[np.bool_],
-    start: "Multipliers",
+    one: SetTimes,
+    start: Multipliers,
     usable: npt.NDArray[np.bool_],
-    layers: Sequence["_Layer"],
-    slots: npt.NDArray[np.int32],
+    layers: Sequence[LayerHits],
     pool: ThreadPoolExecutor,
-) -> tuple[float, float]:
-    """By one set S: for any sharing out of the memory, and for `slots`."""
+) -> float:
+    """By one set: seconds of all layers, however memory is shared out over them."""
     experts = layers[0].experts
-    at = _room(slots.mean(axis=0).astype(np.int32), inside, experts)
+    fuller = (one.room + experts) // 2
 
-    def curve(index: int) -> tuple[Floats, float]:
-        layer, here = layers[index], _room(slots[index], inside, experts)
-        times = layer.times(inside & usable)
-        _, multipliers = layer.search(times, at, start)
+    def curve(index: int) -> Floats:
+        layer = layers[index]
+        here, there = layer.at(one.inside, usable, one.room), layer.at(one.inside, usable, fuller)
         # Other numbers of slots ask for other multipliers; where these are loose, those are not.
-        _, fuller = layer.search(times, (at + experts) // 2, multipliers)
-        bound = np.maximum(layer.curve(times, multipliers), layer.curve(times, fuller))
-        bound = np.maximum(bound, float(layer.free.mean()))
-        return bound, max(float(bound[here]), layer.search(times, here, multipliers)[0])
+        near = layer.search([here], [start])[1]
+        found = near + layer.search([there], near)[1] + layer.search([there], rounds=FINEST)[1]
+        bound: Floats = np.max([layer.curve(here, each) for each in found], axis=0, initial=layer.free.mean())
+        return bound
 
-    found = list(pool.map(curve, range(len(layers))))
-    curves = np.stack([bound for bound, _ in found])
+    curves = np.stack(list(pool.map(curve, range(len(layers)))))
     sizes = np.array([cluster.bytes_of(layer) for layer in range(len(layers))])
-    budget = _bytes_outside(cluster, ~inside)
+    budget = _bytes_outside(cluster, ~one.inside)
     room = np.arange(experts + 1)
-    either = 0.0
+    best = 0.0
     scale = float(curves.max()) / (experts * int(sizes.max()))
     for price in scale * np.concatenate([[0.0], np.geomspace(1e-3, 1e2, 120)]):
         least = (curves + price * sizes[:, None] * room).min(axis=1).sum() - price * budget
-        either = max(either, float(least))
-    return either, sum(value for _, value in found)
+        best = max(best, float(least))
+    return best
 
 
-class Multipliers(NamedTuple):
-    """β and γ, in seconds."""
+def _same_slots(
+    sets: Sequence[SetTimes],
+    start: Sequence[Multipliers],
+    usable: npt.NDArray[np.bool_],
+    layers: Sequence[LayerHits],
+    slots: npt.NDArray[np.int32],
+    pool: ThreadPoolExecutor,
+) -> float:
+    """Seconds of all layers with these slots."""
 
-    beta: float
-    gamma: float
+    def bound(index: int) -> float:
+        layer = layers[index]
+        here = [layer.at(one.inside, usable, _room(slots[index], one.inside, layer.experts)) for one in sets]
+        return max(float(layer.free.mean()), layer.search(here, start)[0])
 
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """One layer's batches of one kind, as far as the proof needs them."""
-
-    fixed: Floats  # [places]
-    step: Floats  # [places]
-    experts: int
-    distinct: npt.NDArray[np.int64]  # [batches]
-    free: Floats  # [batches]: the bound of free placement
-    alone: Floats  # [experts]: w_e
-    together: Floats  # [experts, experts]: of each e, the sum of its m largest w_ef, m from 0
-    kinds: npt.NDArray[np.int64]  # the numbers of distinct experts that there are
-    floor: Floats  # [kinds]: the bound of free placement
-    often: Floats  # [kinds]: their share of the batches
-
-    @classmethod
-    def of(
-        cls, costs: LayerCosts, mix: int, batches: Batches, experts: int, usable: npt.NDArray[np.bool_]
-    ) -> "_Layer":
-        chosen = np.flatnonzero(batches.mix == mix)[:PAIR_BATCHES]
-        counts = np.diff(batches.offsets)
-        mine = np.zeros(len(counts), dtype=np.bool_)
-        mine[chosen] = True
-        hit = np.zeros((len(chosen), experts), dtype=np.float32)
-        hit[np.repeat(np.arange(len(chosen)), counts[chosen]), batches.hits[np.repeat(mine, counts)]] = 1.0
-        distinct = counts[chosen]
-        pairs = hit.T @ hit / len(chosen)
-        np.fill_diagonal(pairs, 0.0)
-        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64)
-        together = np.concatenate([np.zeros((experts, 1)), np.cumsum(pairs, axis=1)], axis=1)
-        fixed, step = costs.fixed[mix], costs.step
-        kinds, inverse = np.unique(distinct, return_inverse=True)
-        floor = time_for(fixed, step, kinds, usable)
-        often = np.bincount(inverse) / len(chosen)
-        alone = hit.mean(axis=0, dtype=np.float64)
-        return cls(fixed, step, experts, distinct, floor[inverse], alone, together, kinds, floor, often)
-
-    def times(self, inside: npt.NDArray[np.bool_]) -> Floats:
-        """ψ [kinds, h], infinite where h is more than there are."""
-        hits = np.arange(int(self.kinds.max()) + 1)
-        left = self.kinds[:, None] - hits
-        alone = time_for(self.fixed, self.step, hits, inside)
-        return np.where(left >= 0, np.maximum(alone[np.maximum(left, 0)], self.floor[:, None]), np.inf)
-
-    def search(self, times: Floats, room: int, start: Multipliers | None = None) -> tuple[float, Multipliers]:
-        """The best bound found for `room` experts outside S: a grid, then finer ones around its best point.
-
-        With a `start`, the multipliers of a layer like this one, only the finer ones.
-        """
-        most = max(1, times.shape[1] - 1)
-        finite = np.where(np.isfinite(times), times, 0.0)
-        slope = float(finite.max() - self.floor.min()) / most or 1e-12
-        beta, gamma = start or Multipliers(slope, 0.0)
-        wide, tall = (0.25 * slope, 0.25 * slope / most) if start else (1.5 * slope, 8.0 * slope / most)
-        best = -np.inf
-        for _ in range(5 if start is None else 4):
-            betas = beta + wide * np.linspace(-1, 1, 9 if start is None else 5)
-            gammas = np.maximum(0.0, gamma + tall * np.linspace(-1, 1, 9 if start is None else 5))
-            for b in betas:
-                for g in np.unique(gammas):
-                    value = self._kept(times, b, g) - self._most_hit(b, g, room)
-                    if value > best:
-                        best, beta, gamma = value, float(b), float(g)
-            wide, tall = wide / 3, tall / 3
-        return best, Multipliers(beta, gamma)
-
-    def curve(self, times: Floats, multipliers: Multipliers) -> Floats:
-        """For each number of experts [experts + 1] with a replica outside S, a bound of the mean in seconds."""
-        constant = self._kept(times, *multipliers)
-        return np.array([constant - self._most_hit(*multipliers, room) for room in range(self.experts + 1)])
-
-    def _kept(self, times: Floats, beta: float, gamma: float) -> float:
-        hits = np.arange(times.shape[1])
-        return float(self.often @ (times + (beta * hits + gamma / 2 * hits * (hits - 1))).min(axis=1))
-
-    def _most_hit(self, beta: float, gamma: float, room: int) -> float:
-        if room == 0:
-            return 0.0
-        worth = beta * self.alone + gamma / 2 * self.together[:, room - 1]
-        return float(np.partition(worth, self.experts - room)[self.experts - room :].sum())
+    return sum(pool.map(bound, range(len(layers))))

@@ -17,7 +17,7 @@ from .search import Layer, begin, by_mix, improve, moves_for, prepare
 from .slots import Slots, share_out
 from .traces import DEFAULT_MIXES, NO_EXPERT, Batches, Mix, Trace, sample
 
-SCORE_BATCHES = {1: 2000, 4: 1000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
+SCORE_BATCHES = {1: 6000, 4: 2000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
 MAX_EXPERTS = 4096  # of a layer; the bound looks at all pairs of them
 T = TypeVar("T")
 
@@ -112,6 +112,8 @@ def score(
 def score_batches(held: Trace, mixes: Sequence[Mix], seed: int) -> list[Batches]:
     """The batches of each layer that plans are scored on."""
     counts = [next((n for most, n in SCORE_BATCHES.items() if mix.tokens <= most), 100) for mix in mixes]
+    # No token twice where batches are single tokens: the bound would take it for experts that are hit together.
+    counts = [min(n, held.tokens) if mix.tokens == 1 else n for mix, n in zip(mixes, counts, strict=True)]
     return sample(held, mixes, counts, seed + 1_000_003)
 
 

@@ -14,7 +14,7 @@ from .traces import Batches, Mix, Trace, sample
 
 HOT, COLD = 1e-3, 3e-6  # temperatures, as parts of the cost: flat from 3e-4 to 3e-3 on clusters B and C
 FIT_BATCHES = {1: 800, 4: 500, 16: 200, 64: 100}  # of each kind, by its tokens; three times as many for few layers
-MOVES = 3_600_000  # of all layers together: 60 layers of 512 experts on 8 nodes take 40 s on two cores
+MOVES = 3_000_000  # of all layers together: 60 layers of 512 experts on 8 nodes take 95 s of processor time in all
 MOST_MOVES = 150_000  # of one layer; little is gained beyond
 FEW_LAYERS = 16
 

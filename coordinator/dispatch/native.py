@@ -1,0 +1,40 @@
+"""The dispatcher's native library by ctypes: what is done for each layer of a step. Its C side is cpp/dispatch.cc."""
+
+import ctypes
+import functools
+from importlib.resources import files
+from typing import Any
+
+import numpy.typing as npt
+
+from ..types import CoordinatorError
+
+_ABI = 1
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, with its signatures. Raises CoordinatorError."""
+    path = files("moehive.coordinator.dispatch") / "libmoehive_dispatch.so"
+    try:
+        loaded = ctypes.CDLL(str(path))
+        abi = loaded.moehive_dispatch_abi()
+    except (OSError, AttributeError) as error:
+        raise CoordinatorError(f"The dispatcher's library {path} can't be loaded; install moehive again.") from error
+    if abi != _ABI:
+        raise CoordinatorError(f"The dispatcher's library {path} is of another build; install moehive again.")
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    loaded.moehive_choose.argtypes = (
+        pointer, size, size, pointer, pointer, size, pointer, size, ctypes.c_int32, pointer
+    )  # fmt: skip
+    loaded.moehive_split.argtypes = (pointer, pointer, size, size, pointer, size, pointer)
+    loaded.moehive_split.restype = size
+    return loaded
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """Where the first element of an array is that lies in one piece. Quick: a layer asks for several of these."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
+    except (TypeError, ValueError):  # nobody may write to it, or it is empty
+        return array.ctypes.data
