@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,7 @@ from .random_model import RandomModel, random_model
 _ROUNDS = 3  # copies and conversions; their medians count
 _PIECE = 8 << 20  # bytes copied at once
 _BASE_BYTES = 10**9  # allowed beside two experts of each worker
+_LOOK_SECONDS = 0.0005
 _COMMITS = 16  # entries in the journal of one conversion that is to be killed, about
 FORMATS = ("bf16", "q8_0", "q4_k")  # of the random models
 
@@ -110,35 +111,34 @@ def measure_kills(model: str, folder: Path, seeds: int, format: str = KEEP) -> l
     torch.set_num_threads(1)
     source = open_model(model)
     with ExitStack() as stack:
-        seconds = float("inf")
-        for _ in range(2):  # the first one has the source read from the disk, which those that are killed do not
-            whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
-            start = perf_counter()
-            _forked(partial(_convert, source, whole / "pack", format), None)
-            seconds = min(seconds, perf_counter() - start)
+        whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
+        start = perf_counter()
+        _forked(partial(_convert, source, whole / "pack", format), None)
+        commit_s = (perf_counter() - start) / _COMMITS
         wanted = _contents(whole / "pack")
         rows = []
         for seed in range(seeds):
             with TemporaryDirectory(dir=folder, prefix="killed-") as killed:
-                rows.append(_kill(source, Path(killed) / "pack", format, seed, seconds, wanted))
+                rows.append(_kill(source, Path(killed) / "pack", format, seed, commit_s, wanted))
     return rows
 
 
 def _kill(
-    source: ModelSource, pack: Path, format: str, seed: int, seconds: float, wanted: dict[str, bytes]
+    source: ModelSource, pack: Path, format: str, seed: int, commit_s: float, wanted: dict[str, bytes]
 ) -> dict[str, Any]:
     draw = random.Random(seed)
-    moments = [draw.random() * seconds, draw.random() * seconds]
+    # By what was done so far, not by the clock: on a busy machine a moment drawn beforehand misses the work.
+    moments = [_Moment(draw.randrange(_COMMITS), draw.random() * commit_s) for _ in range(2)]
     journaled = []
     for moment in moments:
-        _forked(lambda: _convert(source, pack, format), moment)
+        _forked(lambda: _convert(source, pack, format), partial(moment.wait, pack / JOURNAL))
         journaled.append(_journaled(source, pack))
     start = perf_counter()
     resumed = int(_forked(lambda: _convert(source, pack, format), None))
     return {
         "seed": seed,
-        "first_kill_s": moments[0],
-        "second_kill_s": moments[1],
+        "first_kill": moments[0].writes,
+        "second_kill": moments[1].writes,
         "journaled_first": journaled[0],
         "journaled": journaled[1],
         "resumed": resumed,
@@ -148,12 +148,38 @@ def _kill(
     }
 
 
+class _Moment(NamedTuple):
+    """When a conversion is killed: so long after so many writes to its journal."""
+
+    writes: int
+    seconds: float
+
+    def wait(self, journal: Path, pid: int) -> None:
+        """Returns then, or when the process has ended."""
+        size, writes = _size(journal), 0
+        while writes < self.writes:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
+                return
+            sleep(_LOOK_SECONDS)
+            now = _size(journal)
+            writes += now != size
+            size = now
+        sleep(self.seconds)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 def _convert(source: ModelSource, pack: Path, format: str) -> str:
     return str(convert(source, pack, format, workers=2, commit_bytes=source.manifest.total_bytes // _COMMITS).resumed)
 
 
-def _forked(work: "Callable[[], str]", kill_after: float | None) -> str:
-    """What `work` returns in a process of its own, which is killed after some seconds if so wanted."""
+def _forked(work: "Callable[[], str]", until_kill: "Callable[[int], None] | None") -> str:
+    """What `work` returns in a process of its own, which is killed when `until_kill`, given its number, returns."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:  # never leaves this block
@@ -165,13 +191,13 @@ def _forked(work: "Callable[[], str]", kill_after: float | None) -> str:
         finally:
             os._exit(status)
     os.close(writable)
-    if kill_after is not None:
-        sleep(kill_after)
+    if until_kill is not None:
+        until_kill(pid)
         os.kill(pid, signal.SIGKILL)
     with os.fdopen(readable) as pipe:
         said = pipe.read()
     _, code = os.waitpid(pid, 0)
-    if kill_after is None and code != 0:
+    if until_kill is None and code != 0:
         raise CoordinatorError(f"The conversion in a process of its own failed with status {code}.")
     return said
 
