@@ -26,6 +26,7 @@ from .frames import (
     frame,
     header,
 )
+from .keepalive import Keepalive
 from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
 from .reader import MAX_HEADER_BYTES, FrameReader
 from .stream import Stream
@@ -34,8 +35,6 @@ from .tls import peer_names
 log = logging.getLogger(__name__)
 
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
-TICK_SECONDS = 5.0
-PING_TICKS, DEAD_TICKS = 2, 3  # without a byte from the other side
 
 Fields = list[tuple[str, str]]
 ANSWER: Fields = [(":status", "200"), ("content-type", "application/grpc")]
@@ -88,8 +87,7 @@ class Connection(asyncio.BufferedProtocol):
         self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
         self._reader = FrameReader(self, preface=owner is not None)
         self._progress: asyncio.Future[None] | None = None
-        self._quiet_ticks = 0
-        self._timer: asyncio.TimerHandle | None = None
+        self._keepalive: Keepalive | None = None  # once it is connected
 
     # The transport's side.
 
@@ -111,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
             values[frames.ENABLE_PUSH] = 0
         opening = frames.settings(values) + frames.window_update(0, LARGEST_WINDOW - FIRST_WINDOW)
         transport.write(opening if self._owner is not None else PREFACE + opening)
-        self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
+        self._keepalive = Keepalive(self._ping, self._dead)
         if self._owner is not None:
             self._owner.made(self)
 
@@ -125,7 +123,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """See asyncio.BufferedProtocol."""
-        self._quiet_ticks = 0
+        assert self._keepalive is not None
+        self._keepalive.quiet_ticks = 0
         try:
             self._reader.received(nbytes)
         except FrameError as error:
@@ -390,23 +389,20 @@ class Connection(asyncio.BufferedProtocol):
             self._progress.set_result(None)
             self._progress = None
 
-    def _tick(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(TICK_SECONDS, self._tick)
-        self._quiet_ticks += 1
-        if self._quiet_ticks == PING_TICKS:
-            self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
-        elif self._quiet_ticks > DEAD_TICKS:
-            seconds = DEAD_TICKS * TICK_SECONDS
-            self._end(f"The other side was silent for {seconds:.0f} s.")
-            self._transport.abort()
+    def _ping(self) -> None:
+        self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
+
+    def _dead(self, why: str) -> None:
+        self._end(why)
+        self._transport.abort()
 
     def _end(self, why: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
         if self.lost is not None:
             return
         self.lost = why
         self._reader.closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._keepalive is not None:
+            self._keepalive.stop()
         if code is not ErrorCode.NO_ERROR:
             log.warning("A connection is ended: %s", why)
             self._transport.write(frames.go_away(max(self._last_stream, 0), code, why))

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
-from moehive.proto.wire import connection as connection_module
-from moehive.proto.wire import frames
+from moehive.proto.wire import frames, keepalive
 from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.connection import Connection
 from moehive.proto.wire.server import Server
@@ -220,7 +219,7 @@ def test_a_reader_that_rests_holds_the_writer_back() -> None:
 
 
 def test_a_silent_other_side_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection_module, "TICK_SECONDS", 0.01)
+    monkeypatch.setattr(keepalive, "TICK_SECONDS", 0.01)
 
     async def main() -> None:
         async def nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
