@@ -8,7 +8,7 @@ import logging
 import ssl
 import struct
 from collections.abc import Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import grpc
 import grpc.aio
@@ -28,29 +28,15 @@ from .frames import (
 )
 from .keepalive import Keepalive
 from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
+from .owner import Owner
 from .reader import MAX_HEADER_BYTES, FrameReader
+from .status import ANSWER, Fields
 from .stream import Stream
 from .tls import peer_names
 
 log = logging.getLogger(__name__)
 
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
-
-Fields = list[tuple[str, str]]
-ANSWER: Fields = [(":status", "200"), ("content-type", "application/grpc")]
-
-
-class Owner(Protocol):
-    """Who answers the calls of a connection."""
-
-    def made(self, connection: "Connection") -> None:
-        """The connection is open; the owner may close it."""
-
-    def called(self, connection: "Connection", stream: Stream) -> None:
-        """A call has begun; `stream.fields` are the caller's headers."""
-
-    def gone(self, connection: "Connection") -> None:
-        """The connection is over."""
 
 
 class Connection(asyncio.BufferedProtocol):

@@ -1,6 +1,7 @@
 """A call's end: gRPC's status in headers, and as the error that a caller gets."""
 
 from collections.abc import Iterable
+from typing import TypeAlias
 from urllib.parse import quote, unquote
 
 import grpc
@@ -8,6 +9,9 @@ import grpc.aio
 
 from .frames import ErrorCode
 
+Fields: TypeAlias = list[tuple[str, str]]
+
+ANSWER: Fields = [(":status", "200"), ("content-type", "application/grpc")]  # before the messages of an answer
 MAX_DETAILS = 1024  # characters; they travel in a header, whose size is bounded
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
@@ -31,7 +35,7 @@ def of_reset(code: int) -> grpc.aio.AioRpcError:
     return error(kind, f"The other side ended the call (HTTP/2 error {code}).")
 
 
-def trailers(code: grpc.StatusCode, details: str) -> list[tuple[str, str]]:
+def trailers(code: grpc.StatusCode, details: str) -> Fields:
     """The headers that end a call."""
     value: int = code.value[0]
     words = [("grpc-status", str(value))]
