@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from . import cluster_pb2 as pb
 from .bounds import MAX_CHUNK_BYTES, BoundsError, check_chunk
+from .varint import varint
 
 WORTH = 0.95  # a sample that zstd does not make smaller than this share of it is sent as it is
 _LEVEL = 1  # some 500 MB/s on one core, several times a home network
@@ -100,17 +101,7 @@ def _chunk(
         zstd_bytes=zstd_bytes,
         expert_digest=digest if end == len(whole) else b"",
     )
-    return b"".join((head.SerializeToString(), _DATA_TAG, _varint(len(data)), data)), len(data)
-
-
-def _varint(number: int) -> bytes:
-    """A number as protobuf writes it."""
-    coded = bytearray()
-    while number > 127:
-        coded.append(number & 127 | 128)
-        number >>= 7
-    coded.append(number)
-    return bytes(coded)
+    return b"".join((head.SerializeToString(), _DATA_TAG, varint(len(data)), data)), len(data)
 
 
 def _read_varint(message: bytes, at: int) -> tuple[int, int]:

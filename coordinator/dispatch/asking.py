@@ -68,7 +68,7 @@ class Asking:
         await asyncio.sleep(REST_SECONDS)
         try:
             async with asyncio.timeout(LOST_SECONDS):
-                await link.send(probe(1))
+                await link.send(*probe(1))
         except NodeUnavailable:
             return  # the link has ended, and `disconnect` follows
         except TimeoutError:

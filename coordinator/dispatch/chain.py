@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import MAX_CHAIN, MAX_CHAIN_BYTES, add_to_chain
-from moehive.proto.tensors import Routing, scale_groups, write_request
+from moehive.proto.tensors import Routing, request_pieces, scale_groups, write_head
 
 from ..types import LOCAL, NodeName, NodeUnavailable
 from .link import Link
@@ -97,11 +97,12 @@ class Chains:
             members = tuple((names[node], share) for node, share in shares)
             request = pb.ComputeRequest()
             request.CopyFrom(like)
-            write_request(request, rows_of(sent.hidden, whole), _over(members[0][1], whole), eight_bit)
+            states = write_head(request, rows_of(sent.hidden, whole), eight_bit)
             try:
                 for name, share in members[1:]:
                     add_to_chain(request, name, self._address(name), _over(share, whole))
-                reply = self._link(members[0][0]).send(request)
+                pieces = request_pieces(request.SerializeToString(), states, _over(members[0][1], whole))
+                reply = self._link(members[0][0]).send(pieces, len(states), chained=len(members) > 1)
             except NodeUnavailable:
                 sent.lost.append(whole)
                 continue

@@ -19,7 +19,7 @@ import torch
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import tensor_bytes, write_request
+from moehive.proto.tensors import request_pieces, write_head
 
 from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
@@ -302,20 +302,13 @@ class Dispatcher:
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
         layer, tokens = sent.layer, len(share.tokens)
-        request = self._request(layer)
-        if tokens == len(sent.ids):  # the usual case of decoding: the same bytes for each node
-            rows, raw = sent.hidden, sent.raw
-            if raw is None:
-                raw = sent.raw = tensor_bytes(rows)
-            nbytes = len(raw)
-        else:
-            rows, raw = rows_of(sent.hidden, share), None
-            nbytes = rows.nbytes
+        whole = tokens == len(sent.ids)  # the usual case of decoding: each node gets the same bytes
+        rows = sent.hidden if whole else rows_of(sent.hidden, share)
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
-        eight_bit = self._reduction is Reduction.PARTIAL_SUM and link.speed.eight_bit(nbytes)
-        write_request(request, rows, share.routing, eight_bit, raw)
-        self.tiers.tell(request)
-        reply = link.send(request)
+        exact = self._reduction is Reduction.PER_EXPERT or not link.speed.slow
+        eight_bit = not exact and link.speed.eight_bit(rows.nbytes)
+        head, raw = (sent.states if whole and not eight_bit else None) or self._head(sent, rows, eight_bit)
+        reply = link.send(request_pieces(head, raw, share.routing), len(raw))
         timeline.current.hop(node, reply, _COMPUTE_NS)
         speed = self._speeds.of(node)
         expected = speed.expected(tokens, len(share.pairs), self._replies.read_bytes(layer, share))
@@ -327,6 +320,16 @@ class Dispatcher:
         part = Part(layer, ((node, share),), share, reply, expected, asyncio.get_running_loop().time() + patience)
         self._watch.add(part)
         return part
+
+    def _head(self, sent: Sent, rows: torch.Tensor, eight_bit: bool) -> tuple[bytes, bytes]:
+        """All of a request but its routing: the fields before the hidden states `rows`, and those, as bytes."""
+        request = self._request(sent.layer)
+        raw = write_head(request, rows, eight_bit)
+        self.tiers.tell(request)
+        states = request.SerializeToString(), raw
+        if rows is sent.hidden and not eight_bit:
+            sent.states = states
+        return states
 
     def _request(self, layer: int) -> pb.ComputeRequest:
         """A request of the layer that is dispatched now, without its share."""

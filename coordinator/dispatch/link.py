@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.handshake import metadata
-from moehive.proto.tensors import MAX_LAYER, Routing, write_request
+from moehive.proto.tensors import MAX_LAYER, Routing, id_piece, request_pieces, write_head
 from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.methods import COMPUTE
 from moehive.proto.wire.stream import Stream
@@ -57,7 +57,7 @@ class Link:
         self.speed = LinkSpeed(loopback=is_loopback(address))
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
-        self._line: deque[pb.ComputeRequest] = deque()  # those that were not
+        self._line: deque[tuple[int, tuple[bytes, ...]]] = deque()  # those that were not, by id
         self._next_id = FIRST_ID
         self._stream: Stream | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -91,22 +91,26 @@ class Link:
     async def _measure(self) -> None:
         """Sends requests that a node refuses at once (epoch 0 is of no model), small and large."""
         for tokens in PROBES:
-            await self.send(probe(tokens))
+            await self.send(*probe(tokens))
 
-    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
-        """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT; sets the request's id.
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
+    ) -> "asyncio.Future[pb.ComputeReply]":
+        """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT.
 
-        An idle stream takes it before this returns. The future has the reply. It raises NodeUnavailable, as this
-        does, when the node is gone or stays silent for REPLY_SECONDS. Whoever no longer wants the reply cancels it.
+        `pieces` are its bytes but for its id, which is given here; `nbytes` of them are hidden states; `chained`:
+        other nodes answer, too. An idle stream takes it before this returns. The future has the reply. It raises
+        NodeUnavailable, as this does, when the node is gone or stays silent for REPLY_SECONDS. Whoever no longer
+        wants the reply cancels it.
         """
         if self._stream is None or self._failure is not None:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
-        request.id = self._next_id
+        number = self._next_id
         self._next_id += ID_STEP
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-        self._pending[request.id] = _Pending(future, monotonic(), len(request.hidden_states), bool(request.chain))
-        future.add_done_callback(partial(self._settled, request.id))
-        self._line.append(request)
+        self._pending[number] = _Pending(future, monotonic(), nbytes, chained)
+        future.add_done_callback(partial(self._settled, number))
+        self._line.append((number, (*pieces, id_piece(number))))
         self._write()
         return future
 
@@ -163,10 +167,10 @@ class Link:
         """Puts the requests in line on the stream, as many as it takes."""
         assert self._stream is not None
         while self._line and len(self._on_stream) < MAX_IN_FLIGHT:
-            request = self._line.popleft()
-            if request.id in self._pending:  # else: cancelled while it was in line
-                self._on_stream.add(request.id)
-                self._stream.send((request.SerializeToString(),))
+            number, pieces = self._line.popleft()
+            if number in self._pending:  # else: cancelled while it was in line
+                self._on_stream.add(number)
+                self._stream.send(pieces)
 
     async def _watch(self) -> None:
         while True:
@@ -196,9 +200,12 @@ class Link:
         self._on_close()
 
 
-def probe(tokens: int) -> pb.ComputeRequest:
-    """A request of so many tokens, 4 KiB each, that a node refuses at once: it asks for nothing, of no epoch."""
+def probe(tokens: int) -> tuple[tuple[bytes, ...], int]:
+    """A request of so many tokens, 4 KiB each, that a node refuses at once: it asks for nothing, of no epoch.
+
+    As `Link.send` takes it.
+    """
     routing = Routing(np.zeros(tokens + 1, "<u4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
     request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
-    write_request(request, torch.zeros(tokens, 1024), routing)
-    return request
+    states = write_head(request, torch.zeros(tokens, 1024))
+    return request_pieces(request.SerializeToString(), states, routing), len(states)

@@ -63,7 +63,7 @@ class Sent:
     weights: npt.NDArray[np.float32]
     device: torch.device | None  # where its caller has its tensors, if not there
     settle: Callable[[Part], None]  # to be called with each part when it is over
-    raw: bytes | None = None  # the bytes of `hidden`, once they were needed
+    states: tuple[bytes, bytes] | None = None  # of a request for all of `hidden`: its fields before it, and its bytes
     here: Share | None = None
     lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
     waiting: list[Part] = field(default_factory=list)

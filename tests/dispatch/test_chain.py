@@ -62,13 +62,16 @@ class FakeNode:
         self._nodes = nodes
         self._ops = ExpertOps(1)
 
-    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
+    ) -> "asyncio.Future[pb.ComputeReply]":
+        request = pb.ComputeRequest.FromString(b"".join(pieces))
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
         if request.epoch == 0:
             future.set_result(pb.ComputeReply())
         else:
             self.asked.append(1 + len(request.chain))
-            future.set_result(self.answer(pb.ComputeRequest.FromString(request.SerializeToString())))
+            future.set_result(self.answer(request))
         return future
 
     def answer(self, request: pb.ComputeRequest) -> pb.ComputeReply:

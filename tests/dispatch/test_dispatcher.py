@@ -42,8 +42,11 @@ class FakeLink:
         self.speed = LinkSpeed(loopback=False)
         self._ops = ExpertOps(1)
 
-    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
-        message = pb.ComputeRequest.FromString(request.SerializeToString())
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
+    ) -> "asyncio.Future[pb.ComputeReply]":
+        request = pb.ComputeRequest.FromString(b"".join(pieces))
+        message = request
         hidden, routing = read_request(message)
         held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
         reduction = REDUCTIONS[message.reduction]

@@ -50,7 +50,10 @@ class FakeLink:
         self.answers_probes = True
         self._ops = ExpertOps(1)
 
-    def send(self, request: pb.ComputeRequest) -> "asyncio.Future[pb.ComputeReply]":
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
+    ) -> "asyncio.Future[pb.ComputeReply]":
+        request = pb.ComputeRequest.FromString(b"".join(pieces))
         future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
         if request.epoch == 0:
             if self.answers_probes:
@@ -58,7 +61,7 @@ class FakeLink:
             return future
         self.asked += 1
         self.was_asked.set()
-        hidden, routing = read_request(pb.ComputeRequest.FromString(request.SerializeToString()))
+        hidden, routing = read_request(request)
         reduction = Reduction.PER_EXPERT if request.reduction == pb.REDUCTION_PER_EXPERT else Reduction.PARTIAL_SUM
         rows = self._ops.moe_layer(
             SPEC, WEIGHTS, hidden, routing.offsets, routing.experts, routing.weights, reduction

@@ -72,12 +72,12 @@ def test_an_answer_to_what_nobody_has_asked_ends_the_link_and_is_no_other_reques
 
     async def main() -> None:
         async with linked(lie) as link:
-            replies = [link.send(pb.ComputeRequest(epoch=1)) for _ in range(2)]
+            replies = [link.send((pb.ComputeRequest(epoch=1).SerializeToString(),), 0) for _ in range(2)]
             assert (await asyncio.wait_for(replies[0], SECONDS)).values == b""
             with pytest.raises(NodeUnavailable, match="nobody has sent"):
                 await asyncio.wait_for(replies[1], SECONDS)
             with pytest.raises(NodeUnavailable, match="nobody has sent"):
-                link.send(pb.ComputeRequest(epoch=1))
+                link.send((pb.ComputeRequest(epoch=1).SerializeToString(),), 0)
 
     asyncio.run(main())
 
@@ -89,8 +89,8 @@ def test_a_late_answer_to_a_request_that_was_given_up_is_dropped() -> None:
 
     async def main() -> None:
         async with linked(late) as link:
-            link.send(pb.ComputeRequest(epoch=1)).cancel()
-            second = link.send(pb.ComputeRequest(epoch=1))
+            link.send((pb.ComputeRequest(epoch=1).SerializeToString(),), 0).cancel()
+            second = link.send((pb.ComputeRequest(epoch=1).SerializeToString(),), 0)
             assert (await asyncio.wait_for(second, SECONDS)).values == b"1"
 
     asyncio.run(main())

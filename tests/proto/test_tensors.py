@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import tensors
-from moehive.proto.tensors import Routing, WireError, read_request, read_values, tensor_bytes, write_request
+from moehive.proto.tensors import (
+    Routing,
+    WireError,
+    id_piece,
+    read_request,
+    read_values,
+    request_pieces,
+    tensor_bytes,
+    write_head,
+    write_request,
+)
 
 fuzz = settings(max_examples=int(os.environ.get("MOEHIVE_FUZZ_EXAMPLES", "200")), deadline=None)
 
@@ -42,6 +52,19 @@ def test_a_request_comes_back_bit_for_bit(counts: list[int], dtype: torch.dtype)
     assert np.diff(routing.offsets).tolist() == counts
     assert routing.experts.tolist() == list(range(sum(counts)))
     assert routing.weights.tobytes() == np.linspace(-2, 2, sum(counts), dtype=np.float32).tobytes()
+
+
+@fuzz
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(0, 1 << 62), st.booleans())
+def test_a_request_in_pieces_is_the_same(counts: list[int], number: int, eight_bit: bool) -> None:
+    request = make(len(counts), 24, counts)
+    states, routing = read_request(request)
+    write_request(request, states, routing, eight_bit)
+    head = pb.ComputeRequest(layer=3, reduction=pb.REDUCTION_PARTIAL_SUM)
+    raw = write_head(head, states, eight_bit)
+    pieces = (*request_pieces(head.SerializeToString(), raw, routing), id_piece(number))
+    request.id = number
+    assert pb.ComputeRequest.FromString(b"".join(pieces)) == request
 
 
 def test_columns_that_are_not_contiguous_are_sent_in_order() -> None:
