@@ -61,11 +61,11 @@ async def run(settings: Settings) -> None:
     with lock_folder(settings.state):
         starting = asyncio.create_task(start(settings))
         stopped = asyncio.create_task(stop.wait())
-        stopped.add_done_callback(lambda _: end_soon())  # when it is released, too: it is cancelled then
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not starting.done():  # nothing was promised to anybody yet
             end_now()
         node = starting.result()
+        stopped.add_done_callback(lambda _: end_soon())  # when it is released, too: it is cancelled then
         settle_heap()
         try:
             await node.serve(stopped)

@@ -17,6 +17,11 @@ def end_soon() -> None:
     faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=sys.__stderr__ or sys.stderr)
 
 
+def ended() -> None:
+    """A part has ended; its process may go on."""
+    faulthandler.cancel_dump_traceback_later()
+
+
 def end_now() -> NoReturn:
     """Ends this process, exit code 0, once everything that others see has been closed.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from moehive.proto.ending import end_soon
+from moehive.proto.ending import end_soon, ended
 from moehive.proto.malloc import settle_heap
 
 if TYPE_CHECKING:
@@ -50,11 +50,12 @@ def running_cluster(model: str, base: Path, nodes: int, grpc_port: int, http_por
             settle_heap()
             yield cluster
         finally:
-            end_soon()  # a thread that still reads a model would be waited for
+            end_soon()
             with contextlib.suppress(TimeoutError):
                 asyncio.run_coroutine_threadsafe(cluster.stop(), loop).result(STOP_SECONDS)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(1.0)
+            ended()
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

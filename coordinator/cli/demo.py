@@ -50,6 +50,8 @@ def demo(
         return
 
     print(f"Starting a coordinator and {nodes} expert nodes …", file=sys.stderr)
+    from moehive.proto.ending import end_now
+
     from ..local_cluster import folder_name
     from .background import running_cluster
 
@@ -66,6 +68,7 @@ def demo(
                 converse(client, max_tokens, temperature)
             else:
                 _answer(client, prompt, max_tokens, temperature, seconds, as_json)
+    end_now()
 
 
 def _answer(

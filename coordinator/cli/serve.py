@@ -122,13 +122,14 @@ async def _run(settings: CoordinatorSettings) -> None:
     notify(status="Loading the model.")
     starting = asyncio.create_task(running.start())
     stopping = asyncio.create_task(stopped.wait())
-    stopping.add_done_callback(lambda _: end_soon())
     await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
+        end_soon()
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         end_now()
     starting.result()
+    stopping.add_done_callback(lambda _: end_soon())
     settle_heap()
     feeding = asyncio.create_task(_tell_systemd(running))
     print(
