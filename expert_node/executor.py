@@ -103,7 +103,7 @@ class Executor:
     def quick(self, layer: int, pairs: int) -> bool:
         """Whether so many pairs of a layer are computed sooner than a thread's hand-over is worth."""
         spec = self.store.spec(layer)
-        return spec is None or pairs * spec.hidden_size * (spec.projected_size + spec.intermediate_size) <= LARGE_WORK
+        return spec is None or pairs * spec.weights <= LARGE_WORK
 
     def in_memory(self, layer: int, routing: Routing) -> bool:
         """Whether none of a request's experts has to be read from disk first, as things stand."""

@@ -40,7 +40,7 @@ class LayerTable:
         )
         self.blobs = (ctypes.c_uint64 * experts)(*addresses)
         self.spec = describe(spec)
-        self.work = spec.hidden_size * (spec.projected_size + spec.intermediate_size)  # of a pair, multiply-adds
+        self.work = spec.weights  # multiply-adds of a pair
         self.arguments = ctypes.addressof(self.spec), ctypes.addressof(self.blobs), experts  # of the native call
 
 

@@ -134,6 +134,11 @@ class ExpertSpec:
         return 2 * self.intermediate_size if self.gated else self.intermediate_size
 
     @property
+    def weights(self) -> int:
+        """Numbers in the matrices: multiply-adds of a token."""
+        return (self.projected_size + self.intermediate_size) * self.hidden_size
+
+    @property
     def tensors(self) -> tuple[TensorPlace, ...]:
         """The blob's tensors in order: `up`, `up_bias`, `down`, `down_bias`, `post_norm` (those that exist)."""
         wanted: list[tuple[str, tuple[int, ...], Format]] = [

@@ -57,17 +57,23 @@ def describe(spec: ExpertSpec) -> _Spec:
     )
 
 
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The native library, with the signatures of what this file calls. Raises NativeLibraryError."""
+def load(part: str, abi: int) -> ctypes.CDLL:
+    """The native library, whose function `part` says that it is of this build. Raises NativeLibraryError."""
     path = files("moehive.kernels") / "libmoehive_kernels.so"
     try:
         loaded = ctypes.CDLL(str(path))
-        abi = loaded.moehive_abi()
+        found = getattr(loaded, part)()
     except (OSError, AttributeError) as error:
         raise NativeLibraryError(f"The native library {path} can't be loaded: {error}.") from error
-    if abi != _ABI:
+    if found != abi:
         raise NativeLibraryError(f"The native library {path} is of another build; install moehive again.")
+    return loaded
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The native library, with the signatures of what this file calls. Raises NativeLibraryError."""
+    loaded = load("moehive_abi", _ABI)
     loaded.moehive_kernel.argtypes = (ctypes.c_int32,)
     loaded.moehive_kernel.restype = ctypes.c_char_p
     loaded.moehive_create.argtypes = (ctypes.c_char_p, ctypes.c_int32)

@@ -9,13 +9,12 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any, Literal
 
 import torch
 
 from .geometry import Activation
-from .native import NativeLibraryError
+from .native import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
@@ -160,14 +159,7 @@ def _pointer(tensor: torch.Tensor | None) -> int | None:
 @functools.cache
 def native_trunk() -> ctypes.CDLL:
     """The native library's part for trunks. Raises NativeLibraryError."""
-    path = files("moehive.kernels") / "libmoehive_kernels.so"
-    try:
-        library = ctypes.CDLL(str(path))
-        abi = library.moehive_trunk_abi()
-    except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"The native library {path} can't be loaded: {error}.") from error
-    if abi != _ABI:
-        raise NativeLibraryError(f"The native library {path} is of another build; install moehive again.")
+    library = load("moehive_trunk_abi", _ABI)
     pointer, size, flag, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "create": (pointer, (flag,)),

@@ -75,10 +75,7 @@ def _measure(
     def kl(changed: Manifest, other: Read) -> float:
         return divergence(reference, log_probabilities(trunk, Experts(changed, other, ops, 0), text[1]))
 
-    weights = sum(
-        layer.experts * layer.spec.hidden_size * (layer.spec.projected_size + layer.spec.intermediate_size)
-        for layer in manifest.layers
-    )
+    weights = sum(layer.experts * layer.spec.weights for layer in manifest.layers)
     uniform: list[tuple[float, Format, float]] = []  # divergence, format, bits
     for done, fmt in enumerate(CANDIDATES):
         progress("Uniform formats", done, len(CANDIDATES))

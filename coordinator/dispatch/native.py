@@ -2,12 +2,11 @@
 
 import ctypes
 import functools
-from importlib.resources import files
 from typing import Any
 
 import numpy.typing as npt
 
-from ..types import CoordinatorError
+from ..native_library import load
 
 _ABI = 1
 
@@ -15,14 +14,7 @@ _ABI = 1
 @functools.cache
 def library() -> ctypes.CDLL:
     """The library, with its signatures. Raises CoordinatorError."""
-    path = files("moehive.coordinator.dispatch") / "libmoehive_dispatch.so"
-    try:
-        loaded = ctypes.CDLL(str(path))
-        abi = loaded.moehive_dispatch_abi()
-    except (OSError, AttributeError) as error:
-        raise CoordinatorError(f"The dispatcher's library {path} can't be loaded; install moehive again.") from error
-    if abi != _ABI:
-        raise CoordinatorError(f"The dispatcher's library {path} is of another build; install moehive again.")
+    loaded = load("dispatch", "libmoehive_dispatch.so", "moehive_dispatch_abi", _ABI)
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     loaded.moehive_choose.argtypes = (
         pointer, size, size, pointer, pointer, size, pointer, size, ctypes.c_int32, pointer

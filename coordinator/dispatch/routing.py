@@ -46,11 +46,11 @@ def split(ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: O
     first = 2 * count  # of the offsets
     for at in range(0, 3 * found, 3):
         end, last, after = pair + heads[at + 1], row + heads[at + 2], first + heads[at + 2] + 1
-        weights = narrow[count + pair : count + end].view(np.float32)
+        factors = narrow[count + pair : count + end].view(np.float32)
         shares[heads[at]] = Share(
             block[count + row : count + last],
             block[pair:end],
-            Routing(narrow[first:after], narrow[pair:end], weights),
+            Routing(narrow[first:after], narrow[pair:end], factors),
         )
         pair, row, first = end, last, after
     return shares

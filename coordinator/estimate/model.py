@@ -82,7 +82,7 @@ class Model:
     def weights(self) -> int:
         """How many numbers the model has."""
         trunk = sum(m.rows * m.columns for matrices in self.parts.values() for m in matrices)
-        return trunk + sum(layer.experts * _weights(layer.spec) for layer in self.layers)
+        return trunk + sum(layer.experts * layer.spec.weights for layer in self.layers)
 
     @property
     def active_weights(self) -> int:
@@ -90,7 +90,7 @@ class Model:
         trunk = sum(
             m.rows * m.columns for part, ms in self.parts.items() for m in ms if part != EMBEDDING or self.tied
         )
-        return trunk + sum(layer.top_k * _weights(layer.spec) for layer in self.layers)
+        return trunk + sum(layer.top_k * layer.spec.weights for layer in self.layers)
 
     def in_format(self, format: Format) -> "Model":
         """The same model in another format; a trunk whose bytes are known stays as it is."""
@@ -162,10 +162,6 @@ def _kv_bytes(shape: ModelShape, layers: int) -> int:
         return 2 * layers * int(keys["attention.kv_lora_rank"] + keys["rope.dimension_count"])
     full = layers // int(keys.get("full_attention_interval", 1))
     return 2 * 2 * full * int(keys["attention.head_count_kv"]) * int(keys["attention.key_length"])
-
-
-def _weights(spec: ExpertSpec) -> int:
-    return (spec.projected_size + spec.intermediate_size) * spec.hidden_size
 
 
 def _matrix_bytes(matrix: Matrix, format: str) -> int:

@@ -64,13 +64,13 @@ def prefill_rate(model: Model, cluster: Cluster, placed: Placed) -> float:
     ram = cluster.coordinator.ram
     assert ram is not None
     step = decode_step(model, cluster, placed, tokens)
-    weights = model.active_weights - sum(layer.top_k * _numbers(layer) for layer in model.layers)  # of the trunk
+    weights = model.active_weights - sum(layer.top_k * layer.spec.weights for layer in model.layers)  # of the trunk
     trunk = max(step.trunk_s, tokens * weights / (ram.bytes_per_s * PRODUCTS_PER_BYTE))
     asked = [h for h in placed.holdings if h.expert_bytes]
     layers = 0.0
     for layer, count in _kinds(model.layers):
         reading, whole = _layer(layer, model, cluster, placed.holdings, tokens)
-        products = tokens * layer.top_k * _numbers(layer)
+        products = tokens * layer.top_k * layer.spec.weights
         computing = max(_products_s(h, products * h.expert_bytes / model.expert_bytes) for h in asked)
         # The coordinator's one link carries what goes to all nodes.
         remote = sum(not h.machine.coordinator for h in asked)
@@ -130,10 +130,6 @@ def _distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.N
         drawn = rng.random((draws, layer.experts)).argpartition(layer.top_k - 1, axis=1)[:, : layer.top_k]
         np.put_along_axis(hit, drawn, True, axis=1)
     return np.stack([hit[:, owner == n].sum(1) for n in range(len(weights))], 1).astype(np.float64)
-
-
-def _numbers(layer: LayerGeometry) -> int:
-    return (layer.spec.projected_size + layer.spec.intermediate_size) * layer.spec.hidden_size
 
 
 def _products_s(holding: Holding, products: float) -> float:

@@ -3,12 +3,11 @@
 import ctypes
 import functools
 from dataclasses import dataclass
-from importlib.resources import files
 
 import numpy as np
 import numpy.typing as npt
 
-from ..types import CoordinatorError
+from ..native_library import load
 from .traces import Batches
 
 _ABI = 1
@@ -40,14 +39,7 @@ class _Search(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    path = files("moehive.coordinator.placement") / "libmoehive_planner.so"
-    try:
-        library = ctypes.CDLL(str(path))
-        abi = library.moehive_planner_abi()
-    except (OSError, AttributeError) as error:
-        raise CoordinatorError(f"The planner's library {path} can't be loaded; install moehive again.") from error
-    if abi != _ABI:
-        raise CoordinatorError(f"The planner's library {path} is of another build; install moehive again.")
+    library = load("placement", "libmoehive_planner.so", "moehive_planner_abi", _ABI)
     pointer = ctypes.c_void_p
     library.moehive_makespans.argtypes = (pointer, pointer, pointer)
     library.moehive_anneal.argtypes = (pointer, pointer, pointer, pointer)

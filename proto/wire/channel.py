@@ -10,12 +10,9 @@ import grpc.aio
 from ..bounds import host_port
 from ..channel import MAX_MESSAGE_BYTES, Identity
 from . import status
-from .connection import Connection
-from .server import HANDSHAKE_SECONDS
+from .connection import HANDSHAKE_SECONDS, WINDOW_BYTES, Connection
 from .stream import Stream
 from .tls import client_context
-
-WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)
 
 
 class Channel:

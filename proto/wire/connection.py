@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import hpack
 
+from ..channel import MAX_MESSAGE_BYTES
 from . import frames, status
 from .frames import (
     FIRST_WINDOW,
@@ -36,18 +37,15 @@ from .tls import peer_names
 
 log = logging.getLogger(__name__)
 
+HANDSHAKE_SECONDS = 10.0  # for TLS's
+WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)  # of a stream that carries hidden states
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
 
 
 class Connection(asyncio.BufferedProtocol):
     """Use it on one event loop."""
 
-    def __init__(
-        self,
-        max_bytes: int,
-        window_bytes: int,
-        owner: Owner | None = None,
-    ) -> None:
+    def __init__(self, max_bytes: int, window_bytes: int, owner: Owner | None = None) -> None:
         """`max_bytes` of a message, `window_bytes` that a stream may bring before they are read: more than that.
 
         `owner` answers the calls that come in; None: this end is the caller.
@@ -83,7 +81,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = transport
         secured: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if secured is not None and secured.selected_alpn_protocol() != "h2":
-            self._end("The other side does not speak HTTP/2.", ErrorCode.PROTOCOL_ERROR)
+            self.close("The other side does not speak HTTP/2.", ErrorCode.PROTOCOL_ERROR)
             return
         self.names = peer_names(transport.get_extra_info("peercert"))
         values = {
@@ -101,7 +99,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """See asyncio.BaseProtocol."""
-        self._end(f"The connection broke ({exc})." if exc is not None else "The other side ended the connection.")
+        self.close(f"The connection broke ({exc})." if exc is not None else "The other side ended the connection.")
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """See asyncio.BufferedProtocol."""
@@ -114,9 +112,9 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self._reader.received(nbytes)
         except FrameError as error:
-            self._end(str(error), error.code)
+            self.close(str(error), error.code)
         except hpack.HPACKError:
-            self._end("The other side's headers can't be read.", ErrorCode.COMPRESSION_ERROR)
+            self.close("The other side's headers can't be read.", ErrorCode.COMPRESSION_ERROR)
 
     def eof_received(self) -> bool:
         """See asyncio.BaseProtocol."""
@@ -205,10 +203,6 @@ class Connection(asyncio.BufferedProtocol):
         """Takes no new streams."""
         if self.lost is None:
             self._transport.write(frames.go_away(max(self._last_stream, 0), ErrorCode.NO_ERROR))
-
-    def close(self, why: str) -> None:
-        """Ends it, and its streams with `why`, one sentence; what was sent before still leaves."""
-        self._end(why)
 
     # The reader's side.
 
@@ -379,10 +373,14 @@ class Connection(asyncio.BufferedProtocol):
         self._transport.write(frame(frames.PING, 0, 0, bytes(8)))
 
     def _dead(self, why: str) -> None:
-        self._end(why)
+        self.close(why)
         self._transport.abort()
 
-    def _end(self, why: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+    def close(self, why: str, code: ErrorCode = ErrorCode.NO_ERROR) -> None:
+        """Ends it, and its streams with `why`, one sentence; what was sent before still leaves.
+
+        With a `code` the other side is told that it has broken the protocol.
+        """
         if self.lost is not None:
             return
         self.lost = why

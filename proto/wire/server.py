@@ -17,17 +17,15 @@ import grpc.aio
 from ..channel import MAX_MESSAGE_BYTES
 from ..interceptor import CallGuard
 from . import status
-from .connection import Connection
+from .connection import HANDSHAKE_SECONDS, WINDOW_BYTES, Connection
 from .frames import ErrorCode
 from .messages import Buffer
 from .stream import Stream
 
 log = logging.getLogger(__name__)
 
-WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)
 MAX_CONNECTIONS = 256
 MAX_CALLS = 128  # of one connection
-HANDSHAKE_SECONDS = 10.0
 
 AtOnce = Callable[[bytes | bytearray], Sequence[Buffer] | None]
 

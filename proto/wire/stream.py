@@ -15,9 +15,8 @@ from .messages import PREFIX_BYTES, Assembler, Buffer
 if TYPE_CHECKING:
     from .connection import Connection
 
-CREDIT_BYTES = (
-    1 << 20
-)  # read messages are credited to the sender in lots of so many bytes, of small windows an eighth
+# Messages that were read are credited to the sender in lots of so many bytes, with a small window of an eighth of it.
+CREDIT_BYTES = 1 << 20
 
 
 class Stream:

@@ -181,6 +181,18 @@ def run(main: Callable[[], Any]) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+METHOD = "/test.Service/Method"
+
+
+async def connected(behavior: Any) -> tuple[Server, Channel]:
+    """A server whose one method does that, and a channel to it."""
+    server = Server(CallGuard({}))
+    handler = grpc.stream_stream_rpc_method_handler(behavior, bytes, bytes)
+    server.add_registered_method_handlers("test.Service", {"Method": handler})
+    port = await server.listen("127.0.0.1", 0, None)
+    return server, Channel(f"127.0.0.1:{port}", None, "a")
+
+
 def test_a_reader_that_rests_holds_the_writer_back() -> None:
     """Nothing is sent beyond the window, by us or by gRPC's client, and all of it comes once it is read."""
 
@@ -193,12 +205,8 @@ def test_a_reader_that_rests_holds_the_writer_back() -> None:
             while (request := await context.read()) is not grpc.aio.EOF:
                 read.append(len(request))
 
-        server = Server(CallGuard({}))
-        handler = grpc.stream_stream_rpc_method_handler(slow, bytes, bytes)
-        server.add_registered_method_handlers("test.Service", {"Slow": handler})
-        port = await server.listen("127.0.0.1", 0, None)
-        channel = Channel(f"127.0.0.1:{port}", None, "a")
-        stream = await channel.open("/test.Service/Slow", metadata())
+        server, channel = await connected(slow)
+        stream = await channel.open(METHOD, metadata())
         sent = 0
         while not stream.outgoing:
             stream.send((bytes(8 << 20),))
@@ -243,19 +251,15 @@ def test_a_server_that_ends_says_so() -> None:
             await context.write(b"here")
             await asyncio.Event().wait()
 
-        server = Server(CallGuard({}))
-        handler = grpc.stream_stream_rpc_method_handler(hang, bytes, bytes)
-        server.add_registered_method_handlers("test.Service", {"Hang": handler})
-        port = await server.listen("127.0.0.1", 0, None)
-        channel = Channel(f"127.0.0.1:{port}", None, "a")
-        stream = await channel.open("/test.Service/Hang", metadata())
+        server, channel = await connected(hang)
+        stream = await channel.open(METHOD, metadata())
         assert await stream.read() == b"here"
         await server.stop(0.01)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stream.read()
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
         with pytest.raises(grpc.aio.AioRpcError):
-            await channel.open("/test.Service/Hang", metadata())
+            await channel.open(METHOD, metadata())
         await channel.close()
 
     run(main)
