@@ -12,14 +12,12 @@ from typing import Any
 
 import grpc
 import grpc.aio
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
 from moehive.proto.bounds import MAX_CHUNK_BYTES
 from moehive.proto.channel import COORDINATOR_NAME, Identity, bind, open_channel, options, server_credentials
 
 from ..cluster.trust import Authority
+from .certificates import node_identity
 from .peers import Peer
 
 _STREAMS, _WINDOW_BYTES = 3, 1 << 20  # as a node that fetches
@@ -42,19 +40,10 @@ async def grpc_copy_rate(authority: Authority, nbytes: int) -> float:
     port = bind(server, "127.0.0.1", 0, server_credentials(lambda: identity))
     await server.start()
     try:
-        seconds = await asyncio.to_thread(_receive_elsewhere, port, _node_identity(authority))
+        seconds = await asyncio.to_thread(_receive_elsewhere, port, node_identity(authority, "copy"))
     finally:
         await server.stop(None)
     return count * _STREAMS * len(piece) / seconds
-
-
-def _node_identity(authority: Authority) -> Identity:
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node("copy", csr.public_bytes(serialization.Encoding.DER))
-    encryption = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-    return Identity(pem, chain, authority.ca_pem)
 
 
 def _receive_elsewhere(port: int, identity: Identity) -> float:

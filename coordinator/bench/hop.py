@@ -17,11 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-
-from ..cluster.trust import Authority
+from .certificates import write_certificates
 from .peers import Peer
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
@@ -161,7 +157,7 @@ class _Bench:
                 "experts": nodes,
             }
         ]
-        _certificates(folder, nodes)
+        write_certificates(folder, nodes)
         ports: dict[str, list[int]] = {"tls": [], "open": []}
         cables = []
         for node in range(nodes):
@@ -212,21 +208,3 @@ def _start(stack: ExitStack, module: str, *arguments: str) -> Peer:
     peer = Peer(module, *arguments)
     stack.callback(peer.end)
     return peer
-
-
-def _certificates(folder: Path, nodes: int) -> None:
-    """A cluster's certificates: `folder`/coordinator and `folder`/n0, n1, … with key.pem, chain.pem and ca.pem."""
-    authority = Authority.create(folder / "authority")
-    coordinator = authority.issue_coordinator()
-    made = {"coordinator": (coordinator.key_pem, coordinator.chain_pem)}
-    for node in range(nodes):
-        key = ec.generate_private_key(ec.SECP256R1())
-        csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-        chain, _ = authority.issue_node(f"n{node}", csr.public_bytes(serialization.Encoding.DER))
-        encryption = serialization.NoEncryption()
-        pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-        made[f"n{node}"] = (pem, chain)
-    for name, (key_pem, chain_pem) in made.items():
-        (folder / name).mkdir()
-        for file, data in (("key.pem", key_pem), ("chain.pem", chain_pem), ("ca.pem", authority.ca_pem)):
-            (folder / name / file).write_bytes(data)

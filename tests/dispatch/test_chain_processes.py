@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moehive.coordinator.bench.hop import _certificates
+from moehive.coordinator.bench.certificates import write_certificates
 from moehive.coordinator.bench.peers import Peer
 from moehive.coordinator.dispatch import chain
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
@@ -43,7 +43,7 @@ class Nodes:
     """Four processes, each with all experts."""
 
     def __init__(self, folder: Path) -> None:
-        _certificates(folder, len(NAMES))
+        write_certificates(folder, len(NAMES))
         self.folder = folder
 
         def start(name: str) -> Peer:

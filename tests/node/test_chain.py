@@ -7,10 +7,8 @@ import grpc
 import grpc.aio
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
+from moehive.coordinator.bench.certificates import node_identity
 from moehive.coordinator.cluster.trust import Authority
 from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
@@ -30,15 +28,6 @@ from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
 
 NAMES = ("a", "b", "c")
-
-
-def node_identity(authority, name):
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node(name, csr.public_bytes(serialization.Encoding.DER))
-    encryption = serialization.NoEncryption()
-    pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, encryption)
-    return Identity(pem, chain, authority.ca_pem)
 
 
 METHODS = {"Compute": COMPUTE, "PassOn": PASS_ON}

@@ -119,21 +119,13 @@ def test_other_nodes_may_not_ask(tmp_path, coordinator_class, authority, model, 
     """Only the coordinator's certificate opens Experts: not another node's, not another cluster's, none."""
     import grpc
     import grpc.aio
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
 
+    from moehive.coordinator.bench.certificates import node_identity
     from moehive.proto import experts_pb2_grpc
     from moehive.proto.channel import Identity, node_dns_name, open_channel
     from moehive.proto.handshake import metadata
 
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node("b", csr.public_bytes(serialization.Encoding.DER))
-    key_pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    other_node = Identity(key_pem, chain, authority.ca_pem)
+    other_node = node_identity(authority, "b")
     stranger = Authority.create(tmp_path / "other").issue_coordinator()
     stranger = Identity(stranger.key_pem, stranger.chain_pem, authority.ca_pem)
 

@@ -9,12 +9,10 @@ import grpc
 import grpc.aio
 import pytest
 import torch
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moehive.coordinator.bench.certificates import node_identity
 from moehive.expert_node import executor as executor_module
 from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
@@ -25,7 +23,6 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import (
     MAX_MESSAGE_BYTES,
-    Identity,
     node_dns_name,
     open_channel,
 )
@@ -42,13 +39,7 @@ MIB = 1 << 20
 @pytest.fixture
 def serving(authority, model):
     """A context: a service with all of the model's experts, and a channel to it with the coordinator's identity."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node("a", csr.public_bytes(serialization.Encoding.DER))
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    identity = Identity(pem, chain, authority.ca_pem)
+    identity = node_identity(authority, "a")
 
     @asynccontextmanager
     async def serve():

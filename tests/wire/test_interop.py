@@ -8,14 +8,11 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 
+from moehive.coordinator.bench.certificates import node_identity
 from moehive.coordinator.cluster.trust import Authority
 from moehive.proto.channel import (
     MAX_MESSAGE_BYTES,
-    Identity,
     node_dns_name,
     open_channel,
     options,
@@ -29,16 +26,6 @@ from moehive.proto.wire.tls import server_context
 
 ECHO, COUNT, FAIL, HANG = (f"/test.Service/{name}" for name in ("Echo", "Count", "Fail", "Hang"))
 SIZES = (0, 1, 4096, 16_384 - 5, 16_384, 70_000, 1 << 20, 5_000_001)
-
-
-def node_identity(authority: Authority, name: str) -> Identity:
-    key = ec.generate_private_key(ec.SECP256R1())
-    csr = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
-    chain, _ = authority.issue_node(name, csr.public_bytes(serialization.Encoding.DER))
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return Identity(pem, chain, authority.ca_pem)
 
 
 class Service:
