@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # A request of more tokens, a piece of a prompt, is no guide to the next layer's experts: it wants nearly all of them.
 FORESEEN_TOKENS = 8
-# Multiply-adds above which a request is a thread's of its own. 100 million read 200 MB of bf16 weights at one token,
+# Multiply-adds above which a request goes to the worker's thread. 100 million read 200 MB of bf16 at one token,
 # some 10 ms on a home machine; a thread's hand-over is about 0.1 ms.
 LARGE_WORK = 100_000_000
 

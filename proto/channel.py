@@ -1,4 +1,4 @@
-"""Channel options, size limits and TLS credentials of both sides of every internal channel.
+"""Size limits and names of every internal channel; options and TLS credentials of those that are grpc.aio's.
 
 Names, not addresses, are what certificates say: a caller checks that the other side is `coordinator` or the node
 that it meant to reach, whatever address that has today.

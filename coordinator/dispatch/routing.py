@@ -1,4 +1,4 @@
-"""A layer's routing, split by node: which tokens go where, with which experts and weights. Plain numpy."""
+"""A layer's routing, split by node: which tokens go where, with which experts and weights."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, TypeAlias
