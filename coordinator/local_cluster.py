@@ -120,7 +120,7 @@ class LocalCluster:
         """`folder` is from `own_folder`; a port may be 0, any free one.
 
         `deterministic`: see CoordinatorSettings; a row an expert costs little on loopback, and texts can be compared.
-        `threads` of the trunk, by default half the cores: more gain nothing in decoding, and nodes want cores too.
+        `threads` of the trunk, by default all cores: it computes while the nodes wait, and they while it waits.
         `node_threads` of each node, by default its share of the cores. `doors`: for each node the port that it
         listens on and the one that leads there, when something stands between. `prelude`: Python that each node's
         process runs first.
@@ -134,7 +134,7 @@ class LocalCluster:
             join_port=0,
             min_nodes=nodes,
             deterministic=deterministic,
-            threads=threads or max(1, cores() // 2),
+            threads=threads or cores(),
         )
         memory = int(MEMORY_SHARE * available_memory() / nodes)
         node_threads = node_threads or max(1, cores() // nodes)

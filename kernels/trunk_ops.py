@@ -18,7 +18,7 @@ from .native import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
-_ABI = 1
+_ABI = 2
 _ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _SCORES = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 
@@ -164,6 +164,7 @@ def native_trunk() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "create": (pointer, (flag,)),
         "destroy": (None, (pointer,)),
+        "rest": (None, (pointer,)),
         "add_norm": (
             None,
             (pointer, size, size, pointer, pointer, flag, pointer, pointer, size, pointer, number, pointer, pointer),
@@ -199,6 +200,11 @@ class TrunkOps:
         self._attend = library.moehive_trunk_attend
         self._gate = library.moehive_trunk_gate
         self._route = library.moehive_trunk_route
+        self._rest = library.moehive_trunk_rest
+
+    def rest(self) -> None:
+        """Others compute now, maybe on this machine: idle threads sleep instead of watching for the next call."""
+        self._rest(self.handle)
 
     def add_norm(
         self,

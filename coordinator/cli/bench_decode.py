@@ -36,7 +36,7 @@ def decode(
     nodes: Annotated[int, typer.Option(min=1, max=64, help="Expert node processes.")] = 2,
     threads_per_node: Annotated[int, typer.Option(min=1, help="That compute experts.")] = 1,
     trunk_threads: Annotated[
-        int | None, typer.Option(min=1, help="That compute the trunk.", show_default="half the cores")
+        int | None, typer.Option(min=1, help="That compute the trunk.", show_default="all cores")
     ] = None,
     link: Annotated[
         str | None,

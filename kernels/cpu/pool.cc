@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <map>
+#include <utility>
 
 namespace moehive {
 namespace {
@@ -67,13 +68,17 @@ void pin(std::thread& thread, int cpu) {
 
 Pool::Pool(int threads) : watch_us_(kSpin.count()) {
   // Pinned only where each processor gets one thread: two pools of fewer threads, in two processes, would choose the
-  // same processors and leave others idle. The caller's own thread belongs to others and moves out of the way.
+  // same processors and leave others idle. The caller's own thread belongs to others; see make_way.
   const std::vector<int> cpus = threads > 1 ? allowed_cpus() : std::vector<int>{};
   const bool pinned = static_cast<int>(cpus.size()) == threads;
+  if (pinned) {
+    callers_cpu_ = cpus[0];
+    cpus_.assign(cpus.begin() + 1, cpus.end());
+  }
   try {
     for (int i = 1; i < threads; ++i) {
       threads_.emplace_back([this] { serve(); });
-      if (pinned) pin(threads_.back(), cpus[i]);
+      if (pinned) pin(threads_.back(), cpus_[i - 1]);
     }
   } catch (...) {  // the system refuses another thread
     stop();
@@ -98,6 +103,7 @@ void Pool::run(uint32_t items, void (*work)(void*, uint32_t), void* context) {
     return;
   }
   learn_gap();
+  make_way();
   items_ = items;
   work_ = work;
   context_ = context;
@@ -128,6 +134,20 @@ void Pool::learn_gap() {
   watch_us_.store(std::max<int64_t>(wanted, kSpin.count()), std::memory_order_relaxed);
 }
 
+// The caller runs where the system has put it. A thread that is pinned there takes the processor that is free instead:
+// a system moves a thread that never sleeps only after milliseconds, and two of one job would take turns until then.
+void Pool::make_way() {
+#if defined(__linux__)
+  if (cpus_.empty()) return;
+  const int here = sched_getcpu();
+  if (here == callers_cpu_) return;
+  const auto found = std::find(cpus_.begin(), cpus_.end(), here);
+  if (found == cpus_.end()) return;
+  *found = std::exchange(callers_cpu_, here);
+  pin(threads_[found - cpus_.begin()], *found);
+#endif
+}
+
 bool Pool::run_one() {
   uint64_t ticket = ticket_.load(std::memory_order_acquire);
   do {
@@ -141,13 +161,13 @@ bool Pool::run_one() {
 // Waits for a job for as long as recent gaps justify; true if one came.
 bool Pool::watch() {
   const auto start = steady_clock::now();
-  const microseconds longest{watch_us_.load(std::memory_order_relaxed)};
   for (;;) {
     for (int i = 0; i < 32; ++i) {
       pause();
       if (left(ticket_.load(std::memory_order_relaxed)) > 0) return true;
     }
     const auto waited = steady_clock::now() - start;
+    const microseconds longest{watch_us_.load(std::memory_order_relaxed)};
     if (waited >= longest || stop_.load(std::memory_order_relaxed)) return false;
     if (waited >= kSpin) std::this_thread::yield();
   }

@@ -25,6 +25,9 @@ class Pool {
   // called by two threads at once. `work` must not throw.
   void run(uint32_t items, void (*work)(void*, uint32_t), void* context);
 
+  // The next job is not near: threads that watch for it sleep at once, and leave their cores to other processes.
+  void rest() { watch_us_.store(0, std::memory_order_relaxed); }
+
   template <class Work>
   void run(int64_t items, Work&& work) {
     run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<std::remove_reference_t<Work>*>(self))(item); },
@@ -34,6 +37,7 @@ class Pool {
  private:
   bool run_one();
   void learn_gap();
+  void make_way();
   bool watch();
   void serve();
   void stop();
@@ -55,6 +59,8 @@ class Pool {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> threads_;
+  std::vector<int> cpus_;  // of each thread, if pinned: all but one, which is the caller's
+  int callers_cpu_ = -1;
 };
 
 // The pool of this process with so many threads: all who compute here share it, for more threads than cores would take
@@ -65,6 +71,8 @@ class SharedPool {
 
   explicit SharedPool(int threads) : pool_(threads), threads_(threads) {}
   int threads() const { return threads_; }
+
+  void rest() { pool_.rest(); }
 
   template <class Work>
   void run(int64_t items, Work&& work) {

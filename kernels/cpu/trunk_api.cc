@@ -33,7 +33,7 @@ int64_t keys_seen(const MoehiveAttention& a, int64_t position) {
 }  // namespace
 
 // Raised with every change of this file's functions or of trunk.h's structs.
-MOEHIVE_API int32_t moehive_trunk_abi() { return 1; }
+MOEHIVE_API int32_t moehive_trunk_abi() { return 2; }
 
 // Null without memory or threads. To be freed by moehive_trunk_destroy.
 MOEHIVE_API void* moehive_trunk_create(int32_t threads) {
@@ -45,6 +45,9 @@ MOEHIVE_API void* moehive_trunk_create(int32_t threads) {
 }
 
 MOEHIVE_API void moehive_trunk_destroy(void* trunk) { delete static_cast<Trunk*>(trunk); }
+
+// Others compute now, perhaps on this machine: threads without work sleep instead of watching for the next call.
+MOEHIVE_API void moehive_trunk_rest(void* trunk) { static_cast<Trunk*>(trunk)->rest(); }
 
 // See AddNorm in trunk.h. Any of add, more, gate, norm (with out), half_out may be null.
 MOEHIVE_API void moehive_trunk_add_norm(void* trunk, int64_t tokens, int64_t width, float* hidden, const void* add,

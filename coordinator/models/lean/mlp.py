@@ -90,6 +90,7 @@ class MoeMlp:
             tiers = tiers_of(experts)
             if tiers is not None and tiers.margin and (on_disk := tiers.on_disk(self._ordinal)) is not None:
                 prefer_in_memory(self._router, logits, on_disk, tiers.margin, ids, weights)
+        self._ops.trunk.rest()
         pending = experts.submit(self._ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:
@@ -97,4 +98,5 @@ class MoeMlp:
                 more = self._shared.compute(x)
                 if self._shared_gate is not None:
                     gate = linear.linear(self._shared_gate, x)[:, 0]
+            self._ops.trunk.rest()
         return Addend(await pending, more, gate)
