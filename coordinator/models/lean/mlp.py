@@ -1,5 +1,6 @@
 """MLP kinds: dense, and routed experts with or without a shared one."""
 
+import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -94,6 +95,7 @@ class MoeMlp:
         pending = experts.submit(self._ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:
+            os.sched_yield()  # nodes on this machine that were just asked go first: the layer waits for them
             with timeline.current.span("shared expert"):
                 more = self._shared.compute(x)
                 if self._shared_gate is not None:
