@@ -176,23 +176,20 @@ def write_request(
     write_routing(request, routing)
 
 
-def request_pieces(head: bytes, states: bytes, routing: Routing) -> tuple[bytes, ...]:
-    """The bytes of a request whose other fields are `head`, serialized, in pieces that belong together.
+def head_bytes(request: pb.ComputeRequest, nbytes: int) -> bytes:
+    """The bytes of a request up to its hidden states, which are `nbytes` long and not in it.
 
-    Protobuf would copy the hidden states twice, and take longer over a request of one token than over its bytes.
+    Then come those, its routing (`routing_bytes`) and its id (`id_piece`), in pieces that belong together. Protobuf
+    would copy the hidden states twice, and take longer over a request of one token than over its bytes.
     """
-    offsets, experts, weights = (array.tobytes() for array in routing)
-    return (
-        head,
-        _STATES + varint(len(states)),
-        states,
-        _OFFSETS + varint(len(offsets)),
-        offsets,
-        _EXPERTS + varint(len(experts)),
-        experts,
-        _WEIGHTS + varint(len(weights)),
-        weights,
-    )
+    return request.SerializeToString() + _STATES + varint(nbytes)
+
+
+def routing_bytes(routing: Routing) -> bytes:
+    """A routing as the fields of a request."""
+    message = pb.ComputeRequest()
+    write_routing(message, routing)
+    return message.SerializeToString()
 
 
 def id_piece(number: int) -> bytes:
@@ -201,15 +198,7 @@ def id_piece(number: int) -> bytes:
 
 
 _ID = bytes([pb.ComputeRequest.ID_FIELD_NUMBER << 3])
-_STATES, _OFFSETS, _EXPERTS, _WEIGHTS = (
-    bytes([number << 3 | 2])
-    for number in (
-        pb.ComputeRequest.HIDDEN_STATES_FIELD_NUMBER,
-        pb.ComputeRequest.OFFSETS_FIELD_NUMBER,
-        pb.ComputeRequest.EXPERTS_FIELD_NUMBER,
-        pb.ComputeRequest.WEIGHTS_FIELD_NUMBER,
-    )
-)
+_STATES = bytes([pb.ComputeRequest.HIDDEN_STATES_FIELD_NUMBER << 3 | 2])
 
 
 def write_routing(message: pb.ComputeRequest | pb.ChainNode, routing: Routing) -> None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import MAX_CHAIN, MAX_CHAIN_BYTES, add_to_chain
-from moehive.proto.tensors import Routing, request_pieces, scale_groups, write_head
+from moehive.proto.tensors import Routing, head_bytes, routing_bytes, scale_groups, write_head
 
 from ..types import LOCAL, NodeName, NodeUnavailable
 from .link import Link
@@ -101,7 +101,8 @@ class Chains:
             try:
                 for name, share in members[1:]:
                     add_to_chain(request, name, self._address(name), _over(share, whole))
-                pieces = request_pieces(request.SerializeToString(), states, _over(members[0][1], whole))
+                own = routing_bytes(_over(members[0][1], whole))
+                pieces = head_bytes(request, len(states)), states, own
                 reply = self._link(members[0][0]).send(pieces, len(states), chained=len(members) > 1)
             except NodeUnavailable:
                 sent.lost.append(whole)
@@ -183,7 +184,7 @@ def _pieces(
 
 def _moved(share: Share, start: int, k: int) -> Share:
     """A share of a layer's tokens from `start` on, as one of all of its tokens."""
-    return Share(share.tokens + start, share.pairs + start * k, share.routing)
+    return Share(share.tokens + start, share.pairs + start * k, share.routing, share.message)
 
 
 def _over(share: Share, whole: Share) -> Routing:

@@ -19,7 +19,7 @@ import torch
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import request_pieces, write_head
+from moehive.proto.tensors import head_bytes, write_head
 
 from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
@@ -215,16 +215,21 @@ class Dispatcher:
     def _ask(self, sent: Sent, shares: dict[int, Share]) -> None:
         """Sends each node its share; those that can't be sent are `sent.lost`."""
         names = self._routes.placed.names
-        for index, share in shares.items():
-            if index == LOST:
-                sent.lost.append(share)
-            elif names[index] == LOCAL:
-                sent.here = share
-            else:
-                try:
-                    sent.waiting.append(self._send(names[index], sent, share))
-                except NodeUnavailable:
+        asked: list[tuple[Link, Share, asyncio.Future[Any]]] = []
+        try:
+            for index, share in shares.items():
+                if index == LOST:
                     sent.lost.append(share)
+                elif names[index] == LOCAL:
+                    sent.here = share
+                else:
+                    try:
+                        asked.append(self._send(names[index], sent, share))
+                    except NodeUnavailable:
+                        sent.lost.append(share)
+        finally:
+            for link, share, reply in asked:  # while the nodes work
+                sent.waiting.append(self._expect(link, sent, share, reply))
 
     async def _recover(self, sent: Sent, failed: list[Share], avoid: frozenset[NodeName] = frozenset()) -> list[Rows]:
         """The rows of `failed` from whoever else has the experts, but not from `avoid`.
@@ -296,37 +301,42 @@ class Dispatcher:
         counters.compute_ns = self._local.compute_ns
         return values
 
-    def _send(self, node: NodeName, sent: Sent, share: Share) -> Part:
+    def _send(self, node: NodeName, sent: Sent, share: Share) -> tuple[Link, Share, asyncio.Future[Any]]:
         """Raises NodeUnavailable when the node's link has just gone."""
         link = self._links.get(node)
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
-        layer, tokens = sent.layer, len(share.tokens)
-        whole = tokens == len(sent.ids)  # the usual case of decoding: each node gets the same bytes
+        whole = len(share.tokens) == len(sent.ids)  # the usual case of decoding: each node gets the same bytes
         rows = sent.hidden if whole else rows_of(sent.hidden, share)
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
         exact = self._reduction is Reduction.PER_EXPERT or not link.speed.slow
         eight_bit = not exact and link.speed.eight_bit(rows.nbytes)
         head, raw = (sent.states if whole and not eight_bit else None) or self._head(sent, rows, eight_bit)
-        reply = link.send(request_pieces(head, raw, share.routing), len(raw))
+        reply = link.send((head, raw, share.message), len(raw))
         timeline.current.hop(node, reply, _COMPUTE_NS)
-        speed = self._speeds.of(node)
-        expected = speed.expected(tokens, len(share.pairs), self._replies.read_bytes(layer, share))
+        return link, share, reply
+
+    def _expect(self, link: Link, sent: Sent, share: Share, reply: asyncio.Future[Any]) -> Part:
+        """What was just asked of a node, and by when it should be answered."""
+        speed = self._speeds.of(link.node)
+        nbytes = self._replies.read_bytes(sent.layer, share)
+        expected = speed.expected(len(share.tokens), len(share.pairs), nbytes)
         if expected is None:
             expected, patience = 0.0, FIRST_SECONDS
         else:
             patience = 3 * (speed.backlog_s + expected + link.speed.round_trip_s) + SLACK_SECONDS
         speed.backlog_s += expected
-        part = Part(layer, ((node, share),), share, reply, expected, asyncio.get_running_loop().time() + patience)
+        due = asyncio.get_running_loop().time() + patience
+        part = Part(sent.layer, ((link.node, share),), share, reply, expected, due)
         self._watch.add(part)
         return part
 
     def _head(self, sent: Sent, rows: torch.Tensor, eight_bit: bool) -> tuple[bytes, bytes]:
-        """All of a request but its routing: the fields before the hidden states `rows`, and those, as bytes."""
+        """A request up to its hidden states `rows`, and those, as bytes."""
         request = self._request(sent.layer)
         raw = write_head(request, rows, eight_bit)
         self.tiers.tell(request)
-        states = request.SerializeToString(), raw
+        states = head_bytes(request, len(raw)), raw
         if rows is sent.hidden and not eight_bit:
             sent.states = states
         return states

@@ -13,14 +13,14 @@ from functools import partial
 from time import monotonic
 
 import grpc.aio
-import numpy as np
 import torch
 from google.protobuf.message import DecodeError
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.handshake import metadata
-from moehive.proto.tensors import MAX_LAYER, Routing, id_piece, request_pieces, write_head
+from moehive.proto.tensors import MAX_LAYER, head_bytes, id_piece, write_head
 from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.methods import COMPUTE
 from moehive.proto.wire.stream import Stream
 
@@ -57,7 +57,7 @@ class Link:
         self.speed = LinkSpeed(loopback=is_loopback(address))
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
-        self._line: deque[tuple[int, tuple[bytes, ...]]] = deque()  # those that were not, by id
+        self._line: deque[tuple[int, tuple[Buffer, ...]]] = deque()  # those that were not, by id
         self._next_id = FIRST_ID
         self._stream: Stream | None = None
         self._watching: asyncio.Task[None] | None = None
@@ -94,7 +94,7 @@ class Link:
             await self.send(*probe(tokens))
 
     def send(
-        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
+        self, pieces: tuple[Buffer, ...], nbytes: int, chained: bool = False
     ) -> "asyncio.Future[pb.ComputeReply]":
         """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT.
 
@@ -200,12 +200,12 @@ class Link:
         self._on_close()
 
 
-def probe(tokens: int) -> tuple[tuple[bytes, ...], int]:
+def probe(tokens: int) -> tuple[tuple[Buffer, ...], int]:
     """A request of so many tokens, 4 KiB each, that a node refuses at once: it asks for nothing, of no epoch.
 
     As `Link.send` takes it.
     """
-    routing = Routing(np.zeros(tokens + 1, "<u4"), np.empty(0, "<u4"), np.empty(0, "<f4"))
-    request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM)
+    # Offsets of nothing: four bytes a token, and four.
+    request = pb.ComputeRequest(layer=MAX_LAYER, reduction=pb.REDUCTION_PARTIAL_SUM, offsets=bytes(4 * tokens + 4))
     states = write_head(request, torch.zeros(tokens, 1024))
-    return request_pieces(request.SerializeToString(), states, routing), len(states)
+    return (head_bytes(request, len(states)), states), len(states)

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from ..native_library import load
 
-_ABI = 1
+_ABI = 2
 
 
 @functools.cache

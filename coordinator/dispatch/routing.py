@@ -17,6 +17,7 @@ class Share(NamedTuple):
     tokens: npt.NDArray[np.int64]  # [rows]: which of the layer's tokens, ascending
     pairs: npt.NDArray[np.int64]  # [pairs]: where each pair stands in the layer's flat [tokens * k]
     routing: Routing  # offsets over `tokens`
+    message: memoryview  # `routing` as the fields of a ComputeRequest
 
 
 Owner: TypeAlias = npt.NDArray[np.int64]  # [experts]: a node's index for each, -1: none
@@ -32,26 +33,30 @@ def split(ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: O
     tokens, k = ids.shape
     ids, weights = np.ascontiguousarray(ids), np.ascontiguousarray(weights)
     count, experts = ids.size, len(owner)
-    heads_at, numbers_at = 2 * count, 2 * count + 3 * min(count, experts)
-    block = np.empty(numbers_at + 2 * count + 1, dtype=np.int64)
+    most = min(count, experts)  # nodes
+    heads_at, numbers_at = 2 * count, 2 * count + 4 * most
+    block = np.empty(numbers_at + 3 * count + 4 * most + 1, dtype=np.int64)
     found = library().moehive_split(
         address(ids), address(weights), tokens, k, address(owner), experts, address(block)
     )
     if found < 0:
         raise MemoryError("There is no memory left to split a layer.")
-    heads = block[heads_at : heads_at + 3 * found].tolist()
+    heads = block[heads_at : heads_at + 4 * found].tolist()
     narrow = block[numbers_at:].view(np.uint32)
     shares: dict[int, Share] = {}
     pair = row = 0
     first = 2 * count  # of the offsets
-    for at in range(0, 3 * found, 3):
+    messages = narrow.data.cast("B")[4 * (first + sum(heads[2::4]) + found) :]
+    for at in range(0, 4 * found, 4):
         end, last, after = pair + heads[at + 1], row + heads[at + 2], first + heads[at + 2] + 1
         factors = narrow[count + pair : count + end].view(np.float32)
         shares[heads[at]] = Share(
             block[count + row : count + last],
             block[pair:end],
             Routing(narrow[first:after], narrow[pair:end], factors),
+            messages[: heads[at + 3]],
         )
+        messages = messages[heads[at + 3] :]
         pair, row, first = end, last, after
     return shares
 

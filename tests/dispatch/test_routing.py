@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moehive.coordinator.dispatch.routing import split
+from moehive.proto import experts_pb2 as pb
 
 cases = st.integers(1, 12).flatmap(
     lambda experts: st.tuples(
@@ -27,6 +28,10 @@ def test_every_pair_goes_to_its_owner_once(case: tuple[list[int], list[list[int]
     assert list(shares) == sorted(shares)
     for node, share in shares.items():
         offsets, experts, given_weights = share.routing
+        message = pb.ComputeRequest.FromString(share.message)
+        assert message == pb.ComputeRequest(
+            offsets=offsets.tobytes(), experts=experts.tobytes(), weights=given_weights.tobytes()
+        )
         assert offsets[0] == 0 and offsets[-1] == len(experts) == len(given_weights) == len(share.pairs)
         assert len(share.tokens) > 0 and np.all(np.diff(share.tokens) > 0)
         for row, token in enumerate(share.tokens):

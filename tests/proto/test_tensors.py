@@ -15,10 +15,11 @@ from moehive.proto import tensors
 from moehive.proto.tensors import (
     Routing,
     WireError,
+    head_bytes,
     id_piece,
     read_request,
     read_values,
-    request_pieces,
+    routing_bytes,
     tensor_bytes,
     write_head,
     write_request,
@@ -62,7 +63,7 @@ def test_a_request_in_pieces_is_the_same(counts: list[int], number: int, eight_b
     write_request(request, states, routing, eight_bit)
     head = pb.ComputeRequest(layer=3, reduction=pb.REDUCTION_PARTIAL_SUM)
     raw = write_head(head, states, eight_bit)
-    pieces = (*request_pieces(head.SerializeToString(), raw, routing), id_piece(number))
+    pieces = head_bytes(head, len(raw)), raw, routing_bytes(routing), id_piece(number)
     request.id = number
     assert pb.ComputeRequest.FromString(b"".join(pieces)) == request
 

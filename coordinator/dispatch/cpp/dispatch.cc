@@ -2,6 +2,7 @@
 // time for each loop. Scratch memory is kept for the next layer.
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <vector>
 
@@ -17,6 +18,21 @@ struct Part {  // one node's share while it is put together
 };
 
 constexpr int64_t kNone = -1;
+constexpr uint8_t kOffsets = 10, kExperts = 11, kWeights = 12;  // ComputeRequest's fields
+
+uint8_t* put_varint(uint8_t* to, uint64_t value) {
+  for (; value >= 0x80; value >>= 7) *to++ = static_cast<uint8_t>(value) | 0x80;
+  *to++ = static_cast<uint8_t>(value);
+  return to;
+}
+
+// A field of proto/experts.proto that holds an array of 4 bytes a number.
+uint8_t* put_array(uint8_t* to, uint8_t field, const void* numbers, int64_t count) {
+  *to++ = static_cast<uint8_t>(field << 3 | 2);
+  to = put_varint(to, 4 * static_cast<uint64_t>(count));
+  std::memcpy(to, numbers, 4 * count);
+  return to + 4 * count;
+}
 
 int64_t node_of(int64_t expert, const int64_t* owner, int64_t experts) {
   return expert >= 0 && expert < experts ? std::max<int64_t>(owner[expert], -1) + 1 : kNone;
@@ -26,7 +42,7 @@ int64_t node_of(int64_t expert, const int64_t* owner, int64_t experts) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 1; }
+EXPORT int32_t moehive_dispatch_abi() { return 2; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,
@@ -47,16 +63,17 @@ EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t m
 // out. Nodes, and a node's pairs, come in ascending order. `block` gets, one after the other, with n = tokens * k:
 //   int64 [n]                  where each pair stands
 //   int64 [n]                  the tokens of each node
-//   int64 [min(n, experts), 3] each node, its pairs, its tokens
+//   int64 [min(n, experts), 4] each node, its pairs, its tokens, its bytes of the last array
 //   uint32 [n]                 the pairs' experts
 //   float [n]                  their weights
 //   uint32 [n + nodes]         for each node where its tokens' pairs begin and end, one more than it has tokens
+//   bytes                      the same three of each node as a ComputeRequest says them; 12 n + 24 nodes at most
 // The number of nodes, or -1: no memory.
 EXPORT int64_t moehive_split(const int64_t* ids, const float* weights, int64_t tokens, int64_t k, const int64_t* owner,
                              int64_t experts, int64_t* block) {
   const int64_t n = tokens * k;
   int64_t *const pairs = block, *const rows = pairs + n, *const shares = rows + n;
-  uint32_t* const numbers = reinterpret_cast<uint32_t*>(shares + 3 * std::min(n, experts));
+  uint32_t* const numbers = reinterpret_cast<uint32_t*>(shares + 4 * std::min(n, experts));
   float* const factors = reinterpret_cast<float*>(numbers + n);
   uint32_t* const offsets = numbers + 2 * n;
   try {
@@ -79,8 +96,8 @@ EXPORT int64_t moehive_split(const int64_t* ids, const float* weights, int64_t t
       part.pair = part.first = pair_at, part.row = row_at, part.offset = row_at + count, part.token = -1;
       pair_at += part.pairs, row_at += part.rows;
       offsets[row_at + count] = static_cast<uint32_t>(part.pairs);
-      shares[3 * count] = static_cast<int64_t>(node) - 1;
-      shares[3 * count + 1] = part.pairs, shares[3 * count + 2] = part.rows;
+      shares[4 * count] = static_cast<int64_t>(node) - 1;
+      shares[4 * count + 1] = part.pairs, shares[4 * count + 2] = part.rows;
       ++count;
     }
     for (int64_t token = 0, pair = 0; token < tokens; ++token) {
@@ -97,6 +114,16 @@ EXPORT int64_t moehive_split(const int64_t* ids, const float* weights, int64_t t
         numbers[part.pair] = static_cast<uint32_t>(ids[pair]);
         factors[part.pair++] = weights[pair];
       }
+    }
+    uint8_t* to = reinterpret_cast<uint8_t*>(offsets + row_at + count);
+    for (int64_t share = 0, pair = 0, offset = 0; share < count; ++share) {
+      int64_t* const figures = shares + 4 * share;
+      uint8_t* const start = to;
+      to = put_array(to, kOffsets, offsets + offset, figures[2] + 1);
+      to = put_array(to, kExperts, numbers + pair, figures[1]);
+      to = put_array(to, kWeights, factors + pair, figures[1]);
+      figures[3] = to - start;
+      pair += figures[1], offset += figures[2] + 1;
     }
     return count;
   } catch (const std::bad_alloc&) {
