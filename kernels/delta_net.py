@@ -39,6 +39,8 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("conv", "recurrent", "mixed", "out")),
     )
 
+    kept: object  # the arrays it points to
+
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetState:
@@ -154,6 +156,7 @@ class DeltaNet:
             norm=layer.norm.data_ptr(),
             norm_eps=layer.norm_eps,
         )
+        self.address = ctypes.addressof(self._structure)  # of MoehiveDeltaNet
 
     def __call__(
         self,
@@ -168,18 +171,22 @@ class DeltaNet:
         of a sequence depend neither on the others nor on how its tokens are split over calls. Raises
         NativeLibraryError.
         """
-        pointers = ctypes.c_void_p * len(states)
-        conv = pointers(*(state.conv.data_ptr() for state in states))
-        recurrent = pointers(*(state.recurrent.data_ptr() for state in states))
         mixed = torch.empty(len(rows), self.layer.channels)
-        call = _Call(
-            rows=rows.data_ptr(),
+        call = self.call(batch, states)
+        call.rows, call.mixed, call.out = rows.data_ptr(), mixed.data_ptr(), out.data_ptr()
+        if self._run(self._handle, self.address, ctypes.addressof(call)):
+            raise NativeLibraryError("The native library refuses the DeltaNet layer's arguments.")
+
+    def call(self, batch: ctypes.Array[Any], states: Sequence[DeltaNetState]) -> _Call:
+        """The native call's arguments but for its rows and its results."""
+        pointers = ctypes.c_void_p * len(states)
+        conv = pointers(*[state.conv.data_ptr() for state in states])
+        recurrent = pointers(*[state.recurrent.data_ptr() for state in states])
+        made = _Call(
             sequences=ctypes.addressof(batch),
             count=len(states),
             conv=ctypes.addressof(conv),
             recurrent=ctypes.addressof(recurrent),
-            mixed=mixed.data_ptr(),
-            out=out.data_ptr(),
         )
-        if self._run(self._handle, ctypes.addressof(self._structure), ctypes.addressof(call)):
-            raise NativeLibraryError("The native library refuses the DeltaNet layer's arguments.")
+        made.kept = conv, recurrent
+        return made

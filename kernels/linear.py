@@ -19,8 +19,8 @@ from .trunk_ops import native_trunk
 FEW_TOKENS = 32
 
 
-class _Matrix(ctypes.Structure):
-    """MoehiveMatrix of kernels/cpu/linear.cc, field for field."""
+class Matrix(ctypes.Structure):
+    """MoehiveMatrix of kernels/cpu/linear.h, field for field."""
 
     _fields_ = (
         ("weights", ctypes.c_void_p),
@@ -40,11 +40,11 @@ class LinearWeights:
     columns: int
     blob: torch.Tensor
     bias: torch.Tensor | None = None
-    native: _Matrix = field(init=False, repr=False)
+    native: Matrix = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         bias = None if self.bias is None else self.bias.data_ptr()
-        matrix = _Matrix(self.blob.data_ptr(), bias, self.rows, self.columns, FORMAT_NUMBERS[self.format])
+        matrix = Matrix(self.blob.data_ptr(), bias, self.rows, self.columns, FORMAT_NUMBERS[self.format])
         object.__setattr__(self, "native", matrix)
 
     @property
@@ -77,7 +77,7 @@ class LinearOps:
         self._native = library.moehive_linear
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         self._native.argtypes = (pointer, pointer, size, pointer, size, pointer)
-        self._lists: dict[tuple[int, ...], ctypes.Array[_Matrix]] = {}
+        self._lists: dict[tuple[int, ...], ctypes.Array[Matrix]] = {}
 
     def linear(self, weights: LinearWeights, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x` f32 [T, columns], contiguous → f32 [T, rows], into `out` if given."""
@@ -97,7 +97,7 @@ class LinearOps:
         key = tuple([id(one) for one in weights])
         matrices = self._lists.get(key)
         if matrices is None:
-            matrices = (_Matrix * len(weights))(*(one.native for one in weights))
+            matrices = (Matrix * len(weights))(*(one.native for one in weights))
             self._lists[key] = matrices
             for one in weights:  # its number may become another's
                 weakref.finalize(one, self._lists.pop, key, None)

@@ -9,7 +9,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -18,8 +18,8 @@ from .native import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
-_ABI = 2
-_ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+_ABI = 3
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _SCORES = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 
 
@@ -180,7 +180,10 @@ def native_trunk() -> ctypes.CDLL:
     return library
 
 
-def sequences(rows: Sequence[tuple[int, int, int, int]]) -> ctypes.Array[_Sequence]:
+TrunkSequences: TypeAlias = ctypes.Array[_Sequence]  # of a batch, as `sequences` makes them
+
+
+def sequences(rows: Sequence[tuple[int, int, int, int]]) -> TrunkSequences:
     """For `attend`: of each sequence (first row, tokens, position of the first, address of its pages' addresses)."""
     return (_Sequence * len(rows))(*(_Sequence(*row) for row in rows))
 
@@ -253,7 +256,7 @@ class TrunkOps:
         self,
         layer: _Attention,
         rows: torch.Tensor,
-        batch: ctypes.Array[_Sequence],
+        batch: TrunkSequences,
         cos: torch.Tensor,
         sin: torch.Tensor,
         out: torch.Tensor,
@@ -274,13 +277,13 @@ class TrunkOps:
             out.data_ptr(),
         )
         if status:
-            _raise(status)
+            raise_status(status)
 
     def gate(self, rows: torch.Tensor, activation: Activation, out: torch.Tensor) -> None:
         """`out` [T, n] = activation(rows[:, :n]) * rows[:, n : 2 * n]; `rows` may have more columns."""
         tokens, middle = out.shape
         self._gate(
-            self.handle, rows.data_ptr(), tokens, middle, rows.stride(0), _ACTIVATIONS[activation], out.data_ptr()
+            self.handle, rows.data_ptr(), tokens, middle, rows.stride(0), ACTIVATIONS[activation], out.data_ptr()
         )
 
     def route(self, router: _Router, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
@@ -292,10 +295,11 @@ class TrunkOps:
             self.handle, ctypes.addressof(router), logits.data_ptr(), len(logits), ids.data_ptr(), weights.data_ptr()
         )
         if status:
-            _raise(status)
+            raise_status(status)
 
 
-def _raise(status: int) -> None:
+def raise_status(status: int) -> None:
+    """Raises MemoryError or NativeLibraryError, by what a native call returned."""
     if status == 2:
         raise MemoryError("There is no memory left for the trunk's intermediate results.")
     raise NativeLibraryError("The native library refuses the layer's arguments.")

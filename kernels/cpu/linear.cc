@@ -5,17 +5,8 @@
 
 #include "expert_mlp.h"
 #include "kernel.h"
+#include "linear.h"
 #include "trunk_threads.h"
-
-#define MOEHIVE_API extern "C" __attribute__((visibility("default")))
-
-// One matrix [rows, columns], as Python hands it over, laid out as in an expert's blob; bias [rows] or null.
-struct MoehiveMatrix {
-  const void* weights;
-  const float* bias;
-  int64_t rows, columns;
-  int32_t format;  // moehive::Format
-};
 
 namespace {
 
@@ -90,11 +81,8 @@ void multiply_piece(const Kernel& kernel, const MoehiveMatrix& m, int64_t row, c
 
 }  // namespace
 
-// out[t][...] = the products of x[t] with each of `count` matrices of the same columns, one after the other, plus
-// their biases: x [tokens, columns], out [tokens, all rows]. `trunk` is moehive_trunk_create's.
-// Returns 0; 1 if an argument can't be; 2 without memory.
-MOEHIVE_API int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count, const float* x,
-                                   int64_t tokens, float* out) {
+int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count, const float* x, int64_t tokens,
+                       float* out) {
   if (!trunk || tokens < 0 || count < 1) return 1;
   const int64_t columns = matrices[0].columns;
   int64_t all_rows = 0, pieces = 0;

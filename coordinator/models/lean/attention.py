@@ -4,7 +4,8 @@ from typing import Protocol
 
 import torch
 
-from moehive.kernels.linear import LinearWeights
+from moehive.kernels.fused import FusedAttention
+from moehive.kernels.linear import FEW_TOKENS, LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer
 
 from .batch import Batch, Ops
@@ -32,9 +33,12 @@ class SoftmaxAttention:
         self._projections = projections
         self._output = output
         self._width = layer.heads * layer.head_dim
+        self._fused = FusedAttention(ops.trunk, projections, layer, output)
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
+        if batch.tokens <= FEW_TOKENS:
+            return self._fused(x, batch.tables[self._group], batch.cos, batch.sin)
         linear = self._ops.linear
         rows = linear.linears(self._projections, x)
         out = torch.empty(batch.tokens, self._width)

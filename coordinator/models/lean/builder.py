@@ -89,10 +89,11 @@ class Builder:
         projections = [self.linear(f"{name}.{part}_proj") for part in "qkv"]
         return SoftmaxAttention(self.ops, layer, group, projections, self.linear(f"{name}.o_proj"))
 
-    def dense(self, name: str) -> DenseMlp:
-        """A gated MLP with the usual names gate_proj, up_proj, down_proj."""
+    def dense(self, name: str, share: str | None = None) -> DenseMlp:
+        """A gated MLP with the usual names gate_proj, up_proj, down_proj; `share` names what weights a shared one."""
         gate, up, down = (self.linear(f"{name}.{part}_proj") for part in ("gate", "up", "down"))
-        return DenseMlp(self.ops, gate, up, down, ACTIVATIONS[self.config.hidden_act])
+        weigher = None if share is None else self.linear(share)
+        return DenseMlp(self.ops, gate, up, down, ACTIVATIONS[self.config.hidden_act], weigher)
 
     def sigmoid_router(self, name: str) -> RouterLayer:
         """A router with sigmoid scores, a bias for the choice and groups, as DeepSeek-V3 has it."""
@@ -123,8 +124,7 @@ class Builder:
             ordinal,
             router,
             self.linear(router_name),
-            None if shared is None else self.dense(shared),
-            None if shared_gate is None else self.linear(shared_gate),
+            None if shared is None else self.dense(shared, shared_gate),
         )
 
     def embedding_and_head(self) -> tuple[Embedding, LinearWeights]:

@@ -3,7 +3,8 @@
 import torch
 
 from moehive.kernels.delta_net import DeltaNet, DeltaNetLayer, DeltaNetState
-from moehive.kernels.linear import LinearWeights
+from moehive.kernels.fused import FusedDeltaNet
+from moehive.kernels.linear import FEW_TOKENS, LinearWeights
 
 from .batch import Batch, Ops
 from .cache import CacheLayout
@@ -27,14 +28,17 @@ class DeltaNetAttention:
         self._recurrent = cache.add_state(*layer.recurrent_shape)
         self._projections = projections
         self._output = output
+        self._fused = FusedDeltaNet(ops.trunk, projections, self._net, output)
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        linear = self._ops.linear
-        rows = linear.linears(self._projections, x)
-        out = torch.empty(batch.tokens, self._output.columns)
         states = [
             DeltaNetState(span.cache.states[self._conv], span.cache.states[self._recurrent]) for span in batch.spans
         ]
+        if batch.tokens <= FEW_TOKENS:
+            return self._fused(x, batch.sequences, states)
+        linear = self._ops.linear
+        rows = linear.linears(self._projections, x)
+        out = torch.empty(batch.tokens, self._output.columns)
         self._net(rows, batch.sequences, states, out)
         return linear.linear(self._output, out)
