@@ -9,12 +9,12 @@ from collections.abc import Callable
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import check_chain_reply, next_request
 from moehive.proto.channel import Identity, node_dns_name
 from moehive.proto.handshake import metadata
-from moehive.proto.tensors import WireError
+from moehive.proto.tensors import Reply, Request, WireError, id_piece, parse_reply
 from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.methods import PASS_ON
 
 from .peers import Peer
@@ -39,18 +39,20 @@ class Onward:
         self._identity = identity
         self._streams: dict[Peer, _Stream] = {}
 
-    async def ask(self, request: pb.ComputeRequest) -> pb.ComputeReply:
+    async def ask(self, request: Request) -> Reply:
         """The reply of all nodes of `request`'s chain, which `check_chain` has checked. Raises ChainBroken."""
-        peer = Peer(request.chain[0].node_name, request.chain[0].address)
+        nodes = request.head.chain
+        peer = Peer(nodes[0].node_name, nodes[0].address)
         stream = self._streams.get(peer)
         if stream is None or stream.ended:
             await self._make_room(peer)
             stream = self._streams[peer] = _Stream(peer, self._identity())
         reply = await stream.ask(next_request(request))
-        if reply.HasField("refusal"):
-            raise ChainBroken(reply.refusal.node_name[:63] or peer.name, reply.refusal.sentence[:1024])
+        head = reply.head
+        if head.HasField("refusal"):
+            raise ChainBroken(head.refusal.node_name[:63] or peer.name, head.refusal.sentence[:1024])
         try:
-            check_chain_reply(reply, len(request.chain) - 1)
+            check_chain_reply(head, len(nodes) - 1)
         except WireError as error:
             raise ChainBroken(peer.name, f"Node {peer.name} answered something else than asked: {error}") from None
         return reply
@@ -76,22 +78,25 @@ class _Stream:
         self._peer = peer
         self._channel = Channel(peer.address, identity, node_dns_name(peer.name))
         self._opening = asyncio.create_task(self._channel.open(PASS_ON, metadata()))
-        self._pending: dict[int, asyncio.Future[pb.ComputeReply]] = {}
+        self._pending: dict[int, asyncio.Future[Reply]] = {}
         self._last_id = 0
         self.ended = False
 
-    async def ask(self, request: pb.ComputeRequest) -> pb.ComputeReply:
-        """Raises ChainBroken when the node is gone or silent for REPLY_SECONDS."""
+    async def ask(self, pieces: tuple[Buffer, ...]) -> Reply:
+        """`pieces` are a request without its id.
+
+        Raises ChainBroken when the node is gone or silent for REPLY_SECONDS.
+        """
         self._last_id += 1
-        request.id = number = self._last_id
-        reply: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
+        number = self._last_id
+        reply: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending[number] = reply
         try:
             async with asyncio.timeout(REPLY_SECONDS):
                 stream = await asyncio.shield(self._opening)
                 if stream.on_message is None:
                     stream.on_message, stream.on_end = self._take, lambda: self._end(_why(stream.failure))
-                stream.send((request.SerializeToString(),))
+                stream.send((*pieces, id_piece(number)))
                 await stream.drain()
                 return await reply
         except TimeoutError:
@@ -109,13 +114,13 @@ class _Stream:
         self._opening.cancel()
         await self._channel.close()
 
-    def _take(self, message: bytes | bytearray) -> bool:
+    def _take(self, message: Buffer) -> bool:
         try:
-            reply = pb.ComputeReply.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
+            reply = parse_reply(message)
         except DecodeError:
             self._end("sends what is no reply")
             return True
-        pending = self._pending.get(reply.id)
+        pending = self._pending.get(reply.head.id)
         if pending is not None and not pending.done():
             pending.set_result(reply)
         return True

@@ -8,6 +8,7 @@ from time import perf_counter_ns
 
 from moehive.kernels.answer import Answerer, LayerTable
 from moehive.kernels.ops import FEW_TOKENS
+from moehive.proto.wire.messages import Buffer
 
 from .executor import LARGE_WORK, Executor
 
@@ -22,7 +23,7 @@ class PlainRequests:
         self._answerer = None if native is None else Answerer(native)
         self._tables: dict[int, LayerTable] = {}
 
-    def answer(self, message: bytes | bytearray) -> bytes | None:
+    def answer(self, message: Buffer) -> bytes | None:
         """The reply to a message; None for one that is not plain. Raises MemoryError."""
         answerer, store = self._answerer, self._store
         if answerer is None or store.tier is not None or store.gpu is not None:

@@ -23,8 +23,17 @@ from moehive.proto import experts_pb2_grpc
 from moehive.proto.bounds import MAX_SENTENCE
 from moehive.proto.chain import check_chain
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
-from moehive.proto.tensors import Routing, WireError, read_request, read_values, write_values
+from moehive.proto.tensors import (
+    Request,
+    Routing,
+    WireError,
+    parse_request,
+    read_request,
+    read_values,
+    reply_pieces,
+)
 from moehive.proto.tiers import read_likely, write_on_disk
+from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.server import Context
 
 from .chain import ChainBroken, Onward
@@ -94,14 +103,16 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         tasks: set[asyncio.Task[None]] = set()
         context.answer_at_once(self._at_once)
         try:
-            while (request := await context.read()) is not grpc.aio.EOF:
+            while (message := await context.read_message()) is not None:
                 self._asked_at = monotonic()
-                hidden, routing = read_request(request)
+                whole = parse_request(message)
+                hidden, routing = read_request(whole)
+                request = whole.head
                 if passed_on or request.chain:
-                    check_chain(request)
+                    check_chain(whole)
                 if request.chain:
                     await chained.acquire()
-                    self._begin(self._answer_chain(request, hidden, routing, context), chained, tasks)
+                    self._begin(self._answer_chain(whole, hidden, routing, context), chained, tasks)
                     continue
                 likely = read_likely(request)
                 # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
@@ -109,8 +120,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 small = self._executor.quick(request.layer, len(routing.experts))
                 small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
-                    reply = self._answer(request, hidden, routing, likely)
-                    await context.write(reply)
+                    await context.write_message(self._answer(request, hidden, routing, likely))
                 else:
                     await room.acquire()
                     self._begin(self._answer_later(request, hidden, routing, likely, context), room, tasks)
@@ -119,7 +129,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             for task in tasks:
                 task.cancel()
 
-    def _at_once(self, message: bytes | bytearray) -> tuple[bytes] | None:
+    def _at_once(self, message: Buffer) -> tuple[bytes] | None:
         """The reply to a plain request, unless a worker has the kernels or this node is leaving."""
         if self._in_worker or self.draining or len(message) > MAX_PLAIN_BYTES:
             return None
@@ -163,22 +173,21 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
     ) -> None:
         loop = asyncio.get_running_loop()
         reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing, likely)
-        await context.write(reply)
+        await context.write_message(reply)
 
     def _answer(
         self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
-    ) -> pb.ComputeReply:
-        """The rows or a refusal."""
+    ) -> tuple[Buffer, ...]:
+        """The rows or a refusal, as a reply's bytes in pieces."""
         try:
             rows, elapsed = self._rows(request, hidden, routing, likely)
         except Refused as refused:
             return refused.reply(request)
         reply = pb.ComputeReply(id=request.id, compute_ns=elapsed)
-        write_values(reply, rows, request.dtype)
         tier = self._executor.store.tier
         if tier is not None:
             write_on_disk(reply, tier.on_disk(request.layer))
-        return reply
+        return reply_pieces(reply, rows, request.dtype)
 
     def _rows(
         self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
@@ -206,13 +215,14 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     async def _answer_chain(
         self,
-        request: pb.ComputeRequest,
+        whole: Request,
         hidden: torch.Tensor,
         routing: Routing,
         context: Context,
     ) -> None:
         """Passes a request on, computes meanwhile, and answers with the sum of all that come after and its own."""
-        onward = asyncio.create_task(self._onward.ask(request))
+        request = whole.head
+        onward = asyncio.create_task(self._onward.ask(whole))
         loop = asyncio.get_running_loop()
         own = loop.run_in_executor(self._worker, self._rows, request, hidden, routing, [])
         await asyncio.gather(own, onward, return_exceptions=True)
@@ -229,9 +239,11 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             sentence = f"Node {node} answered something else than asked: {error}"
             reply = Refused(pb.Refusal.REASON_FAILED, sentence, node).reply(request)
         else:
-            reply = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=[rest.compute_ns, *rest.chain_ns])
-            write_values(reply, (rows.float() + theirs).to(hidden.dtype), request.dtype)
-        await context.write(reply)
+            chain_ns = [rest.head.compute_ns, *rest.head.chain_ns]
+            head = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=chain_ns)
+            # In place: the rows are nobody else's.
+            reply = reply_pieces(head, rows.float().add_(theirs).to(hidden.dtype), request.dtype)
+        await context.write_message(reply)
 
 
 class Refused(NodeError):
@@ -241,6 +253,6 @@ class Refused(NodeError):
         super().__init__(sentence)
         self._refusal = pb.Refusal(reason=reason, sentence=sentence[:MAX_SENTENCE], node_name=node)
 
-    def reply(self, request: pb.ComputeRequest) -> pb.ComputeReply:
-        """The answer to the request."""
-        return pb.ComputeReply(id=request.id, refusal=self._refusal)
+    def reply(self, request: pb.ComputeRequest) -> tuple[Buffer, ...]:
+        """The answer to the request, as `ExpertsService` sends it."""
+        return (pb.ComputeReply(id=request.id, refusal=self._refusal).SerializeToString(),)

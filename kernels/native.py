@@ -6,7 +6,7 @@ import struct
 import weakref
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -106,15 +106,18 @@ def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> N
         raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
 
 
-def add_rows(parts: Sequence[bytes], rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+def add_rows(
+    parts: Sequence[bytes | bytearray | memoryview], rows: int, columns: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, bool]:
     """The sum of `parts`, each the bytes of [rows, columns] of `dtype` (f32 or bf16): added in f32, in their order.
 
     Also whether every sum is a number whose square is one, too. The caller has checked the sizes. Raises
     NativeLibraryError.
     """
     total = torch.empty((rows, columns), dtype=dtype)
+    places: Any = (part if type(part) is bytes else np.frombuffer(part, np.uint8).ctypes.data for part in parts)
     sound = library().moehive_add_rows(
-        (ctypes.c_char_p * len(parts))(*parts), len(parts), dtype is torch.bfloat16, rows * columns, total.data_ptr()
+        (ctypes.c_char_p * len(parts))(*places), len(parts), dtype is torch.bfloat16, rows * columns, total.data_ptr()
     )
     return total, bool(sound)
 

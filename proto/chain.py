@@ -2,7 +2,8 @@
 
 from . import experts_pb2 as pb
 from .bounds import BoundsError, host_port, node_name
-from .tensors import Routing, WireError, read_routing, write_routing
+from .tensors import Request, Routing, WireError, head_bytes, read_routing, write_routing
+from .wire.messages import Buffer
 
 MAX_CHAIN = 15  # nodes after the one that is asked
 MAX_CHAIN_BYTES = 4 << 20  # of hidden states, in each of the pieces that are on their way together
@@ -13,14 +14,15 @@ def add_to_chain(request: pb.ComputeRequest, name: str, address: str, routing: R
     write_routing(request.chain.add(node_name=name, address=address), routing)
 
 
-def check_chain(request: pb.ComputeRequest) -> None:
+def check_chain(whole: Request) -> None:
     """Checks the chain of a request that `read_request` has read. Raises WireError."""
+    request = whole.head
     nodes = request.chain
     if len(nodes) > MAX_CHAIN or len({node.node_name for node in nodes}) != len(nodes):
         raise WireError(f"A chain has at most {MAX_CHAIN} nodes after the first, each once.")
     if request.reduction != pb.REDUCTION_PARTIAL_SUM:
         raise WireError("A chain answers with one sum: it needs REDUCTION_PARTIAL_SUM.")
-    if len(request.hidden_states) > MAX_CHAIN_BYTES:
+    if len(whole.states) > MAX_CHAIN_BYTES:
         raise WireError(f"Hidden states of a chain are at most {MAX_CHAIN_BYTES} bytes.")
     for node in nodes:
         try:
@@ -31,10 +33,11 @@ def check_chain(request: pb.ComputeRequest) -> None:
         read_routing(node, request.tokens)
 
 
-def next_request(request: pb.ComputeRequest) -> pb.ComputeRequest:
-    """What the first node of `request`'s chain is asked; its id is the caller's to choose."""
+def next_request(whole: Request) -> tuple[Buffer, ...]:
+    """What the first node of a request's chain is asked, in pieces and without an id; no state is copied."""
+    request = whole.head
     first, rest = request.chain[0], request.chain[1:]
-    return pb.ComputeRequest(
+    onward = pb.ComputeRequest(
         epoch=request.epoch,
         step=request.step,
         layer=request.layer,
@@ -42,13 +45,13 @@ def next_request(request: pb.ComputeRequest) -> pb.ComputeRequest:
         hidden_size=request.hidden_size,
         dtype=request.dtype,
         reduction=request.reduction,
-        hidden_states=request.hidden_states,
         scales=request.scales,
         offsets=first.offsets,
         experts=first.experts,
         weights=first.weights,
         chain=rest,
     )
+    return head_bytes(onward, len(whole.states)), whole.states
 
 
 def check_chain_reply(reply: pb.ComputeReply, nodes: int) -> None:

@@ -13,16 +13,16 @@ from google.protobuf.message import DecodeError
 
 from . import cluster_pb2 as pb
 from .bounds import MAX_CHUNK_BYTES, BoundsError, check_chunk
+from .fields import find_field
 from .varint import varint
+from .wire.messages import Buffer
 
 WORTH = 0.95  # a sample that zstd does not make smaller than this share of it is sent as it is
 _LEVEL = 1  # some 500 MB/s on one core, several times a home network
 _SAMPLE_BYTES = 32 << 10  # of each of four places
 _SAMPLES = 4
 
-_VARINT, _LENGTH = 0, 2  # protobuf's wire types: what follows a field's number
-_DATA_TAG = bytes([pb.SliceChunk.DATA_FIELD_NUMBER << 3 | _LENGTH])
-_MOST_FIELDS = 16  # of a message, twice as many as there are
+_DATA_TAG = bytes([pb.SliceChunk.DATA_FIELD_NUMBER << 3 | 2])
 _MOST_BYTES = MAX_CHUNK_BYTES + 1024  # of a message
 
 
@@ -58,17 +58,20 @@ def spans(offset: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + most, nbytes)
 
 
-def read_chunk(message: bytes) -> Chunk:
+def read_chunk(message: Buffer) -> Chunk:
     """A serialized SliceChunk. Raises BoundsError for what is none, or is out of its bounds."""
-    start, begin, end = _find_data(message)
+    if len(message) > _MOST_BYTES:
+        raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
+    place = find_field(message, pb.SliceChunk.DATA_FIELD_NUMBER)
+    if place is None:
+        raise BoundsError("A chunk is not valid protobuf, or has data twice.")
+    view = memoryview(message)
     try:
-        head = pb.SliceChunk.FromString(message[:start] + message[end:])
+        head = pb.SliceChunk.FromString(b"".join((view[: place.start], view[place.end :])))
     except DecodeError as error:
         raise BoundsError("A chunk is not valid protobuf.") from error
-    if head.data:
-        raise BoundsError("A chunk has data twice.")
-    check_chunk(head, end - begin)
-    return Chunk(head, memoryview(message)[begin:end])
+    check_chunk(head, place.end - place.content)
+    return Chunk(head, view[place.content : place.end])
 
 
 def chunk_data(chunk: Chunk) -> memoryview:
@@ -102,40 +105,3 @@ def _chunk(
         expert_digest=digest if end == len(whole) else b"",
     )
     return b"".join((head.SerializeToString(), _DATA_TAG, varint(len(data)), data)), len(data)
-
-
-def _read_varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number that begins at `at`, and where it ends. Raises BoundsError."""
-    number = 0
-    for place, byte in enumerate(message[at : at + 10]):
-        number |= (byte & 127) << (7 * place)
-        if byte < 128:
-            return number, at + place + 1
-    raise BoundsError("A chunk is not valid protobuf.")
-
-
-def _find_data(message: bytes) -> tuple[int, int, int]:
-    """Where the field `data` begins, where its bytes begin, and where both end; the message's end when it has none.
-
-    Raises BoundsError.
-    """
-    if len(message) > _MOST_BYTES:
-        raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
-    at = 0
-    for _ in range(_MOST_FIELDS):
-        start = at
-        if start == len(message):
-            return start, start, start
-        tag, at = _read_varint(message, at)
-        if tag & 7 == _VARINT:
-            _, at = _read_varint(message, at)
-        elif tag & 7 == _LENGTH:
-            nbytes, begin = _read_varint(message, at)
-            at = begin + nbytes
-            if at > len(message):
-                break
-            if tag >> 3 == pb.SliceChunk.DATA_FIELD_NUMBER:
-                return start, begin, at
-        else:
-            break
-    raise BoundsError("A chunk is not valid protobuf.")

@@ -1,17 +1,25 @@
-"""Requests and replies of the hop as tensors: raw little-endian bytes, every size checked before use; no pickle."""
+"""Requests and replies of the hop as tensors: raw little-endian bytes, every size checked before use; no pickle.
+
+Hidden states and rows are never handed to protobuf, which copies a bytes field four times on its way: they are sent
+from the tensor's own memory, and read where the message lies.
+"""
 
 import ctypes
 import struct
 import sys
 import warnings
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from google.protobuf.message import Message
 
 from . import experts_pb2 as pb
+from .fields import find_field
+from .rounding import round_rows, scale_groups, unround_rows
 from .varint import varint
+from .wire.messages import COPIED_BYTES, Buffer
 
 MAX_TOKENS = 8192
 MAX_HIDDEN = 65_536
@@ -20,9 +28,6 @@ MAX_TENSOR_BYTES = 64 << 20
 MAX_PAIRS_PER_TOKEN = 64
 MAX_EXPERT = 65_535
 
-# Columns of a row in 8 bits that share a scale. Hidden states have a few columns far larger than the rest: with one
-# scale for a whole row, all others would be rounded away.
-SCALE_COLUMNS = 64
 # Of the bytes on the wire. int8 rows come with their scales and are f32 once read.
 DTYPES: dict[pb.Dtype, torch.dtype] = {
     pb.DTYPE_F32: torch.float32,
@@ -47,11 +52,52 @@ class Routing(NamedTuple):
     weights: np.ndarray  # f32 [pairs]
 
 
-def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """A CPU tensor's bytes in order (one copy, if it is contiguous)."""
+class Request(NamedTuple):
+    """A ComputeRequest that came."""
+
+    head: pb.ComputeRequest  # all but its hidden states
+    states: Buffer  # those
+
+
+class Reply(NamedTuple):
+    """A ComputeReply that came."""
+
+    head: pb.ComputeReply  # all but its rows
+    values: Buffer  # those
+
+
+def parse_request(message: Buffer) -> Request:
+    """A serialized request. It shares the bytes of a large one, which must stay. Raises DecodeError."""
+    return Request(*_parse(pb.ComputeRequest, "hidden_states", pb.ComputeRequest.HIDDEN_STATES_FIELD_NUMBER, message))
+
+
+def parse_reply(message: Buffer) -> Reply:
+    """A serialized reply. It shares the bytes of a large one, which must stay. Raises DecodeError."""
+    return Reply(*_parse(pb.ComputeReply, "values", pb.ComputeReply.VALUES_FIELD_NUMBER, message))
+
+
+_Kind = TypeVar("_Kind", bound=Message)
+
+
+def _parse(kind: type[_Kind], field: str, number: int, message: Buffer) -> tuple[_Kind, Buffer]:
+    """A message without one bytes field, and that. A small one, or a strange one, is protobuf's to take apart."""
+    place = find_field(message, number) if len(message) > COPIED_BYTES else None
+    if place is None:
+        head = kind.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
+        content: bytes = getattr(head, field)
+        head.ClearField(field)
+        return head, content
+    view = memoryview(message)
+    return kind.FromString(b"".join((view[: place.start], view[place.end :]))), view[place.content : place.end]
+
+
+def tensor_buffer(tensor: torch.Tensor) -> Buffer:
+    """A CPU tensor's bytes in order. Of a large one they are its own memory, to be left alone until they are used."""
     # Not `contiguous` alone: even where it has nothing to do, torch's way there is long and seldom in a cache.
     flat = tensor if tensor.is_contiguous() else tensor.contiguous()
-    return ctypes.string_at(flat.data_ptr(), flat.nbytes)  # half the cost of a view, an array and its bytes
+    if flat.nbytes <= COPIED_BYTES:
+        return ctypes.string_at(flat.data_ptr(), flat.nbytes)  # half the cost of a view, an array and its bytes
+    return flat.view(-1).view(torch.uint8).numpy().data
 
 
 # Tensors below are views of a message's bytes, which nobody else holds and which are only read. Torch has no such
@@ -59,48 +105,38 @@ def tensor_bytes(tensor: torch.Tensor) -> bytes:
 warnings.filterwarnings("ignore", "The given (buffer|NumPy array) is not writable", UserWarning)
 
 
-def _tensor(data: bytes, dtype: torch.dtype, rows: int, columns: int, what: str) -> torch.Tensor:
-    if rows * columns * dtype.itemsize != len(data):
-        raise WireError(f"{what} has {len(data)} bytes where [{rows}, {columns}] of {dtype} was announced.")
+def _check_size(nbytes: int, dtype: torch.dtype, rows: int, columns: int, what: str) -> None:
+    if rows * columns * dtype.itemsize != nbytes:
+        raise WireError(f"{what} has {nbytes} bytes where [{rows}, {columns}] of {dtype} was announced.")
+
+
+def _tensor(data: Buffer, dtype: torch.dtype, rows: int, columns: int, what: str) -> torch.Tensor:
+    _check_size(len(data), dtype, rows, columns, what)
     if not data:  # a reply of no rows
         return torch.empty((rows, columns), dtype=dtype)
-    return torch.frombuffer(data, dtype=dtype).view(rows, columns)  # CPython's bytes are aligned to 16
+    tensor = torch.frombuffer(data, dtype=dtype).view(rows, columns)
+    # What we send is aligned where the message is (`_until`); others may send what is not.
+    return tensor if tensor.data_ptr() % dtype.itemsize == 0 else tensor.clone()
 
 
-def _to_int8(tensor: torch.Tensor) -> tuple[bytes, bytes]:
-    """Rows [rows, columns] as int8 bytes, and f32 scale bytes [rows, groups]: a group's largest number becomes 127.
-
-    A group with a value that is not finite gets a scale that is not, so the other side refuses it.
-    """
-    rows, columns = tensor.shape
-    groups = scale_groups(columns)
-    values = tensor.float()
-    if columns % SCALE_COLUMNS:
-        values = torch.nn.functional.pad(values, (0, groups * SCALE_COLUMNS - columns))
-    values = values.view(rows, groups, SCALE_COLUMNS)
-    scales = values.abs().amax(dim=2).div_(127)
-    steps = values / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
-    return tensor_bytes(steps.round_().to(torch.int8).view(rows, -1)[:, :columns]), tensor_bytes(scales)
+def _to_int8(rows: torch.Tensor) -> tuple[Buffer, bytes]:
+    """Rows [rows, columns] as int8 bytes, and the bytes of their scales (`round_rows`)."""
+    steps, scales = round_rows(rows)
+    return tensor_buffer(steps), bytes(tensor_buffer(scales))
 
 
-def _from_int8(data: bytes, scales: bytes, rows: int, columns: int, what: str) -> torch.Tensor:
-    steps = _tensor(data, torch.int8, rows, columns, what)
-    factors = _tensor(scales, torch.float32, rows, scale_groups(columns), f"scales of {what}")
-    if not bool(torch.isfinite(factors).all()):
+def _from_int8(data: Buffer, scales: bytes, rows: int, columns: int, what: str) -> torch.Tensor:
+    _check_size(len(data), torch.int8, rows, columns, what)
+    _check_size(len(scales), torch.float32, rows, scale_groups(columns), f"scales of {what}")
+    values = unround_rows(data, scales, rows, columns)
+    if values is None:
         raise WireError(f"A scale of {what} is not finite.")
-    if columns % SCALE_COLUMNS:
-        return steps * factors.repeat_interleave(SCALE_COLUMNS, dim=1)[:, :columns]
-    values = steps.float().view(rows, -1, SCALE_COLUMNS)
-    return values.mul_(factors[:, :, None]).view(rows, columns)
+    return values
 
 
-def scale_groups(columns: int) -> int:
-    """Scales of a row of `columns` numbers in 8 bits."""
-    return -(-columns // SCALE_COLUMNS)
-
-
-def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
-    """Hidden states [tokens, hidden], f32 or bf16, and routing of a request. Raises WireError."""
+def read_request(whole: Request) -> tuple[torch.Tensor, Routing]:
+    """Hidden states [tokens, hidden], f32 or bf16, and routing of a request, to be read only. Raises WireError."""
+    request = whole.head
     tokens, hidden = request.tokens, request.hidden_size
     if not 1 <= tokens <= MAX_TOKENS or not 1 <= hidden <= MAX_HIDDEN or request.layer > MAX_LAYER:
         raise WireError(f"tokens ({tokens}), hidden_size ({hidden}) or layer ({request.layer}) is out of bounds.")
@@ -120,9 +156,9 @@ def read_request(request: pb.ComputeRequest) -> tuple[torch.Tensor, Routing]:
     if rows * hidden * size > MAX_TENSOR_BYTES:
         raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
     if dtype is torch.int8:
-        states = _from_int8(request.hidden_states, request.scales, tokens, hidden, "hidden_states")
+        states = _from_int8(whole.states, request.scales, tokens, hidden, "hidden_states")
     else:
-        states = _tensor(request.hidden_states, dtype, tokens, hidden, "hidden_states")
+        states = _tensor(whole.states, dtype, tokens, hidden, "hidden_states")
     return states, routing
 
 
@@ -154,10 +190,10 @@ def read_routing(message: pb.ComputeRequest | pb.ChainNode, tokens: int) -> Rout
     return Routing(offsets, experts, weights)
 
 
-def write_head(request: pb.ComputeRequest, hidden: torch.Tensor, eight_bit: bool = False) -> bytes:
+def write_head(request: pb.ComputeRequest, hidden: torch.Tensor, eight_bit: bool = False) -> Buffer:
     """Fills what a request says of `hidden` [tokens, hidden] f32 or bf16 on the CPU; `eight_bit`: rounds it.
 
-    Returns the bytes that belong into hidden_states.
+    Returns what belongs into hidden_states; it may be `hidden`'s own memory (`tensor_buffer`).
     """
     request.tokens, request.hidden_size = hidden.shape
     if eight_bit:
@@ -165,24 +201,16 @@ def write_head(request: pb.ComputeRequest, hidden: torch.Tensor, eight_bit: bool
         states, request.scales = _to_int8(hidden)
         return states
     request.dtype = CODES[hidden.dtype]
-    return tensor_bytes(hidden)
-
-
-def write_request(
-    request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, eight_bit: bool = False
-) -> None:
-    """Fills a request's tensors: `hidden` [tokens, hidden] f32 or bf16 on the CPU; `eight_bit`: rounds it."""
-    request.hidden_states = write_head(request, hidden, eight_bit)
-    write_routing(request, routing)
+    return tensor_buffer(hidden)
 
 
 def head_bytes(request: pb.ComputeRequest, nbytes: int) -> bytes:
     """The bytes of a request up to its hidden states, which are `nbytes` long and not in it.
 
-    Then come those, its routing (`routing_bytes`) and its id (`id_piece`), in pieces that belong together. Protobuf
-    would copy the hidden states twice, and take longer over a request of one token than over its bytes.
+    Then come those, its routing (`routing_bytes`) if it is not in it, and its id (`id_piece`), in pieces that belong
+    together. Protobuf would take longer over a request of one token than over its bytes.
     """
-    return request.SerializeToString() + _STATES + varint(nbytes)
+    return _until(request, _STATES, nbytes)
 
 
 def routing_bytes(routing: Routing) -> bytes:
@@ -199,6 +227,17 @@ def id_piece(number: int) -> bytes:
 
 _ID = bytes([pb.ComputeRequest.ID_FIELD_NUMBER << 3])
 _STATES = bytes([pb.ComputeRequest.HIDDEN_STATES_FIELD_NUMBER << 3 | 2])
+_VALUES = bytes([pb.ComputeReply.VALUES_FIELD_NUMBER << 3 | 2])
+# Of 0, 5, 2 and 3 bytes: an id of 0, which the message's own replaces, in more bytes than it takes.
+_FILLERS = (b"", _ID + b"\x80\x80\x80\x00", _ID + b"\x00", _ID + b"\x80\x00")
+assert pb.ComputeReply.ID_FIELD_NUMBER == pb.ComputeRequest.ID_FIELD_NUMBER
+
+
+def _until(message: pb.ComputeRequest | pb.ComputeReply, tag: bytes, nbytes: int) -> bytes:
+    """A message's bytes up to those of a field that is not in it: `nbytes`, at a multiple of 4 if they are many."""
+    head, coded = message.SerializeToString(), tag + varint(nbytes)
+    filler = _FILLERS[-(len(head) + len(coded)) % 4] if nbytes > COPIED_BYTES else b""
+    return filler + head + coded
 
 
 def write_routing(message: pb.ComputeRequest | pb.ChainNode, routing: Routing) -> None:
@@ -208,33 +247,38 @@ def write_routing(message: pb.ComputeRequest | pb.ChainNode, routing: Routing) -
     message.weights = routing.weights.astype("<f4", copy=False).tobytes()
 
 
-def write_values(reply: pb.ComputeReply, rows: torch.Tensor, dtype: pb.Dtype) -> None:
-    """Fills a reply's rows [rows, hidden], of the request's `dtype`."""
+def reply_pieces(reply: pb.ComputeReply, rows: torch.Tensor, dtype: pb.Dtype) -> tuple[Buffer, ...]:
+    """The bytes of a reply with `rows` [rows, hidden], sent as the request's `dtype`, in pieces that belong together.
+
+    `reply` has the other fields. The rows must not change until the pieces have left.
+    """
     reply.rows = rows.shape[0]
     if dtype == pb.DTYPE_INT8:
-        reply.values, reply.scales = _to_int8(rows)
+        values, reply.scales = _to_int8(rows)
     else:
-        reply.values = tensor_bytes(rows)
+        values = tensor_buffer(rows)
+    return _until(reply, _VALUES, len(values)), values
 
 
-def rows_tensor(raw: bytes, dtype: torch.dtype, rows: int, hidden: int) -> torch.Tensor:
+def rows_tensor(raw: Buffer, dtype: torch.dtype, rows: int, hidden: int) -> torch.Tensor:
     """[rows, hidden] f32 or bf16 out of their bytes, which it shares. Raises WireError for too many or few."""
     return _tensor(raw, dtype, rows, hidden, "values")
 
 
-def raw_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> bytes | None:
+def raw_values(reply: Reply, rows: int, hidden: int, dtype: torch.dtype) -> Buffer | None:
     """The bytes of a reply's rows, as many as [rows, hidden] of `dtype` has; None where `read_values` must look."""
-    raw = reply.values
-    return raw if reply.rows == rows and len(raw) == rows * hidden * dtype.itemsize and not reply.scales else None
+    head, raw = reply
+    return raw if head.rows == rows and len(raw) == rows * hidden * dtype.itemsize and not head.scales else None
 
 
-def read_values(reply: pb.ComputeReply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    """A reply's rows [rows, hidden], of `dtype`, or f32 where they came in 8 bits.
+def read_values(reply: Reply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    """A reply's rows [rows, hidden], of `dtype`, or f32 where they came in 8 bits; only to be read.
 
     Raises WireError when it does not answer what was asked.
     """
-    if reply.rows != rows:
-        raise WireError(f"The reply has {reply.rows} rows where {rows} were asked for.")
-    if scales := reply.scales:
-        return _from_int8(reply.values, scales, rows, hidden, "values")
-    return _tensor(reply.values, dtype, rows, hidden, "values")
+    head, raw = reply
+    if head.rows != rows:
+        raise WireError(f"The reply has {head.rows} rows where {rows} were asked for.")
+    if head.scales:
+        return _from_int8(raw, head.scales, rows, hidden, "values")
+    return _tensor(raw, dtype, rows, hidden, "values")

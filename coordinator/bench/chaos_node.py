@@ -22,6 +22,7 @@ PRELUDE = (
 import datetime, errno, os, pathlib, threading, time
 os.environ.setdefault("GRPC_EXPERIMENTS", "-event_engine_client,-event_engine_listener")  # as the node itself does
 from moehive.expert_node import cache, executor, identity, plain, service
+from moehive.proto import experts_pb2 as pb
 _file = pathlib.Path(sys.argv[sys.argv.index("--state-dir") + 1]) / "{FILE}"
 _fault = ""
 def _look():
@@ -37,7 +38,7 @@ def _watch():
 _look()
 threading.Thread(target=_watch, daemon=True).start()
 
-_compute, _write = executor.Executor.compute, service.write_values
+_compute, _pieces = executor.Executor.compute, service.reply_pieces
 def _computed(*arguments, **keywords):
     if _fault == "memory":
         raise MemoryError("no memory is left")
@@ -46,12 +47,13 @@ def _computed(*arguments, **keywords):
         rows = rows * float("nan")
     return rows, elapsed
 def _written(reply, *arguments, **keywords):
-    _write(reply, *arguments, **keywords)
-    if _fault == "garbage":
-        reply.values = reply.values[:-3]
     if _fault == "old":
         reply.id -= 1
-executor.Executor.compute, service.write_values = _computed, _written
+    pieces = _pieces(reply, *arguments, **keywords)
+    if _fault == "garbage":  # the rows, once more and too short: the last ones count
+        pieces = (*pieces, bytes((pb.ComputeReply.VALUES_FIELD_NUMBER << 3 | 2, 3)), b"cut")
+    return pieces
+executor.Executor.compute, service.reply_pieces = _computed, _written
 _answer = plain.PlainRequests.answer
 plain.PlainRequests.answer = lambda self, message: None if _fault in {LIES} else _answer(self, message)
 

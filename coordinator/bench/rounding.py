@@ -14,7 +14,16 @@ import torch
 from moehive.kernels.geometry import ExpertId
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import read_request, read_values, write_request, write_values
+from moehive.proto.tensors import (
+    head_bytes,
+    parse_reply,
+    parse_request,
+    read_request,
+    read_values,
+    reply_pieces,
+    routing_bytes,
+    write_head,
+)
 
 from ..app import text_of
 from ..checkpoints.opening import open_model
@@ -48,11 +57,11 @@ class _Rounding:
         for share in split(ids.to(torch.int64).numpy(), weights.float().numpy(), self._owners[layer]).values():
             tokens = torch.from_numpy(share.tokens)
             request = pb.ComputeRequest(reduction=pb.REDUCTION_PARTIAL_SUM)
-            write_request(request, hidden[tokens], share.routing, self._eight_bit)
-            states, routing = read_request(request)
+            raw = write_head(request, hidden[tokens], self._eight_bit)
+            pieces = head_bytes(request, len(raw)), raw, routing_bytes(share.routing)
+            states, routing = read_request(parse_request(b"".join(pieces)))
             rows = self._experts.compute(layer, states, routing, Reduction.PARTIAL_SUM)
-            reply = pb.ComputeReply()
-            write_values(reply, rows, request.dtype)
+            reply = parse_reply(b"".join(reply_pieces(pb.ComputeReply(), rows, request.dtype)))
             total.index_add_(0, tokens, read_values(reply, len(tokens), hidden.shape[1], rows.dtype).float())
         return total.to(hidden.dtype)
 

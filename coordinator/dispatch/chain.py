@@ -17,7 +17,8 @@ import numpy.typing as npt
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import MAX_CHAIN, MAX_CHAIN_BYTES, add_to_chain
-from moehive.proto.tensors import Routing, head_bytes, routing_bytes, scale_groups, write_head
+from moehive.proto.rounding import scale_groups
+from moehive.proto.tensors import Routing, head_bytes, routing_bytes, write_head
 
 from ..types import LOCAL, NodeName, NodeUnavailable
 from .link import Link

@@ -20,6 +20,7 @@ from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import head_bytes, write_head
+from moehive.proto.wire.messages import Buffer
 
 from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
@@ -45,7 +46,7 @@ SLACK_SECONDS = 0.05  # beyond three times the expected time, a node with replic
 SILENT_SECONDS = 1.0  # beyond that, one without replicas
 FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
-_COMPUTE_NS = attrgetter("compute_ns")
+_COMPUTE_NS = attrgetter("head.compute_ns")
 _WIRE_REDUCTION = {Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM, Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT}
 
 
@@ -311,7 +312,7 @@ class Dispatcher:
         # Where the bits of a result must not depend on the cluster, they must not depend on a link's speed either.
         exact = self._reduction is Reduction.PER_EXPERT or not link.speed.slow
         eight_bit = not exact and link.speed.eight_bit(rows.nbytes)
-        head, raw = (sent.states if whole and not eight_bit else None) or self._head(sent, rows, eight_bit)
+        head, raw = (sent.states.get(eight_bit) if whole else None) or self._head(sent, rows, eight_bit)
         reply = link.send((head, raw, share.message), len(raw))
         timeline.current.hop(node, reply, _COMPUTE_NS)
         return link, share, reply
@@ -331,14 +332,14 @@ class Dispatcher:
         self._watch.add(part)
         return part
 
-    def _head(self, sent: Sent, rows: torch.Tensor, eight_bit: bool) -> tuple[bytes, bytes]:
+    def _head(self, sent: Sent, rows: torch.Tensor, eight_bit: bool) -> tuple[bytes, Buffer]:
         """A request up to its hidden states `rows`, and those, as bytes."""
         request = self._request(sent.layer)
         raw = write_head(request, rows, eight_bit)
         self.tiers.tell(request)
         states = head_bytes(request, len(raw)), raw
-        if rows is sent.hidden and not eight_bit:
-            sent.states = states
+        if rows is sent.hidden:
+            sent.states[eight_bit] = states
         return states
 
     def _request(self, layer: int) -> pb.ComputeRequest:

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.handshake import metadata
-from moehive.proto.tensors import MAX_LAYER, head_bytes, id_piece, write_head
+from moehive.proto.tensors import MAX_LAYER, Reply, head_bytes, id_piece, parse_reply, write_head
 from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.methods import COMPUTE
@@ -39,7 +39,7 @@ REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes secon
 
 @dataclass(slots=True)
 class _Pending:
-    reply: "asyncio.Future[pb.ComputeReply]"
+    reply: "asyncio.Future[Reply]"
     sent_at: float  # seconds, monotonic clock
     nbytes: int  # of the hidden states
     chained: bool  # the time of the reply is that of other links, too
@@ -93,9 +93,7 @@ class Link:
         for tokens in PROBES:
             await self.send(*probe(tokens))
 
-    def send(
-        self, pieces: tuple[Buffer, ...], nbytes: int, chained: bool = False
-    ) -> "asyncio.Future[pb.ComputeReply]":
+    def send(self, pieces: tuple[Buffer, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
         """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT.
 
         `pieces` are its bytes but for its id, which is given here; `nbytes` of them are hidden states; `chained`:
@@ -107,7 +105,7 @@ class Link:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
         number = self._next_id
         self._next_id += ID_STEP
-        future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending[number] = _Pending(future, monotonic(), nbytes, chained)
         future.add_done_callback(partial(self._settled, number))
         self._line.append((number, (*pieces, id_piece(number))))
@@ -123,16 +121,17 @@ class Link:
             self._stream.cancel()
         await self._channel.close()
 
-    def _take(self, message: bytes | bytearray) -> bool:
+    def _take(self, message: Buffer) -> bool:
         """A reply has come."""
         try:
-            reply = pb.ComputeReply.FromString(message)  # type: ignore[arg-type]  # any buffer of bytes
+            reply = parse_reply(message)
         except DecodeError:
             self._give_up(f"Node {self.node} sends what is no reply; it is asked again on a new connection.")
             return True
-        pending = self._pending.get(reply.id)
+        head, values = reply
+        pending = self._pending.get(head.id)
         if pending is None:
-            if not self._was_sent(reply.id):
+            if not self._was_sent(head.id):
                 self._give_up(
                     f"Node {self.node} answered a request that nobody has sent; it is asked again on a new "
                     "connection."
@@ -141,8 +140,8 @@ class Link:
             pending.reply.set_result(reply)
             # Others would share the link, and the time would say nothing.
             if len(self._pending) == 1 and not pending.chained:
-                seconds = monotonic() - pending.sent_at - reply.compute_ns / 1e9
-                self.speed.note(max(pending.nbytes, len(reply.values)), pending.nbytes + len(reply.values), seconds)
+                seconds = monotonic() - pending.sent_at - head.compute_ns / 1e9
+                self.speed.note(max(pending.nbytes, len(values)), pending.nbytes + len(values), seconds)
         return True
 
     def _give_up(self, sentence: str) -> None:

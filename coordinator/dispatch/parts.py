@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moehive.proto import experts_pb2 as pb
+from moehive.proto.tensors import Reply
+from moehive.proto.wire.messages import Buffer
 
 from ..types import NodeName
 from .routing import Share
@@ -32,7 +33,7 @@ class Part:
     layer: int
     members: tuple[tuple[NodeName, Share], ...]  # who computes what; the first is asked, the others are its chain
     share: Share  # all of that
-    reply: "asyncio.Future[pb.ComputeReply]"
+    reply: "asyncio.Future[Reply]"
     expected: float  # seconds until the reply
     due: float  # seconds of the loop's clock: it is late from then on
     given_up: bool = False  # `reply` was cancelled because it was late
@@ -63,7 +64,8 @@ class Sent:
     weights: npt.NDArray[np.float32]
     device: torch.device | None  # where its caller has its tensors, if not there
     settle: Callable[[Part], None]  # to be called with each part when it is over
-    states: tuple[bytes, bytes] | None = None  # of a request for all of `hidden`: its fields before it, and its bytes
+    # Of a request for all of `hidden`, in 8 bits or not: its other fields, and its bytes.
+    states: dict[bool, tuple[bytes, Buffer]] = field(default_factory=dict)
     here: Share | None = None
     lost: list[Share] = field(default_factory=list)  # of experts that nobody could be asked for
     waiting: list[Part] = field(default_factory=list)

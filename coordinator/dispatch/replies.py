@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from moehive.kernels.ops import Reduction
-from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import check_chain_reply
-from moehive.proto.tensors import WireError, raw_values, read_values
+from moehive.proto.tensors import Reply, WireError, raw_values, read_values
 
 from ..types import NodeName, NodeUnavailable
 from .chain import NotAnswered
@@ -40,17 +39,17 @@ class Replies:
         self._spot_check = spot_check
         self._on_lie = on_lie
 
-    def read(self, part: Part, hidden: torch.Tensor, reply: pb.ComputeReply) -> Rows:
+    def read(self, part: Part, hidden: torch.Tensor, reply: Reply) -> Rows:
         """The rows of a reply to `part` of a layer's `hidden` states.
 
         Raises NodeUnavailable when a node refused or answered nonsense, which of a chain nobody is blamed for: what
         it was asked is asked of each of its nodes next.
         """
-        node, share = part.node, part.share
-        if reply.HasField("refusal"):
-            about = reply.refusal.node_name
+        node, share, head = part.node, part.share, reply.head
+        if head.HasField("refusal"):
+            about = head.refusal.node_name
             who = next((name for name in part.nodes if name == about), node)
-            raise NodeUnavailable(who, f"Node {node} refuses: {reply.refusal.sentence[:1024]}")
+            raise NodeUnavailable(who, f"Node {node} refuses: {head.refusal.sentence[:1024]}")
         count = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
         size, dtype = hidden.shape[1], hidden.dtype
         try:
@@ -60,9 +59,9 @@ class Replies:
             else:
                 rows = Rows(share, node, read_values(reply, count, size, dtype))
             if part.chained:
-                check_chain_reply(reply, len(part.members) - 1)
+                check_chain_reply(head, len(part.members) - 1)
             else:
-                self._tiers.note(node, part.layer, reply)
+                self._tiers.note(node, part.layer, head)
         except WireError as error:
             sentence = f"Node {node} answered something else than asked: {error}"
             if not part.chained:
@@ -70,7 +69,7 @@ class Replies:
             raise NodeUnavailable(node, sentence) from None
         if part.chained and not is_finite(rows.values.float()):
             raise NotAnswered(part.nodes, f"The sum of {', '.join(part.nodes)} is no number in layer {part.layer}.")
-        for (name, own), nanoseconds in zip(part.members, (reply.compute_ns, *reply.chain_ns), strict=True):
+        for (name, own), nanoseconds in zip(part.members, (head.compute_ns, *head.chain_ns), strict=True):
             self._note(name, part.layer, own, nanoseconds)
         if self._spot_check is not None:
             self._spot_check.answered(part, hidden, rows, self._reduction, self._speeds.layers)

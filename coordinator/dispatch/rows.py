@@ -10,7 +10,8 @@ import torch
 
 from moehive.kernels import native
 from moehive.kernels.ops import Reduction
-from moehive.proto.tensors import rows_tensor
+from moehive.proto.tensors import rows_tensor, tensor_buffer
+from moehive.proto.wire.messages import Buffer
 
 from ..types import NodeName
 from .routing import Share
@@ -25,11 +26,13 @@ class Rows:
         self.share = share
         self.node = node
         self._values: torch.Tensor | None = values
-        self.raw: bytes | None = None  # as a reply brought them
+        self.raw: Buffer | None = None  # as a reply brought them
         self.shape: tuple[int, int, torch.dtype]
 
     @classmethod
-    def of_bytes(cls, share: Share, node: NodeName, raw: bytes, rows: int, hidden: int, dtype: torch.dtype) -> "Rows":
+    def of_bytes(
+        cls, share: Share, node: NodeName, raw: Buffer, rows: int, hidden: int, dtype: torch.dtype
+    ) -> "Rows":
         """Of f32 or bf16 numbers that nobody has looked at: when they are only added, no tensor is made of them."""
         made = cls.__new__(cls)
         made.share, made.node, made.raw, made._values = share, node, raw, None
@@ -55,10 +58,17 @@ class Sum(NamedTuple):
 
 def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, dtype: torch.dtype, reduction: Reduction) -> Sum:
     """[tokens, size] of `dtype`, added in f32: with PER_EXPERT in the router's order, else in that of `parts`."""
-    if reduction is Reduction.PARTIAL_SUM and parts:
-        raw = [rows.raw for rows in parts if rows.raw is not None and len(rows.share.tokens) == tokens]
-        if len(raw) == len(parts):  # each node has some expert of each token: the case of decoding
+    whole = all(len(rows.share.tokens) == tokens for rows in parts)
+    if reduction is Reduction.PARTIAL_SUM and parts and whole:
+        # Each node has some expert of each token: the case of decoding, and of most chunks of a prompt.
+        raw = [rows.raw for rows in parts if rows.raw is not None]
+        if len(raw) == len(parts):
             return Sum(*native.add_rows(raw, tokens, size, dtype))
+        values = [rows.values for rows in parts]
+        if all(value.dtype is torch.float32 for value in values):  # they came in 8 bits
+            raw = [tensor_buffer(value) for value in values]
+            total, finite = native.add_rows(raw, tokens, size, torch.float32)
+            return Sum(total.to(dtype), finite)
     total = _add_tensors(parts, tokens, k, size, reduction)
     return Sum(total if dtype is torch.float32 else total.to(dtype), is_finite(total))
 
@@ -84,9 +94,12 @@ def _add_tensors(parts: Sequence[Rows], tokens: int, k: int, size: int, reductio
 
 
 def rows_of(hidden: torch.Tensor, share: Share) -> torch.Tensor:
-    """The hidden states [rows, hidden] of a share's tokens."""
+    """The hidden states [rows, hidden] of a share's tokens; of tokens in a row, `hidden`'s own."""
+    start, end = int(share.tokens[0]), int(share.tokens[-1]) + 1
     if len(share.tokens) == hidden.shape[0]:
         return hidden
+    if len(share.tokens) == end - start:
+        return hidden[start:end]
     return hidden[torch.from_numpy(share.tokens)]
 
 

@@ -6,6 +6,7 @@ from typing import TypeAlias
 
 import grpc
 import grpc.aio
+import numpy as np
 
 from . import status
 
@@ -33,7 +34,7 @@ class Assembler:
         """`max_bytes`: of a message."""
         self._max_bytes = max_bytes
         self._prefix = bytearray()
-        self._message: bytearray | None = None  # that is being filled
+        self._message: memoryview | None = None  # that is being filled
         self._got = 0
 
     @property
@@ -49,9 +50,9 @@ class Assembler:
     def room(self) -> memoryview:
         """Where the next bytes of the message that has begun belong; `filled` says how many came."""
         assert self._message is not None
-        return memoryview(self._message)[self._got :]
+        return self._message[self._got :]
 
-    def filled(self, count: int) -> bytearray | None:
+    def filled(self, count: int) -> memoryview | None:
         """`count` bytes are in `room`; returns the message if that was all of it."""
         self._got += count
         message = self._message
@@ -70,9 +71,9 @@ class Assembler:
             return None
         return bytes(data[PREFIX_BYTES:])
 
-    def feed(self, data: memoryview) -> list[bytes | bytearray]:
+    def feed(self, data: memoryview) -> list[Buffer]:
         """The messages that `data` completes. Raises AioRpcError for one that is too large or compressed."""
-        done: list[bytes | bytearray] = []
+        done: list[Buffer] = []
         while data:
             if self._message is None:
                 part = data[: PREFIX_BYTES - len(self._prefix)]
@@ -85,7 +86,8 @@ class Assembler:
                 if length == 0:
                     done.append(b"")
                     continue
-                self._message, self._got = bytearray(length), 0
+                # Not a bytearray, which would be filled with zeros first.
+                self._message, self._got = np.empty(length, np.uint8).data, 0
             part = data[: self.missing]
             self.room()[: len(part)] = part
             message = self.filled(len(part))

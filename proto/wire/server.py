@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 256
 MAX_CALLS = 128  # of one connection
 
-AtOnce = Callable[[bytes | bytearray], Sequence[Buffer] | None]
+AtOnce = Callable[[Buffer], Sequence[Buffer] | None]
 
 
 class _Details(NamedTuple):
@@ -54,12 +54,20 @@ class Context:
 
     async def read(self) -> Any:
         """The next request, or grpc.aio.EOF. Raises DecodeError, and AioRpcError when the caller is gone."""
-        message = await self._stream.read()
+        message = await self.read_message()
         return grpc.aio.EOF if message is None else self._parse(message)
 
     async def write(self, reply: Any) -> None:
         """Sends a reply, and waits while the caller, or the network, takes no more."""
-        self._stream.send((self._serialize(reply),))
+        await self.write_message((self._serialize(reply),))
+
+    async def read_message(self) -> Buffer | None:
+        """The next request's bytes, which nobody else has; None after the last. Raises as `read`."""
+        return await self._stream.read()
+
+    async def write_message(self, pieces: Sequence[Buffer]) -> None:
+        """As `write`, of a reply's bytes in pieces, which must not change any more."""
+        self._stream.send(pieces)
         await self._stream.drain()
 
     async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
@@ -74,7 +82,7 @@ class Context:
         """
         stream = self._stream
 
-        def take_message(message: bytes | bytearray) -> bool:
+        def take_message(message: Buffer) -> bool:
             reply = take(message)
             if reply is None:
                 return False

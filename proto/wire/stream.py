@@ -26,7 +26,7 @@ class Stream:
         self.number = number
         self.send_window = connection.first_send_window
         self.outgoing: deque[memoryview] = deque()  # what the windows do not let through yet
-        self.on_message: Callable[[bytes | bytearray], bool] | None = None
+        self.on_message: Callable[[Buffer], bool] | None = None
         """Called with each message as it comes, when none waits to be read; says whether it took it."""
         self.on_end: Callable[[], None] | None = None
         self.failure: Exception | None = None  # how the other side, or the network, has ended it
@@ -37,7 +37,7 @@ class Stream:
         self._window = connection.window_bytes  # what the other side may still send
         self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
         self._owed = 0  # bytes of messages that were taken since the last credit
-        self._messages: deque[bytes | bytearray] = deque()
+        self._messages: deque[Buffer] = deque()
         self._reader: asyncio.Future[None] | None = None
         self.half_closed = False  # the other side sends no more
         self.closed = False  # this side does not
@@ -47,7 +47,7 @@ class Stream:
         """Whether nothing will come any more but what waits to be read."""
         return self.half_closed or self.failure is not None
 
-    async def read(self) -> bytes | bytearray | None:
+    async def read(self) -> Buffer | None:
         """The next message; None after the last. Raises AioRpcError when the call has failed."""
         while not self._messages:
             if self.failure is not None:
@@ -144,7 +144,7 @@ class Stream:
         if self.on_end is not None:
             self.on_end()
 
-    def _deliver(self, message: bytes | bytearray) -> None:
+    def _deliver(self, message: Buffer) -> None:
         if self.on_message is not None and not self._messages and self.on_message(message):
             self._taken(len(message))
             return

@@ -19,7 +19,15 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.chain import check_chain, next_request
-from moehive.proto.tensors import read_request, read_values, write_values
+from moehive.proto.tensors import (
+    Reply,
+    Request,
+    parse_reply,
+    parse_request,
+    read_request,
+    read_values,
+    reply_pieces,
+)
 
 EXPERTS, TOP_K, HIDDEN = 16, 8, 128
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -62,20 +70,19 @@ class FakeNode:
         self._nodes = nodes
         self._ops = ExpertOps(1)
 
-    def send(
-        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
-    ) -> "asyncio.Future[pb.ComputeReply]":
-        request = pb.ComputeRequest.FromString(b"".join(pieces))
-        future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-        if request.epoch == 0:
-            future.set_result(pb.ComputeReply())
+    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+        request = parse_request(b"".join(pieces))
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        if request.head.epoch == 0:
+            future.set_result(Reply(pb.ComputeReply(), b""))
         else:
-            self.asked.append(1 + len(request.chain))
+            self.asked.append(1 + len(request.head.chain))
             future.set_result(self.answer(request))
         return future
 
-    def answer(self, request: pb.ComputeRequest) -> pb.ComputeReply:
-        hidden, routing = read_request(request)
+    def answer(self, whole: Request) -> Reply:
+        hidden, routing = read_request(whole)
+        request = whole.head
         rows = self._ops.moe_layer(
             SPEC, WEIGHTS, hidden, routing.offsets, routing.experts, routing.weights,
             Reduction.PER_EXPERT if request.reduction == pb.REDUCTION_PER_EXPERT else Reduction.PARTIAL_SUM,
@@ -83,17 +90,17 @@ class FakeNode:
         rows = self.change(rows)
         reply = pb.ComputeReply(compute_ns=1_000_000)
         if request.chain:
-            check_chain(request)
+            check_chain(whole)
             following = self._nodes[NodeName(request.chain[0].node_name)]
             if following.refuses_chains:
-                return pb.ComputeReply(refusal=pb.Refusal(sentence="No way there.", node_name=following.node))
-            rest = following.answer(next_request(request))
-            if rest.HasField("refusal"):
+                refusal = pb.Refusal(sentence="No way there.", node_name=following.node)
+                return Reply(pb.ComputeReply(refusal=refusal), b"")
+            rest = following.answer(parse_request(b"".join(next_request(whole))))
+            if rest.head.HasField("refusal"):
                 return rest
             rows = rows + read_values(rest, len(rows), HIDDEN, hidden.dtype)
-            reply.chain_ns.extend([rest.compute_ns, *rest.chain_ns])
-        write_values(reply, rows, request.dtype)
-        return reply
+            reply.chain_ns.extend([rest.head.compute_ns, *rest.head.chain_ns])
+        return parse_reply(b"".join(reply_pieces(reply, rows, request.dtype)))
 
 
 class Cluster:

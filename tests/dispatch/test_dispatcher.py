@@ -20,7 +20,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.kernels.reference import expert_forward
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import read_request, write_values
+from moehive.proto.tensors import Reply, parse_reply, parse_request, read_request, reply_pieces
 
 EXPERTS, TOP_K, HIDDEN = 7, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -42,20 +42,18 @@ class FakeLink:
         self.speed = LinkSpeed(loopback=False)
         self._ops = ExpertOps(1)
 
-    def send(
-        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
-    ) -> "asyncio.Future[pb.ComputeReply]":
-        request = pb.ComputeRequest.FromString(b"".join(pieces))
-        message = request
-        hidden, routing = read_request(message)
+    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+        request = parse_request(b"".join(pieces))
+        message = request.head
+        hidden, routing = read_request(request)
         held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
         reduction = REDUCTIONS[message.reduction]
         rows = self._ops.moe_layer(SPEC, held, hidden, routing.offsets, routing.experts, routing.weights, reduction)
-        reply = pb.ComputeReply(compute_ns=5)
-        write_values(reply, rows, message.dtype)
+        pieces = reply_pieces(pb.ComputeReply(compute_ns=5), rows, message.dtype)
+        reply = pb.ComputeReply.FromString(b"".join(pieces))
         self.change(reply)
-        future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
-        future.set_result(reply)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        future.set_result(parse_reply(reply.SerializeToString()))
         return future
 
 

@@ -17,7 +17,7 @@ from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import read_request, write_values
+from moehive.proto.tensors import Reply, parse_reply, parse_request, read_request, reply_pieces
 
 EXPERTS, TOP_K, HIDDEN = 6, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -50,31 +50,30 @@ class FakeLink:
         self.answers_probes = True
         self._ops = ExpertOps(1)
 
-    def send(
-        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False
-    ) -> "asyncio.Future[pb.ComputeReply]":
-        request = pb.ComputeRequest.FromString(b"".join(pieces))
-        future: asyncio.Future[pb.ComputeReply] = asyncio.get_running_loop().create_future()
+    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+        whole = parse_request(b"".join(pieces))
+        request = whole.head
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if request.epoch == 0:
             if self.answers_probes:
-                future.set_result(pb.ComputeReply())
+                future.set_result(Reply(pb.ComputeReply(), b""))
             return future
         self.asked += 1
         self.was_asked.set()
-        hidden, routing = read_request(request)
+        hidden, routing = read_request(whole)
         reduction = Reduction.PER_EXPERT if request.reduction == pb.REDUCTION_PER_EXPERT else Reduction.PARTIAL_SUM
         rows = self._ops.moe_layer(
             SPEC, WEIGHTS, hidden, routing.offsets, routing.experts, routing.weights, reduction
         )
-        reply = pb.ComputeReply(compute_ns=1000)
-        write_values(reply, rows, request.dtype)
+        pieces = reply_pieces(pb.ComputeReply(compute_ns=1000), rows, request.dtype)
+        reply = pb.ComputeReply.FromString(b"".join(pieces))
         outcome = self.behave(reply)
         if isinstance(outcome, Exception):
             future.set_exception(outcome)
         elif outcome is not None:
-            return cast("asyncio.Future[pb.ComputeReply]", outcome)
+            return cast("asyncio.Future[Reply]", outcome)
         else:
-            future.set_result(reply)
+            future.set_result(parse_reply(reply.SerializeToString()))
         return future
 
     async def close(self, sentence: str) -> None:

@@ -38,7 +38,7 @@ from moehive.proto import cluster_pb2, experts_pb2, experts_pb2_grpc
 from moehive.proto.channel import node_dns_name, open_channel
 from moehive.proto.handshake import metadata
 from moehive.proto.join_token import parse
-from moehive.proto.tensors import Routing, write_request
+from moehive.proto.tensors import Routing, head_bytes, routing_bytes, write_head
 
 DEADLINE = 60.0  # seconds; only a broken node takes so long
 
@@ -316,8 +316,9 @@ def make_request() -> Callable[..., tuple[experts_pb2.ComputeRequest, torch.Tens
         weights = torch.rand(len(pairs), generator=generator).numpy()
         routing = Routing(np.arange(0, len(pairs) + 1, 2, dtype="<u4"), np.array(pairs, dtype="<u4"), weights)
         request = experts_pb2.ComputeRequest(id=7, epoch=epoch, layer=layer, reduction=reduction)
-        write_request(request, hidden, routing)
-        return request, hidden, routing
+        states = write_head(request, hidden)
+        pieces = head_bytes(request, len(states)), states, routing_bytes(routing)
+        return experts_pb2.ComputeRequest.FromString(b"".join(pieces)), hidden, routing
 
     return make
 

@@ -15,7 +15,7 @@ from moehive.expert_node.settings import Settings
 from moehive.expert_node.types import ConfigError
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.join_token import parse
-from moehive.proto.tensors import read_values
+from moehive.proto.tensors import Reply, read_values
 
 A = NodeName("a")
 
@@ -38,7 +38,10 @@ def test_coordinator_restarts(tmp_path, coordinator_class, authority, model, nod
             request, hidden, routing = make_request(64, [1, 2], epoch=coordinator.membership.state.epoch)
             reply = await coordinator.compute(request)
             torch.testing.assert_close(
-                read_values(reply, 1, 64, torch.float32), model.sums(0, hidden, routing), rtol=1e-4, atol=1e-5
+                read_values(Reply(reply, reply.values), 1, 64, torch.float32),
+                model.sums(0, hidden, routing),
+                rtol=1e-4,
+                atol=1e-5,
             )
         await coordinator.stop()
 

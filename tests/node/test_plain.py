@@ -16,7 +16,7 @@ from moehive.expert_node.store import ExpertStore
 from moehive.kernels.geometry import ExpertId
 from moehive.kernels.ops import ExpertOps, load_expert
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import WireError, read_request
+from moehive.proto.tensors import WireError, parse_request, read_request
 
 EXAMPLES = int(os.environ.get("MOEHIVE_FUZZ_EXAMPLES", "200"))
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -36,8 +36,9 @@ def held(model):
 
 def as_usual(service, request):
     """The reply that the node gives when it parses the request itself."""
-    hidden, routing = read_request(request)
-    reply = service._answer(request, hidden, routing, [])
+    whole = parse_request(request.SerializeToString())
+    hidden, routing = read_request(whole)
+    reply = pb.ComputeReply.FromString(b"".join(service._answer(whole.head, hidden, routing, [])))
     reply.ClearField("compute_ns")
     return reply
 

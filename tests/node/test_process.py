@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from moehive.coordinator.types import NodeName
-from moehive.proto.tensors import read_values
+from moehive.proto.tensors import Reply, read_values
 
 A = NodeName("a")
 
@@ -27,7 +27,7 @@ def test_joins_serves_and_leaves(tmp_path, coordinator_class, authority, model, 
 
         request, hidden, routing = make_request(64, [0, 3, 5], tokens=3, layer=1, epoch=epoch)
         reply = await coordinator.compute(request)
-        values = read_values(reply, 3, 64, torch.float32)
+        values = read_values(Reply(reply, reply.values), 3, 64, torch.float32)
         torch.testing.assert_close(values, model.sums(1, hidden, routing), rtol=1e-4, atol=1e-5)
         assert reply.id == request.id and reply.compute_ns > 0
 

@@ -28,7 +28,7 @@ from moehive.proto.channel import (
 )
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
-from moehive.proto.tensors import WireError, read_values
+from moehive.proto.tensors import Reply, WireError, read_values
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
 
@@ -86,7 +86,7 @@ def test_answers_are_the_reference(serving, model, make_request, monkeypatch, la
                 dtype, reduction, hidden, routing = asked.pop(reply.id)
                 per_expert = reduction == pb.REDUCTION_PER_EXPERT
                 wanted = (model.pairs if per_expert else model.sums)(1, hidden, routing)
-                values = read_values(reply, len(wanted), 64, dtype)
+                values = read_values(Reply(reply, reply.values), len(wanted), 64, dtype)
                 rounding = 2**-8 if dtype is torch.bfloat16 else 1e-4
                 torch.testing.assert_close(values.float(), wanted, rtol=rounding, atol=rounding / 10)
                 assert reply.compute_ns > 0
@@ -260,6 +260,8 @@ def test_nonsense_neither_kills_nor_grows(tmp_path, coordinator_class, authority
         valid.epoch = state.epoch
         reply = runner.run(coordinator.compute(valid))
         wanted = model.sums(0, hidden, routing)
-        torch.testing.assert_close(read_values(reply, 3, 64, torch.float32), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            read_values(Reply(reply, reply.values), 3, 64, torch.float32), wanted, rtol=1e-4, atol=1e-5
+        )
         runner.run(channel.close())
         runner.run(coordinator.stop())

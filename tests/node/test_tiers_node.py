@@ -12,7 +12,7 @@ from moehive.expert_node.node import start
 from moehive.expert_node.settings import Settings
 from moehive.kernels.geometry import ExpertSpec
 from moehive.proto.join_token import parse
-from moehive.proto.tensors import read_values
+from moehive.proto.tensors import Reply, read_values
 from moehive.proto.tiers import read_on_disk, write_likely
 
 A = NodeName("a")
@@ -37,7 +37,7 @@ def test_more_experts_than_memory(tmp_path, coordinator_class, authority, model_
             request, hidden, routing = make_request(128, list(range(6)), tokens=3, layer=layer, epoch=epoch)
             write_likely(request, [0, 1, 9000])
             reply = await coordinator.compute(request)
-            got = read_values(reply, 3, 128, torch.float32)
+            got = read_values(Reply(reply, reply.values), 3, 128, torch.float32)
             torch.testing.assert_close(got, model.sums(layer, hidden, routing), rtol=1e-4, atol=1e-5)
             on_disk = read_on_disk(reply, 6)
             assert on_disk is not None
@@ -76,7 +76,7 @@ def test_what_the_plan_pins_stays_in_memory(tmp_path, coordinator_class, authori
         for step in range(8):  # of either layer more experts than there is room for
             request, hidden, routing = make_request(128, list(range(6)), tokens=3, layer=step % 3, epoch=epoch)
             reply = await coordinator.compute(request)
-            got = read_values(reply, 3, 128, torch.float32)
+            got = read_values(Reply(reply, reply.values), 3, 128, torch.float32)
             torch.testing.assert_close(got, model.sums(step % 3, hidden, routing), rtol=1e-4, atol=1e-5)
         request, _, _ = make_request(128, [1, 4], tokens=1, layer=0, epoch=epoch)
         on_disk = read_on_disk(await coordinator.compute(request), 6)
