@@ -8,7 +8,7 @@ from moehive.proto.chunks import Chunk, chunk_data
 from .cache import PartFile
 from .concurrency import in_thread
 
-MOST_WAITING = 4  # chunks that have arrived while the thread writes; then the sender waits
+MOST_WAITING = 3  # chunks that have arrived while the thread writes; then the sender waits
 
 
 class Appending:

@@ -12,7 +12,7 @@ from moehive.proto.wire.channel import Call, Channel
 from moehive.proto.wire.methods import FETCH_SLICE, FETCH_SLICE_OF_PEER, HASH_EXPERTS, LOCATE
 
 MAX_REPLY_BYTES = 2 * MAX_CHUNK_BYTES
-WINDOW_BYTES = 4 * MOST_BYTES  # of a stream, unread: 10 Gbit/s with a round trip of 1.6 ms, and there are several
+WINDOW_BYTES = 3 * MOST_BYTES  # of a stream, unread: 10 Gbit/s with a round trip of 1.2 ms, and there are several
 ANSWER_SECONDS = 60.0  # of the coordinator, for a few bytes
 
 

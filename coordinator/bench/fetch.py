@@ -77,7 +77,8 @@ async def _measure(folder: Path, experts: int) -> list[dict[str, Any]]:
         work |= await asyncio.to_thread(unavoidable_work, folder, cluster.authority)
         total = sum(work.values()) + work["hash_s_per_gb"]  # the sender hashes what it reads, too
         limit = {"row": "limit", "cores": cores(), **work, "sum_s_per_gb": total}
-        limit |= {"bytes_per_s": cores() / total * 1e9, "ratio": cores() / total * 1e9 / copy}
+        most = min(cores() / total * 1e9, copy)
+        limit |= {"bytes_per_s": most, "ratio": most / copy}
 
         cluster.source.bytes_sent = 0
         await cluster.end_nodes()
