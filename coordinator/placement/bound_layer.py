@@ -218,8 +218,8 @@ class LayerHits:
     def curve(self, one: "SetTimes", prices: Prices) -> Floats:
         """For each number of experts [experts + 1] with a replica outside the set, a bound of the mean in seconds."""
         found = self._least([one], prices)
-        rooms = np.arange(self.experts + 1)
-        return found.sum / len(self.distinct) - np.array([self._most_held(prices, 0, room)[1] for room in rooms])
+        held = [self._most_held(prices, 0, room)[1] for room in range(self.experts + 1)]
+        return found.sum / len(self.distinct) - np.array(held)
 
     def most_hit(self, multipliers: Multipliers, room: int) -> float:
         """At most this much of the penalty do `room` experts bring about."""

@@ -72,7 +72,8 @@ def budget(cluster: Cluster, experts: int, layers: Sequence[Layer], seed: int, e
 
 def _costs(layer: Layer, replicas: Replicas) -> Floats:
     """What each kind of batch adds to a layer's cost [mixes]."""
-    return np.bincount(layer.batches.mix, layer.weight * makespans(layer.costs, layer.batches, replicas))
+    times = layer.weight * makespans(layer.costs, layer.batches, replicas)
+    return np.bincount(layer.batches.mix, weights=times).astype(np.float64)
 
 
 def _places_of(layer: Layer) -> list[tuple[float, float]]:
