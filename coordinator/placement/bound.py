@@ -14,6 +14,8 @@ experts. With h = |D ∩ X| and any numbers β and γ,
 where w_e is how often e is hit and w_ef how often e and f are hit together. The last maximum is at most the sum of
 the M largest of β w_e + γ/2 × (sum of the M-1 largest w_ef of that e). β and γ are searched for; each gives a valid
 bound. The pair term is what says that no X can hold all experts of many batches at once, which decides small batches.
+The same holds with a β_e for each expert and the β_e of D ∩ X in place of β h, the minimum then being over all parts
+of D, and the h cheapest being the least of those with h experts. These are found by steps along the supergradient.
 
 Two sets S and T prove more than the better of them: a batch takes at least the larger of their ψ, one says that it
 leaves the fast places at all, the other that it then waits for a slow one. Each has its X, its h and its multipliers;
@@ -40,7 +42,7 @@ from .traces import Batches, Mix
 MOST_SETS = 256  # that are looked at, of those that mean loads make look best
 PARTNERS = 64  # sets that are tried beside the best one
 FINEST = 6  # rounds of the search for multipliers that all experts share, on the first layer
-FIRST_STEPS, STEPS = 100, 20  # for prices of each expert's own: on the first layer; on the others, from there
+FIRST_STEPS, STEPS = 100, 12  # for prices of each expert's own: on the first layer; on the others, from there
 
 
 class Bounds(NamedTuple):

@@ -19,7 +19,7 @@ TRIALS = 4  # numbers of whole layers that are tried, besides none; between them
 SAMPLE_LAYERS = 4
 TRIAL_MOVES = 12_000
 LEAST_GAIN = 0.002  # of the cost: less is within the noise of such short searches
-MOST_LOSS = 0.01  # of any kind of batch: large ones lose by whole layers what single tokens gain
+MOST_LOSS = 0.0075  # of any kind of batch: large ones lose by whole layers what single tokens gain
 
 Map = Callable[[Callable[[int], Floats], Sequence[int]], list[Floats]]
 
