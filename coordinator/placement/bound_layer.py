@@ -85,9 +85,9 @@ class LayerHits:
         hits = np.ascontiguousarray(batches.hits[np.repeat(mine, counts)])
         hit[np.repeat(np.arange(len(chosen)), counts[chosen]), hits] = 1.0
         distinct = counts[chosen]
-        pairs = hit.T @ hit / len(chosen)
+        pairs = hit.T @ hit  # counts: exact
         np.fill_diagonal(pairs, 0.0)
-        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64)
+        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64) / len(chosen)
         together = np.concatenate([np.zeros((experts, 1)), np.cumsum(pairs, axis=1)], axis=1)
         fixed, step = costs.fixed[mix], costs.step
         kinds, inverse = np.unique(distinct, return_inverse=True)
