@@ -143,16 +143,17 @@ class RamTier:
             known = self._experts[layer]
             wanted = [known[number] for number in sorted(experts)]
             self._requests += 1
-            if len(experts) <= NOTED_EXPERTS:
-                self._transitions.note(layer, experts)
             for expert in wanted:
                 self._touch(expert)
             lease = Lease(self, wanted)
-            if (ahead := self._ahead.pop(layer, None)) is not None:
-                if len(experts) <= NOTED_EXPERTS:
-                    self._chances.note(ahead.guesses, experts)
+            ahead = self._ahead.pop(layer, None)
+            if ahead is not None:
                 self._passed(ahead)
             lease.read()
+            if len(experts) <= NOTED_EXPERTS:  # while the disk is busy
+                self._transitions.note(layer, experts)
+                if ahead is not None:
+                    self._chances.note(ahead.guesses, experts)
             return lease
 
     def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int) -> None:

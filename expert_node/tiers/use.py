@@ -19,7 +19,7 @@ LIKELY_SHARE = 0.35  # an expert that followed in so many cases is fetched ahead
 PLACES = 8
 _BELIEF = 16.0  # guesses
 _REMEMBERED = 4000.0  # guesses of a place; older ones count less
-_FULL = 60_000  # of a transition's counter of 16 bits: all of a row are then halved
+_FULL = 60_000  # requests after which a table's counters, of 16 bits, are halved
 
 
 Numbers: TypeAlias = npt.NDArray[np.intp]
@@ -43,6 +43,7 @@ class Transitions:
         self._experts = experts
         self._together: dict[tuple[int, int], npt.NDArray[np.uint16]] = {}  # by layer, and how many layers later
         self._alone: dict[tuple[int, int], npt.NDArray[np.uint16]] = {}
+        self._counted: dict[tuple[int, int], int] = {}  # requests
         self._last: deque[tuple[int, Numbers]] = deque(maxlen=LAGS)  # layers and experts, the newest first
 
     def note(self, layer: int, experts: Collection[int]) -> None:
@@ -84,12 +85,14 @@ class Transitions:
             shape = self._experts[before], self._experts[(before + lag) % len(self._experts)]
             together = self._together[key] = np.zeros(shape, dtype=np.uint16)
             self._alone[key] = np.zeros(shape[0], dtype=np.uint16)
-        alone = self._alone[key]
+            self._counted[key] = 0
         together[rows[:, None], here] += 1
-        alone[rows] += 1
-        for row in rows[alone[rows] >= _FULL]:
-            alone[row] //= 2
-            together[row] //= 2
+        self._alone[key][rows] += 1
+        self._counted[key] += 1
+        if self._counted[key] == _FULL:
+            together //= 2
+            self._alone[key] //= 2
+            self._counted[key] //= 2
 
 
 Source = tuple[bool, int]  # of a guess: whether it is the coordinator's, and how many layers ahead it was made
@@ -104,16 +107,15 @@ class Chances:
     """
 
     def __init__(self) -> None:
-        self._seen: dict[Source, npt.NDArray[np.float64]] = {}
-        self._came: dict[Source, npt.NDArray[np.float64]] = {}
+        self._seen: dict[Source, list[float]] = {}
+        self._came: dict[Source, list[float]] = {}
 
     def of(self, source: Source) -> list[float]:
         """For each place the share of guesses that came true, between 0 and 1."""
         if source not in self._seen:
-            self._seen[source] = np.full(2 * PLACES, _BELIEF)
-            self._came[source] = np.repeat([0.8, 0.4], PLACES) * _BELIEF
-        shares: list[float] = (self._came[source] / self._seen[source]).tolist()
-        return shares
+            self._seen[source] = [_BELIEF] * 2 * PLACES
+            self._came[source] = [0.8 * _BELIEF] * PLACES + [0.4 * _BELIEF] * PLACES
+        return [came / seen for came, seen in zip(self._came[source], self._seen[source], strict=True)]
 
     def note(self, guesses: Guesses, asked: Collection[int]) -> None:
         """A layer asked for these."""
@@ -122,9 +124,9 @@ class Chances:
             for number, place in guess:
                 seen[place] += 1
                 came[place] += number in asked
-            if seen.max() > _REMEMBERED:
-                seen /= 2
-                came /= 2
+            if max(seen) > _REMEMBERED:
+                self._seen[source] = [count / 2 for count in seen]
+                self._came[source] = [count / 2 for count in came]
 
 
 def place_of(rank: int, chosen: int) -> int:
