@@ -161,13 +161,17 @@ class RamTier:
 
         `likely`: the coordinator's guess for the next layer, the one after, and so on, each likeliest first; a router
         would choose `chosen`. For a layer without a guess counts what followed before. What is read, and when,
-        follows from how often such guesses came true.
+        follows from how often such guesses came true, and from how busy the disk is.
         """
         with self._lock:
+            busy = self.reader.busy()
+            # In vain, a read takes the disk from another one as often as it is busy. Else it saves about half of its
+            # time: the other half would have passed while the experts in RAM are computed.
+            worth = max(WORTH, busy / (busy + 0.5))
             for distance in range(1, max(LAGS, len(likely)) + 1):
                 guess = likely[distance - 1] if distance <= len(likely) else ()
                 source = bool(guess), distance
-                self._foresee(layer, source, guess or self._transitions.likely(layer, distance), chosen)
+                self._foresee(layer, source, guess or self._transitions.likely(layer, distance), chosen, worth)
 
     # Below, the lock is held
 
@@ -177,8 +181,8 @@ class RamTier:
         while self._inbox:
             self._arrived(self._inbox.popleft())
 
-    def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int) -> None:
-        """Reads and holds a guess that was made at `layer`, in place of the last guess for the same layer."""
+    def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float) -> None:
+        """Reads and holds what of a guess made at `layer` has a chance of `worth`, in place of the last guess."""
         layer = (layer + source[1]) % len(self._experts)
         known, due = self._experts[layer], self._requests + source[1]
         former = self._ahead.pop(layer, None)
@@ -194,7 +198,7 @@ class RamTier:
                 continue
             place = place_of(rank, chosen)
             places.append((number, place))
-            if chances[place] < WORTH or ahead.nbytes + expert.nbytes > room:
+            if chances[place] < worth or ahead.nbytes + expert.nbytes > room:
                 continue
             when = due if chances[place] >= LIKELY else MAYBE + due
             if expert.job is not None:

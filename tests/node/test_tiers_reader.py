@@ -124,3 +124,16 @@ def test_both_ways_of_reading(tmp_path):
     reader = DiskReader()
     reader.choose(files)
     reader.close()
+
+
+def test_how_busy_the_disk_is(tmp_path):
+    inbox, reader = deque(), DiskReader(threads=1)
+    assert reader.busy() == 0.0
+    path = tmp_path / "file"
+    path.write_bytes(bytes(100_000))
+    for number in range(20):
+        reader.read(job_for(path, inbox), NOW)
+        wait_for(reader, inbox, number + 1)
+        assert 0.0 <= reader.busy() <= 1.0
+    assert reader.busy() > 0.0
+    reader.close()

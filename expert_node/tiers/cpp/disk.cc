@@ -165,10 +165,12 @@ class Reader {
   void totals(int64_t* bytes, double* seconds) {
     const std::lock_guard<std::mutex> lock(mutex_);
     *bytes = bytes_;
-    *seconds = seconds_;
+    *seconds = seconds_ + (in_flight_ ? busy_seconds() : 0);
   }
 
  private:
+  double busy_seconds() const { return std::chrono::duration<double>(Clock::now() - busy_since_).count(); }
+
   void tell() {
     ++news_count_;
     news_.notify_all();
@@ -191,7 +193,7 @@ class Reader {
       const int32_t error = read_piece(job, offset, bytes);
       lock.lock();
       bytes_ += bytes;
-      if (!--in_flight_) seconds_ += std::chrono::duration<double>(Clock::now() - busy_since_).count();
+      if (!--in_flight_) seconds_ += busy_seconds();
       if (error && !job.error) {
         job.error = error;
         if (line_.erase({job.due, job.number})) job.claimed = job.bytes;  // the rest is of no use
