@@ -158,7 +158,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         request: pb.ComputeRequest,
         hidden: torch.Tensor,
         routing: Routing,
-        likely: list[int],
+        likely: list[list[int]],
         context: Context,
     ) -> None:
         loop = asyncio.get_running_loop()
@@ -166,7 +166,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         await context.write(reply)
 
     def _answer(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
     ) -> pb.ComputeReply:
         """The rows or a refusal."""
         try:
@@ -181,7 +181,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         return reply
 
     def _rows(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
     ) -> tuple[torch.Tensor, int]:
         """What this node computes of a request, and its own time in nanoseconds. Raises Refused."""
         if self.draining:
