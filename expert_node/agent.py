@@ -8,16 +8,17 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
-from typing import TypeAlias
+from contextlib import suppress
 
 import grpc
 import grpc.aio
 import psutil
+from google.protobuf.message import DecodeError
 
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_SENTENCE, BoundsError, check_directive
-from moehive.proto.handshake import metadata
 from moehive.proto.timing import HEARTBEAT_SECONDS, RELEASE_SECONDS
+from moehive.proto.wire.stream import Stream
 
 from .backoff import Backoff
 from .download import SliceError
@@ -44,8 +45,6 @@ _REFUSALS = frozenset(
     }
 )
 
-Call: TypeAlias = grpc.aio.StreamStreamCall[pb.NodeReport, pb.Directive]
-
 
 class Agent:
     """Attends the coordinator until it is released. `changed` is called when `state` may read differently."""
@@ -70,8 +69,7 @@ class Agent:
         self._totals = totals
         self._changed = changed
         self._process = psutil.Process()
-        self._call: Call | None = None
-        self._writing = asyncio.Lock()  # gRPC takes one write at a time
+        self._stream: Stream | None = None
         self._slices = Slices(store, loader, self._loaded)
 
     @property
@@ -107,7 +105,7 @@ class Agent:
                     sentence, refused = "it ended the stream", False
                 except grpc.aio.AioRpcError as error:
                     sentence, refused = error.details() or error.code().name, error.code() in _REFUSALS
-                except (BoundsError, asyncio.InvalidStateError, grpc.aio.UsageError) as error:
+                except (BoundsError, DecodeError) as error:
                     sentence, refused = str(error), False
                 if self.attending:
                     backoff.reset()
@@ -138,24 +136,24 @@ class Agent:
 
     async def _attend(self) -> None:
         """One control stream, from hello to its end."""
-        call = self._uplink.stub().Attend(metadata=metadata())
-        self._call = call
+        stream = self._stream = await self._uplink.attend()
         tasks: list[asyncio.Task[None]] = []
         try:
-            await call.write(pb.NodeReport(hello=self._hello))
+            await self._report(pb.NodeReport(hello=self._hello))
             self._slices.forget()
             tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._renew())]
-            while (directive := await call.read()) is not grpc.aio.EOF:
+            while (message := await stream.read()) is not None:
+                directive = pb.Directive.FromString(bytes(message))
                 check_directive(directive)
                 await self._follow(directive)
                 self._set_attending(True)
                 if self.released.is_set():
                     return
         finally:
-            self._call = None
+            self._stream = None
             for task in tasks:
                 task.cancel()
-            call.cancel()
+            stream.cancel()
 
     async def _follow(self, directive: pb.Directive) -> None:
         kind = directive.WhichOneof("directive")
@@ -186,18 +184,11 @@ class Agent:
 
     async def _report(self, report: pb.NodeReport) -> None:
         """Says it if anybody listens; the end of the stream is noticed by its reader."""
-        async with self._writing:
-            if self._call is None:
-                return
-            try:
-                await self._call.write(report)
-            except (grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                pass
-            except asyncio.CancelledError:
-                # grpc.aio raises this in the writer of a stream that was cancelled, too.
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
+        if self._stream is None:
+            return
+        self._stream.send((report.SerializeToString(),))
+        with suppress(grpc.aio.AioRpcError):
+            await self._stream.drain()
 
     async def _beat(self) -> None:
         while True:
@@ -237,7 +228,7 @@ class Agent:
     async def _renew(self) -> None:
         while True:
             try:
-                await self._identity.renew_if_due(self._uplink.stub())
+                await self._identity.renew_if_due(self._uplink.renew)
             except grpc.aio.AioRpcError as error:
                 log.warning("The certificate could not be renewed: %s", error.details())
             except NodeError as error:

@@ -36,7 +36,10 @@ class Bench:
         layer = LayerGeometry(config["experts"], config["top_k"], self._spec)
         self._manifest = Manifest("bench", "0" * 64, (layer,) * config["layers"])
         trace = np.load(self._folder / "trace.npz")
-        self._scores, self._ahead = trace["scores"], trace["ahead"]  # [tokens, layers, experts], positive
+        self._scores = trace["scores"]  # [tokens, layers, experts], positive
+        self._ahead = trace[
+            "ahead"
+        ]  # [tokens, layers, 2, experts]: of the next two layers, as each layer foresees them
         self._ops = ExpertOps(config["threads"])
         self.files = [self._path(ExpertId(0, number)) for number in range(config["experts"])]
 
@@ -55,17 +58,18 @@ class Bench:
             if token == tokens:
                 before = self._figures(store, executor)
             for layer in range(layers):
+                turn = perf_counter()  # the coordinator's
                 scores = self._scores[token, layer]
                 if margin:
                     scores = scores * (1 + margin * np.isin(np.arange(len(scores)), list(tier.resident(layer))))
                 chosen = np.argpartition(-scores, top_k)[:top_k].astype(np.uint32)
-                likely: list[int] | None = None
-                if prefetch:
-                    best = np.argsort(-self._ahead[token, layer + 1]) if layer + 1 < layers else np.empty(0)
-                    likely = best[:top_k].tolist()
+                likely: list[list[int]] | None = None
+                if prefetch:  # as coordinator/models/lean/foresight.py says it
+                    guesses = self._ahead[token, layer][: layers - 1 - layer]
+                    likely = np.argsort(-guesses)[:, : top_k * 3 // 2].tolist()
                 routing = Routing(offsets, chosen, weights)
+                sleep(max(0.0, turn + trunk_s - perf_counter()))
                 executor.compute(layer, hidden, routing, Reduction.PARTIAL_SUM, likely)
-                sleep(trunk_s)  # the coordinator's turn
                 most = max(most, store.ram_bytes)
         after = self._figures(store, executor)
         figures = {name: after[name] - before[name] for name in after}

@@ -67,7 +67,7 @@ def _read_into(path: Path, digest: Digest, nbytes: int) -> int:
     return done
 
 
-def _mapped(path: Path, nbytes: int) -> torch.Tensor:
+def mapped(path: Path, nbytes: int) -> torch.Tensor:
     """The file as uint8 [nbytes], aligned to a page; its pages are in memory now. Raises CacheError."""
     try:
         # Not Python's mmap: it keeps a descriptor for each file, and a slice has thousands.
@@ -128,7 +128,7 @@ class PartFile:
             self.discard()
             raise
         self._kept(final)
-        return _mapped(final, self._nbytes)
+        return mapped(final, self._nbytes)
 
     def close(self) -> None:
         """Leaves the part for a later resume."""
@@ -184,7 +184,7 @@ class DiskCache:
             whole = False
         if whole and digest.hexdigest() == path.name.split(".")[1]:
             self._checked[expert] = path
-            return _mapped(path, nbytes)
+            return mapped(path, nbytes)
         log.warning("%s is damaged: deleted, the expert is fetched again.", path)
         del self._files[expert]
         self._checked.pop(expert, None)

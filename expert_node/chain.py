@@ -17,7 +17,7 @@ from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.methods import PASS_ON
 
-from .peers import Peer
+from .sources import Peer
 from .types import NodeError
 
 MAX_STREAMS = 32  # to other nodes at once; beyond it the oldest is closed

@@ -18,13 +18,12 @@ from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import MAX_FAULTS, BoundsError, check_hashes, check_located
 from moehive.proto.chunks import Chunk, read_chunk
-from moehive.proto.handshake import metadata
 
 from .appending import Appending
 from .backoff import Backoff
 from .cache import DiskCache, PartFile
 from .concurrency import all_of, in_thread
-from .peers import Peer, SourceChannels
+from .sources import Peer, SourceChannels
 from .types import NodeError
 from .uplink import Uplink, is_loopback
 
@@ -149,7 +148,7 @@ class Download:
             request.experts.add(layer=layer, expert=expert)
         for name, (layer, expert) in faults:
             request.faults.add(node_name=name, layer=layer, expert=expert)
-        reply = await self._sources.coordinator().Locate(request, metadata=metadata(), timeout=CHUNK_SECONDS)
+        reply = await self._sources.locate(request)
         check_located(reply, len(batch))
         peers = [None, *(Peer(peer.node_name, peer.address) for peer in reply.peers)]
         return [peers[number] for number in reply.sources]
@@ -179,7 +178,7 @@ class Download:
         request = pb.HashRequest(fingerprint=self._manifest.fingerprint)
         for (layer, number), _ in whole:
             request.experts.add(layer=layer, expert=number)
-        reply = await self._sources.coordinator().HashExperts(request, metadata=metadata(), timeout=CHUNK_SECONDS)
+        reply = await self._sources.hash_experts(request)
         check_hashes(reply, len(whole))
         for (expert, part), digest in zip(whole, reply.digests, strict=True):
             if part.digest == digest:
@@ -204,7 +203,7 @@ class Download:
         request = pb.SliceRequest(fingerprint=self._manifest.fingerprint, zstd=not is_loopback(address))
         for (layer, number), offset in zip(experts, offsets, strict=True):
             request.experts.add(layer=layer, expert=number, offset=offset)
-        call = self._sources.fetch_slice(peer)(request, metadata=metadata())
+        call = self._sources.fetch_slice(peer, request)
         try:
             for expert in experts:
                 nbytes = self._manifest.nbytes(expert)

@@ -61,14 +61,14 @@ class Executor:
         hidden: torch.Tensor,
         routing: Routing,
         reduction: Reduction,
-        likely: Sequence[int] | None = (),
+        likely: Sequence[Sequence[int]] | None = (),
     ) -> tuple[torch.Tensor, int]:
         """The rows for `hidden` [tokens, hidden] f32 or bf16, in its dtype, and the time taken in nanoseconds.
 
         Rows are [tokens, hidden], or [pairs, hidden] with Reduction.PER_EXPERT. `likely`: experts that the next layer
-        may ask for, likeliest first; None: nothing is read ahead. Waits for experts on disk. Raises KeyError(expert)
-        when this node does not hold an expert, CannotCompute when the model has no such layer or another hidden size,
-        DiskReadError.
+        may ask for, the one after it, and so on, each likeliest first; None: nothing is read ahead. Waits for experts
+        on disk. Raises KeyError(expert) when this node does not hold an expert, CannotCompute when the model has no
+        such layer or another hidden size, DiskReadError.
         """
         start = perf_counter_ns()
         spec = self.store.spec(layer)
@@ -120,7 +120,7 @@ class Executor:
         hidden: torch.Tensor,
         routing: Routing,
         reduction: Reduction,
-        likely: Sequence[int] | None,
+        likely: Sequence[Sequence[int]] | None,
     ) -> torch.Tensor:
         """Computes the experts that are in RAM while the others are read, and those as they come."""
         numbers = set(routing.experts.tolist())
@@ -128,13 +128,14 @@ class Executor:
         lease = tier.lease(layer, numbers - staying.keys())
         try:
             if likely is not None and len(hidden) <= FORESEEN_TOKENS:
-                tier.prefetch(layer, numbers, likely)
+                tier.prefetch(layer, likely, len(hidden) * self.store.top_k(layer))
             if lease.whole:
                 held = {**staying, **next(lease, {})}
                 return self.ops.moe_layer(
                     spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
                 )
-            pairs = self._in_groups(itertools.chain([staying], lease), layer, spec, hidden, routing)
+            groups = itertools.chain([staying], lease) if staying else lease
+            pairs = self._in_groups(groups, layer, spec, hidden, routing)
             return self._reduce(pairs, hidden, routing, reduction)
         finally:
             lease.close()
@@ -147,7 +148,7 @@ class Executor:
         hidden: torch.Tensor,
         routing: Routing,
         reduction: Reduction,
-        likely: Sequence[int] | None,
+        likely: Sequence[Sequence[int]] | None,
     ) -> torch.Tensor:
         """What the GPU holds is computed there, the rest wherever it is cheaper (tiers/gpu.py)."""
         tier, staying = self.store.tier, self.store.layer(layer)
@@ -159,7 +160,7 @@ class Executor:
         lease = tier.lease(layer, numbers - staying.keys() - there)
         try:
             if likely is not None and len(hidden) <= FORESEEN_TOKENS:
-                tier.prefetch(layer, numbers, likely)
+                tier.prefetch(layer, likely, len(hidden) * self.store.top_k(layer))
             groups = itertools.chain([staying], lease)
             pairs = self._in_groups(groups, layer, spec, hidden, routing, gpu, frozenset(there))
             return self._reduce(pairs, hidden, routing, reduction)
@@ -177,19 +178,15 @@ class Executor:
         on_gpu: Collection[int] = (),
     ) -> torch.Tensor:
         """All pairs in f32 [pairs, hidden], group by group of the experts in RAM; `on_gpu` go with the first."""
-        x = hidden.float()
+        x = hidden.float().contiguous()
         pairs = torch.empty(len(routing.experts), spec.hidden_size)
         for held in groups:
+            if gpu is None:
+                self.ops.write_pairs(held, x, routing.offsets, routing.experts, routing.weights, pairs)
+                continue
             mine = np.isin(routing.experts, [*held, *on_gpu])
             on_gpu = ()
-            part = part_of(routing, mine)
-            if gpu is not None:
-                rows = gpu.compute(layer, spec, held, x, part)
-            else:
-                rows = self.ops.moe_layer(
-                    spec, held, x, part.offsets, part.experts, part.weights, Reduction.PER_EXPERT
-                )
-            pairs[torch.from_numpy(mine)] = rows
+            pairs[torch.from_numpy(mine)] = gpu.compute(layer, spec, held, x, part_of(routing, mine))
         return pairs
 
     def _reduce(

@@ -9,9 +9,11 @@
 import asyncio
 import json
 import logging
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -33,6 +35,8 @@ from .types import ConfigError, NodeError
 log = logging.getLogger(__name__)
 
 JOIN_SECONDS = 30.0
+Renew: TypeAlias = Callable[[pb.RenewRequest], Awaitable[pb.RenewReply]]
+
 RENEWAL_LEFT = 1 / 3  # of a certificate's life: with less than this left it is renewed
 
 
@@ -81,7 +85,7 @@ class NodeIdentity:
                 "start the node with --token."
             )
 
-    async def renew_if_due(self, stub: cluster_pb2_grpc.ClusterStub) -> None:
+    async def renew_if_due(self, renew: Renew) -> None:
         """Asks for a new certificate for the same key when a third of the old one's life is left.
 
         Raises AioRpcError, and NodeError when the answer is no certificate for this node.
@@ -90,7 +94,7 @@ class NodeIdentity:
         if not old.renewal_due(datetime.now(UTC)):
             return
         request = pb.RenewRequest(csr_der=_csr(_read_key(self._folder), old.name))
-        reply = await stub.Renew(request, metadata=metadata(), timeout=JOIN_SECONDS)
+        reply = await renew(request)
         new = _membership(
             old.name, old.cluster_address, old.identity.key_pem, reply.certificate_pem, old.identity.ca_pem
         )

@@ -120,7 +120,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 small = self._executor.quick(request.layer, len(routing.experts))
                 small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
-                    await context.write_message(self._answer(request, hidden, routing, likely))
+                    await context.write(self._answer(request, hidden, routing, likely))
                 else:
                     await room.acquire()
                     self._begin(self._answer_later(request, hidden, routing, likely, context), room, tasks)
@@ -168,15 +168,15 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         request: pb.ComputeRequest,
         hidden: torch.Tensor,
         routing: Routing,
-        likely: list[int],
+        likely: list[list[int]],
         context: Context,
     ) -> None:
         loop = asyncio.get_running_loop()
         reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing, likely)
-        await context.write_message(reply)
+        await context.write(reply)
 
     def _answer(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
     ) -> tuple[Buffer, ...]:
         """The rows or a refusal, as a reply's bytes in pieces."""
         try:
@@ -190,7 +190,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         return reply_pieces(reply, rows, request.dtype)
 
     def _rows(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[int]
+        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
     ) -> tuple[torch.Tensor, int]:
         """What this node computes of a request, and its own time in nanoseconds. Raises Refused."""
         if self.draining:
@@ -243,7 +243,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             head = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=chain_ns)
             # In place: the rows are nobody else's.
             reply = reply_pieces(head, rows.float().add_(theirs).to(hidden.dtype), request.dtype)
-        await context.write_message(reply)
+        await context.write(reply)
 
 
 class Refused(NodeError):

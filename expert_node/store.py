@@ -67,6 +67,11 @@ class ExpertStore:
             return None
         return self.manifest.layers[layer].spec
 
+    def top_k(self, layer: int) -> int:
+        """How many experts a token asks for in a layer of the model."""
+        assert self.manifest is not None
+        return self.manifest.layers[layer].top_k
+
     def layer(self, layer: int) -> Mapping[int, ExpertWeights]:
         """The experts of a layer that stay in RAM, by number; this mapping never changes."""
         return self._layers.get(layer, _NONE)

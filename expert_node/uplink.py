@@ -1,23 +1,27 @@
-"""Channels to the coordinator, always opened with the newest certificate."""
+"""The node's own calls to the coordinator, on a channel that is always opened with the newest certificate."""
 
 import ipaddress
 
-import grpc.aio
-
-from moehive.proto import cluster_pb2_grpc
+from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import host_port
-from moehive.proto.channel import COORDINATOR_NAME, Identity, open_channel
+from moehive.proto.channel import COORDINATOR_NAME, Identity
+from moehive.proto.handshake import metadata
+from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.methods import ATTEND, RENEW
+from moehive.proto.wire.stream import Stream
 
 from .identity import NodeIdentity
 
+RENEW_SECONDS = 30.0
+
 
 class Uplink:
-    """Hands out stubs of the Cluster service; use it on one event loop."""
+    """Connects when a call needs it; use it on one event loop."""
 
     def __init__(self, identity: NodeIdentity) -> None:
         self._identity = identity
-        self._open: tuple[Identity, grpc.aio.Channel] | None = None
-        self._old: list[grpc.aio.Channel] = []  # may carry the control stream still
+        self._open: tuple[Identity, Channel] | None = None
+        self._old: list[Channel] = []  # may carry the control stream still
 
     @property
     def address(self) -> str:
@@ -28,17 +32,26 @@ class Uplink:
         """The node's key and newest certificate."""
         return self._identity.current()
 
-    def stub(self) -> cluster_pb2_grpc.ClusterStub:
-        """A stub on a channel that uses the present certificate."""
+    async def attend(self) -> Stream:
+        """Opens the control stream: serialized NodeReports there, Directives back. Raises AioRpcError."""
+        return await self._channel().open(ATTEND, metadata())
+
+    async def renew(self, request: pb.RenewRequest) -> pb.RenewReply:
+        """Cluster.Renew. Raises AioRpcError."""
+        ask = self._channel().unary_unary(RENEW, pb.RenewRequest.SerializeToString, pb.RenewReply.FromString)
+        reply: pb.RenewReply = await ask(request, metadata(), RENEW_SECONDS)
+        return reply
+
+    def _channel(self) -> Channel:
         current = self._identity.current()
-        if self._open is None or self._open[0] is not current:
+        if self._open is None or self._open[0] is not current or self._open[1].over:
             if self._open is not None:
                 self._old.append(self._open[1])
-            self._open = (current, open_channel(self._identity.cluster_address, current, COORDINATOR_NAME))
-        return cluster_pb2_grpc.ClusterStub(self._open[1])
+            self._open = current, Channel(self.address, current, COORDINATOR_NAME)
+        return self._open[1]
 
     async def close_old(self) -> None:
-        """Closes the channels of earlier certificates; only when no call is on them."""
+        """Closes the channels of earlier certificates and connections; only when no call is on them."""
         while self._old:
             await self._old.pop().close()
 

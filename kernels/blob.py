@@ -89,15 +89,20 @@ def decode_tensor(place: TensorPlace, stored: torch.Tensor) -> torch.Tensor:
 def tensor_views(spec: ExpertSpec, blob: torch.Tensor) -> dict[str, torch.Tensor]:
     """The blob's tensors by name, each in its stored form, sharing the blob's memory.
 
-    `blob` is uint8 [spec.nbytes] on the CPU, contiguous, aligned to 64. Raises GeometryError if it is not.
+    Raises GeometryError as `check_blob`.
     """
+    check_blob(spec, blob)
+    return {
+        place.name: FORMATS[place.format].view(blob[place.offset : place.offset + place.nbytes], place.shape)
+        for place in spec.tensors
+    }
+
+
+def check_blob(spec: ExpertSpec, blob: torch.Tensor) -> None:
+    """Raises GeometryError unless `blob` is uint8 [spec.nbytes] on the CPU, contiguous, aligned to 64."""
     if blob.dtype != torch.uint8 or blob.dim() != 1 or not blob.is_contiguous() or blob.device.type != "cpu":
         raise GeometryError("An expert's blob must be one contiguous row of bytes (uint8) in the CPU's memory.")
     if blob.numel() != spec.nbytes:
         raise GeometryError(f"An expert's blob must have {spec.nbytes} bytes, not {blob.numel()}.")
     if blob.data_ptr() % ALIGNMENT:
         raise GeometryError(f"An expert's blob must start at a multiple of {ALIGNMENT} bytes in memory.")
-    return {
-        place.name: FORMATS[place.format].view(blob[place.offset : place.offset + place.nbytes], place.shape)
-        for place in spec.tensors
-    }

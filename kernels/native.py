@@ -57,9 +57,12 @@ def describe(spec: ExpertSpec) -> _Spec:
     )
 
 
-def load(part: str, abi: int) -> ctypes.CDLL:
-    """The native library, whose function `part` says that it is of this build. Raises NativeLibraryError."""
-    path = files("moehive.kernels") / "libmoehive_kernels.so"
+def load(part: str, abi: int, package: str = "kernels", name: str = "kernels") -> ctypes.CDLL:
+    """The native library `name` of a package, whose function `part` says that it is of this build.
+
+    Raises NativeLibraryError.
+    """
+    path = files(f"moehive.{package}") / f"libmoehive_{name}.so"
     try:
         loaded = ctypes.CDLL(str(path))
         found = getattr(loaded, part)()

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from . import dense
-from .blob import tensor_views
+from .blob import check_blob, tensor_views
 from .geometry import PLAIN_BYTES, ExpertSpec, GeometryError
 from .native import NativeExperts, NativeLibraryError, kernels
 
@@ -39,12 +39,16 @@ class Reduction(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertWeights:
-    """One expert ready to compute. Holds its blob, and views of it; never a copy of the weights."""
+    """One expert ready to compute. Holds its blob; never a copy of the weights."""
 
     spec: ExpertSpec
     blob: torch.Tensor  # uint8 [spec.nbytes], aligned to 64
-    tensors: dict[str, torch.Tensor]  # the blob's tensors in stored form
     address: int  # of the blob's first byte
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Views of the blob's tensors in stored form, made anew: few who compute need them."""
+        return tensor_views(self.spec, self.blob)
 
 
 def load_expert(spec: ExpertSpec, blob: torch.Tensor) -> ExpertWeights:
@@ -52,7 +56,8 @@ def load_expert(spec: ExpertSpec, blob: torch.Tensor) -> ExpertWeights:
 
     The caller must not write to the blob afterwards. Raises GeometryError for a blob that is not like that.
     """
-    return ExpertWeights(spec, blob, tensor_views(spec, blob), blob.data_ptr())
+    check_blob(spec, blob)
+    return ExpertWeights(spec, blob, blob.data_ptr())
 
 
 class ExpertOps:
@@ -111,18 +116,36 @@ class ExpertOps:
         for kind in kinds.values():
             if kind is not spec and replace(kind, format=spec.format, down_format=spec.down_format) != spec:
                 raise GeometryError("An expert was loaded with another description than the layer's.")
-        x = hidden.float().contiguous()
         pairs = torch.empty(len(numbers), spec.hidden_size)
+        self.write_pairs(used, hidden.float().contiguous(), offsets, pair_experts, pair_weights, pairs)
+        if reduction is Reduction.PER_EXPERT:
+            return pairs.to(hidden.dtype)
+        return self.sum_pairs(pairs, offsets).to(hidden.dtype)
+
+    def write_pairs(
+        self,
+        held: Mapping[int, ExpertWeights],
+        x: torch.Tensor,
+        offsets: npt.NDArray[np.uint32],
+        pair_experts: npt.NDArray[np.uint32],
+        pair_weights: npt.NDArray[np.float32],
+        pairs: torch.Tensor,
+    ) -> None:
+        """Writes what `moe_layer` gives for the pairs whose experts are in `held`, and leaves the others alone.
+
+        `x` f32 [T, H] and `pairs` f32 [P, H], contiguous; the rest as `moe_layer` takes it. A layer whose experts
+        come by and by is computed like this, with the same bits as at once.
+        """
+        numbers: list[int] = pair_experts.tolist()
+        used = {number: held[number] for number in set(numbers) if number in held}
         many = self._many(numbers, used)
         if self._native is not None and len(many) < len(used):
-            for kind in kinds.values():
-                addresses = np.array(
-                    [0 if n in many or used[n].spec is not kind else used[n].address for n in numbers],
-                    dtype=np.uint64,
-                )
-                self._native.pairs(kind, x, offsets, addresses, pair_weights, pairs)
+            few = {number: expert for number, expert in used.items() if number not in many}
+            for kind in {id(expert.spec): expert.spec for expert in few.values()}.values():
+                addresses = [few[n].address if n in few and few[n].spec is kind else 0 for n in numbers]
+                self._native.pairs(kind, x, offsets, np.array(addresses, dtype=np.uint64), pair_weights, pairs)
         if many:
-            token_of = np.repeat(np.arange(len(hidden)), np.diff(offsets))
+            token_of = np.repeat(np.arange(len(x)), np.diff(offsets))
             factors = torch.from_numpy(pair_weights).unsqueeze(1)
             for number in sorted(many):
                 places = np.flatnonzero(pair_experts == number)
@@ -131,9 +154,6 @@ class ExpertOps:
                 )
                 rows = torch.from_numpy(places)
                 pairs[rows] = y * factors[rows]
-        if reduction is Reduction.PER_EXPERT:
-            return pairs.to(hidden.dtype)
-        return self.sum_pairs(pairs, offsets).to(hidden.dtype)
 
     @property
     def native(self) -> NativeExperts | None:
@@ -148,8 +168,11 @@ class ExpertOps:
         """The experts that torch computes: plain ones with many tokens, or all without the native library."""
         if self._native is None:
             return set(used)
+        if len(numbers) <= FEW_TOKENS:
+            return set()
         # Not those that torch would have to expand.
-        return {n for n, tokens in Counter(numbers).items() if tokens > FEW_TOKENS and _is_plain(used[n].spec)}
+        tokens = Counter(numbers)
+        return {n for n, expert in used.items() if tokens[n] > FEW_TOKENS and _is_plain(expert.spec)}
 
 
 def _is_plain(spec: ExpertSpec) -> bool:

@@ -59,24 +59,17 @@ def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
     ]
 
 
-def open_channel(
-    address: str, identity: Identity, server_name: str, window_bytes: int | None = None
-) -> grpc.aio.Channel:
-    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`.
-
-    `window_bytes`: what a stream of it may hold that nobody has read yet; None: gRPC finds out, and may take much.
-    """
+def open_channel(address: str, identity: Identity, server_name: str) -> grpc.aio.Channel:
+    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`."""
     credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.chain_pem)
-    more: list[tuple[str, int | str]] = [("grpc.ssl_target_name_override", server_name)]
-    if window_bytes is not None:
-        more += [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", window_bytes)]
-    return grpc.aio.secure_channel(address, credentials, options=options() + more)
+    override = [("grpc.ssl_target_name_override", server_name)]
+    return grpc.aio.secure_channel(address, credentials, options=options() + override)
 
 
-def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) -> grpc.ServerCredentials:
-    """TLS credentials for a server; `current` is asked at each handshake, so a renewed certificate is used.
+def server_credentials(current: Callable[[], Identity]) -> grpc.ServerCredentials:
+    """TLS credentials for a server whose callers need no certificate: nodes that join, clients of the public door.
 
-    Not `mutual`: callers need no certificate (nodes that join, clients of the public door).
+    `current` is asked at each handshake, so a renewed certificate is used.
     """
     shown = current()
 
@@ -94,7 +87,7 @@ def server_credentials(current: Callable[[], Identity], *, mutual: bool = True) 
         shown = identity
         return configuration()
 
-    return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=mutual)
+    return grpc.dynamic_ssl_server_credentials(configuration(), renewed, require_client_authentication=False)
 
 
 def peer_names(context: Authenticated) -> frozenset[str]:

@@ -1,11 +1,12 @@
 """An expert's bytes as the chunks of FetchSlice, and back; coordinator and nodes both send and receive them.
 
 Chunks carry no hash of their own: TLS notices what a network damages, and the whole expert is checked by its hash
-before it is used. A chunk's data is not handed to protobuf, which copies it twice on each side: it is put behind the
-other fields in the same wire format, and read where it lies.
+before it is used. A chunk's data is not handed to protobuf, which copies it twice on each side: it is sent from where
+it lies, behind the other fields in the same wire format, and read where it was received.
 """
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
 from typing import NamedTuple
 
 import zstandard
@@ -23,7 +24,15 @@ _SAMPLE_BYTES = 32 << 10  # of each of four places
 _SAMPLES = 4
 
 _DATA_TAG = bytes([pb.SliceChunk.DATA_FIELD_NUMBER << 3 | 2])
-_MOST_BYTES = MAX_CHUNK_BYTES + 1024  # of a message
+MOST_BYTES = MAX_CHUNK_BYTES + 1024  # of a message
+_AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # compressed in one go by a thread, which is quicker than one by one
+
+
+class Message(NamedTuple):
+    """A serialized SliceChunk, in pieces that are sent one after the other: its other fields, its data."""
+
+    head: bytes
+    data: memoryview
 
 
 class Chunk(NamedTuple):
@@ -40,16 +49,26 @@ def worth_compressing(data: memoryview) -> bool:
     return len(zstandard.ZstdCompressor(level=_LEVEL).compress(sample)) < WORTH * len(sample)
 
 
+async def expert_chunks(
+    expert: tuple[int, int], data: memoryview, offset: int, digest: bytes, zstd: bool
+) -> AsyncGenerator[Message]:
+    """An expert (layer, number) whose bytes are `data`, from `offset` on, as SliceChunks; one, empty, of none.
+
+    With `zstd` they are compressed, in a thread; else none of the bytes is touched.
+    """
+    for span in spans(offset, len(data), _AHEAD_BYTES):
+        made = make_chunks(expert, data, span, digest, zstd)
+        for chunk in await asyncio.to_thread(list, made) if zstd else made:
+            yield chunk
+
+
 def make_chunks(
     expert: tuple[int, int], data: memoryview, span: tuple[int, int], digest: bytes, zstd: bool
-) -> list[tuple[bytes, int]]:
-    """Bytes [start, end) of an expert (layer, number) whose bytes are `data`, as SliceChunks; one, empty, of none.
-
-    Each is serialized, and comes with the bytes of the expert that it sends.
-    """
+) -> Iterator[Message]:
+    """Bytes [start, end) of an expert (layer, number) whose bytes are `data`, as SliceChunks; one, empty, of none."""
     start, end = span
     starts = range(start, end, MAX_CHUNK_BYTES) or (start,)
-    return [_chunk(expert, data, at, min(at + MAX_CHUNK_BYTES, end), digest, zstd) for at in starts]
+    return (_chunk(expert, data, at, min(at + MAX_CHUNK_BYTES, end), digest, zstd) for at in starts)
 
 
 def spans(offset: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
@@ -60,7 +79,7 @@ def spans(offset: int, nbytes: int, most: int) -> Iterator[tuple[int, int]]:
 
 def read_chunk(message: Buffer) -> Chunk:
     """A serialized SliceChunk. Raises BoundsError for what is none, or is out of its bounds."""
-    if len(message) > _MOST_BYTES:
+    if len(message) > MOST_BYTES:
         raise BoundsError(f"A chunk has at most {MAX_CHUNK_BYTES} bytes.")
     place = find_field(message, pb.SliceChunk.DATA_FIELD_NUMBER)
     if place is None:
@@ -88,9 +107,7 @@ def chunk_data(chunk: Chunk) -> memoryview:
         raise BoundsError("A compressed chunk does not decompress.") from error
 
 
-def _chunk(
-    expert: tuple[int, int], whole: memoryview, start: int, end: int, digest: bytes, zstd: bool
-) -> tuple[bytes, int]:
+def _chunk(expert: tuple[int, int], whole: memoryview, start: int, end: int, digest: bytes, zstd: bool) -> Message:
     data, zstd_bytes = whole[start:end], 0
     if zstd and data:
         packed = zstandard.ZstdCompressor(level=_LEVEL).compress(data)
@@ -104,4 +121,4 @@ def _chunk(
         zstd_bytes=zstd_bytes,
         expert_digest=digest if end == len(whole) else b"",
     )
-    return b"".join((head.SerializeToString(), _DATA_TAG, varint(len(data)), data)), len(data)
+    return Message(head.SerializeToString() + _DATA_TAG + varint(len(data)), data)

@@ -57,9 +57,9 @@ class ComputeRequest(_message.Message):
     experts: bytes
     weights: bytes
     scales: bytes
-    likely: bytes
+    likely: _containers.RepeatedScalarFieldContainer[bytes]
     chain: _containers.RepeatedCompositeFieldContainer[ChainNode]
-    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., likely: _Optional[bytes] = ..., chain: _Optional[_Iterable[_Union[ChainNode, _Mapping]]] = ...) -> None: ...
+    def __init__(self, id: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., layer: _Optional[int] = ..., tokens: _Optional[int] = ..., hidden_size: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., reduction: _Optional[_Union[Reduction, str]] = ..., hidden_states: _Optional[bytes] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ..., scales: _Optional[bytes] = ..., likely: _Optional[_Iterable[bytes]] = ..., chain: _Optional[_Iterable[_Union[ChainNode, _Mapping]]] = ...) -> None: ...
 
 class ChainNode(_message.Message):
     __slots__ = ("node_name", "address", "offsets", "experts", "weights")

@@ -5,6 +5,7 @@ knows which machine to update.
 """
 
 from collections.abc import Iterable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 PROTOCOL = 4  # grows when an older build could misread a message
@@ -12,8 +13,9 @@ PROTOCOL_KEY = "moehive-protocol"
 VERSION_KEY = "moehive-version"
 
 
+@cache
 def software_version() -> str:
-    """The installed version of this build, for example `0.1.0`."""
+    """The installed version of this build, for example `0.1.0`. Finding it out takes half a millisecond."""
     try:
         return version("moehive")
     except PackageNotFoundError:

@@ -110,9 +110,9 @@ class CallGuard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # the stubs 
         raise AssertionError("abort always raises")
 
 
-def _serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], bytes]:
-    """A service may give a reply that is serialized already."""
-    return lambda reply: reply if type(reply) is bytes else serialize(reply)
+def _serialized(serialize: Callable[[Any], bytes]) -> Callable[[Any], Any]:
+    """A service may give a reply that is serialized already: bytes, or a tuple of buffers (proto/wire only)."""
+    return lambda reply: reply if isinstance(reply, bytes | tuple) else serialize(reply)
 
 
 class _Malformed:

@@ -8,23 +8,28 @@ import numpy.typing as npt
 from . import experts_pb2 as pb
 from .tensors import MAX_EXPERT, WireError
 
-MAX_LIKELY = 256
+MAX_LIKELY = 256  # experts of a layer
+MAX_AHEAD = 2  # layers
 MAX_BITS_BYTES = 8192
 
 
-def write_likely(request: pb.ComputeRequest, experts: Sequence[int]) -> None:
-    """Names experts of the next layer, likeliest first; more than MAX_LIKELY are left out."""
-    request.likely = np.array(experts[:MAX_LIKELY], dtype="<u4").tobytes()
+def write_likely(request: pb.ComputeRequest, layers: Sequence[Sequence[int]]) -> None:
+    """Names experts of the next layers, likeliest first; what is over MAX_AHEAD or MAX_LIKELY is left out."""
+    request.likely.extend(np.array(experts[:MAX_LIKELY], dtype="<u4").tobytes() for experts in layers[:MAX_AHEAD])
 
 
-def read_likely(request: pb.ComputeRequest) -> list[int]:
-    """The experts that the next layer may ask for, likeliest first. Raises WireError."""
-    if not request.likely:
-        return []
-    if len(request.likely) % 4 or len(request.likely) > 4 * MAX_LIKELY:
-        raise WireError(f"likely has {len(request.likely)} bytes; it is at most {MAX_LIKELY} numbers.")
-    experts: list[int] = np.frombuffer(request.likely, dtype="<u4").tolist()
-    if max(experts) > MAX_EXPERT:
+def read_likely(request: pb.ComputeRequest) -> list[list[int]]:
+    """The experts that the next layers may ask for, a list for each, likeliest first. Raises WireError."""
+    if len(request.likely) > MAX_AHEAD:
+        raise WireError(f"likely is of {len(request.likely)} layers; it is of at most {MAX_AHEAD}.")
+    return [_numbers(data) for data in request.likely]
+
+
+def _numbers(data: bytes) -> list[int]:
+    if len(data) % 4 or len(data) > 4 * MAX_LIKELY:
+        raise WireError(f"likely has {len(data)} bytes for a layer; it is at most {MAX_LIKELY} numbers.")
+    experts: list[int] = np.frombuffer(data, dtype="<u4").tolist()
+    if max(experts, default=0) > MAX_EXPERT:
         raise WireError("An expert's number in likely is over 65,535.")
     return experts
 

@@ -108,6 +108,7 @@ TOUCH_MESSAGES = {
     "expert_node/node.py",
     "expert_node/peers.py",
     "expert_node/service.py",
+    "expert_node/sources.py",
     "expert_node/uplink.py",
     "proto/bounds.py",
     "proto/chain.py",

@@ -13,18 +13,23 @@ from moehive.kernels.ops import ExpertOps
 
 from ..app import text_of
 from ..checkpoints.opening import ModelSource, open_model
+from ..models.base import Trunk
 from ..precision.candidates import CANDIDATES, Progress
 from ..precision.encode import encode
-from ..precision.forward import Experts, Read, divergence, log_probabilities
+from ..precision.forward import Experts, Read, divergence, greedy, log_probabilities
 from ..precision.plan import Calibrated, calibrate, measure, plan
 from ..precision.text import calibration_texts
+from ..serving.text import Text
 from ..trunk import load_trunk
+from ..types import InvalidRequest
 from .trained_like import CONFIGS, save_trained_like, texts
 
 BITS: Final = (3.0, 3.5, 4.5)  # a weight
 _MEMORY = 4 << 30  # bytes of experts that are kept from one pass to the next
 _PIECE = 256  # tokens of one text
 _TRAINED_LIKE = 3072, 768  # tokens to calibrate a trained-like model with, and to measure it on
+_QUESTION = "Explain in three sentences why the sky is blue."
+_ANSWER = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +46,18 @@ class BudgetRow:
     ratio: float  # chosen_kl by uniform_kl
     expected_kl: float  # what the choice was made by
     gap: float  # how far, at most, the choice is from the best by that measure, as a share
+    exact_text: str  # the greedy answer to a question, of the model as it is; empty if it reads no text
+    uniform_text: str
+    chosen_text: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Sample:
+    """Token ids, int64 [T] each: texts to calibrate with and to measure on; a question, if the model reads text."""
+
+    calibration: Sequence[torch.Tensor]
+    held_back: Sequence[torch.Tensor]
+    question: torch.Tensor | None = None
 
 
 def measure_budgets(model: str | None, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
@@ -53,59 +70,76 @@ def measure_budgets(model: str | None, folder: Path, threads: int, progress: Pro
         path = folder / name
         if not (path / "config.json").exists():
             save_trained_like(config, path)
-        rows += _measure(open_model(str(path)), texts(_TRAINED_LIKE), threads, progress)
+        rows += _measure(open_model(str(path)), _Sample(*texts(_TRAINED_LIKE)), threads, progress)
     if model is not None:
         source = open_model(model)
-        rows += _measure(source, asyncio.run(_texts(source)), threads, progress)
+        rows += _measure(source, asyncio.run(_sample(text_of(source))), threads, progress)
     return rows
 
 
-def _measure(
-    source: ModelSource,
-    text: tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]],
-    threads: int,
-    progress: Progress,
-) -> list[BudgetRow]:
-    """`text`: to calibrate with, and to measure on; int64 [T] each."""
-    manifest, read, trunk, budgets = source.manifest, source.expert_blob, load_trunk(source, threads), BITS
-    ops = ExpertOps(threads)
-    exact = Experts(manifest, read, ops, _MEMORY)
-    reference = log_probabilities(trunk, exact, text[1])
+class _Judge:
+    """Runs a model with other experts: how far its answers are from its own, and what it says."""
 
-    def kl(changed: Manifest, other: Read) -> float:
-        return divergence(reference, log_probabilities(trunk, Experts(changed, other, ops, 0), text[1]))
+    def __init__(self, source: ModelSource, trunk: Trunk, exact: Experts, sample: _Sample) -> None:
+        self._trunk = trunk
+        self._ops = exact.ops
+        self._sample = sample
+        self._text = text_of(source)
+        self._reference = log_probabilities(trunk, exact, sample.held_back)
+        self.exact_text = self._answer(exact)
 
+    def of(self, manifest: Manifest, read: Read) -> tuple[float, str]:
+        """The KL divergence, nats a token, and the answer to the question."""
+        experts = Experts(manifest, read, self._ops, _MEMORY)
+        kl = divergence(self._reference, log_probabilities(self._trunk, experts, self._sample.held_back))
+        return kl, self._answer(experts)
+
+    def _answer(self, experts: Experts) -> str:
+        if self._sample.question is None:
+            return ""
+        stops = self._text.stop_tokens
+        return self._text.decode(greedy(self._trunk, experts, self._sample.question, _ANSWER, stops))
+
+
+def _measure(source: ModelSource, sample: _Sample, threads: int, progress: Progress) -> list[BudgetRow]:
+    manifest, read, trunk = source.manifest, source.expert_blob, load_trunk(source, threads)
+    exact = Experts(manifest, read, ExpertOps(threads), _MEMORY)
+    judge = _Judge(source, trunk, exact, sample)
     weights = sum(layer.experts * layer.spec.weights for layer in manifest.layers)
-    uniform: list[tuple[float, Format, float]] = []  # divergence, format, bits
+    uniform: list[tuple[float, str, Format, float]] = []  # divergence, answer, format, bits
     for done, fmt in enumerate(CANDIDATES):
         progress("Uniform formats", done, len(CANDIDATES))
         changed = _uniform(manifest, fmt)
         bits = changed.total_bytes * 8 / weights
-        if bits <= max(budgets):
-            uniform.append((kl(changed, _reader(manifest, changed, read, None)), fmt, bits))
-    calibrated = calibrate(trunk, exact, text[0], progress)
+        if bits <= max(BITS):
+            uniform.append((*judge.of(changed, _reader(manifest, changed, read, None)), fmt, bits))
+    calibrated = calibrate(trunk, exact, sample.calibration, progress)
     measured = measure(manifest, read, calibrated, progress)
     rows = []
-    for budget in budgets:
-        fitting = [one for one in uniform if one[2] <= budget]
+    for done, budget in enumerate(BITS):
+        fitting = [one for one in uniform if one[3] <= budget]
         chosen = plan(measured, int(budget * weights / 8))
         if not fitting or chosen is None:
             continue  # not even the smallest format is so small
         changed = replace(manifest, layers=chosen.layers)
-        progress("Quantizing", 0, 1)
-        best, own = min(fitting), kl(changed, _reader(manifest, changed, read, calibrated))
+        progress("Quantizing", done, len(BITS))
+        best = min(fitting)
+        own, answer = judge.of(changed, _reader(manifest, changed, read, calibrated))
         rows.append(
             BudgetRow(
                 model=manifest.name,
                 bits=budget,
-                uniform_format=best[1],
-                uniform_bits=best[2],
+                uniform_format=best[2],
+                uniform_bits=best[3],
                 uniform_kl=best[0],
                 chosen_bits=chosen.nbytes * 8 / weights,
                 chosen_kl=own,
                 ratio=own / best[0],
                 expected_kl=chosen.damage,
                 gap=1 - chosen.bound / chosen.damage,
+                exact_text=judge.exact_text,
+                uniform_text=best[1],
+                chosen_text=answer,
             )
         )
     return rows
@@ -128,9 +162,14 @@ def _reader(manifest: Manifest, changed: Manifest, read: Read, calibrated: Calib
     return reader
 
 
-async def _texts(source: ModelSource) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+async def _sample(words: Text) -> _Sample:
     """The calibration text, one piece in four held back."""
-    tokens = torch.cat(await calibration_texts(text_of(source), None))
+    tokens = torch.cat(await calibration_texts(words, None))
     pieces = list(tokens.split(_PIECE))
-    held_back = pieces[3::4]
-    return [piece for number, piece in enumerate(pieces) if number % 4 != 3], held_back
+    try:
+        question = await words.encode_chat([{"role": "user", "content": _QUESTION}])
+    except InvalidRequest:  # no chat template
+        question = await words.encode(_QUESTION)
+    return _Sample(
+        [piece for number, piece in enumerate(pieces) if number % 4 != 3], pieces[3::4], torch.tensor(question)
+    )

@@ -56,7 +56,7 @@ class _HalfInMemory:
         """See models.base.tiers_of."""
         return self
 
-    def expect(self, experts: Sequence[int]) -> None:
+    def expect(self, layers: Sequence[Sequence[int]]) -> None:
         """See Tiers: nothing is read ahead here."""
 
     def on_disk(self, layer: int) -> npt.NDArray[np.bool_]:

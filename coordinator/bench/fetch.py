@@ -6,19 +6,16 @@ hashing and writing are in it. What it is compared with is measured in the same 
 """
 
 import asyncio
-import os
 import shutil
-import socket
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import mkdtemp
-from threading import Thread
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
+import psutil
 import torch
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
@@ -30,17 +27,16 @@ from ..cluster.state import ClusterState
 from ..cluster.store import Store
 from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
+from ..settings import cores
 from ..types import CoordinatorError, NodeName, Plan
 from .decode import peak_bytes
-from .grpc_copy import grpc_copy_rate
+from .fetch_limits import disk_read_rate, forget_pages, tcp_copy, unavoidable_work
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
 GIGABIT = LinkSpeed(0.00025, 1e9)
 SPEC = ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format="bf16")  # Qwen3-30B's, 9.4 MB
-_COPY_BYTES = 1 << 30
 _BUFFER_BYTES = 64 << 20
-_READ_BYTES = 4 << 20
 _READERS = 4
 _DEADLINE = 600.0  # seconds for any one load
 _RSS_SHARE, _RSS_BASE = 1.05, 200 * 10**6  # what a node's peak may be: its slice, and Python with its libraries
@@ -68,21 +64,27 @@ async def _measure(folder: Path, experts: int) -> list[dict[str, Any]]:
         link = {"row": "link", "link": str(GIGABIT), "bytes": model.nbytes, "seconds": seconds, "share": share}
     shutil.rmtree(folder / "link")
 
-    before = await asyncio.to_thread(tcp_copy_rate)
+    before = await asyncio.to_thread(tcp_copy)
     async with _cluster(folder / "one", model, 1, 1, None) as cluster:
         seconds = await cluster.load()
-        copy = (before + await asyncio.to_thread(tcp_copy_rate)) / 2
-        bare = await grpc_copy_rate(cluster.authority, model.nbytes)
+        after = await asyncio.to_thread(tcp_copy)
+        copy = (before.bytes_per_s + after.bytes_per_s) / 2
         rate = model.nbytes / seconds
         loopback = {"row": "loopback", "bytes": model.nbytes, "seconds": seconds, "bytes_per_s": rate}
         loopback |= {"tcp_copy_bytes_per_s": copy, "ratio": rate / copy}
-        loopback |= {"bare_grpc_bytes_per_s": bare, "of_bare_grpc": rate / bare, **cluster.peak()}
+        loopback |= {**cluster.work_s_per_gb(), **cluster.peak()}
+        work = {"tcp_copy_s_per_gb": (before.cpu_s_per_gb + after.cpu_s_per_gb) / 2}
+        work |= await asyncio.to_thread(unavoidable_work, folder, cluster.authority)
+        total = sum(work.values()) + work["hash_s_per_gb"]  # the sender hashes what it reads, too
+        limit = {"row": "limit", "cores": cores(), **work, "sum_s_per_gb": total}
+        most = min(cores() / total * 1e9, copy)
+        limit |= {"bytes_per_s": most, "ratio": most / copy}
 
         cluster.source.bytes_sent = 0
         await cluster.end_nodes()
         files = await asyncio.to_thread(lambda: sorted(folder.glob("one/node-1/cache/*/*.expert")))
         disk = max([await asyncio.to_thread(disk_read_rate, files, readers) for readers in (1, _READERS)])
-        await asyncio.to_thread(_forget_pages, files)
+        await asyncio.to_thread(forget_pages, files)
         seconds = await cluster.load()
         rate = model.nbytes / seconds
         restart = {"row": "restart", "bytes": model.nbytes, "seconds": seconds, "bytes_per_s": rate}
@@ -95,7 +97,7 @@ async def _measure(folder: Path, experts: int) -> list[dict[str, Any]]:
         sent = cluster.source.bytes_sent
         replicas = {"row": "replicas", "nodes": 3, "replicas": 2, "bytes": model.nbytes, "seconds": seconds}
         replicas |= {"coordinator_bytes_sent": sent, "ratio": sent / model.nbytes}
-    return [link, loopback, replicas, restart]
+    return [link, loopback, limit, replicas, restart]
 
 
 class _Model:
@@ -128,6 +130,7 @@ class _Cluster:
         self._nodes = nodes
         self._processes: list[asyncio.subprocess.Process] = []
         self._assigned_at = 0.0
+        self._work = 0.0, 0.0  # seconds of a processor that the last load took of this process, and of the first node
         self._ready_at = asyncio.Future[float]()
         membership = Membership(store, model.manifest, nodes, 0, self._changed, self._place)
         self.membership = membership
@@ -168,6 +171,11 @@ class _Cluster:
                 wait.cancel()
         return self._ready_at.result() - self._assigned_at
 
+    def work_s_per_gb(self) -> dict[str, float]:
+        """Seconds of a processor that the last load took, for 1 GB."""
+        here, there = (seconds / self._model.nbytes * 1e9 for seconds in self._work)
+        return {"coordinator_cpu_s_per_gb": here, "node_cpu_s_per_gb": there}
+
     def peak(self) -> dict[str, int]:
         """The first node's largest resident size, and the bound for its slice."""
         limit = int(_RSS_SHARE * self._model.nbytes) + _RSS_BASE
@@ -184,9 +192,15 @@ class _Cluster:
     def _changed(self, state: ClusterState) -> None:
         now = perf_counter()
         if not self._assigned_at and any(node.assigned for node in state.nodes.values()):
-            self._assigned_at = now
+            self._assigned_at, self._work = now, self._spent()
         if self._assigned_at and state.ready and not self._ready_at.done():
+            (here, there), (here_before, there_before) = self._spent(), self._work
+            self._work = here - here_before, there - there_before
             self._ready_at.set_result(now)
+
+    def _spent(self) -> tuple[float, float]:
+        node = psutil.Process(self._processes[0].pid).cpu_times()
+        return process_time(), node.user + node.system
 
     def _place(
         self,
@@ -219,59 +233,6 @@ async def _cluster(
         stack.push_async_callback(server.stop)
         stack.push_async_callback(cluster.end_nodes)
         yield cluster
-
-
-def tcp_copy_rate() -> float:
-    """Bytes a second of a plain TCP connection over loopback, from memory to memory, sender and receiver at once."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-
-        def send() -> None:
-            data = memoryview(os.urandom(_BUFFER_BYTES))
-            with socket.create_connection(("127.0.0.1", port)) as sending:
-                ready.recv(1)
-                for _ in range(_COPY_BYTES // len(data)):
-                    sending.sendall(data)
-
-        go, ready = socket.socketpair()
-        with go, ready:
-            thread = Thread(target=send)
-            thread.start()
-            receiving, _ = listener.accept()
-            with receiving:
-                buffer = memoryview(bytearray(1 << 20))
-                go.send(b"g")
-                start, done = perf_counter(), 0
-                while count := receiving.recv_into(buffer):
-                    done += count
-                seconds = perf_counter() - start
-            thread.join()
-    return done / seconds
-
-
-def disk_read_rate(files: Sequence[Path], readers: int) -> float:
-    """Bytes a second of reading files that are not in memory, `readers` at a time, in pieces of 4 MiB."""
-    _forget_pages(files)
-
-    def read(path: Path) -> int:
-        buffer, done = memoryview(bytearray(_READ_BYTES)), 0
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                done += count
-        return done
-
-    start = perf_counter()
-    with ThreadPoolExecutor(readers) as pool:
-        done = sum(pool.map(read, files))
-    return done / (perf_counter() - start)
-
-
-def _forget_pages(files: Sequence[Path]) -> None:
-    """Has the kernel drop the files' pages, once they are written."""
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _made(folder: Path) -> Path:

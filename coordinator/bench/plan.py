@@ -1,8 +1,9 @@
 """The planner beside other ways to place experts, on made-up clusters and traces (placement/synthetic.py).
 
-Every way gets the same slots and is scored with the same exact dispatch on the same held-back batches, so what
-differs is where the experts lie. `reference` is the capacity reference of earlier work: what each set of nodes needs
-for the mean of what must be left to it; it is no proof. `bound` is one, for plans with the same slots a layer.
+Every way gets the same memory and is scored with the same exact dispatch on the same held-back batches, so what
+differs is where the experts lie. The planner may share memory out unevenly over the layers; the others and the
+reference get the same slots in each. `reference` is the capacity reference of earlier work: what each set of nodes
+needs for the mean of what must be left to it; it is no proof. `bound` is one, for plans with the planner's slots.
 """
 
 from collections.abc import Sequence
@@ -18,11 +19,12 @@ from ..placement.makespan import layer_costs, popularity, time_for
 from ..placement.native import Floats, LayerCosts, Replicas
 from ..placement.plan import make_plan, score_batches
 from ..placement.search import by_mix
+from ..placement.slots import share_out
 from ..placement.traces import DEFAULT_MIXES, Batches, Trace, sample
 
-LAYERS = 2
+LAYERS = 60
 SPARE = 0.25
-SEQUENCES = 160
+SEQUENCES = 640  # of 96 tokens in the mean; plans are made from three quarters of them
 GEOMETRIES = ((256, 8, 1_800_000), (512, 10, 7_000_000))  # experts, top-k, bytes of an expert
 
 # What held-back makespans should reach: (cluster, experts) → for batches of 1, 4 and 16, as a multiple of the proven
@@ -72,13 +74,14 @@ def _measure(name: str, experts: int, nbytes: int, trace: Trace, threads: int, s
     scored = score_batches(held, DEFAULT_MIXES, seed)
     mixes = len(DEFAULT_MIXES)
     times = {"planner": plan.expected.mean(axis=0)}
+    even = share_out(cluster, [experts] * LAYERS)
     ways = ("random", "round robin", "equal share", "EPLB")
     sums = {way: np.zeros(mixes) for way in ways}
     reference = np.zeros(mixes)
     for index in range(LAYERS):
         costs = layer_costs(cluster, index, DEFAULT_MIXES)
         load = popularity(fitted[index].hits, np.ones(len(fitted[index].mix)), fitted[index].offsets, experts)
-        slots = plan.slots[index]
+        slots = even[index]
         made: dict[str, Replicas] = {
             "random": baselines.random_plan(load, slots, seed),
             "round robin": baselines.round_robin(load, slots),

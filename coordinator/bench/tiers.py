@@ -3,7 +3,8 @@
 A node's store and executor (expert_node/bench_tiers.py) run in a process whose control group has room for the RAM
 allowance and the process itself, over a trace from a small model of routing: a token's state drifts from layer to
 layer and from token to token, routers are random with some experts more popular than others, and a layer's experts
-are foreseen by its router on the state of the layer before. Ways take turns; the disk is measured around each run.
+are foreseen by its router on the states of the two layers before. docs/tiers.md says how near that is to real models.
+Ways take turns; the disk is measured around each run.
 """
 
 import json
@@ -16,21 +17,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertSpec
 
+from ..settings import cores
 from ..types import CoordinatorError
 from .cache_aware import Divergence, divergences
 from .memory_group import MemoryGroup, memory_group
 from .peers import Peer
+from .tiers_trace import Trace, policy_hit_rates, routing_trace
 
 SPEC = ExpertSpec(hidden_size=2048, intermediate_size=512, activation="silu", format="q4_0")  # Qwen3.5-35B's
 EXPERTS, TOP_K = 64, 8
-STATE = 48  # numbers of the routing model's state
-SKEW, CARRY, ALONG, SHARPNESS = 0.5, 0.6, 0.97, 2.0  # popularity; correlation of tokens, of layers; of the scores
 PROCESS_BYTES = (
     448 << 20
 )  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
@@ -73,6 +73,8 @@ class TiersReport:
 
     rows: list[TierRow]
     prefetch_gain: float  # speed with prefetch over that without
+    recall: list[float]  # of a layer's experts: named by the guess of the layer before, and of the one before that
+    reuse: float  # of a layer's experts: asked for by the token before, too
     disk: dict[str, float]  # bytes a second of each way to read
     divergence: dict[str, Divergence]  # of a model's output, by way: what cache-aware routing costs
     policies: dict[str, float]  # hit rates of ways to choose who makes room, on the same trace, without prefetch
@@ -91,10 +93,10 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
             raise CoordinatorError(
                 f"{place} has no room for experts of {size} bytes; name another folder with TMPDIR."
             )
-        scores, ahead = routing_trace(2 * tokens, layers, np.random.default_rng(0))
-        _write(place, layers, scores, ahead)
+        trace = routing_trace(2 * tokens, layers, EXPERTS, TOP_K, np.random.default_rng(0))
+        _write(place, layers, trace)
         with memory_group(size // 2 + PROCESS_BYTES) as group:
-            report = _measure(place, layers, tokens, rounds, size // 2, group, scores)
+            report = _measure(place, layers, tokens, rounds, size // 2, group, trace)
     if model is None:
         return report
     margins = [row.margin for row in report.rows[1:]]
@@ -103,7 +105,7 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
 
 
 def _measure(
-    place: Path, layers: int, tokens: int, rounds: int, ram: int, group: MemoryGroup | None, scores: npt.NDArray[Any]
+    place: Path, layers: int, tokens: int, rounds: int, ram: int, group: MemoryGroup | None, trace: Trace
 ) -> TiersReport:
     config = {
         "folder": str(place),
@@ -112,7 +114,7 @@ def _measure(
         "experts": EXPERTS,
         "top_k": TOP_K,
         "ram_bytes": ram,
-        "threads": 1,
+        "threads": cores(),  # as a node by itself
         "group": None if group is None else str(group.folder),
     }
     ways = [("no prefetch", False, 0.0), ("prefetch", True, 0.0)]
@@ -138,9 +140,11 @@ def _measure(
     return TiersReport(
         rows=rows,
         prefetch_gain=rows[1].decode_tokens_per_s / rows[0].decode_tokens_per_s,
+        recall=trace.recall(),
+        reuse=trace.reuse(),
         disk={way: statistics.median(rates) for way, rates in disk.items()},
         divergence={},
-        policies=policy_hit_rates(scores, ram // SPEC.nbytes),
+        policies=policy_hit_rates(trace, ram // SPEC.nbytes),
     )
 
 
@@ -182,59 +186,7 @@ def _row(
     )
 
 
-def routing_trace(
-    tokens: int, layers: int, rng: np.random.Generator
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Scores [tokens, layers, experts], positive, and the same as the layer before would have them."""
-    routers = rng.standard_normal((layers, EXPERTS, STATE)) / STATE**0.5
-    popularity = rng.standard_normal((layers, EXPERTS)) * SKEW
-    scores = np.empty((tokens, layers, EXPERTS), dtype=np.float32)
-    ahead = np.empty_like(scores)
-    first = rng.standard_normal(STATE)
-    for token in range(tokens):
-        first = CARRY * first + (1 - CARRY**2) ** 0.5 * rng.standard_normal(STATE)
-        state = first
-        for layer in range(layers):
-            before = state
-            state = ALONG * state + (1 - ALONG**2) ** 0.5 * rng.standard_normal(STATE)
-            scores[token, layer] = np.exp(SHARPNESS * (routers[layer] @ state + popularity[layer]))
-            ahead[token, layer] = np.exp(SHARPNESS * (routers[layer] @ before + popularity[layer]))
-    return scores, ahead
-
-
-def policy_hit_rates(scores: npt.NDArray[Any], room: int) -> dict[str, float]:
-    """Hit rates over the trace's second half when `room` experts stay: those used last, or most, or fading counts."""
-    layers = scores.shape[1]
-    # Tokens in which a count halves; both ends are this, too.
-    half_lives = {"least recently used": 1 / TOP_K / layers, "least frequently used": np.inf, "fading count": 16.0}
-    return {name: _hit_rate(scores, room, half_life) for name, half_life in half_lives.items()}
-
-
-def _hit_rate(scores: npt.NDArray[Any], room: int, half_life: float) -> float:
-    tokens, layers, _ = scores.shape
-    chosen = np.argsort(-scores, axis=2)[:, :, :TOP_K]
-    counts: dict[tuple[int, int], tuple[float, float]] = {}  # the count, and when it was that
-    held: set[tuple[int, int]] = set()
-    hits: int = 0
-    for token, layer in np.ndindex(tokens, layers):
-        now = token + layer / layers
-        for expert in ((layer, int(number)) for number in chosen[token, layer]):
-            hits += int(expert in held and 2 * token >= tokens)
-            before = 2.0 ** max(-60.0, _worth(counts[expert], now, half_life)) if expert in counts else 0.0
-            counts[expert] = (before + 1, now)
-            if expert not in held and len(held) >= room:
-                worths = [(_worth(counts[other], now, half_life), other) for other in held]
-                held.remove(min(worths)[1])
-            held.add(expert)
-    return float(hits / ((tokens - tokens // 2) * layers * TOP_K))
-
-
-def _worth(count: tuple[float, float], now: float, half_life: float) -> float:
-    """The logarithm of what is left of a count."""
-    return float(np.log2(count[0]) - (now - count[1]) / half_life)
-
-
-def _write(place: Path, layers: int, scores: npt.NDArray[Any], ahead: npt.NDArray[Any]) -> None:
+def _write(place: Path, layers: int, trace: Trace) -> None:
     """All experts have the same bytes: what is measured does not look at them."""
     generator = torch.Generator().manual_seed(0)
     tensors = {t.name: torch.randn(t.shape, generator=generator) / t.shape[-1] ** 0.5 for t in SPEC.tensors}
@@ -242,4 +194,4 @@ def _write(place: Path, layers: int, scores: npt.NDArray[Any], ahead: npt.NDArra
     for layer in range(layers):
         for number in range(EXPERTS):
             (place / f"{layer}-{number}.expert").write_bytes(blob)
-    np.savez(place / "trace.npz", scores=scores, ahead=ahead)
+    np.savez(place / "trace.npz", scores=trace.scores, ahead=trace.ahead)

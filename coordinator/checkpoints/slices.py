@@ -1,7 +1,7 @@
 """Sends experts to nodes, read from the checkpoint when they are asked for, in chunks.
 
 Never more than a few experts are in memory, whatever the number of nodes: a stream holds one blob at a time, and
-all streams together at most what BLOB_BYTES allows. gRPC's flow control holds a stream back whose node is slow.
+all streams together at most what BLOB_BYTES allows. Flow control holds a stream back whose node is slow.
 """
 
 import asyncio
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, Manifest
 from moehive.proto import cluster_pb2 as pb
-from moehive.proto.bounds import MAX_CHUNK_BYTES, BoundsError, check_hash_request, check_slice_request
-from moehive.proto.chunks import make_chunks, spans, worth_compressing
+from moehive.proto.bounds import BoundsError, check_hash_request, check_slice_request
+from moehive.proto.chunks import Message, expert_chunks, worth_compressing
 
 from ..types import CoordinatorError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 BLOB_BYTES = 256 << 20  # of blobs in memory, all streams together; two are always allowed
 MAX_STREAMS = 16  # that send at once
-_AHEAD_BYTES = 4 * MAX_CHUNK_BYTES  # made in one go by a thread, which is quicker than one by one
 
 
 class SliceMismatch(CoordinatorError):
@@ -46,7 +45,7 @@ class SliceSource:
         largest = max(layer.largest_bytes for layer in manifest.layers)
         self._slots = asyncio.Semaphore(max(2, min(MAX_STREAMS, BLOB_BYTES // largest)))
 
-    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[bytes]:
+    async def stream(self, request: pb.SliceRequest) -> AsyncGenerator[Message]:
         """The experts asked for, in that order, each from its offset on, as serialized SliceChunks.
 
         An expert of which the node has all bytes already is answered by one empty chunk that carries its hash.
@@ -57,10 +56,9 @@ class SliceSource:
         for expert, offset in wanted:
             async with self._slots:
                 blob, digest, zstd = await asyncio.to_thread(self._read, expert, request.zstd)
-                for span in spans(offset, len(blob), _AHEAD_BYTES):
-                    for chunk, nbytes in await asyncio.to_thread(make_chunks, expert, blob, span, digest, zstd):
-                        self.bytes_sent += nbytes
-                        yield chunk
+                async for chunk in expert_chunks(expert, blob, offset, digest, zstd):
+                    self.bytes_sent += len(chunk.data)
+                    yield chunk
 
     async def hashes(self, request: pb.HashRequest) -> list[bytes]:
         """The hash of each expert asked for; those that nothing has read yet are read. Raises as `stream`."""

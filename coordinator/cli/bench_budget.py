@@ -31,4 +31,15 @@ def budget(
     folder.mkdir(parents=True, exist_ok=True)
     with stages(quiet=as_json) as progress:
         rows = measure_budgets(model, folder, cores(), progress)
-    show_rows([asdict(row) for row in rows], as_json)
+    figures = [asdict(row) for row in rows]
+    if as_json:
+        show_rows(figures, as_json)
+        return
+    answers = [{name: row.pop(name) for name in list(row) if name.endswith("_text")} for row in figures]
+    show_rows(figures, as_json)
+    for row, texts in zip(rows, answers, strict=True):
+        for who, text in zip(
+            ("as it is", row.uniform_format, f"{row.bits} bits, chosen"), texts.values(), strict=True
+        ):
+            if text:
+                typer.echo(f"\n{who}: {text}")

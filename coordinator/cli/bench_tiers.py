@@ -47,7 +47,17 @@ def tiers(
         )
     out.print(table)
     last = report.rows[-1]
-    out.print(f"Prefetch gains {report.prefetch_gain:.2f} times.", highlight=False)
+    out.print(
+        f"Prefetch gains {report.prefetch_gain:.2f} times. With all experts in memory it would be "
+        f"{500 / last.experts_alone_ms:.1f} tokens/s.",
+        highlight=False,
+    )
+    named = " and ".join(f"{share:.0%}" for share in report.recall)
+    out.print(
+        f"A router names {named} of a layer's experts from one and two layers before; {report.reuse:.0%} of them "
+        "were asked for by the token before.",
+        highlight=False,
+    )
     out.print("Disk: " + ", ".join(f"{way} {rate / 1e9:.2f} GB/s" for way, rate in report.disk.items()))
     out.print("Hit rates: " + ", ".join(f"{name} {rate:.1%}" for name, rate in report.policies.items()))
     most = max(row.most_ram_bytes for row in report.rows)

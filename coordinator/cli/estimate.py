@@ -39,7 +39,7 @@ def estimate(
 ) -> None:
     """Bytes, who would hold what, tokens a second, time to load, and what would help most. Reads no weights.
 
-    Needs no network for the models of the built-in table (--json lists nothing of it; an unknown name does).
+    Needs no network for the models of the built-in table; of another hub id it downloads config.json alone.
     """
     from ..estimate.cluster import read_cluster
     from ..estimate.estimate import estimate as run

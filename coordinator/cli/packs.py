@@ -82,7 +82,7 @@ def convert(
     threads = workers or cores()
     wanted: str | Chosen | None = format
     if budget is not None:
-        wanted = _chosen(source, opened, _budget(budget, cluster), calibration, threads, as_json)
+        wanted = _chosen(source, opened, budget_bytes(source, budget, cluster), calibration, threads, as_json)
     with _progress(words, quiet=as_json) as progress:
         made = run(opened, pack, wanted, threads, progress)
     if as_json:
@@ -114,16 +114,17 @@ def convert(
     typer.echo(f"Run it: moehive up --model {pack}")
 
 
-def _budget(budget: str, cluster: Path | None) -> int:
-    """Bytes for the whole model."""
+def budget_bytes(source: str, budget: str, cluster: Path | None) -> int:
+    """Bytes for all weights of `source`; of 'cluster': those that it has room for. Raises CoordinatorError."""
     from ..estimate.cluster import read_cluster
+    from ..estimate.headers import of_files
+    from ..estimate.holding import room_for_weights
     from ..estimate.this_machine import this_machine
     from ..settings import parse_size
 
     if budget != "cluster":
         return parse_size(budget)
-    machines = (this_machine() if cluster is None else read_cluster(cluster)).machines
-    return sum(tier.nbytes for machine in machines for tier in (machine.vram, machine.ram) if tier is not None)
+    return room_for_weights(of_files(source), this_machine() if cluster is None else read_cluster(cluster))
 
 
 def _chosen(

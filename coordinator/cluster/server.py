@@ -1,4 +1,7 @@
-"""Starts and stops the two internal doors and the membership behind them."""
+"""Starts and stops the two internal doors and the membership behind them.
+
+The members' door is the wire's own server, since experts leave through it; who joins knows gRPC's library only.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -10,6 +13,8 @@ from moehive.proto import channel, cluster_pb2_grpc
 from moehive.proto.bounds import join_host_port
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.pacing import Pace
+from moehive.proto.wire.server import Server
+from moehive.proto.wire.tls import server_context
 
 from ..checkpoints.slices import SliceMismatch, SliceSource
 from ..types import CoordinatorError
@@ -70,7 +75,7 @@ class ClusterServer:
         self.sources = Sources(lambda: membership.state, membership.manifest.nbytes)
         self._host = host
         self._advertise = advertise
-        self._servers: list[grpc.aio.Server] = []
+        self._servers: list[grpc.aio.Server | Server] = []
 
     @property
     def join_address(self) -> str:
@@ -80,30 +85,29 @@ class ClusterServer:
     async def start(self) -> None:
         """Raises OSError when a port is taken, CoordinatorError when the store fails."""
         guard = CallGuard(STATUSES)
-        cluster = grpc.aio.server(interceptors=[guard], options=channel.options(channel.MAX_CONTROL_BYTES))
-        credentials = channel.server_credentials(self.identity)
-        self.cluster_port = channel.bind(cluster, self._host, self.cluster_port, credentials)
         join = grpc.aio.server(
             interceptors=[guard], options=channel.options(JOIN_BYTES), maximum_concurrent_rpcs=JOINS_AT_ONCE
         )
         # The chain has the CA's certificate too: by it a new node checks its token's fingerprint.
-        credentials = channel.server_credentials(self.identity, mutual=False)
+        credentials = channel.server_credentials(self.identity)
         self.join_port = channel.bind(join, self._host, self.join_port, credentials)
         await self._membership.start()
+        cluster = Server(guard, channel.MAX_CONTROL_BYTES)
         cluster_pb2_grpc.add_ClusterServicer_to_server(
             ClusterService(
                 self._authority, self._store, self._membership, self._slices, self.sources, self.rates, self._pace
             ),
             cluster,
         )
+        self.cluster_port = await cluster.listen(self._host, self.cluster_port, server_context(self.identity))
+        self._servers.append(cluster)
         address = join_host_port(self._advertise, self.cluster_port)
         cluster_pb2_grpc.add_EnrollmentServicer_to_server(
             EnrollmentService(self._authority, self._store, self._membership, address), join
         )
         save_join_address(self._store, self.join_address)
-        self._servers = [cluster, join]
-        for server in self._servers:
-            await server.start()
+        self._servers.append(join)
+        await join.start()
 
     async def stop(self) -> None:
         """Releases nodes that are leaving, ends all streams and closes both ports."""

@@ -7,9 +7,7 @@ never who a message says.
 import asyncio
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
-from urllib.parse import unquote
 
-import grpc
 import grpc.aio
 
 from moehive.kernels.geometry import ExpertId
@@ -17,7 +15,9 @@ from moehive.kernels.manifest import to_bytes
 from moehive.proto import bounds, channel, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import BoundsError
+from moehive.proto.chunks import Message
 from moehive.proto.pacing import Pace
+from moehive.proto.wire.server import Context
 
 from ..checkpoints.slices import SliceSource
 from ..types import LOCAL, CoordinatorError, NodeName
@@ -44,7 +44,7 @@ from .trust import Authority
 HELLO_SECONDS = 10.0  # from a control stream's opening to its first message
 NODE_SUFFIX = channel.node_dns_name("")  # of a node certificate's name
 
-Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+JoinContext: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 
 class NotAllowed(CoordinatorError):
@@ -64,7 +64,7 @@ class EnrollmentService(cluster_pb2_grpc.EnrollmentServicer):
         self._membership = membership
         self._cluster_address = cluster_address  # host:port, as the nodes reach it
 
-    async def Join(self, request: pb.JoinRequest, context: Context) -> pb.JoinReply:
+    async def Join(self, request: pb.JoinRequest, context: JoinContext) -> pb.JoinReply:
         """Spends the token and gives a certificate: both or neither."""
         bounds.check_join(request)
         chain = await asyncio.to_thread(self._admit, request)
@@ -109,8 +109,10 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         self, request_iterator: AsyncIterator[pb.NodeReport], context: Context
     ) -> AsyncIterator[pb.Directive]:
         """One node's control stream, until either side ends it."""
+        # First: gRPC's own client learns nothing of why a call ended that ends before its first message has left.
+        hello = await _hello(request_iterator, context)
         name = self._caller(context)
-        session = self._membership.arrive(name, await _hello(request_iterator, context))
+        session = self._membership.arrive(name, hello)
         reading = asyncio.create_task(self._read(session, request_iterator))
         reading.add_done_callback(lambda _: session.end())
         try:
@@ -125,7 +127,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
 
-    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[bytes]:
+    async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[Message]:
         """See checkpoints/slices.py."""
         self._caller(context)
         async for chunk in self._pace.chunks(self._slices.stream(request)):
@@ -155,8 +157,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewReply:
         """A new certificate for the caller's name, whatever name the request has."""
         name = self._caller(context)
-        certificate = (context.auth_context() or {}).get("x509_pem_cert", [b""])[0]
-        if self._authority.expired(certificate):  # the connection has outlived it
+        if self._authority.expired(context.caller.certificate):  # the connection has outlived it
             raise NotAllowed("The node's certificate has expired; let it join again with a new token.")
         bounds.check_csr(request.csr_der)
         chain = await asyncio.to_thread(self._renew, name, request.csr_der)
@@ -233,7 +234,7 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
         raise BoundsError("A control stream starts with a NodeHello, not with another report.")
     hello = report.hello
     return Capacity(
-        _reachable(hello.address, context.peer()),
+        _reachable(hello.address, context.caller.host),
         hello.ram_bytes,
         hello.read_bandwidth,
         hello.threads,
@@ -243,13 +244,10 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
     )
 
 
-def _reachable(address: str, peer: str) -> str:
+def _reachable(address: str, calling: str) -> str:
     """A node that listens on all of its addresses is reached at the one that it calls from."""
     host, port = bounds.host_port(address)
-    if host not in ("0.0.0.0", "::"):
-        return address
-    calling = unquote(peer).partition(":")[2].rpartition(":")[0]  # "ipv6:[::1]:50412"
-    return bounds.join_host_port(calling.strip("[]"), port)
+    return bounds.join_host_port(calling, port) if host in ("0.0.0.0", "::") else address
 
 
 def _tiers(tiers: pb.Tiers) -> TierFigures:

@@ -129,9 +129,9 @@ class Authority:
         chain = certificate.public_bytes(serialization.Encoding.PEM) + self.ca_pem
         return chain, certificate.not_valid_after_utc
 
-    def expired(self, certificate_pem: bytes) -> bool:
+    def expired(self, certificate_der: bytes) -> bool:
         """Whether a certificate's time is over: a connection may outlive the certificate that it was opened with."""
-        return x509.load_pem_x509_certificate(certificate_pem).not_valid_after_utc <= self._clock()
+        return x509.load_der_x509_certificate(certificate_der).not_valid_after_utc <= self._clock()
 
     def renewing(self, issue: Callable[[], Identity]) -> Callable[[], Identity]:
         """A function that returns what `issue` made, and makes it again when a third of its life is left."""

@@ -20,11 +20,11 @@ class TierView:
         self.slow = False  # whether some node keeps experts on disk
         self._experts = experts
         self._on_disk: dict[NodeName, list[npt.NDArray[np.bool_] | None]] = {}
-        self._likely: Sequence[int] = ()
+        self._likely: Sequence[Sequence[int]] = ()
 
-    def expect(self, experts: Sequence[int]) -> None:
-        """The layer after the one that is submitted next may ask for these, likeliest first."""
-        self._likely = experts
+    def expect(self, layers: Sequence[Sequence[int]]) -> None:
+        """The layers after the one that is submitted next may ask for these experts, each likeliest first."""
+        self._likely = layers
 
     def on_disk(self, layer: int) -> npt.NDArray[np.bool_] | None:
         """For each expert of a layer whether a node would have to read it first, as last heard; None: not known."""

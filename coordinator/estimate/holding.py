@@ -73,6 +73,16 @@ def kernel_share(model: Model) -> float:
     return KERNEL_SHARES.get(model.format, OTHER_SHARE)
 
 
+def room_for_weights(model: Model, cluster: Cluster) -> int:
+    """Bytes of VRAM and RAM that are left for a model's weights beside the programs and the cache."""
+    room = 0
+    for machine in cluster.machines:
+        beside = CONTEXT_TOKENS * model.kv_bytes_a_token + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
+        room += machine.vram.nbytes if machine.vram else 0
+        room += max(0, machine.ram.nbytes - beside) if machine.ram else 0
+    return room
+
+
 def hold(model: Model, cluster: Cluster) -> Placed:
     """Places a model."""
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token

@@ -38,8 +38,8 @@ class Tiers(Protocol):
     margin: float  # of cache-aware routing; 0: off
     slow: bool  # whether there is such a node
 
-    def expect(self, experts: Sequence[int]) -> None:
-        """The layer after the one that is submitted next may ask for these, likeliest first."""
+    def expect(self, layers: Sequence[Sequence[int]]) -> None:
+        """The layers after the one that is submitted next may ask for these experts, each likeliest first."""
         ...
 
     def on_disk(self, layer: int) -> npt.NDArray[np.bool_] | None:

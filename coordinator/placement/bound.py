@@ -14,6 +14,8 @@ experts. With h = |D ∩ X| and any numbers β and γ,
 where w_e is how often e is hit and w_ef how often e and f are hit together. The last maximum is at most the sum of
 the M largest of β w_e + γ/2 × (sum of the M-1 largest w_ef of that e). β and γ are searched for; each gives a valid
 bound. The pair term is what says that no X can hold all experts of many batches at once, which decides small batches.
+The same holds with a β_e for each expert and the β_e of D ∩ X in place of β h, the minimum then being over all parts
+of D, and the h cheapest being the least of those with h experts. These are found by steps along the supergradient.
 
 Two sets S and T prove more than the better of them: a batch takes at least the larger of their ψ, one says that it
 leaves the fast places at all, the other that it then waits for a slow one. Each has its X, its h and its multipliers;
@@ -39,7 +41,8 @@ from .traces import Batches, Mix
 
 MOST_SETS = 256  # that are looked at, of those that mean loads make look best
 PARTNERS = 64  # sets that are tried beside the best one
-FINEST = 6  # rounds of the search on the first layer; the others go on from there
+FINEST = 6  # rounds of the search for multipliers that all experts share, on the first layer
+FIRST_STEPS, STEPS = 100, 12  # for prices of each expert's own: on the first layer; on the others, from there
 
 
 class Bounds(NamedTuple):
@@ -71,8 +74,8 @@ def lower_bounds(
             any_plan[mix] = same_slots[mix] = sum(float(layer.free.mean()) for layer in layers)
             sets, multipliers = _proof(layers[0], usable, slots.mean(axis=0).astype(np.int32))
             if sets:
-                either = _any_plan(cluster, sets[0], multipliers[0], usable, layers, pool)
                 same = _same_slots(sets, multipliers, usable, layers, slots, pool)
+                either = _any_plan(cluster, sets[0], multipliers[0], usable, layers, pool)
                 any_plan[mix], same_slots[mix] = max(any_plan[mix], either), max(same_slots[mix], same)
     return Bounds(any_plan, np.maximum(any_plan, same_slots))
 
@@ -149,15 +152,20 @@ def _any_plan(
 ) -> float:
     """By one set: seconds of all layers, however memory is shared out over them."""
     experts = layers[0].experts
-    fuller = (one.room + experts) // 2
+    # Other numbers of slots ask for other prices; where these are loose, those are not.
+    fuller = layers[0].at(one.inside, usable, (one.room + experts) // 2)
+    firsts = [
+        (each.room, layers[0].raise_bound([each], layers[0].prices(near), FIRST_STEPS)[1])
+        for each, near in ((one, [start]), (fuller, layers[0].search([fuller], rounds=FINEST)[1]))
+    ]
 
     def curve(index: int) -> Floats:
         layer = layers[index]
-        here, there = layer.at(one.inside, usable, one.room), layer.at(one.inside, usable, fuller)
-        # Other numbers of slots ask for other multipliers; where these are loose, those are not.
-        near = layer.search([here], [start])[1]
-        found = near + layer.search([there], near)[1] + layer.search([there], rounds=FINEST)[1]
-        bound: Floats = np.max([layer.curve(here, each) for each in found], axis=0, initial=layer.free.mean())
+        bound: Floats = np.full(experts + 1, layer.free.mean())
+        for room, first in firsts:
+            here = layer.at(one.inside, usable, room)
+            prices = layer.raise_bound([here], layer.carried(first, layers[0]), STEPS // 2)[1]
+            bound = np.maximum(bound, layer.curve(here, prices))
         return bound
 
     curves = np.stack(list(pool.map(curve, range(len(layers)))))
@@ -181,10 +189,11 @@ def _same_slots(
     pool: ThreadPoolExecutor,
 ) -> float:
     """Seconds of all layers with these slots."""
+    first = layers[0].raise_bound(sets, layers[0].prices(start), FIRST_STEPS)[1]
 
     def bound(index: int) -> float:
         layer = layers[index]
         here = [layer.at(one.inside, usable, _room(slots[index], one.inside, layer.experts)) for one in sets]
-        return max(float(layer.free.mean()), layer.search(here, start)[0])
+        return max(float(layer.free.mean()), layer.raise_bound(here, layer.carried(first, layers[0]), STEPS)[0])
 
     return sum(pool.map(bound, range(len(layers))))

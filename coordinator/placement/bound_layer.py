@@ -8,11 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from .makespan import time_for
-from .native import Floats, LayerCosts
+from .native import Floats, LayerCosts, LeastSum, least_sum
 from .traces import Batches
 
-PAIR_BATCHES = 8192  # of one kind and layer, whose pairs are counted; the bound is one for these batches
+PAIR_BATCHES = 16_384  # of one kind and layer, whose pairs are counted; the bound is one for these batches
 PAIR_STATES = 100_000  # of a proof by two sets, at most
+PATIENCE = 4  # steps without a better bound, after which they become half as long
+ENOUGH = 1e-4  # of the bound: less is no better bound
+NEVER = 1e-12  # hits a batch, instead of none
+AHEAD = 0.03  # of the bound: how far above it the steps aim
 COARSE = 5  # points of a grid, each way
 FINE_ROUNDS = 4
 
@@ -34,6 +38,13 @@ class Multipliers(NamedTuple):
         for beta in self.beta + spread.beta * offsets:
             for gamma in np.unique(np.maximum(0.0, self.gamma + spread.gamma * offsets)):
                 yield Multipliers(float(beta), float(gamma))
+
+
+class Prices(NamedTuple):
+    """Multipliers of each expert's own, in seconds a batch."""
+
+    experts: Floats  # [sets, experts]: what holding an expert outside the set costs, β_e w_e
+    pair: Floats  # [sets]: γ
 
 
 class SetTimes(NamedTuple):
@@ -58,6 +69,9 @@ class LayerHits:
     kinds: npt.NDArray[np.int64]  # the numbers of distinct experts that there are
     floor: Floats  # [kinds]: the bound of free placement
     often: Floats  # [kinds]: their share of the batches
+    offsets: npt.NDArray[np.int64]  # [batches + 1] into hits
+    hits: npt.NDArray[np.uint16]
+    kind: npt.NDArray[np.int32]  # [batches]: which of `kinds`
 
     @classmethod
     def of(
@@ -68,18 +82,23 @@ class LayerHits:
         mine = np.zeros(len(counts), dtype=np.bool_)
         mine[chosen] = True
         hit = np.zeros((len(chosen), experts), dtype=np.float32)
-        hit[np.repeat(np.arange(len(chosen)), counts[chosen]), batches.hits[np.repeat(mine, counts)]] = 1.0
+        hits = np.ascontiguousarray(batches.hits[np.repeat(mine, counts)])
+        hit[np.repeat(np.arange(len(chosen)), counts[chosen]), hits] = 1.0
         distinct = counts[chosen]
-        pairs = hit.T @ hit / len(chosen)
+        pairs = hit.T @ hit  # counts: exact
         np.fill_diagonal(pairs, 0.0)
-        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64)
+        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64) / len(chosen)
         together = np.concatenate([np.zeros((experts, 1)), np.cumsum(pairs, axis=1)], axis=1)
         fixed, step = costs.fixed[mix], costs.step
         kinds, inverse = np.unique(distinct, return_inverse=True)
         floor = time_for(fixed, step, kinds, usable)
         often = np.bincount(inverse) / len(chosen)
         alone = hit.mean(axis=0, dtype=np.float64)
-        return cls(fixed, step, experts, distinct, floor[inverse], alone, together, kinds, floor, often)
+        offsets = np.concatenate([[0], np.cumsum(distinct)])
+        return cls(
+            fixed, step, experts, distinct, floor[inverse], alone, together, kinds, floor, often, offsets, hits,
+            inverse.astype(np.int32),
+        )  # fmt: skip
 
     def at(self, inside: npt.NDArray[np.bool_], usable: npt.NDArray[np.bool_], room: int) -> "SetTimes":
         """A set of places, with room for so many experts outside it."""
@@ -132,6 +151,56 @@ class LayerHits:
                 center, spread = multipliers[at], Multipliers(spread.beta / 2.5, spread.gamma / 2.5)
         return best, multipliers
 
+    def prices(self, multipliers: Sequence[Multipliers]) -> Prices:
+        """The same for all experts."""
+        beta, gamma = np.array(multipliers).T
+        return Prices(beta[:, None] * self.alone, np.ascontiguousarray(gamma))
+
+    def raise_bound(self, sets: Sequence["SetTimes"], start: Prices, steps: int) -> tuple[float, Prices]:
+        """The best bound found with prices of each expert's own, by steps along the supergradient.
+
+        An expert that batches take more often than it can be held becomes dearer, and the other way round; the
+        lengths of steps are those of Held and Karp (1971).
+        """
+        count = len(self.distinct)
+        usual = np.maximum(self.alone, NEVER)
+        best, best_prices, prices = -np.inf, start, start
+        length, since = 1.0, 0
+        for _ in range(steps):
+            found = self._least(sets, prices)
+            value = found.sum / count
+            slope, pair_slope = found.used / (count * usual), found.pairs / count
+            scale = np.ones(len(sets))
+            for number, one in enumerate(sets):
+                held, worth = self._most_held(prices, number, one.room)
+                value -= worth
+                slope[number, held] -= 1.0
+                if one.room:
+                    most = max(float(self.together[held, one.room - 1].sum()) / 2, NEVER)
+                    pair_slope[number] -= most
+                    scale[number] = np.sqrt(one.room) / most  # a pair's price moves what an expert's would
+            since += 1
+            if value > best:
+                since = 0 if value > best * (1 + ENOUGH) else since
+                best, best_prices = value, prices
+            if since >= PATIENCE:
+                length, since = length / 2, 0
+            norm = float((slope**2).sum() + ((pair_slope * scale) ** 2).sum())
+            if norm == 0.0:
+                break
+            step = length * AHEAD * best / norm
+            pair = np.maximum(0.0, prices.pair + step * pair_slope * scale**2)
+            prices = Prices(prices.experts + step * slope, pair)
+        return best, best_prices
+
+    @staticmethod
+    def _nested(sets: Sequence["SetTimes"]) -> int:
+        """1 if the first of two sets lies within the second, -1 if the second does, else 0."""
+        if len(sets) == 1:
+            return 0
+        first, other = sets[0].inside, sets[1].inside
+        return 1 if not (first & ~other).any() else -1 if not (other & ~first).any() else 0
+
     def _spread(self, one: "SetTimes", wide: bool) -> Multipliers:
         most = max(1, one.times.shape[1] - 1)
         slope = (float(one.times[np.isfinite(one.times)].max()) - float(self.floor.min())) / most or 1e-12
@@ -139,14 +208,32 @@ class LayerHits:
             Multipliers(1.5 * slope, 8.0 * slope / most) if wide else Multipliers(0.25 * slope, 0.25 * slope / most)
         )
 
-    def curve(self, one: "SetTimes", multipliers: Multipliers) -> Floats:
+    def carried(self, prices: Prices, other: "LayerHits") -> Prices:
+        """Prices of another layer's experts for those that are hit as often as they are, in order."""
+        mine, theirs = (np.argsort(-layer.alone, kind="stable") for layer in (self, other))
+        experts = np.empty_like(prices.experts)
+        experts[:, mine] = prices.experts[:, theirs]
+        return Prices(experts, prices.pair)
+
+    def curve(self, one: "SetTimes", prices: Prices) -> Floats:
         """For each number of experts [experts + 1] with a replica outside the set, a bound of the mean in seconds."""
-        kept = float(self.often @ (one.times + multipliers.penalty(one.times.shape[1])).min(axis=1))
-        return np.array([kept - self.most_hit(multipliers, room) for room in range(self.experts + 1)])
+        found = self._least([one], prices)
+        held = [self._most_held(prices, 0, room)[1] for room in range(self.experts + 1)]
+        return found.sum / len(self.distinct) - np.array(held)
 
     def most_hit(self, multipliers: Multipliers, room: int) -> float:
         """At most this much of the penalty do `room` experts bring about."""
-        if room == 0 or multipliers == (0.0, 0.0):
-            return 0.0
-        worth = multipliers.beta * self.alone + multipliers.gamma / 2 * self.together[:, room - 1]
-        return float(np.partition(worth, self.experts - room)[self.experts - room :].sum())
+        return self._most_held(self.prices([multipliers]), 0, room)[1]
+
+    def _most_held(self, prices: Prices, number: int, room: int) -> tuple[npt.NDArray[np.int64], float]:
+        """The `room` experts that cost most to hold outside a set, and what they cost."""
+        if room == 0:
+            return np.zeros(0, dtype=np.int64), 0.0
+        worth = prices.experts[number] + prices.pair[number] / 2 * self.together[:, room - 1]
+        held = np.argpartition(worth, self.experts - room)[self.experts - room :]
+        return held, float(worth[held].sum())
+
+    def _least(self, sets: Sequence["SetTimes"], prices: Prices) -> LeastSum:
+        times = np.stack([one.times for one in sets])
+        each = prices.experts / np.maximum(self.alone, NEVER)
+        return least_sum(self.offsets, self.hits, self.kind, times, self._nested(sets), each, prices.pair)

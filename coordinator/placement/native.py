@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +11,7 @@ import numpy.typing as npt
 from ..native_library import load
 from .traces import Batches
 
-_ABI = 1
+_ABI = 2
 
 Floats = npt.NDArray[np.float64]
 Replicas = npt.NDArray[np.uint64]  # [experts]: bit p says that place p holds the expert
@@ -37,12 +38,23 @@ class _Search(ctypes.Structure):
     )
 
 
+class _Proof(ctypes.Structure):
+    """MoehiveProof of cpp/planner.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("experts", "sets", "kinds", "most", "nested", "reserved")),
+        ("batches", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("offsets", "hits", "kind", "times", "price", "pair_price")),
+    )
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     library = load("placement", "libmoehive_planner.so", "moehive_planner_abi", _ABI)
     pointer = ctypes.c_void_p
     library.moehive_makespans.argtypes = (pointer, pointer, pointer)
     library.moehive_anneal.argtypes = (pointer, pointer, pointer, pointer)
+    library.moehive_least_sum.argtypes = (pointer, pointer, pointer, pointer)
     return library
 
 
@@ -99,6 +111,36 @@ def anneal(
         _library().moehive_anneal(ctypes.byref(layer), ctypes.byref(native), better.ctypes.data, ctypes.byref(cost))
     )
     return better, cost.value
+
+
+class LeastSum(NamedTuple):
+    """What `least_sum` finds."""
+
+    sum: float  # seconds, over the batches
+    used: npt.NDArray[np.int64]  # [sets, experts]: batches that take the expert
+    pairs: npt.NDArray[np.int64]  # [sets]: pairs of experts that are taken together
+
+
+def least_sum(
+    offsets: npt.NDArray[np.int64], hits: npt.NDArray[np.uint16], kind: npt.NDArray[np.int32],
+    times: Floats, nested: int, price: Floats, pair_price: Floats,
+) -> LeastSum:  # fmt: skip
+    """The least of each batch's time and prices over what it may take of its hits; releases the GIL.
+
+    `offsets` [batches + 1] are into `hits`; `kind` [batches] says which row of `times` [sets, kinds, h] counts when h
+    are taken; `price` [sets, experts] and `pair_price` [sets] are paid for what is taken, all in seconds. There are
+    one or two sets; `nested` is 1 if the first lies within the second, -1 if the second does, else 0.
+    """
+    sets, kinds, most = times.shape
+    used, pairs, total = np.zeros(price.shape, np.int64), np.zeros(sets, np.int64), ctypes.c_double()
+    proof = _Proof(
+        price.shape[1], sets, kinds, most - 1, nested, 0, len(kind),
+        *(array.ctypes.data for array in (offsets, hits, kind, times, price, pair_price)),
+    )  # fmt: skip
+    _check(
+        _library().moehive_least_sum(ctypes.byref(proof), ctypes.byref(total), used.ctypes.data, pairs.ctypes.data)
+    )
+    return LeastSum(total.value, used, pairs)
 
 
 def _layer(costs: LayerCosts, batches: Batches, weight: Floats, experts: int) -> tuple[_Layer, list[object]]:

@@ -17,7 +17,7 @@ from .search import Layer, begin, by_mix, improve, moves_for, prepare
 from .slots import Slots, share_out
 from .traces import DEFAULT_MIXES, NO_EXPERT, Batches, Mix, Trace, sample
 
-SCORE_BATCHES = {1: 6000, 4: 2000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
+SCORE_BATCHES = {1: 8_000, 4: 2000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
 MAX_EXPERTS = 4096  # of a layer; the bound looks at all pairs of them
 T = TypeVar("T")
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,23 @@ from .native import Floats, LayerCosts, Replicas, Search, anneal, makespans
 from .start import first_plan
 from .traces import Batches, Mix, Trace, sample
 
-HOT, COLD = 1e-3, 3e-6  # temperatures, as parts of the cost: flat from 3e-4 to 3e-3 on clusters B and C
-FIT_BATCHES = {1: 800, 4: 500, 16: 200, 64: 100}  # of each kind, by its tokens; three times as many for few layers
-MOVES = 3_000_000  # of all layers together: 60 layers of 512 experts on 8 nodes take 95 s of processor time in all
+FIT_BATCHES = {1: 16_000, 4: 8_000, 16: 2_000, 64: 200}  # of each kind, by its tokens
+MOST_USES = 4  # of a token in batches of a kind: more of them say little that is new
+MOVES = 3_000_000  # of all layers together: 60 layers of 512 experts on 8 nodes take a minute on two cores in all
 MOST_MOVES = 150_000  # of one layer; little is gained beyond
-FEW_LAYERS = 16
+
+
+class Stage(NamedTuple):
+    """A part of a search; temperatures are parts of the cost."""
+
+    batches: float  # share of the batches that it looks at
+    moves: float  # share of the moves
+    hot: float
+    cold: float
+
+
+# Few batches show where most experts belong; all of them, what is true of other tokens too.
+STAGES = (Stage(1 / 8, 0.6, 2e-4, 5e-5), Stage(1.0, 0.4, 5e-5, 6e-6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +48,10 @@ def prepare(
     cluster: Cluster, trace: Trace, experts: int, mixes: Sequence[Mix], seed: int, present: Sequence[Replicas] | None
 ) -> list[Layer]:
     """The layers of a trace, each kind of batch counting the same; `weight` has to be scaled by `weigh`."""
-    factor = 3 if trace.layers <= FEW_LAYERS else 1
-    counts = [factor * next((n for most, n in FIT_BATCHES.items() if mix.tokens <= most), 40) for mix in mixes]
+    counts = []
+    for mix in mixes:
+        enough = max(1, MOST_USES * trace.tokens // mix.tokens) if mix.tokens > 1 else trace.tokens
+        counts.append(min(enough, next((n for most, n in FIT_BATCHES.items() if mix.tokens <= most), 100)))
     layers = []
     for index, batches in enumerate(sample(trace, mixes, counts, seed)):
         weight = (1.0 / len(mixes)) / np.bincount(batches.mix, minlength=len(mixes))[batches.mix]
@@ -95,9 +110,27 @@ def improve(
     layer: Layer, slots: npt.NDArray[np.int32], first: Replicas, moves: int, seed: int, copy_cost: float = 0.0
 ) -> tuple[Replicas, float]:
     """The annealed plan and its cost. `copy_cost`, in units of the cost, is that of each new replica."""
-    base = float(layer.weight @ makespans(layer.costs, layer.batches, first))
-    search = Search(slots, layer.pinned, layer.present, copy_cost, moves, seed, HOT * base, COLD * base)
-    return anneal(layer.costs, layer.batches, layer.weight, first, search)
+    plan, cost = first, 0.0
+    for number, stage in enumerate(STAGES):
+        batches, weight = _some(layer, stage.batches)
+        base = float(weight @ makespans(layer.costs, batches, plan))
+        search = Search(
+            slots, layer.pinned, layer.present, copy_cost, int(stage.moves * moves), seed + 7919 * number,
+            stage.hot * base, stage.cold * base,
+        )  # fmt: skip
+        plan, cost = anneal(layer.costs, batches, weight, plan, search)
+    return plan, cost
+
+
+def _some(layer: Layer, share: float) -> tuple[Batches, Floats]:
+    """The first of a layer's batches, a fair sample, and weights with which each kind counts as it does among all."""
+    batches = layer.batches
+    count = max(1, int(share * len(batches.mix)))
+    kinds = np.bincount(batches.mix, weights=layer.weight)
+    some = batches.mix[:count]
+    part = np.bincount(some, weights=layer.weight[:count], minlength=len(kinds))
+    weight = layer.weight[:count] * (kinds / np.maximum(part, 1e-300))[some]
+    return Batches(batches.offsets[: count + 1], batches.hits[: batches.offsets[count]], some), weight
 
 
 def by_mix(layer: LayerCosts, batches: Batches, replicas: Replicas, mixes: int) -> Floats:

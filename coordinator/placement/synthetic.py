@@ -70,17 +70,20 @@ def trace(
     seq = np.repeat(np.arange(sequences, dtype=np.uint32), lengths)
     topic = random.integers(TOPICS, size=sequences)[seq]
     kind = np.minimum(random.zipf(1.4, size=len(seq)) - 1, CLASSES - 1)
-    along = (np.asarray(drift) if len(drift) else np.zeros(sequences))[seq]
+    along = (np.asarray(drift, np.float32) if len(drift) else np.zeros(sequences, np.float32))[seq]
     chosen = np.empty((layers, len(seq), top_k), dtype=np.uint16)
     for layer in range(layers):
-        popularity = -ZIPF * np.log(world.permutation(experts) + 1.0)
-        later = -ZIPF * np.log(world.permutation(experts) + 1.0)
-        by_topic = world.normal(0, TOPIC_SPREAD, size=(TOPICS, experts))
-        by_kind = world.normal(0, CLASS_SPREAD, size=(CLASSES, experts))
+        popularity = -ZIPF * np.log(world.permutation(experts) + 1.0).astype(np.float32)
+        later = -ZIPF * np.log(world.permutation(experts) + 1.0).astype(np.float32)
+        by_topic = world.normal(0, TOPIC_SPREAD, size=(TOPICS, experts)).astype(np.float32)
+        by_kind = world.normal(0, CLASS_SPREAD, size=(CLASSES, experts)).astype(np.float32)
         by_kind -= by_kind.mean(axis=0)  # a class says which, not how much: popularity is Zipf's
         for start in range(0, len(seq), 4096):
             part = slice(start, start + 4096)
-            base = (1 - along[part, None]) * popularity + along[part, None] * later
-            logits = base + by_topic[topic[part]] + by_kind[kind[part]] + random.gumbel(size=(len(base), experts))
-            chosen[layer, part] = np.argpartition(-logits, top_k, axis=1)[:, :top_k]
+            logits = by_topic[topic[part]] + by_kind[kind[part]] + popularity
+            if len(drift):
+                logits += along[part, None] * (later - popularity)
+            # Who ends first in a race at these rates is a draw without replacement.
+            ends = random.standard_exponential(logits.shape, dtype=np.float32) * np.exp(-logits)
+            chosen[layer, part] = np.argpartition(ends, top_k, axis=1)[:, :top_k]
     return Trace(chosen, seq)

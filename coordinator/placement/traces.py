@@ -120,37 +120,34 @@ def _layer(
     mix_of: npt.NDArray[np.int32],
 ) -> Batches:
     """The distinct experts [tokens, top_k] of each batch (a row of token numbers)."""
+    rank = np.empty(len(order), dtype=np.int64)
+    rank[order] = np.arange(len(order))
     keys, base = [], 0
     for part in rows:
-        batch = np.repeat(np.arange(base, base + len(part)), part.shape[1] * experts.shape[1])
+        batch = np.repeat(rank[base : base + len(part)], part.shape[1] * experts.shape[1])
         keys.append(batch << 16 | experts[part].reshape(-1))
         base += len(part)
-    distinct = np.unique(np.concatenate(keys))
-    distinct = distinct[distinct & 0xFFFF != NO_EXPERT]
-    rank = np.empty(base, dtype=np.int64)
-    rank[order] = np.arange(base)
-    batch = rank[distinct >> 16]
-    sequence = np.argsort(batch, kind="stable")
+    every = np.sort(np.concatenate(keys))  # quicker than np.unique
+    distinct = every[np.append(True, every[1:] != every[:-1]) & (every & 0xFFFF != NO_EXPERT)]
     offsets = np.zeros(base + 1, dtype=np.int64)
-    np.cumsum(np.bincount(batch, minlength=base), out=offsets[1:])
-    return Batches(offsets, (distinct[sequence] & 0xFFFF).astype(np.uint16), mix_of)
+    np.cumsum(np.bincount(distinct >> 16, minlength=base), out=offsets[1:])
+    return Batches(offsets, (distinct & 0xFFFF).astype(np.uint16), mix_of)
 
 
 def _unrelated(trace: Trace, size: int, count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Token numbers [count, size], of different sequences as far as there are enough."""
-    if size == 1:
-        return random.permutation(trace.tokens)[:count, None] if count <= trace.tokens else random.integers(
-            trace.tokens, size=(count, 1)
-        )  # fmt: skip
+    """Token numbers [count, size], nearly all of a batch of different sequences.
+
+    Tokens in the order of their sequences, themselves shuffled, are cut into `size` equal parts, and a batch takes
+    one token of each. So none comes twice before all have come: the more a plan is made from, the better.
+    """
     _, place, lengths = np.unique(trace.seq, return_inverse=True, return_counts=True)
-    by_sequence = np.argsort(place, kind="stable")
-    starts = np.cumsum(lengths) - lengths
-    sequences = len(lengths)
-    keys = random.random((count, max(sequences, size)))
-    chosen = np.argsort(keys, axis=1)[:, :size] % sequences
-    inside = (random.random(chosen.shape) * lengths[chosen]).astype(np.int64)
-    tokens: npt.NDArray[np.int64] = by_sequence[starts[chosen] + inside]
-    return tokens
+    each = max(1, trace.tokens // size)
+    rows: list[npt.NDArray[np.int64]] = []
+    for _ in range(-(-count // each)):
+        order = np.lexsort((random.random(trace.tokens), random.permutation(len(lengths))[place]))
+        order = np.resize(np.roll(order, random.integers(trace.tokens)), each * size)
+        rows.append(random.permuted(order.reshape(size, each), axis=1).T)
+    return np.concatenate(rows)[:count]
 
 
 def _runs(trace: Trace, size: int, count: int, random: np.random.Generator) -> npt.NDArray[np.int64]:

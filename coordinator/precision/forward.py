@@ -74,6 +74,29 @@ def log_probabilities(trunk: Trunk, experts: ExpertBackend, texts: Sequence[torc
     return torch.log_softmax(torch.cat([asyncio.run(_logits(trunk, experts, text)) for text in texts]), 1)
 
 
+def greedy(
+    trunk: Trunk, experts: ExpertBackend, prompt: torch.Tensor, count: int, stops: frozenset[int]
+) -> list[int]:
+    """The likeliest tokens after `prompt` (int64 [T]), at most `count`, up to one of `stops`."""
+    return asyncio.run(_greedy(trunk, experts, prompt, count, stops))
+
+
+async def _greedy(
+    trunk: Trunk, experts: ExpertBackend, prompt: torch.Tensor, count: int, stops: frozenset[int]
+) -> list[int]:
+    cache = trunk.new_cache()
+    try:
+        found: list[int] = []
+        for chunk in prompt.split(trunk.prefill_chunk):
+            (logits,) = await trunk.forward([SequenceInput(chunk, cache)], experts)
+        while (token := int(logits[-1].argmax())) not in stops and len(found) < count:
+            found.append(token)
+            (logits,) = await trunk.forward([SequenceInput(torch.tensor([token]), cache)], experts)
+        return found
+    finally:
+        trunk.free_cache(cache)
+
+
 async def _logits(trunk: Trunk, experts: ExpertBackend, text: torch.Tensor) -> torch.Tensor:
     cache = trunk.new_cache()
     try:

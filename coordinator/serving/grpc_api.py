@@ -260,4 +260,4 @@ def _credentials(tls: Tls) -> grpc.ServerCredentials:
     def identity() -> channel.Identity:
         return channel.Identity(tls.key_file.read_bytes(), tls.chain_file.read_bytes(), ca_pem=b"")
 
-    return channel.server_credentials(identity, mutual=False)
+    return channel.server_credentials(identity)

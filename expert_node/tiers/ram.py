@@ -9,9 +9,8 @@ import heapq
 import itertools
 import logging
 import threading
-from collections import OrderedDict
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -21,58 +20,22 @@ from moehive.kernels.ops import ExpertWeights, load_expert
 
 from ..types import NodeError
 from .arena import Arena, padded
-from .reader import DiskReader, ReadJob, Urgency
-from .use import HALF_LIFE, Transitions, used
+from .experts import Ahead, DiskExpert, TierTotals
+from .reader import NOW, SPARE, DiskReader, Inbox, ReadJob
+from .use import HALF_LIFE, LAGS, Chances, Source, Transitions, place_of, used
 
 log = logging.getLogger(__name__)
 
 LEAST_EXPERTS = 4  # that RAM must hold above a disk, beside those pinned: some are computed, some are read
 AHEAD_SHARE = 4  # a prefetch may hold at most one part in so many of the RAM
-AHEAD_LAYERS = 2  # for which it holds experts, the newest; requests of two micro-batches take turns
+AHEAD_LAYERS = 4  # for which it holds experts, the newest: two layers of each of two micro-batches, which take turns
+LIKELY, WORTH = 0.5, 0.3  # chances from which a guess is read in time, and when the disk has nothing else to do
+MAYBE = 1 << 40  # due so much later
 NOTED_EXPERTS = 64  # of one request: more are a prompt's, after which anything follows
-LIKELY_SHARE = 0.35  # an expert that followed in so many cases is fetched ahead
 
 
 class DiskReadError(NodeError):
     """An expert's file cannot be read any more."""
-
-
-@dataclass(slots=True, eq=False)
-class _Expert:
-    id: ExpertId
-    spec: ExpertSpec
-    path: Path
-    pinned: bool = False
-    count: float = float("-inf")  # see `use.used`
-    weights: ExpertWeights | None = None  # while in RAM
-    job: ReadJob | None = None  # while it is read
-    held: int = 0  # by leases and prefetches: may not leave
-    in_heap: bool = False
-    foreseen: bool = False  # read ahead, and not used yet
-    error: OSError | None = None
-
-
-@dataclass(slots=True)
-class TierTotals:
-    """Since start, in experts asked for: `here` were in RAM, of which `foreseen` only thanks to a prefetch."""
-
-    lookups: int = 0
-    here: int = 0
-    foreseen: int = 0  # in RAM because they were fetched ahead
-    late: int = 0  # being fetched ahead, but not there yet
-    prefetches: int = 0  # begun
-    unused: int = 0  # fetched ahead and dropped, or still not used when their layer came
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of the experts asked for that were in RAM."""
-        return self.here / self.lookups if self.lookups else 0.0
-
-
-@dataclass(slots=True)
-class _Ahead:
-    experts: list[_Expert] = field(default_factory=list)
-    nbytes: int = 0
 
 
 class RamTier:
@@ -83,14 +46,17 @@ class RamTier:
         self.totals = TierTotals()
         self.reader = reader
         self._arena = Arena(capacity_bytes)
-        self._changed = threading.Condition(threading.RLock())
-        self._experts: list[dict[int, _Expert]] = [{} for _ in layers]
-        self._resident: list[frozenset[int]] = [frozenset() for _ in layers]
-        self._heap: list[tuple[float, int, _Expert]] = []
+        self._lock = threading.RLock()
+        self._inbox: Inbox = deque()
+        self._reading: dict[ReadJob, DiskExpert] = {}
+        self._experts: list[dict[int, DiskExpert]] = [{} for _ in layers]
+        self._resident: list[set[int]] = [set() for _ in layers]
+        self._heap: list[tuple[float, int, DiskExpert]] = []
         self._order = itertools.count()
         self._transitions = Transitions(list(layers))
-        self._ahead: OrderedDict[int, _Ahead] = OrderedDict()  # by layer, the newest last
-        self._time = 0.0  # half-lives
+        self._chances = Chances()
+        self._ahead: OrderedDict[int, Ahead] = OrderedDict()  # by layer, the newest last
+        self._requests = 0
 
     # What there is
 
@@ -101,24 +67,27 @@ class RamTier:
 
     def resident(self, layer: int) -> frozenset[int]:
         """The experts of a layer that are in RAM."""
-        return self._resident[layer]
+        with self._lock:
+            self._collect()
+            return frozenset(self._resident[layer])
 
     def on_disk(self, layer: int) -> set[int]:
         """The experts of a layer that would have to be read first."""
-        with self._changed:
+        with self._lock:
+            self._collect()
             return self._experts[layer].keys() - self._resident[layer]
 
     def add(self, expert: ExpertId, spec: ExpertSpec, path: Path) -> None:
         """Takes an expert whose checked file of `spec.nbytes` is `path`; it stays on disk until it is asked for."""
-        with self._changed:
-            self._experts[expert.layer].setdefault(expert.expert, _Expert(expert, spec, path))
+        with self._lock:
+            self._experts[expert.layer].setdefault(expert.expert, DiskExpert(expert, spec, path, padded(spec.nbytes)))
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert.expert in self._experts[expert.layer]
 
     def experts(self) -> list[ExpertId]:
         """All that lie on disk here."""
-        with self._changed:
+        with self._lock:
             return [expert.id for layer in self._experts for expert in layer.values()]
 
     def pin(self, experts: Collection[ExpertId]) -> None:
@@ -126,138 +95,193 @@ class RamTier:
 
         As many as leave room for LEAST_EXPERTS that move.
         """
-        with self._changed:
+        with self._lock:
             here = [expert for layer in self._experts for expert in layer.values()]
-            largest = max((padded(expert.spec.nbytes) for expert in here), default=0)
+            largest = max((expert.nbytes for expert in here), default=0)
             room = self._arena.capacity_bytes - LEAST_EXPERTS * largest
             for expert in here:
-                expert.pinned = expert.id in experts and padded(expert.spec.nbytes) <= room
+                expert.pinned = expert.id in experts and expert.nbytes <= room
                 if expert.pinned:
-                    room -= padded(expert.spec.nbytes)
+                    room -= expert.nbytes
                 self._may_leave(expert)
 
     def remove(self, expert: ExpertId) -> None:
         """Forgets an expert; a request that computes with it now goes on."""
-        with self._changed:
+        with self._lock:
             gone = self._experts[expert.layer].pop(expert.expert, None)
             if gone is None:
                 return
-            self._resident[expert.layer] -= {expert.expert}
+            self._resident[expert.layer].discard(expert.expert)
             gone.pinned = False
             self._may_leave(gone)
 
     def fill(self) -> None:
         """Reads the pinned experts, then others into the room that is free; returns when they are in line."""
-        with self._changed:
+        with self._lock:
             wanted = [e for layer in self._experts for e in layer.values() if e.weights is None and e.job is None]
             wanted.sort(key=lambda e: (not e.pinned, e.id.expert, e.id.layer))
             for expert in wanted:
-                if not self._read(expert, Urgency.FORESEEN if expert.pinned else Urgency.SPARE):
+                if not self._read(expert, self._requests if expert.pinned else SPARE):
                     break
 
     def settle(self) -> None:
         """Waits until nothing is being read."""
-        with self._changed:
-            self._changed.wait_for(lambda: all(e.job is None for layer in self._experts for e in layer.values()))
+        while True:
+            with self._lock:
+                seen = self.reader.news
+                self._collect()
+                if not self._reading:
+                    return
+            self.reader.wait(seen)
 
     # Use
 
     def lease(self, layer: int, experts: Collection[int]) -> "Lease":
         """Asks for experts of a layer: those in RAM stay, the others are read. Raises KeyError(number)."""
-        with self._changed:
+        with self._lock:
+            self._collect()
             known = self._experts[layer]
             wanted = [known[number] for number in sorted(experts)]
-            self._time += 1 / (HALF_LIFE * len(self._experts))
-            if len(experts) <= NOTED_EXPERTS:
-                self._transitions.note(layer, experts)
+            self._requests += 1
             for expert in wanted:
                 self._touch(expert)
-            self._let_go(self._ahead.pop(layer, None), used_now=set(experts))
-            return Lease(self, wanted)
+            lease = Lease(self, wanted)
+            ahead = self._ahead.pop(layer, None)
+            if ahead is not None:
+                self._passed(ahead)
+            lease.read()
+            if len(experts) <= NOTED_EXPERTS:  # while the disk is busy
+                self._transitions.note(layer, experts)
+                if ahead is not None:
+                    self._chances.note(ahead.guesses, experts)
+            return lease
 
-    def prefetch(self, layer: int, experts: Collection[int], likely: Iterable[int]) -> None:
-        """While `experts` of `layer` are computed: reads those that the next layer will ask for.
+    def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int) -> None:
+        """While the experts leased last, of `layer`, are computed: reads those that the next layers will ask for.
 
-        `likely`: the coordinator's guess, likeliest first; without one, what followed these experts before.
+        `likely`: the coordinator's guess for the next layer, the one after, and so on, each likeliest first; a router
+        would choose `chosen`. For a layer without a guess counts what followed before. What is read, and when,
+        follows from how often such guesses came true, and from how busy the disk is.
         """
-        with self._changed:
-            following = self._transitions.next_layer(layer)
-            guess = list(dict.fromkeys(likely)) or self._transitions.likely(layer, experts, LIKELY_SHARE)
-            known = self._experts[following]
-            former = self._ahead.pop(following, None)
-            while len(self._ahead) >= AHEAD_LAYERS:
-                self._let_go(self._ahead.popitem(last=False)[1], used_now=set())
-            ahead = self._ahead[following] = _Ahead()
-            room = self._arena.capacity_bytes // AHEAD_SHARE - sum(other.nbytes for other in self._ahead.values())
-            for number in guess:
-                expert = known.get(number)
-                if expert is None or ahead.nbytes + padded(expert.spec.nbytes) > room:
-                    continue
-                if expert.job is not None:
-                    self.reader.hurry(expert.job, Urgency.FORESEEN)
-                elif expert.weights is None:
-                    if not self._read(expert, Urgency.FORESEEN):
-                        break
-                    expert.foreseen = True
-                    self.totals.prefetches += 1
-                expert.held += 1
-                ahead.experts.append(expert)
-                ahead.nbytes += padded(expert.spec.nbytes)
-            self._let_go(former, used_now={expert.id.expert for expert in ahead.experts})
+        with self._lock:
+            busy = self.reader.busy()
+            # In vain, a read takes the disk from another one as often as it is busy. Else it saves about half of its
+            # time: the other half would have passed while the experts in RAM are computed.
+            worth = max(WORTH, busy / (busy + 0.5))
+            for distance in range(1, max(LAGS, len(likely)) + 1):
+                guess = likely[distance - 1] if distance <= len(likely) else ()
+                source = bool(guess), distance
+                self._foresee(layer, source, guess or self._transitions.likely(layer, distance), chosen, worth)
 
     # Below, the lock is held
 
-    def _touch(self, expert: _Expert) -> None:
-        expert.count = used(expert.count, self._time)
+    def _collect(self) -> None:
+        """Takes what was read meanwhile."""
+        self.reader.collect()
+        while self._inbox:
+            self._arrived(self._inbox.popleft())
+
+    def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float) -> None:
+        """Reads and holds what of a guess made at `layer` has a chance of `worth`, in place of the last guess."""
+        layer = (layer + source[1]) % len(self._experts)
+        known, due = self._experts[layer], self._requests + source[1]
+        former = self._ahead.pop(layer, None)
+        while len(self._ahead) >= AHEAD_LAYERS:
+            self._passed(self._ahead.popitem(last=False)[1])
+        ahead = self._ahead[layer] = Ahead(guesses=former.guesses if former is not None else {})
+        places = ahead.guesses[source] = []
+        chances = self._chances.of(source)
+        room = self._arena.capacity_bytes // AHEAD_SHARE - sum(other.nbytes for other in self._ahead.values())
+        for rank, number in enumerate(dict.fromkeys(guess)):
+            expert = known.get(number)
+            if expert is None:
+                continue
+            place = place_of(rank, chosen)
+            places.append((number, place))
+            if chances[place] < worth or ahead.nbytes + expert.nbytes > room:
+                continue
+            when = due if chances[place] >= LIKELY else MAYBE + due
+            if expert.job is not None:
+                self._hurry(expert, when)
+            elif expert.weights is None:
+                if not self._read(expert, when):
+                    break
+                expert.foreseen = True
+                self.totals.prefetches += 1
+            expert.held += 1
+            ahead.experts.append(expert)
+            ahead.nbytes += expert.nbytes
+        self._let_go(former)
+
+    def _touch(self, expert: DiskExpert) -> None:
+        expert.count = used(expert.count, self._requests / (HALF_LIFE * len(self._experts)))
         self.totals.lookups += 1
         if expert.weights is not None:
             self.totals.here += 1
             self.totals.foreseen += expert.foreseen
-            expert.foreseen = False
-        elif expert.job is not None and expert.foreseen:
-            self.totals.late += 1
+        elif expert.job is not None:
+            self.totals.late += expert.foreseen
+        expert.foreseen = False
+
+    def _passed(self, ahead: Ahead) -> None:
+        """A layer's request is there, or never came: the end of what was foreseen for it."""
+        self._let_go(ahead)
+        for expert in ahead.experts:
+            self.totals.unused += expert.foreseen
             expert.foreseen = False
 
-    def _let_go(self, ahead: _Ahead | None, used_now: set[int]) -> None:
+    def _let_go(self, ahead: Ahead | None) -> None:
         """The end of what a prefetch held. What is not begun is taken out of line."""
         for expert in ahead.experts if ahead is not None else ():
             expert.held -= 1
-            if expert.foreseen and expert.id.expert not in used_now:
-                self.totals.unused += 1
-                expert.foreseen = False
             job = expert.job
-            if job is not None and not expert.held and expert.id.expert not in used_now and self.reader.cancel(job):
-                expert.job = None
+            if job is not None and not expert.held and not expert.pinned and self.reader.cancel(job):
+                self._end(expert, job)
                 self._arena.give_back(job.buffer)
-                self._changed.notify_all()
+                self.totals.prefetches -= expert.foreseen
+                expert.foreseen = False
+                self.reader.wake()
             self._may_leave(expert)
 
-    def _read(self, expert: _Expert, urgency: Urgency) -> bool:
+    def _read(self, expert: DiskExpert, due: int) -> bool:
         """Begins to read an expert; False when there is no room."""
-        nbytes = expert.spec.nbytes
-        while (buffer := self._arena.take(nbytes)) is None:
-            if urgency is Urgency.SPARE or not self._evict(urgency):
+        while (buffer := self._arena.take(expert.nbytes)) is None:
+            if due == SPARE or not self._evict(due):
                 return False
-        job = ReadJob(expert.path, buffer, nbytes, lambda error: self._arrived(expert, error), urgency)
-        expert.job = job
-        self.reader.read(job)
+        job = ReadJob(expert.path, buffer, expert.spec.nbytes, self._inbox)
+        expert.job, expert.due = job, due
+        self._reading[job] = expert
+        self.reader.read(job, due)
         return True
 
-    def _arrived(self, expert: _Expert, error: OSError | None) -> None:
-        with self._changed:
-            job, expert.job = expert.job, None
-            assert job is not None
-            if error is None:
-                expert.weights = load_expert(expert.spec, job.buffer[: job.nbytes])
-                if self._experts[expert.id.layer].get(expert.id.expert) is expert:
-                    self._resident[expert.id.layer] |= {expert.id.expert}
-            else:
-                expert.error = error
-                self._arena.give_back(job.buffer)
-            self._may_leave(expert)
-            self._changed.notify_all()
+    def _hurry(self, expert: DiskExpert, due: int) -> None:
+        """An expert that is being read may have become more urgent."""
+        if expert.job is not None and due < expert.due:
+            expert.due = due
+            self.reader.move(expert.job, due)
 
-    def _may_leave(self, expert: _Expert) -> None:
+    def _end(self, expert: DiskExpert, job: ReadJob) -> None:
+        expert.job = None
+        del self._reading[job]
+
+    def _arrived(self, job: ReadJob) -> None:
+        expert = self._reading[job]
+        self._end(expert, job)
+        if job.cancelled:
+            self._arena.give_back(job.buffer)
+            self.totals.unused += expert.foreseen
+            expert.foreseen = False
+            return
+        if job.error is None:
+            expert.weights = load_expert(expert.spec, job.buffer[: job.nbytes])
+            if self._experts[expert.id.layer].get(expert.id.expert) is expert:
+                self._resident[expert.id.layer].add(expert.id.expert)
+        else:
+            expert.error = job.error
+            self._arena.give_back(job.buffer)
+        self._may_leave(expert)
+
+    def _may_leave(self, expert: DiskExpert) -> None:
         """Puts an expert that nobody holds among those that make room."""
         if expert.held or expert.pinned or expert.weights is None:
             return
@@ -267,7 +291,7 @@ class RamTier:
             expert.in_heap = True
             heapq.heappush(self._heap, (expert.count, next(self._order), expert))
 
-    def _evict(self, urgency: Urgency) -> bool:
+    def _evict(self, due: int) -> bool:
         """Drops the expert that is used least; False when all are held."""
         while self._heap:
             count, _, expert = heapq.heappop(self._heap)
@@ -279,14 +303,14 @@ class RamTier:
                 continue
             self._drop(expert)
             return True
-        if urgency is Urgency.NEEDED and self._ahead:  # guesses give way
-            self._let_go(self._ahead.popitem(last=False)[1], used_now=set())
+        if due == NOW and self._ahead:  # guesses give way
+            self._let_go(self._ahead.popitem()[1])
             return True  # there may be room now
         return False
 
-    def _drop(self, expert: _Expert) -> None:
+    def _drop(self, expert: DiskExpert) -> None:
         assert expert.weights is not None
-        self._resident[expert.id.layer] -= {expert.id.expert}
+        self._resident[expert.id.layer].discard(expert.id.expert)
         blob, expert.weights = expert.weights.blob, None
         self.totals.unused += expert.foreseen
         expert.foreseen = False
@@ -299,16 +323,14 @@ class Lease:
     A group is good until the next one; `close` gives back what is held, also of groups that were not taken.
     """
 
-    def __init__(self, tier: RamTier, wanted: list[_Expert]) -> None:
-        """Holds what is here, and begins to read the rest. The tier's lock is held."""
+    def __init__(self, tier: RamTier, wanted: list[DiskExpert]) -> None:
+        """Holds the experts. The tier's lock is held."""
         self._tier = tier
         self._wanted = wanted  # yet to come
-        self._group: list[_Expert] = []
+        self._group: list[DiskExpert] = []
         for expert in wanted:
             expert.held += 1
-            if expert.job is not None:
-                tier.reader.hurry(expert.job, Urgency.NEEDED)
-        self._read_rest()
+            tier._hurry(expert, NOW)
 
     @property
     def whole(self) -> bool:
@@ -321,30 +343,33 @@ class Lease:
     def __next__(self) -> dict[int, ExpertWeights]:
         """Waits for the next experts. Raises DiskReadError."""
         tier = self._tier
-        with tier._changed:
-            self._give_back()
-            while self._wanted:
+        while True:
+            with tier._lock:
+                self._give_back()
+                if not self._wanted:
+                    raise StopIteration
+                seen = tier.reader.news
+                tier._collect()
                 self._group = [expert for expert in self._wanted if expert.weights is not None]
+                self._wanted = [expert for expert in self._wanted if expert.weights is None]
+                self.read()
                 if self._group:
-                    self._wanted = [expert for expert in self._wanted if expert.weights is None]
-                    self._read_rest()
                     return {e.id.expert: e.weights for e in self._group if e.weights is not None}
-                self._read_rest()
                 self._raise_error()
-                tier._changed.wait()
-            raise StopIteration
+            tier.reader.wait(seen)
 
     def close(self) -> None:
         """The end of the request."""
-        with self._tier._changed:
+        with self._tier._lock:
             self._group += self._wanted
             self._wanted = []
             self._give_back()
 
-    def _read_rest(self) -> None:
+    def read(self) -> None:
+        """Begins to read what is not here, as far as there is room. The tier's lock is held."""
         for expert in self._wanted:
             idle = expert.weights is None and expert.job is None and expert.error is None
-            if idle and not self._tier._read(expert, Urgency.NEEDED):
+            if idle and not self._tier._read(expert, NOW):
                 return
 
     def _raise_error(self) -> None:
@@ -360,7 +385,7 @@ class Lease:
             expert.held -= 1
             self._tier._may_leave(expert)
         if self._group:
-            self._tier._changed.notify_all()
+            self._tier.reader.wake()  # who waits for room
         self._group = []
 
 

@@ -1,40 +1,40 @@
-"""Reads experts' files from disk: many pieces in flight on a few threads, what is needed now before what is foreseen.
+"""Reads experts' files from disk: many pieces in flight on a few native threads, what is due first before the rest.
 
 With O_DIRECT the disk writes into the expert's own buffer. Where a file system has no O_DIRECT, or is slower with it
-(`choose` measures), files are read through the page cache with readahead, and leave it afterwards.
+(`choose` measures), files are read through the page cache with readahead, and leave it afterwards. The threads are
+cpp/disk.cc's and never take Python's lock; what they have read is handed out by `collect`, on the caller's thread.
 """
 
+import ctypes
+import functools
 import logging
 import mmap
 import os
 import threading
+import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from .arena import PAGE, padded
+from moehive.kernels.native import load
+
+from .arena import padded
 
 log = logging.getLogger(__name__)
 
 THREADS = 4  # reads in flight; more gained nothing on NVMe and virtual disks, one alone left a third unused
-PIECE_BYTES = 1 << 20  # of one read: an expert that is waited for is read by all threads
-_DIRECT = getattr(os, "O_DIRECT", 0)  # not on macOS
+PIECE_BYTES = 1 << 19  # of one read: an expert that is waited for is read by all threads, and waits for few others
+BUSY_SECONDS = 0.5
 SAMPLE_BYTES = 64 << 20  # read each way to choose
-
-Done = Callable[[OSError | None], None]
-
-
-class Urgency(IntEnum):
-    """What is read first."""
-
-    NEEDED = 0
-    FORESEEN = 1
-    SPARE = 2  # fills room that nobody needs yet
+NOW = 0  # due: a request waits for it
+SPARE = 1 << 62  # due: fills room that nobody needs yet
+_ABI = 1
+_COLLECTED = 64  # files at a time
+_SHORT, _CANCELLED = -1, -2  # disk.cc's, in place of an errno
 
 
 @dataclass(slots=True, eq=False)
@@ -44,65 +44,107 @@ class ReadJob:
     path: Path
     buffer: torch.Tensor  # uint8 [padded(nbytes)], aligned to a page
     nbytes: int  # of the file
-    done: Done  # called once, on a reader's thread
-    urgency: Urgency
-    claimed: int = 0  # bytes that some thread has taken on
-    reading: int = 0  # pieces in hand
-    descriptor: int = -1
+    inbox: "Inbox"
+    number: int = 0  # disk.cc's
     error: OSError | None = None
+    cancelled: bool = False  # and not read
 
 
-@dataclass(slots=True)
+Inbox = deque[ReadJob]  # where a file goes when it is read
+
+
+@dataclass(frozen=True, slots=True)
 class ReadTotals:
     """Since start: bytes read, and the seconds in which at least one read was in flight."""
 
-    nbytes: int = 0
-    seconds: float = 0.0
+    nbytes: int
+    seconds: float
 
 
 class DiskReader:
     """A small pool of reading threads. Every method may be called on any thread."""
 
-    def __init__(self, threads: int = THREADS) -> None:
-        self.direct = bool(_DIRECT)
-        self.totals = ReadTotals()
-        self._changed = threading.Condition()
-        self._lines: tuple[deque[ReadJob], ...] = tuple(deque() for _ in Urgency)
-        self._in_flight = 0
-        self._busy_since = 0.0
-        self._closed = False
-        self._threads = [
-            threading.Thread(target=self._work, name=f"disk-{number}", daemon=True) for number in range(threads)
-        ]
-        for thread in self._threads:
-            thread.start()
+    def __init__(self, threads: int = THREADS, piece_bytes: int = PIECE_BYTES) -> None:
+        """Raises NativeLibraryError; MemoryError when there can be no more threads."""
+        self.direct = hasattr(os, "O_DIRECT")  # not on macOS
+        self._library = _library()
+        self._handle: int = self._library.moehive_disk_create(threads, piece_bytes)
+        if not self._handle:
+            raise MemoryError("The threads that read the experts' files can't be started.")
+        self._end = weakref.finalize(self, self._library.moehive_disk_destroy, self._handle)
+        self._end.atexit = False  # the threads end with the process
+        self._busy, self._looked = 0.0, (perf_counter(), 0.0)
+        self._collecting = threading.Lock()
+        self._jobs: dict[int, ReadJob] = {}  # whose buffers the threads write to
+        self._numbers = (ctypes.c_int64 * _COLLECTED)()
+        self._errors = (ctypes.c_int32 * _COLLECTED)()
 
-    def read(self, job: ReadJob) -> None:
-        """Puts a file in line."""
-        with self._changed:
-            self._lines[job.urgency].append(job)
-            self._changed.notify_all()
+    def read(self, job: ReadJob, due: int) -> None:
+        """Puts a file in line; what is due at the smallest number is read first. `collect` puts it in its inbox."""
+        with self._collecting:  # it must not be collected before it has its number
+            job.number = self._library.moehive_disk_read(
+                self._handle, os.fsencode(job.path), job.buffer.data_ptr(), job.nbytes, due, self.direct
+            )
+            if not job.number:
+                raise MemoryError("There is no memory left to read an expert's file.")
+            self._jobs[job.number] = job
 
-    def hurry(self, job: ReadJob, urgency: Urgency) -> None:
-        """A file in line has become more urgent."""
-        with self._changed:
-            line = self._lines[job.urgency]
-            if urgency < job.urgency and job in line:
-                line.remove(job)
-                job.urgency = urgency
-                self._lines[urgency].append(job)
+    def move(self, job: ReadJob, due: int) -> None:
+        """What is left of a file is due at another time."""
+        self._library.moehive_disk_move(self._handle, job.number, due)
 
     def cancel(self, job: ReadJob) -> bool:
-        """Takes a file out of line; False when its reading has begun (and `done` will be called)."""
-        with self._changed:
-            if job.claimed:
-                return False
-            self._lines[job.urgency].remove(job)
-            return True
+        """Takes what is left of a file out of line; False when a piece is being read: then it will be collected."""
+        if not self._library.moehive_disk_cancel(self._handle, job.number):
+            return False
+        del self._jobs[job.number]
+        return True
+
+    def collect(self) -> None:
+        """Puts what is read, or has failed, into the inboxes."""
+        with self._collecting:
+            count = _COLLECTED
+            while count == _COLLECTED:
+                count = self._library.moehive_disk_collect(self._handle, self._numbers, self._errors, _COLLECTED)
+                for number, error in zip(self._numbers[:count], self._errors[:count], strict=True):
+                    job = self._jobs.pop(number)
+                    job.cancelled = error == _CANCELLED
+                    if error and not job.cancelled:
+                        job.error = _error(job, error)
+                    job.inbox.append(job)
+
+    @property
+    def news(self) -> int:
+        """Changes whenever there is something to collect, and with `wake`."""
+        news: int = self._library.moehive_disk_news(self._handle)
+        return news
+
+    def wait(self, seen: int) -> None:
+        """Waits until `news` is something else than `seen`."""
+        self._library.moehive_disk_wait(self._handle, seen)
+
+    def wake(self) -> None:
+        """Wakes all who wait."""
+        self._library.moehive_disk_wake(self._handle)
+
+    @property
+    def totals(self) -> ReadTotals:
+        """What was read so far."""
+        nbytes, seconds = ctypes.c_int64(), ctypes.c_double()
+        self._library.moehive_disk_totals(self._handle, ctypes.byref(nbytes), ctypes.byref(seconds))
+        return ReadTotals(nbytes.value, seconds.value)
+
+    def busy(self) -> float:
+        """The share of about the last BUSY_SECONDS in which at least one read was in flight; ask often."""
+        before, read_before = self._looked
+        now, read = self._looked = perf_counter(), self.totals.seconds
+        share = min(1.0, (read - read_before) / max(now - before, 1e-6))
+        self._busy += min(1.0, (now - before) / BUSY_SECONDS) * (share - self._busy)
+        return self._busy
 
     def choose(self, paths: Sequence[Path]) -> None:
         """Reads some of `paths` with O_DIRECT and through the page cache, and keeps the quicker way."""
-        if not _DIRECT:
+        if not hasattr(os, "O_DIRECT"):
             return
         rates = {direct: sample_rate(paths[direct::2], direct) for direct in (True, False)}
         if rates[True] and rates[False]:
@@ -113,93 +155,37 @@ class DiskReader:
             )  # fmt: skip
 
     def close(self) -> None:
-        """Ends the threads; what is in line is not read any more. Not to be called on one of them."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                while not self._closed and not any(self._lines):
-                    self._changed.wait()
-                if self._closed:
-                    return
-                job = next(line[0] for line in self._lines if line)
-                offset = job.claimed
-                size = min(PIECE_BYTES, job.nbytes - offset)
-                job.claimed += size
-                if job.claimed == job.nbytes:
-                    self._lines[job.urgency].remove(job)
-                job.reading += 1
-                if job.descriptor < 0:
-                    self._open(job)
-                if not self._in_flight:
-                    self._busy_since = perf_counter()
-                self._in_flight += 1
-            error = job.error if job.error is not None else _read_piece(job, offset, size)
-            with self._changed:
-                self._finish_piece(job, size, error)
-                ended = job.claimed == job.nbytes and not job.reading
-            if ended:
-                self._end(job)
-            del job  # or this thread would hold its memory while it waits
-
-    def _open(self, job: ReadJob) -> None:
-        try:
-            job.descriptor = open_for_reading(job.path, self.direct)
-        except OSError as error:
-            job.error = error
-
-    def _finish_piece(self, job: ReadJob, size: int, error: OSError | None) -> None:
-        job.reading -= 1
-        job.error = job.error or error
-        if job.error is not None and job.claimed < job.nbytes:  # the rest is of no use
-            job.claimed = job.nbytes
-            self._lines[job.urgency].remove(job)
-        self._in_flight -= 1
-        self.totals.nbytes += size
-        if not self._in_flight:
-            self.totals.seconds += perf_counter() - self._busy_since
-
-    def _end(self, job: ReadJob) -> None:
-        if job.descriptor >= 0:
-            if not self.direct:
-                os.posix_fadvise(job.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(job.descriptor)
-        job.done(job.error)
+        """Ends the threads; what is in line is not read any more. Nothing may be asked meanwhile or afterwards."""
+        self._end()
+        self._jobs.clear()
 
 
-def open_for_reading(path: Path, direct: bool) -> int:
-    """A descriptor of a file, with O_DIRECT if `direct` and the file system knows it. Raises OSError."""
-    if direct:
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC | _DIRECT)
-        except OSError:
-            pass  # tmpfs, some network file systems
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    return descriptor
+@functools.cache
+def _library() -> ctypes.CDLL:
+    loaded = load("moehive_disk_abi", _ABI, "expert_node.tiers", "disk")
+    pointer, size, flag, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_uint64
+    signatures: dict[str, tuple[object, ...]] = {  # what it returns, and its arguments
+        "create": (pointer, flag, size),
+        "destroy": (None, pointer),
+        "read": (size, pointer, ctypes.c_char_p, pointer, size, size, flag),
+        "move": (None, pointer, size, size),
+        "cancel": (flag, pointer, size),
+        "collect": (size, pointer, pointer, pointer, size),
+        "news": (count, pointer),
+        "wait": (count, pointer, count),
+        "wake": (None, pointer),
+        "totals": (None, pointer, pointer, pointer),
+    }
+    for name, (returns, *arguments) in signatures.items():
+        function = getattr(loaded, f"moehive_disk_{name}")
+        function.restype, function.argtypes = returns, arguments
+    return loaded
 
 
-def _read_piece(job: ReadJob, offset: int, size: int) -> OSError | None:
-    """Reads `size` bytes at `offset` into the job's buffer; a direct read covers whole pages."""
-    view = memoryview(job.buffer.numpy().data)[offset : offset + padded(size)]
-    done = 0
-    try:
-        while done < size:
-            count = os.preadv(job.descriptor, [view[done:]], offset + done)
-            if done + count < size:
-                count -= count % PAGE  # a direct read goes on at a page's start
-            if count <= 0:
-                return OSError(f"{job.path} has fewer than {job.nbytes} bytes")
-            done += count
-    except OSError as error:
-        return error
-    return None
+def _error(job: ReadJob, number: int) -> OSError:
+    if number == _SHORT:
+        return OSError(f"{job.path} has fewer than {job.nbytes} bytes")
+    return OSError(number, os.strerror(number), str(job.path))
 
 
 def sample_rate(paths: Sequence[Path], direct: bool) -> float:
@@ -220,22 +206,18 @@ def sample_rate(paths: Sequence[Path], direct: bool) -> float:
     buffer = torch.frombuffer(mmap.mmap(-1, padded(max(sizes.values()))), dtype=torch.uint8)
     reader = DiskReader()
     reader.direct = direct
-    left = threading.Semaphore(0)
-    errors: list[OSError] = []
-
-    def done(error: OSError | None) -> None:
-        if error is not None:
-            errors.append(error)
-        left.release()
-
+    inbox: Inbox = deque()
     start = perf_counter()
     for path in chosen:
-        reader.read(ReadJob(path, buffer, sizes[path], done, Urgency.NEEDED))
-    for _ in chosen:
-        left.acquire()
+        reader.read(ReadJob(path, buffer, sizes[path], inbox), NOW)
+    while len(inbox) < len(chosen):
+        seen = reader.news
+        reader.collect()
+        if len(inbox) < len(chosen):
+            reader.wait(seen)
     seconds = perf_counter() - start
     reader.close()
-    return 0.0 if errors else total / seconds
+    return 0.0 if any(job.error for job in inbox) else total / seconds
 
 
 def forget_pages(path: Path) -> None:

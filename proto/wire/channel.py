@@ -6,13 +6,16 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from ..bounds import host_port
 from ..channel import MAX_MESSAGE_BYTES, Identity
 from . import status
-from .connection import HANDSHAKE_SECONDS, WINDOW_BYTES, Connection
+from .connection import HANDSHAKE_SECONDS, Connection
 from .stream import Stream
 from .tls import client_context
+
+CONNECT_SECONDS = 15.0  # with TLS's handshake
 
 
 class Channel:
@@ -24,11 +27,11 @@ class Channel:
         identity: Identity | None,
         server_name: str,
         max_bytes: int = MAX_MESSAGE_BYTES,
-        window_bytes: int = WINDOW_BYTES,
+        window_bytes: int | None = None,
     ) -> None:
         """To `address` (host:port), whose certificate must be for `server_name`; no `identity`: without TLS.
 
-        `max_bytes` of a message that comes, `window_bytes` of them that nobody has read yet.
+        `max_bytes` of a message that comes, `window_bytes` of those that nobody has read yet; None: some more.
         """
         self._address = address
         self._identity = identity
@@ -71,6 +74,37 @@ class Channel:
 
         return call
 
+    def unary_unary(self, method: str, request_serializer: Any, response_deserializer: Any) -> Any:
+        """As grpc.aio's."""
+
+        async def ask(request: Any, metadata: tuple[tuple[str, str], ...], timeout: float) -> Any:  # noqa: ASYNC109
+            call = Call(self, method, request_serializer(request), response_deserializer, metadata)
+            try:
+                async with asyncio.timeout(timeout):
+                    reply = await call.read()
+                    if reply is not grpc.aio.EOF and await call.read() is grpc.aio.EOF:
+                        return reply
+            except TimeoutError as error:
+                late = f"{method} was not answered within {timeout:.0f} s."
+                raise status.error(grpc.StatusCode.DEADLINE_EXCEEDED, late) from error
+            except DecodeError as error:
+                raise status.error(grpc.StatusCode.INTERNAL, f"The answer to {method} can't be read.") from error
+            finally:
+                call.cancel()
+            raise status.error(grpc.StatusCode.INTERNAL, f"The answer to {method} is not one message.")
+
+        return ask
+
+    @property
+    def over(self) -> bool:
+        """Whether no call can begin on it any more."""
+        if self._opening is None or not self._opening.done():
+            return self._closed
+        if self._opening.cancelled() or self._opening.exception() is not None:
+            return True
+        connection = self._opening.result()
+        return self._closed or connection.lost is not None or connection.going
+
     async def close(self) -> None:
         """Ends every call on it."""
         self._closed = True
@@ -86,14 +120,17 @@ class Channel:
         host, port = host_port(self._address)
         secure = self._identity is not None
         try:
-            _, connection = await loop.create_connection(
-                lambda: Connection(self._max_bytes, self._window_bytes),
-                host,
-                port,
-                ssl=client_context(self._identity) if self._identity is not None else None,
-                server_hostname=self._server_name if secure else None,
-                ssl_handshake_timeout=HANDSHAKE_SECONDS if secure else None,
-            )
+            async with asyncio.timeout(CONNECT_SECONDS):
+                _, connection = await loop.create_connection(
+                    lambda: Connection(self._max_bytes, self._window_bytes),
+                    host,
+                    port,
+                    ssl=client_context(self._identity) if self._identity is not None else None,
+                    server_hostname=self._server_name if secure else None,
+                    ssl_handshake_timeout=HANDSHAKE_SECONDS if secure else None,
+                )
+        except TimeoutError as error:
+            raise self._unreachable(f"it did not answer within {CONNECT_SECONDS:.0f} s.") from error
         except ssl.SSLCertVerificationError as error:
             raise self._unreachable(
                 f"its certificate is not {self._server_name}'s: {error.verify_message}"

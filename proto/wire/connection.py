@@ -14,7 +14,6 @@ import grpc
 import grpc.aio
 import hpack
 
-from ..channel import MAX_MESSAGE_BYTES
 from . import frames, status
 from .frames import (
     FIRST_WINDOW,
@@ -33,30 +32,30 @@ from .owner import Owner
 from .reader import MAX_HEADER_BYTES, FrameReader
 from .status import ANSWER, Fields
 from .stream import Stream
-from .tls import peer_names
+from .tls import OtherSide, other_side
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0  # for TLS's
-WINDOW_BYTES = MAX_MESSAGE_BYTES + (16 << 20)  # of a stream that carries hidden states
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
 
 
 class Connection(asyncio.BufferedProtocol):
     """Use it on one event loop."""
 
-    def __init__(self, max_bytes: int, window_bytes: int, owner: Owner | None = None) -> None:
+    def __init__(self, max_bytes: int, window_bytes: int | None = None, owner: Owner | None = None) -> None:
         """`max_bytes` of a message, `window_bytes` that a stream may bring before they are read: more than that.
 
         `owner` answers the calls that come in; None: this end is the caller.
         """
+        window_bytes = window_bytes or max_bytes + max_bytes // 4
         assert window_bytes > max_bytes + window_bytes // 8
         self.max_bytes = max_bytes
         self.window_bytes = window_bytes
         self.first_send_window = FIRST_WINDOW
         self.paused = False  # the transport has more than it wants
         self.lost: str | None = None  # why it is over, one sentence
-        self.names: list[str] = []  # in the other side's certificate
+        self.other_side = OtherSide()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the other side has answered
         self.going = False  # the other side takes no new streams
         self._owner = owner
@@ -83,7 +82,7 @@ class Connection(asyncio.BufferedProtocol):
         if secured is not None and secured.selected_alpn_protocol() != "h2":
             self.close("The other side does not speak HTTP/2.", ErrorCode.PROTOCOL_ERROR)
             return
-        self.names = peer_names(transport.get_extra_info("peercert"))
+        self.other_side = other_side(transport)
         values = {
             frames.INITIAL_WINDOW_SIZE: self.window_bytes,
             frames.MAX_FRAME_SIZE: LARGEST_FRAME,
@@ -253,11 +252,9 @@ class Connection(asyncio.BufferedProtocol):
             if known is None:
                 return
             stream = known
-            if self._owner is None and (end or stream.fields):
-                failure = status.of_headers(fields)
-                if failure is not None:
-                    stream.fail(failure)
             if self._owner is None:
+                if (end or stream.fields) and (failure := status.of_headers(fields)) is not None:
+                    stream.fail(failure)
                 stream.fields = stream.fields or fields
         if end:
             self.half_close(stream)
@@ -265,7 +262,7 @@ class Connection(asyncio.BufferedProtocol):
     def take_frame(self, kind: int, flags: int, number: int, payload: memoryview) -> None:
         """See Frames."""
         if kind == frames.RST_STREAM:
-            (code,) = _fields(">I", payload)
+            code = frames.number(payload)
             stream = self.stream(number)
             if stream is not None:
                 del self._streams[number]
@@ -281,7 +278,7 @@ class Connection(asyncio.BufferedProtocol):
         elif kind == frames.GOAWAY:
             self.going = True
         elif kind == frames.WINDOW_UPDATE:
-            self._take_window(number, _fields(">I", payload)[0] & LARGEST_WINDOW)
+            self._take_window(number, frames.number(payload) & LARGEST_WINDOW)
         elif kind == frames.PUSH_PROMISE:
             raise FrameError(ErrorCode.PROTOCOL_ERROR, "Nothing is to be pushed.")
 
@@ -399,9 +396,3 @@ class Connection(asyncio.BufferedProtocol):
         self._advance()
         if self._owner is not None:
             self._owner.gone(self)
-
-
-def _fields(layout: str, payload: memoryview) -> tuple[int, ...]:
-    if len(payload) != struct.calcsize(layout):
-        raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too short or too long.")
-    return struct.unpack(layout, payload)

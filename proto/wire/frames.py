@@ -107,6 +107,13 @@ def headers(stream: int, block: bytes, largest: int, *, end: bool) -> bytes:
     return out
 
 
+def number(payload: memoryview) -> int:
+    """What a frame says whose payload is a number. Raises FrameError."""
+    if len(payload) != 4:
+        raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too short or too long.")
+    return int.from_bytes(payload, "big")
+
+
 def unpadded(payload: memoryview, flags: int, *, priority: bool) -> memoryview:
     """A HEADERS or DATA frame's content without padding and the old priority fields. Raises FrameError."""
     start, end = 0, len(payload)

@@ -19,6 +19,7 @@ from .stream import Stream
 
 BUFFER_BYTES = 128 << 10
 DIRECT_BYTES = 32 << 10  # of a message that are still missing: they are received where they will stay
+FIRST_BYTES = 16 << 10  # of what follows a large message, often another one: little of it is to be moved then
 MAX_HEADER_BYTES = 16 << 10
 
 
@@ -58,6 +59,7 @@ class FrameReader:
         self._data_stream: Stream | None = None
         self._data_ends = False
         self._direct = False
+        self._large = False  # the last bytes were a large message's
         self._headers: tuple[int, bool, bytearray] | None = None  # that CONTINUATION frames complete
         self.closed = False  # nothing is read any more
 
@@ -70,10 +72,11 @@ class FrameReader:
                 self._direct = True
                 return room[: self._data_left]
         self._direct = False
-        return self._view[self._filled :]
+        return self._view[self._filled : self._filled + FIRST_BYTES if self._large else BUFFER_BYTES]
 
     def received(self, length: int) -> None:
         """So many bytes came there. Raises FrameError."""
+        self._large = self._direct
         if not self._direct:
             self._filled += length
             self._read()

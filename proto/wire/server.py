@@ -1,12 +1,13 @@
-"""The end that answers: a server for services whose answers are streams, used as a grpc.aio server is.
+"""The end that answers, used as a grpc.aio server is.
 
 Generated code registers a service here (`add_…Servicer_to_server`); what a service is given as its context has the
-methods of grpc.aio's that a node needs.
+methods of grpc.aio's that the cluster's services need.
 """
 
 import asyncio
 import inspect
 import logging
+import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
@@ -17,14 +18,15 @@ import grpc.aio
 from ..channel import MAX_MESSAGE_BYTES
 from ..interceptor import CallGuard
 from . import status
-from .connection import HANDSHAKE_SECONDS, WINDOW_BYTES, Connection
+from .connection import HANDSHAKE_SECONDS, Connection
 from .frames import ErrorCode
 from .messages import Buffer
 from .stream import Stream
+from .tls import OtherSide
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 4096  # a cluster has 1,024 nodes, which fetch experts on a connection of their own
 MAX_CALLS = 128  # of one connection
 
 AtOnce = Callable[[Buffer], Sequence[Buffer] | None]
@@ -38,19 +40,19 @@ class _Details(NamedTuple):
 
 
 class Context:
-    """What a service sees of a call: the part of grpc.aio.ServicerContext that nodes' services use."""
+    """What a service sees of a call: the part of grpc.aio.ServicerContext that services use, and more."""
 
-    def __init__(self, stream: Stream, names: Sequence[str], parse: Any, serialize: Any) -> None:
+    def __init__(self, stream: Stream, caller: OtherSide, parse: Any, serialize: Any) -> None:
         self.code: grpc.StatusCode = grpc.StatusCode.OK
         self.details = ""
+        self.caller = caller
         self._stream = stream
-        self._names = names
         self._parse = parse
         self._serialize = serialize
 
     def auth_context(self) -> dict[str, list[bytes]]:
         """As grpc.aio's: the DNS names in the caller's certificate."""
-        return {"x509_subject_alternative_name": [name.encode() for name in self._names]}
+        return {"x509_subject_alternative_name": [name.encode() for name in self.caller.names]}
 
     async def read(self) -> Any:
         """The next request, or grpc.aio.EOF. Raises DecodeError, and AioRpcError when the caller is gone."""
@@ -58,17 +60,17 @@ class Context:
         return grpc.aio.EOF if message is None else self._parse(message)
 
     async def write(self, reply: Any) -> None:
-        """Sends a reply, and waits while the caller, or the network, takes no more."""
-        await self.write_message((self._serialize(reply),))
+        """Sends a reply, and waits while the caller, or the network, takes no more.
+
+        A reply that is serialized already is bytes, or a tuple of buffers, which must not change until they left.
+        """
+        message = self._serialize(reply)
+        self._stream.send(message if isinstance(message, tuple) else (message,))
+        await self._stream.drain()
 
     async def read_message(self) -> Buffer | None:
         """The next request's bytes, which nobody else has; None after the last. Raises as `read`."""
         return await self._stream.read()
-
-    async def write_message(self, pieces: Sequence[Buffer]) -> None:
-        """As `write`, of a reply's bytes in pieces, which must not change any more."""
-        self._stream.send(pieces)
-        await self._stream.drain()
 
     async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
         """Ends the call with a status. Raises grpc.aio.AbortError always."""
@@ -95,8 +97,10 @@ class Context:
 class Server:
     """Listens on one port. Use it on one event loop."""
 
-    def __init__(self, guard: CallGuard) -> None:
+    def __init__(self, guard: CallGuard, max_bytes: int = MAX_MESSAGE_BYTES) -> None:
+        """`max_bytes` of a message that comes."""
         self._guard = guard
+        self._max_bytes = max_bytes
         self._handlers: dict[str, Any] = {}
         self._listening: asyncio.Server | None = None
         self._connections: set[Connection] = set()
@@ -119,9 +123,8 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             self._listening = await loop.create_server(
-                lambda: Connection(MAX_MESSAGE_BYTES, WINDOW_BYTES, self),
-                host,
-                port,
+                lambda: Connection(self._max_bytes, owner=self),
+                **_where(host, port),
                 ssl=context,
                 ssl_handshake_timeout=None if context is None else HANDSHAKE_SECONDS,
             )
@@ -197,11 +200,11 @@ class Server:
         if fields.get(":method") != "POST" or not fields.get("content-type", "").startswith("application/grpc"):
             return grpc.StatusCode.UNKNOWN, "This port speaks gRPC only."
         handler = await self._guard.intercept_service(find, details)
-        if handler is None or not handler.response_streaming:
+        if handler is None:
             return grpc.StatusCode.UNIMPLEMENTED, f"There is no method {path[:256]}."
-        context = Context(stream, connection.names, handler.request_deserializer, handler.response_serializer)
+        context = Context(stream, connection.other_side, handler.request_deserializer, handler.response_serializer)
         connection.answer(stream)
-        behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream
+        behavior = handler.stream_stream or handler.unary_stream or handler.unary_unary
         try:
             first: Any = None
             if handler.request_streaming:
@@ -211,11 +214,20 @@ class Server:
             if inspect.isasyncgenfunction(behavior):
                 async for reply in behavior(first, context):
                     await context.write(reply)
-            else:
+            elif handler.response_streaming:
                 await behavior(first, context)
+            else:
+                await context.write(await behavior(first, context))
         except grpc.aio.AbortError:
             return context.code, context.details
         return grpc.StatusCode.OK, ""
+
+
+def _where(host: str, port: int) -> dict[str, Any]:
+    """What asyncio is told to listen on; all of a machine's addresses are those of IPv4 and of IPv6."""
+    if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
+        return {"sock": socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)}
+    return {"host": host, "port": port}
 
 
 async def _requests(context: Context) -> AsyncIterator[Any]:

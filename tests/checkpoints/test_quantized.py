@@ -60,6 +60,20 @@ def test_weights_keep_their_bits_and_text_is_transformers_own(method: str, wide:
     reading.check_text(quantizers.reference(means, source, tmp_path / "reference"), checkpoint)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_plain_numbers_keep_their_bits(dtype: torch.dtype, wide: Wide, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(wide("qwen3_moe"), dtype=dtype).eval()
+    model.save_pretrained(tmp_path / "plain")
+    checkpoint = Checkpoint.open(tmp_path / "plain")
+    name = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {name} and checkpoint.computed_as_stored
+    experts = model.model.layers[1].mlp.experts
+    found = reading.decoded(checkpoint, ExpertId(1, 2))
+    assert torch.equal(found["up"], experts.gate_up_proj[2].float())
+    assert torch.equal(found["down"], experts.down_proj[2].float())
+    reading.check_text(model.float(), checkpoint)
+
+
 @pytest.mark.parametrize("family", ["deepseek_v3", "qwen3_5_moe_text", "glm4_moe"])
 def test_fp8_of_other_families(family: str, wide: Wide, tmp_path: Path) -> None:
     source = wide(family)

@@ -3,12 +3,14 @@
 import asyncio
 import importlib.util
 import itertools
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -73,6 +75,27 @@ def test_a_split_gguf_of_mixed_types(cluster: Any, ask: Callable[..., Any], tmp_
 
     model, _ = types.make(kind, tmp_path / "x.gguf", split=9)
     check(model, min(tmp_path.glob("x-*.gguf")), cluster, ask)
+
+
+def test_a_split_file_of_llama_cpp(cluster: Any, ask: Callable[..., Any], tmp_path: Path) -> None:
+    """Of its quantizer and its splitter; the next token is its own."""
+    archive = Path(__file__).parents[1] / "checkpoints" / "llama_cpp" / "mixtral.tar.xz"
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    said = np.load(tmp_path / "logits.npz")
+    prompt, expected = said["tokens 0"].tolist(), torch.from_numpy(said["Q4_K_M 0"][-1]).log_softmax(0)
+    part = min(tmp_path.glob("split-Q4_K_M-*.gguf"))
+
+    async def run() -> Any:
+        async with cluster.coordinator(part, nodes=2) as coordinator:
+            return await ask(
+                coordinator,
+                lambda client: client.generate(token_ids=prompt, max_tokens=1, temperature=0, logprobs=1),
+            )
+
+    answer = asyncio.run(run())
+    assert answer.token_ids[0] == int(expected.argmax())
+    assert answer.logprobs[0] == pytest.approx(float(expected.max()), abs=TOLERANCE)
 
 
 def test_a_pack_whose_experts_differ_in_their_formats(

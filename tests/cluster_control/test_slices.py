@@ -121,7 +121,7 @@ def test_few_blobs_are_in_memory_however_many_nodes_fetch():
         async def one(expert):
             nonlocal reading
             async for message in source.stream(request_for(manifest, (0, expert, 0))):
-                assert read_chunk(message).head.expert_digest
+                assert read_chunk(b"".join(message)).head.expert_digest
                 with lock:
                     reading -= 1
 

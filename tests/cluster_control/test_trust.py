@@ -8,6 +8,7 @@ import grpc
 import grpc.aio
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from moehive.coordinator.cluster import records
@@ -25,6 +26,10 @@ KNOCK = pb.SliceRequest(fingerprint="ab" * 32, experts=[pb.ExpertWanted()])
 def names_of(chain_pem):
     certificate = x509.load_pem_x509_certificate(chain_pem)
     return certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+
+
+def der(identity):
+    return x509.load_pem_x509_certificates(identity.chain_pem)[0].public_bytes(serialization.Encoding.DER)
 
 
 def knock(cluster, make_identity, server_name=COORDINATOR_NAME):
@@ -135,7 +140,9 @@ def test_a_node_cannot_pose_as_the_coordinator(cluster, csr, tmp_path):
         authority = Authority.create(tmp_path / "ca")
         node = node_identity(authority, csr)
         server = grpc.aio.server()
-        port = channel.bind(server, "127.0.0.1", 0, channel.server_credentials(lambda: node))
+        shown = [(node.key_pem, node.chain_pem)]
+        credentials = grpc.ssl_server_credentials(shown, node.ca_pem, require_client_auth=True)
+        port = channel.bind(server, "127.0.0.1", 0, credentials)
         await server.start()
         victim = node_identity(authority, csr, "victim")
         async with open_channel(f"127.0.0.1:{port}", victim, COORDINATOR_NAME) as opened:
@@ -303,10 +310,10 @@ def test_an_identity_is_made_again_when_a_third_of_its_life_is_left(tmp_path):
     second = current()
     assert second is not first
     assert current() is second
-    assert not authority.expired(first.chain_pem)
+    assert not authority.expired(der(first))
     now += LIFE / 3
-    assert authority.expired(first.chain_pem)
-    assert not authority.expired(second.chain_pem)
+    assert authority.expired(der(first))
+    assert not authority.expired(der(second))
 
 
 def test_hosts_that_cannot_be(tmp_path):

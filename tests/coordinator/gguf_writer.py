@@ -26,14 +26,22 @@ ARCHITECTURES = {
 
 
 Encode = Callable[[str, np.ndarray], tuple[np.ndarray, gguf.GGMLQuantizationType]]
+Describe = Callable[[gguf.GGUFWriter], None]
 
 
 def write(
-    model: Any, config: Any, path: Path, kind: str = "F32", split: int = 0, encode: Encode | None = None
+    model: Any,
+    config: Any,
+    path: Path,
+    kind: str = "F32",
+    split: int = 0,
+    encode: Encode | None = None,
+    describe: Describe | None = None,
 ) -> None:
     """The model's weights and its config; `split`: at most so many tensors in a file.
 
-    `encode` gives the bytes and the type of a matrix by its name in the file; else all are of `kind`.
+    `encode` gives the bytes and the type of a matrix by its name in the file; else all are of `kind`. `describe` adds
+    to the metadata.
     """
     family = config.model_type
     writer = gguf.GGUFWriter(path, ARCHITECTURES[family], split_max_tensors=split)
@@ -49,6 +57,8 @@ def write(
             writer.add_string(name, value)
         else:
             writer.add_array(name, value)
+    if describe is not None:
+        describe(writer)
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, _arch(family)), config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         for hf, value in _converted(config, name, tensor.float()):

@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.base import SequenceInput
+from moehive.coordinator.models.lean.mlp import MoeMlp
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
 
@@ -193,3 +195,18 @@ def test_bf16(family: str, tmp_path: Path, reference_backend: Any) -> None:
     ours = run(trunk, reference_backend(checkpoint), tokens, [33, 60, 61, 62]).log_softmax(-1)
     divergence = (expected.exp() * (expected - ours)).sum(-1)
     assert divergence.median() < 1e-4  # a token whose experts are nearly a tie may be sent to others
+
+
+def test_the_next_two_layers_are_foreseen(
+    case: tuple[LeanTrunk, Any, torch.Tensor, torch.Tensor],
+) -> None:
+    trunk, backend, tokens, _ = case
+    told: list[list[list[int]]] = []
+    tiers = SimpleNamespace(slow=True, margin=0.0, expect=told.append)
+    foreseeing = SimpleNamespace(submit=backend.submit, tiers=tiers)
+    cuts = [4, 5]  # three passes
+    assert torch.equal(run(trunk, foreseeing, tokens[:6], cuts), run(trunk, backend, tokens[:6], cuts))
+    routed = [isinstance(layer.mlp, MoeMlp) for layer in trunk._parts.layers]
+    left = [sum(routed[number + 1 :]) for number in range(len(routed))]
+    assert [len(layers) for layers in told] == 3 * [min(2, count) for count in left if count]
+    assert all(len(set(experts)) == len(experts) > 0 for layers in told for experts in layers)

@@ -40,10 +40,10 @@ def test_what_is_on_disk_is_as_last_heard():
 
 def test_a_hint_goes_with_one_layers_messages():
     view = TierView([4, 4], 0.0)
-    view.expect([3, 1])
+    view.expect([[3, 1], [0]])
     first, second, later = pb.ComputeRequest(), pb.ComputeRequest(), pb.ComputeRequest()
     view.tell(first)
     view.tell(second)
     view.sent()
     view.tell(later)
-    assert read_likely(first) == read_likely(second) == [3, 1] and read_likely(later) == []
+    assert read_likely(first) == read_likely(second) == [[3, 1], [0]] and read_likely(later) == []

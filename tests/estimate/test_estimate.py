@@ -22,7 +22,7 @@ from moehive.coordinator.estimate.constants import (
 )
 from moehive.coordinator.estimate.estimate import estimate, in_all_formats
 from moehive.coordinator.estimate.geometries import MODELS, find_shape
-from moehive.coordinator.estimate.holding import hold
+from moehive.coordinator.estimate.holding import hold, room_for_weights
 from moehive.coordinator.estimate.model import Model, of_shape
 from moehive.coordinator.estimate.step import _distinct, decode_step
 from moehive.coordinator.types import CoordinatorError
@@ -166,6 +166,15 @@ def test_the_best_format_that_memory_holds_is_chosen() -> None:
     assert estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q2_k").model.format == "q2_k"
     with pytest.raises(CoordinatorError, match="not to be had in q1_0"):
         estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q1_0")
+
+
+def test_what_a_cluster_leaves_for_weights_is_what_fits() -> None:
+    node = Machine("node", vram=Tier(4 * GB, 9e11), ram=Tier(8 * GB, 6e10))
+    cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(12 * GB, 5e10)), node))
+    room = room_for_weights(model(), cluster)
+    assert 24 * GB - room == COORDINATOR_BYTES + NODE_BYTES + hold(model(), cluster).holdings[0].kv_bytes
+    found = {(one.total_bytes <= room, hold(one, cluster).fits) for one in in_all_formats(model()).values()}
+    assert found == {(True, True), (False, False)}
 
 
 def test_what_does_not_fit_says_what_is_missing_and_what_would_help() -> None:

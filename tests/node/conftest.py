@@ -36,6 +36,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.kernels.reference import expert_forward
 from moehive.proto import cluster_pb2, experts_pb2, experts_pb2_grpc
 from moehive.proto.channel import node_dns_name, open_channel
+from moehive.proto.chunks import Message
 from moehive.proto.handshake import metadata
 from moehive.proto.join_token import parse
 from moehive.proto.tensors import Routing, head_bytes, routing_bytes, write_head
@@ -98,7 +99,7 @@ class Slices(SliceSource):
         self.cut_after: int | None = None  # chunks, once
         self.tamper: Callable[[cluster_pb2.SliceChunk], None] | None = None
 
-    async def stream(self, request: cluster_pb2.SliceRequest) -> AsyncGenerator[bytes]:
+    async def stream(self, request: cluster_pb2.SliceRequest) -> AsyncGenerator[Message]:
         self.requests.append(request)
         sent = 0
         async for message in super().stream(request):
@@ -106,9 +107,9 @@ class Slices(SliceSource):
                 self.cut_after = None
                 raise CoordinatorError("The test has cut the slice.")
             if self.tamper is not None:
-                chunk = cluster_pb2.SliceChunk.FromString(message)
+                chunk = cluster_pb2.SliceChunk.FromString(b"".join(message))
                 self.tamper(chunk)
-                message = chunk.SerializeToString()
+                message = Message(chunk.SerializeToString(), memoryview(b""))
             yield message
             sent += 1
 

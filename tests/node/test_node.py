@@ -9,7 +9,7 @@ import torch
 from moehive.coordinator.cluster import membership as membership_module
 from moehive.coordinator.cluster.trust import Authority
 from moehive.coordinator.types import NodeName
-from moehive.expert_node import agent
+from moehive.expert_node import agent, uplink
 from moehive.expert_node.node import start
 from moehive.expert_node.settings import Settings
 from moehive.expert_node.types import ConfigError
@@ -216,7 +216,7 @@ def test_another_version_is_said_once_and_tried_again(
         coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
         monkeypatch.setattr(agent, "REFUSED_SECONDS", 0.01)
         with monkeypatch.context() as patch:
-            patch.setattr(agent, "metadata", old)
+            patch.setattr(uplink, "metadata", old)
             async with node_here(tmp_path / "a", coordinator.token()):
                 await eventually(lambda: refused >= 4)
                 patch.undo()
@@ -243,7 +243,7 @@ def test_a_strangers_coordinator_is_not_followed(
             stranger = await coordinator_class.start(
                 tmp_path / "c2", model, Authority.create(tmp_path / "ca2"), ports=ports
             )
-            await eventually(lambda: "CERTIFICATE_VERIFY_FAILED" in caplog.text)
+            await eventually(lambda: "its certificate is not coordinator.moehive's" in caplog.text)
             assert A not in stranger.membership.state.nodes
             await stranger.stop()
             own = await coordinator_class.start(tmp_path / "c", model, authority, ports=ports)

@@ -78,7 +78,7 @@ def test_what_is_not_plain_is_left_alone(held, make_request):
     assert not answered(lambda request: setattr(request, "epoch", 0))  # of another model
     assert not answered(lambda request: setattr(request, "layer", 1023))
     assert not answered(lambda request: setattr(request, "hidden_size", 32))
-    assert not answered(lambda request: setattr(request, "likely", b"\0\0\0\0"))
+    assert not answered(lambda request: request.likely.append(b"\0\0\0\0"))
     assert not answered(lambda request: setattr(request, "dtype", pb.DTYPE_INT8))
     assert not answered(lambda request: request.chain.add(node_name="b", address="b:1"))
     assert not answered(lambda request: None, tokens=40)  # a worker's

@@ -35,7 +35,7 @@ def test_more_experts_than_memory(tmp_path, coordinator_class, authority, model_
         for layer in (0, 1, 2, 0, 1, 2):
             epoch = coordinator.membership.state.epoch
             request, hidden, routing = make_request(128, list(range(6)), tokens=3, layer=layer, epoch=epoch)
-            write_likely(request, [0, 1, 9000])
+            write_likely(request, [[0, 1, 9000], [2]])
             reply = await coordinator.compute(request)
             got = read_values(Reply(reply, reply.values), 3, 128, torch.float32)
             torch.testing.assert_close(got, model.sums(layer, hidden, routing), rtol=1e-4, atol=1e-5)

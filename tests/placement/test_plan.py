@@ -7,13 +7,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moehive.coordinator.placement import budget, search, synthetic
 from moehive.coordinator.placement import plan as planning
-from moehive.coordinator.placement import search, synthetic
 from moehive.coordinator.placement.cluster import Cluster, Node, Tier, parse_cluster, read_cluster
 from moehive.coordinator.placement.plan import make_plan
 from moehive.coordinator.placement.plan_file import plan_json, write_json
 from moehive.coordinator.placement.slots import share_out
-from moehive.coordinator.placement.traces import Mix, Trace, parse_mixes, read_trace, save_trace
+from moehive.coordinator.placement.traces import Mix, Trace, parse_mixes, read_trace, sample, save_trace
 from moehive.coordinator.types import CoordinatorError
 
 SIZE = 1_000_000
@@ -126,6 +126,33 @@ def test_the_coordinators_own_memory_makes_whole_layers_local_where_the_round_tr
     whole = [layer for layer in range(4) if all(plan.holders(layer, expert)[0] == 0 for expert in range(24))]
     assert len(whole) == 2  # as many as fit
     assert (plan.expected[whole, 0] < 1e-3).all()
+
+
+def test_whole_layers_are_given_up_where_a_kind_of_batch_would_lose(monkeypatch):
+    local = Node(name="coordinator", rtt_s=0.0, tiers=(Tier(72 * SIZE, 4e11),))
+    others = [Node(name=f"n{i}", rtt_s=2e-3, tiers=(Tier(120 * SIZE, 4e10),)) for i in range(2)]
+    cluster = Cluster((local, *others), (SIZE,))
+    trace, mixes = synthetic.trace(6, 24, 4, 40, 3), (Mix(1), Mix(16))
+
+    def whole():
+        plan = make_plan(cluster, trace, mixes, experts=24)
+        return sum(plan.slots[:, 0] == 24)
+
+    monkeypatch.setattr(budget, "MOST_LOSS", 10.0)
+    assert whole() > 0
+    monkeypatch.setattr(budget, "MOST_LOSS", -1.0)
+    assert whole() == 0
+
+
+@given(tokens=st.integers(1, 60), size=st.integers(1, 16), count=st.integers(1, 40), seed=st.integers(0, 1000))
+def test_batches_take_every_token_before_one_comes_twice(tokens, size, count, seed):
+    # Each token is sent to an expert of its own, so that a batch's experts are its tokens.
+    trace = Trace(np.arange(tokens, dtype=np.uint16)[None, :, None], np.arange(tokens, dtype=np.uint32) // 3)
+    batches = sample(trace, [Mix(size)], [count], seed)[0]
+    assert len(batches.mix) == count
+    assert (np.diff(batches.offsets) == min(size, tokens)).all()
+    each = max(1, tokens // size)
+    assert np.bincount(batches.hits).max() <= -(-count // each)
 
 
 def test_a_shared_expert_goes_where_it_is_faster():

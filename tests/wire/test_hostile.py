@@ -64,9 +64,9 @@ class Keeper:
         pass
 
 
-def serving() -> tuple[Connection, Transport, Keeper]:
+def serving(max_bytes: int = MAX_BYTES, window: int = WINDOW) -> tuple[Connection, Transport, Keeper]:
     keeper, transport = Keeper(), Transport()
-    connection = Connection(MAX_BYTES, WINDOW, keeper)
+    connection = Connection(max_bytes, window, keeper)
     connection.connection_made(transport)  # type: ignore[arg-type]  # as much of one as is used
     return connection, transport, keeper
 
@@ -134,6 +134,25 @@ def test_messages_come_whole_however_they_are_cut(messages: list[bytes], cut: in
         while (one := await keeper.streams[0].read()) is not None:
             got.append(bytes(one))
         assert got == messages
+        connection.close("The test is over.")
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cut", [40_000, 1 << 19, 1 << 20])
+@pytest.mark.parametrize("step", [7_001, 16_384, 1 << 20])
+def test_large_messages_come_whole_between_small_ones(cut: int, step: int) -> None:
+    """They are received in place, what is around them in the connection's own buffer."""
+
+    async def main() -> None:
+        connection, _, keeper = serving(1 << 20, 8 << 20)
+        sizes = (200_000, 1 << 19, 1 << 19, 10, 140_000, 0, 33_000, 1 << 20, 5)
+        messages = [os.urandom(size) for size in sizes]
+        stream = b"".join(map(message, messages))
+        framed = b"".join(data(stream[at : at + cut]) for at in range(0, len(stream), cut))
+        feed(connection, OPENING + call() + framed + data(b"", flags=frames.END_STREAM), step)
+        assert [bytes(await keeper.streams[0].read() or b"") for _ in messages] == messages
+        assert await keeper.streams[0].read() is None
         connection.close("The test is over.")
 
     asyncio.run(main())

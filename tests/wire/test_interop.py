@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 
 from moehive.coordinator.bench.certificates import node_identity
 from moehive.coordinator.cluster.trust import Authority
+from moehive.proto.bounds import join_host_port
 from moehive.proto.channel import (
     MAX_MESSAGE_BYTES,
     node_dns_name,
     open_channel,
     options,
-    server_credentials,
 )
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
@@ -24,7 +25,7 @@ from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
 
-ECHO, COUNT, FAIL, HANG = (f"/test.Service/{name}" for name in ("Echo", "Count", "Fail", "Hang"))
+ECHO, COUNT, ONE, FAIL, HANG = (f"/test.Service/{name}" for name in ("Echo", "Count", "One", "Fail", "Hang"))
 SIZES = (0, 1, 4096, 16_384 - 5, 16_384, 70_000, 1 << 20, 5_000_001)
 
 
@@ -44,6 +45,11 @@ class Service:
         for number in range(int(request)):
             yield str(number).encode()
 
+    async def one(self, request: bytes, context: Any) -> bytes:
+        if request == b"nothing":
+            await context.abort(grpc.StatusCode.NOT_FOUND, "There is none.")
+        return request[::-1]
+
     async def fail(self, requests: Any, context: Any) -> None:
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, "Nobody may: ä, 100 %.")
 
@@ -60,6 +66,7 @@ class Service:
         return {
             "Echo": stream(self.echo, bytes, bytes),
             "Count": grpc.unary_stream_rpc_method_handler(self.count, bytes, bytes),
+            "One": grpc.unary_unary_rpc_method_handler(self.one, bytes, bytes),
             "Fail": stream(self.fail, bytes, bytes),
             "Hang": stream(self.hang, bytes, bytes),
         }
@@ -102,6 +109,7 @@ def test_grpcs_client_asks_our_server(authority: Authority, secure: bool) -> Non
             assert service.names == [[b"coordinator.moehive"] if secure else []]
             counted = channel.unary_stream(COUNT)(b"500", metadata=metadata())
             assert [reply async for reply in counted] == [str(number).encode() for number in range(500)]
+            await _one(channel.unary_unary(ONE))
             await _refusals(lambda method, headers: channel.stream_stream(method)(metadata=headers))
             hanging = channel.stream_stream(HANG)(metadata=metadata())
             assert await hanging.read() == b"here"
@@ -118,7 +126,9 @@ def test_our_client_asks_grpcs_server_and_ours(authority: Authority, secure: boo
         theirs = grpc.aio.server(interceptors=[CallGuard({})], options=options())
         theirs.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", service.handlers()),))
         if secure:
-            port = theirs.add_secure_port("127.0.0.1:0", server_credentials(lambda: node))
+            shown = [(node.key_pem, node.chain_pem)]
+            credentials = grpc.ssl_server_credentials(shown, node.ca_pem, require_client_auth=True)
+            port = theirs.add_secure_port("127.0.0.1:0", credentials)
         else:
             port = theirs.add_insecure_port("127.0.0.1:0")
         await theirs.start()
@@ -140,6 +150,7 @@ def test_our_client_asks_grpcs_server_and_ours(authority: Authority, secure: boo
             assert [await counted.read() for _ in range(500)] == [str(number).encode() for number in range(500)]
             assert await counted.read() is grpc.aio.EOF
 
+            await _one(channel.unary_unary(ONE, bytes, bytes))
             await _refusals(lambda method, headers, channel=channel: Opened(channel, method, headers))
             service.cancelled.clear()
             hanging = await channel.open(HANG, metadata())
@@ -161,6 +172,15 @@ class Opened:
 
     async def read(self) -> Any:
         return await (await self._opening).read()
+
+
+async def _one(ask: Any) -> None:
+    """A call of one request and one answer."""
+    for request in (b"", b"ab", os.urandom(100_000)):
+        assert await ask(request, metadata=metadata(), timeout=20) == request[::-1]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ask(b"nothing", metadata=metadata(), timeout=20)
+    assert caught.value.code() is grpc.StatusCode.NOT_FOUND and caught.value.details() == "There is none."
 
 
 async def _refusals(call: Callable[[str, Any], Any]) -> None:
@@ -224,6 +244,56 @@ def test_who_is_not_of_the_cluster_gets_nowhere(authority: Authority, tmp_path: 
         echo.send((b"hello",))
         assert await echo.read() == b"hello"
         await channel.close()
+        await server.stop(0)
+
+    run(main)
+
+
+def test_a_call_that_is_not_answered_in_time_or_not_with_one_message() -> None:
+    async def main() -> None:
+        service, server = Service(), Server(CallGuard({}))
+        server.add_registered_method_handlers("test.Service", service.handlers())
+        port = await server.listen("127.0.0.1", 0, None)
+        channel = Channel(f"127.0.0.1:{port}", None, "a")
+        assert not channel.over
+        with pytest.raises(grpc.aio.AioRpcError, match="not one message"):
+            await channel.unary_unary(COUNT, bytes, bytes)(b"2", metadata(), 20)
+        with pytest.raises(grpc.aio.AioRpcError, match="not one message"):
+            await channel.unary_unary(COUNT, bytes, bytes)(b"0", metadata(), 20)
+        with pytest.raises(grpc.aio.AioRpcError, match="not answered"):
+            await channel.unary_unary(HANG, bytes, bytes)(b"", metadata(), 0.01)
+        await service.cancelled.wait()
+        assert not channel.over
+        await server.stop(0)
+        assert await (await channel.connect()).progress() is None
+        assert channel.over
+        await channel.close()
+        refused = Channel(f"127.0.0.1:{port}", None, "a")
+        with pytest.raises(grpc.aio.AioRpcError, match="can't be reached"):
+            await refused.connect()
+        assert refused.over
+
+    run(main)
+
+
+def test_all_addresses_are_those_of_both_kinds() -> None:
+    async def main() -> None:
+        seen: list[str] = []
+
+        async def tell(requests: Any, context: Any) -> None:
+            seen.append(context.caller.host)
+            await context.write(b"")
+
+        server = Server(CallGuard({}))
+        handler = grpc.stream_stream_rpc_method_handler(tell, bytes, bytes)
+        server.add_registered_method_handlers("test.Service", {"Tell": handler})
+        port = await server.listen("0.0.0.0", 0, None)
+        hosts = ["127.0.0.1", "::1"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
+        for host in hosts:
+            channel = Channel(join_host_port(host, port), None, "a")
+            assert await (await channel.open("/test.Service/Tell", metadata())).read() == b""
+            await channel.close()
+        assert seen == hosts
         await server.stop(0)
 
     run(main)

@@ -9,6 +9,7 @@ from ...types import CoordinatorError
 KNOWN = ("fp8", "gptq", "awq", "auto-round", "compressed-tensors", "mxfp4")
 _REFUSED_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask", "nvfp4-pack-quantized",
                     "mxfp6-pack-quantized", "mxfp8-quantized")  # fmt: skip
+_PLAIN_ZEROS = ("auto_round", "auto_round:gptqmodel")  # packings of auto-round, inference/backend.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,7 @@ class Method:
 
     name: str  # one of KNOWN
     awq: bool = False  # words of 8 codes lie as AWQ has them, else as GPTQ
-    zeros_are_minus_one: bool = True  # of GPTQ's first version
+    zeros_are_minus_one: bool = True  # of GPTQ's first version, and of auto-round where it packs as that does
     block: tuple[int, int] = (128, 128)  # FP8 numbers that share a scale
 
 
@@ -37,7 +38,7 @@ def method_of(path: Path, config: dict[str, Any]) -> Method | None:
             f"{path} is quantized with {name if isinstance(name, str) else 'an unnamed method'}, which is not read;"
             f" known are {', '.join(KNOWN)}, GGUF files, and weights in bf16, f16 or f32."
         )
-    packing = str(found.get("packing_format", ""))
+    packing = str(found.get("packing_format", "auto_round:auto_gptq"))
     if name in ("gptq", "awq", "auto-round"):
         bits = found.get("bits", found.get("w_bit", 4))
         if bits != 4:
@@ -62,7 +63,7 @@ def method_of(path: Path, config: dict[str, Any]) -> Method | None:
     return Method(
         name,
         awq=name == "awq" or "awq" in packing,
-        zeros_are_minus_one=found.get("checkpoint_format") != "gptq_v2",
+        zeros_are_minus_one=found.get("checkpoint_format") != "gptq_v2" and packing not in _PLAIN_ZEROS,
         block=_block(path, found),
     )
 

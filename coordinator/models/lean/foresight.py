@@ -7,15 +7,16 @@ import torch
 from moehive.kernels.trunk_ops import RouterLayer
 
 FEW_TOKENS = 8  # in a pass; the experts of more are nearly all of them
+LAYERS = 2  # that are foreseen: a router's guess is older by a layer for the second, and the disk gets twice the time
 
 
 def likely(router: RouterLayer, logits: torch.Tensor) -> list[int]:
     """Experts that a layer with these router logits f32 [T, experts] would choose, likeliest first.
 
-    No more than that: a disk that is read all the time has none to spare for what is not asked for.
+    After T * top_k of them, half as many that it nearly chooses: for a disk that has nothing else to do.
     """
     choice = _choice(router, _scores(router, logits)).amax(0)
-    count = min(router.experts, len(logits) * router.top_k)
+    count = min(router.experts, len(logits) * router.top_k * 3 // 2)
     return choice.topk(count).indices.tolist()
 
 

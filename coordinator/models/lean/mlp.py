@@ -90,8 +90,7 @@ class MoeMlp:
 
     def foresee(self, x: torch.Tensor) -> list[int]:
         """Experts that this layer may ask for, likeliest first, judged by `x` f32 [T, hidden] of an earlier layer."""
-        with timeline.current.span("foresee"):
-            return likely(self._router, self._ops.linear.linear(self._router_weights, x))
+        return likely(self._router, self._ops.linear.linear(self._router_weights, x))
 
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""

@@ -14,6 +14,7 @@ from .attention import Attention
 from .batch import Batch, Ops
 from .cache import CacheLayout, SequenceCache
 from .foresight import FEW_TOKENS as FORESEEN_TOKENS
+from .foresight import LAYERS as FORESEEN_LAYERS
 from .mlp import Mlp, MoeMlp
 from .rope import Rope
 
@@ -61,10 +62,11 @@ class LeanTrunk:
         self._ops = ops
         norms = [layer.attention_norm for layer in parts.layers[1:]]
         self._next_norms: list[torch.Tensor | None] = [*norms, None]
-        self._next_moe: list[Layer | None] = [None] * len(parts.layers)  # the next layer that has experts
-        for number in reversed(range(len(parts.layers) - 1)):
-            following = parts.layers[number + 1]
-            self._next_moe[number] = following if isinstance(following.mlp, MoeMlp) else self._next_moe[number + 1]
+        with_experts = [(number, layer) for number, layer in enumerate(parts.layers) if isinstance(layer.mlp, MoeMlp)]
+        self._foreseen: list[list[Layer]] = [  # the next layers that have experts
+            [layer for later, layer in with_experts if later > number][:FORESEEN_LAYERS]
+            for number in range(len(parts.layers))
+        ]
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of KV cache and states of a sequence of `tokens`."""
@@ -90,20 +92,25 @@ class LeanTrunk:
         half = None if parts.dtype == torch.float32 else torch.empty(hidden.shape, dtype=torch.bfloat16)
         sent = x if half is None else half
         add_norm(hidden, norm=parts.layers[0].attention_norm, eps=eps, out=x)
-        for layer, next_norm, next_moe in zip(parts.layers, self._next_norms, self._next_moe, strict=True):
+        for layer, next_norm, foreseen in zip(parts.layers, self._next_norms, self._foreseen, strict=True):
             with timeline.current.span("attention"):
                 mixed = layer.attention.forward(run, x)
                 add_norm(hidden, mixed, norm=layer.mlp_norm, eps=eps, out=x, half_out=half)
-            if next_moe is not None and len(x) <= FORESEEN_TOKENS and (tiers := tiers_of(experts)) is not None:
-                ahead = torch.empty_like(hidden)
-                add_norm(hidden, norm=next_moe.mlp_norm, eps=eps, out=ahead)
-                assert isinstance(next_moe.mlp, MoeMlp)
-                tiers.expect(next_moe.mlp.foresee(ahead))
+            if foreseen and len(x) <= FORESEEN_TOKENS and (tiers := tiers_of(experts)) is not None:
+                with timeline.current.span("foresee"):
+                    tiers.expect([self._likely(later, hidden) for later in foreseen])
             add, more, gate = await layer.mlp.forward(x, sent, experts)
             add_norm(hidden, add, more, gate, norm=next_norm, eps=eps, out=x)
         run.finish()
         with timeline.current.span("lm head"):
             return self._logits(batch, run, hidden)
+
+    def _likely(self, layer: Layer, hidden: torch.Tensor) -> list[int]:
+        """Experts that `layer` may ask for, judged by the residual stream `hidden` of an earlier one."""
+        assert isinstance(layer.mlp, MoeMlp)
+        x = torch.empty_like(hidden)
+        self._ops.trunk.add_norm(hidden, norm=layer.mlp_norm, eps=self._parts.eps, out=x)
+        return layer.mlp.foresee(x)
 
     def _logits(self, batch: Sequence[SequenceInput], run: Batch, hidden: torch.Tensor) -> list[torch.Tensor]:
         rows = [

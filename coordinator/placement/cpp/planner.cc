@@ -145,35 +145,47 @@ class Annealer {
     replicas_[expert] = after;
   }
 
-  // An expert, and the place that it should leave or be relieved of: half the time one that holds a batch up.
-  bool choose(int* expert, int* source) {
+  // What to try: an expert, mostly one that holds a batch up, the place that it should leave or be relieved of,
+  // and mostly another place that the batch would not have to wait for.
+  bool choose(int* expert, int* source, int* target) {
     const int64_t batch = random_.below(static_cast<int>(layer_.batches));
     const int count = count_of(batch);
     if (count == 0) return false;
+    const Costs costs = costs_of(layer_, batch);
+    const int32_t* load = loads_of(batch);
+    const uint8_t* assigned = assigned_.data() + layer_.offsets[batch];
     int at = random_.below(count);
-    if (random_.next() & 1) {
-      const Costs costs = costs_of(layer_, batch);
-      const int32_t* load = loads_of(batch);
+    if (random_.below(5) != 0) {
       int worst = 0;
       double last = -1.0;
       for (int place = 0; place < layer_.places; ++place) {
         const double time = costs.finish(place, load[place]);
         if (load[place] > 0 && time > last) last = time, worst = place;
       }
-      const uint8_t* assigned = assigned_.data() + layer_.offsets[batch];
       for (int tries = 0; tries < count && assigned[at] != worst; ++tries) at = at + 1 < count ? at + 1 : 0;
     }
     *expert = hits_of(batch)[at];
-    *source = assigned_[layer_.offsets[batch] + at];
+    *source = assigned[at];
+    uint64_t ahead = 0;
+    if (random_.below(4) != 0) {
+      for (int place = 0; place < layer_.places; ++place)
+        if (search_.slots[place] > 0 && costs.finish(place, load[place] + 1) < settled_[batch].makespan)
+          ahead |= uint64_t{1} << place;
+      ahead &= ~replicas_[*expert];
+    }
+    if (ahead == 0) {
+      *target = random_.below(layer_.places);
+      return search_.slots[*target] > 0 && !holds(*expert, *target);
+    }
+    for (int skip = random_.below(__builtin_popcountll(ahead)); skip > 0; --skip) ahead &= ahead - 1;
+    *target = __builtin_ctzll(ahead);
     return true;
   }
 
   // A random change that keeps every expert placed and every place within its slots.
   bool propose() {
-    int expert, source;
-    if (!choose(&expert, &source)) return false;
-    const int target = random_.below(layer_.places);
-    if (search_.slots[target] == 0 || holds(expert, target)) return false;
+    int expert, source, target;
+    if (!choose(&expert, &source, &target)) return false;
     const uint64_t to = uint64_t{1} << target, from = uint64_t{1} << source;
     if (!full(target)) {
       const bool leave = (random_.next() & 1) && may_drop(expert, source);
@@ -181,14 +193,11 @@ class Annealer {
       return true;
     }
     const auto& held = members_[target];
-    int victim = held[random_.below(static_cast<int>(held.size()))];
-    if (random_.next() & 3) {  // rather a cold one
-      const int other = held[random_.below(static_cast<int>(held.size()))];
-      if (popularity(other) < popularity(victim)) victim = other;
-    }
+    // Any, not rather a cold one: how the hot ones are spread is what most first plans have wrong.
+    const int victim = held[random_.below(static_cast<int>(held.size()))];
     if (!may_drop(victim, target)) return false;
     const uint64_t rest = replicas_[victim] & ~to;
-    if (rest != 0 && (random_.next() & 3)) {  // the victim has another replica: the expert takes its slot
+    if (rest != 0) {  // the victim has another replica: the expert takes its slot
       change(victim, rest);
       change(expert, replicas_[expert] | to);
       return true;
@@ -199,9 +208,8 @@ class Annealer {
     return true;
   }
 
-  int64_t popularity(int expert) const { return first_[expert + 1] - first_[expert]; }
-
-  // The change of the cost; stops early, with something above `limit`, when the batches so far leave little doubt.
+  // The change of the cost; stops early, with something above `limit`, when the batches so far leave little doubt, or
+  // when none of them minds.
   double evaluate(double limit) {
     new_assigned_.clear(), new_loads_.clear(), touched_.clear(), moved_.clear();
     int64_t next[2], end[2];
@@ -226,10 +234,11 @@ class Annealer {
       done += uses;
       const double part = layer_.weight[batch] * change_of(batch, at, after, uses);
       delta += part, squares += part * part;
+      if (done >= 64 && squares == 0.0) return INFINITY;  // it makes no difference: not worth all its batches
       if (done >= 16 && delta > limit && done < total) {
         const double more = static_cast<double>(total - done) / static_cast<double>(done);
         const double expected = delta * (1.0 + more);
-        if (expected - 3.0 * std::sqrt(squares * more) > limit) return expected;
+        if (expected - 2.5 * std::sqrt(squares * more) > limit) return expected;
       }
     }
   }
@@ -239,29 +248,41 @@ class Annealer {
     const Costs costs = costs_of(layer_, batch);
     const Settled& old = settled_[batch];
     const uint8_t* was = assigned_.data() + layer_.offsets[batch];
+    bool stands = true;  // who may stay stays, and the tight places still prove the old makespan: the usual case
+    for (int i = 0; i < uses && stands; ++i) {
+      const int place = was[at[i]];
+      stands = (after[i] >> place & 1) && (!(old.tight >> place & 1) || (after[i] & ~old.tight) == 0);
+    }
+    if (stands) return 0.0;
     int32_t load[kMaxPlaces];
     std::copy_n(loads_of(batch), layer_.places, load);
     uint8_t place[2];
-    bool same = true;  // the tight places still prove the old makespan
     for (int i = 0; i < uses; ++i) {
       place[i] = was[at[i]];
-      if (!(after[i] >> place[i] & 1)) {
-        --load[place[i]];
-        place[i] = static_cast<uint8_t>(costs.quickest(after[i], load));
-        ++load[place[i]];
-      }
-      if (old.tight >> place[i] & 1) same = same && (after[i] & ~old.tight) == 0;
+      if (after[i] >> place[i] & 1) continue;
+      --load[place[i]];
+      place[i] = static_cast<uint8_t>(costs.quickest(after[i], load));
+      ++load[place[i]];
     }
     const double earlier = old.makespan * (1.0 - 1e-12);
-    double last = 0.0;
-    for (int p = 0; p < layer_.places && same; ++p) {
-      const double time = costs.finish(p, load[p]);
-      same = time <= old.makespan;
-      if (!(old.tight >> p & 1)) continue;
-      last = std::max(last, time);
-      same = same && costs.finish(p, load[p] + 1) >= earlier;
+    bool same = true, fewer = false;  // `fewer`: a tight place may have less to do
+    for (int i = 0; i < uses && same; ++i) {
+      const int from = was[at[i]], to = place[i];
+      same = !(old.tight >> to & 1) || (after[i] & ~old.tight) == 0;
+      if (from == to) continue;
+      same = same && costs.finish(to, load[to]) <= old.makespan;
+      if (!(old.tight >> from & 1)) continue;
+      fewer = true;
+      same = same && costs.finish(from, load[from] + 1) >= earlier;
     }
-    same = same && last == old.makespan;
+    if (same && fewer) {
+      double last = 0.0;
+      for (uint64_t rest = old.tight; rest != 0; rest &= rest - 1) {
+        const int p = __builtin_ctzll(rest);
+        last = std::max(last, costs.finish(p, load[p]));
+      }
+      same = last == old.makespan;
+    }
     if (same) {
       for (int i = 0; i < uses; ++i)
         if (place[i] != was[at[i]]) moved_.push_back({batch, at[i], was[at[i]], place[i]});
@@ -322,7 +343,7 @@ class Annealer {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_planner_abi() { return 1; }
+EXPORT int32_t moehive_planner_abi() { return 2; }
 
 // Makespan of each batch in seconds, by exact dispatch. Every expert has a replica. 0, or 1: no memory.
 EXPORT int32_t moehive_makespans(const MoehiveLayer* layer, const uint64_t* replicas, double* makespans) {

@@ -30,6 +30,20 @@ struct MoehiveSearch {
   int64_t moves;
   uint64_t seed;
 };
+
+// Batches of one kind, and the multipliers of a proof by one or two sets of places. `_Proof` of native.py.
+struct MoehiveProof {
+  int32_t experts, sets, kinds, most;
+  int32_t nested;  // 1: the first set lies within the second, -1: the second within the first, 0: neither
+  int32_t reserved;
+  int64_t batches;
+  const int64_t* offsets;    // [batches + 1] into hits
+  const uint16_t* hits;      // distinct experts of each batch, at most `most`
+  const int32_t* kind;       // [batches]: which row of `times`
+  const double* times;       // [sets, kinds, most + 1] seconds
+  const double* price;       // [sets, experts] seconds
+  const double* pair_price;  // [sets] seconds
+};
 }
 
 #endif

@@ -1,0 +1,55 @@
+"""What the RAM tier knows of an expert, of what it foresees, and of how well it does."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from moehive.kernels.geometry import ExpertId, ExpertSpec
+from moehive.kernels.ops import ExpertWeights
+
+from .reader import SPARE, ReadJob
+from .use import Guesses
+
+
+@dataclass(slots=True, eq=False)
+class DiskExpert:
+    """An expert whose file is on disk."""
+
+    id: ExpertId
+    spec: ExpertSpec
+    path: Path
+    nbytes: int  # of its buffer: in RAM
+    pinned: bool = False
+    count: float = float("-inf")  # see `use.used`
+    weights: ExpertWeights | None = None  # while in RAM
+    job: ReadJob | None = None  # while it is read
+    due: int = SPARE  # of `job`
+    held: int = 0  # by leases and prefetches: may not leave
+    in_heap: bool = False
+    foreseen: bool = False  # read ahead, and not used yet
+    error: OSError | None = None
+
+
+@dataclass(slots=True)
+class Ahead:
+    """Experts that are held for a layer that is yet to come."""
+
+    experts: list[DiskExpert] = field(default_factory=list)
+    nbytes: int = 0
+    guesses: Guesses = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class TierTotals:
+    """Since start, in experts asked for: `here` were in RAM, of which `foreseen` only thanks to a prefetch."""
+
+    lookups: int = 0
+    here: int = 0
+    foreseen: int = 0  # in RAM because they were fetched ahead
+    late: int = 0  # being fetched ahead, but not there yet
+    prefetches: int = 0  # begun
+    unused: int = 0  # fetched ahead and dropped, or still not used when their layer came
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were in RAM."""
+        return self.here / self.lookups if self.lookups else 0.0

@@ -1,0 +1,136 @@
+"""Files that llama.cpp's own quantizer and splitter wrote (llama_cpp/make.py): the gguf package's numbers, and the
+tokens and logits of llama.cpp itself.
+"""
+
+import importlib.util
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from moehive.coordinator.checkpoints.gguf.checkpoint import GgufCheckpoint
+from moehive.coordinator.checkpoints.opening import ModelSource, open_model, trunk_of
+from moehive.coordinator.checkpoints.pack.convert import convert
+from moehive.coordinator.models.lean.trunk import LeanTrunk
+from moehive.coordinator.trunk import load_trunk
+from moehive.kernels.geometry import ExpertId
+
+ARCHIVES = Path(__file__).with_name("llama_cpp")
+
+
+def _make() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("moehive_llama_cpp_make", ARCHIVES / "make.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+make = _make()
+CASES = [(family, kind) for family, kinds in make.OF_FAMILY.items() for kind in ("F32", *kinds)]
+EXPANDED = ("IQ3_XXS", "dynamic")  # experts of types that no kernel has, or gate and up of two types
+Files = Callable[[str], Path]
+
+# llama.cpp rounds what a matrix is multiplied with to 8 bits in blocks of 256 or 32 columns, Moehive in blocks of 32,
+# and keeps hidden states in bf16. Largest number by 127 by the root of 12: some 0.7 % of what a matrix gives for one
+# and 0.5 % for the other. Nine matrices follow each other, so logits of deviation 2 differ by some 0.05 (measured:
+# 0.03 for types of 32 columns, 0.07 for those of 256), and half the square of that is 0.0013 nats (0.0002 to 0.0017).
+# A wrong scale, row or type costs 0.1 and more.
+DIVERGENCE = 4e-3
+SURE = 0.5  # nats between the two likeliest tokens, five deviations of the difference of two logits
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Gives the folder with a family's files; do not write to it."""
+    found: dict[str, Path] = {}
+
+    def unpack(family: str) -> Path:
+        if family not in found:
+            found[family] = tmp_path_factory.mktemp(family)
+            with tarfile.open(ARCHIVES / f"{family}.tar.xz") as archive:
+                archive.extractall(found[family], filter="data")
+        return found[family]
+
+    return unpack
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_tokens_and_logits_are_llama_cpps(family: str, kind: str, files: Files, reading: ModuleType) -> None:
+    checkpoint = open_model(str(files(family) / f"{kind}.gguf"))
+    assert isinstance(checkpoint, GgufCheckpoint) and checkpoint.family == family
+    assert checkpoint.computed_as_stored == (kind not in EXPANDED)
+    said = np.load(files(family) / "logits.npz")
+    tokenizer, _ = checkpoint.tokenizer()
+    for number, text in enumerate(make.TEXTS):
+        tokens = said[f"tokens {number}"].tolist()
+        assert tokenizer(text)["input_ids"] == tokens
+        theirs = torch.from_numpy(said[f"{kind} {number}"])
+        ours = reading.logits(checkpoint, tokens)
+        if kind == "F32":
+            torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+            continue
+        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+        assert (theirs.exp() * (theirs - ours)).sum(-1).mean() < DIVERGENCE
+        top = theirs.topk(2, -1).values
+        sure = (top[:, 0] - top[:, 1]) > SURE
+        assert sure.sum() > len(sure) // 2
+        assert torch.equal(ours.argmax(-1)[sure], theirs.argmax(-1)[sure])
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_numbers_are_the_gguf_packages(family: str, kind: str, files: Files, reading: ModuleType) -> None:
+    path = files(family) / f"{kind}.gguf"
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+
+    def meant(format: str, *names: str) -> torch.Tensor:
+        """The tensors of these names side by side, as they are computed in `format`."""
+        found = [stored[f"blk.{name}.weight"] for name in names]
+        kept = {tensor.tensor_type.name.lower() for tensor in found} == {format}
+        assert kept or (kind in EXPANDED and format == "bf16")
+        numbers = [gguf.dequantize(t.data, t.tensor_type).reshape(*t.shape[::-1]) for t in found]
+        joined = torch.from_numpy(np.concatenate(numbers, -2))
+        return joined if kept else joined.bfloat16().float()
+
+    checkpoint = open_model(str(path))
+    trunk = trunk_of(checkpoint).trunk_tensors()
+    for layer, geometry in enumerate(checkpoint.manifest.layers):
+        up = meant(geometry.spec.format, f"{layer}.ffn_gate_exps", f"{layer}.ffn_up_exps")
+        down = meant(geometry.spec.back_format, f"{layer}.ffn_down_exps")
+        for expert in range(geometry.experts):
+            found = reading.decoded(checkpoint, ExpertId(layer, expert))
+            torch.testing.assert_close(found["up"], up[expert], rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(found["down"], down[expert], rtol=1e-6, atol=1e-7)
+        for ours, theirs in (("v_proj", "attn_v"), ("o_proj", "attn_output")):
+            matrix = trunk.linear(f"model.layers.{layer}.self_attn.{ours}.weight")
+            torch.testing.assert_close(matrix.matrix, meant(matrix.format, f"{layer}.{theirs}"), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", list(make.SPLITS))
+def test_a_split_file_is_the_whole_one(kind: str, files: Files, reading: ModuleType) -> None:
+    parts = sorted(files("mixtral").glob(f"split-{kind}-*-of-*.gguf"))
+    assert len(parts) > 2
+    whole, tokens = open_model(str(files("mixtral") / f"{kind}.gguf")), list(range(20, 40))
+    assert isinstance(load_trunk(whole, 1), LeanTrunk)
+    wanted = reading.logits(whole, tokens)
+    for part in parts[:2]:
+        split = open_model(str(part))
+        assert [layer.spec for layer in split.manifest.layers] == [layer.spec for layer in whole.manifest.layers]
+        assert torch.equal(reading.logits(split, tokens), wanted)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "MXFP4_MOE", "dynamic"])
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_pack_says_the_same(kind: str, copied: bool, files: Files, reading: ModuleType, tmp_path: Path) -> None:
+    source: ModelSource = open_model(str(files("qwen3_moe") / f"{kind}.gguf"))
+    if kind == "Q4_K_M":  # more bits where llama-quantize gives them
+        assert [layer.spec.back_format for layer in source.manifest.layers] == ["q4_k", "q6_k"]
+    convert(source, tmp_path / "pack", "keep" if copied else None, workers=1)
+    pack = open_model(str(tmp_path / "pack"))
+    tokens = list(range(20, 40))
+    assert torch.equal(reading.logits(pack, tokens), reading.logits(source, tokens))
