@@ -83,7 +83,8 @@ def test_every_kind_of_expert(kind: dict[str, object], make_expert: MakeExpert) 
 def test_every_shape(
     make_expert: MakeExpert, kind: dict[str, object], hidden: int, intermediate: int, tokens: int, seed: int
 ) -> None:
-    if hidden < 16:  # a norm over few numbers may divide by something near zero, which no tolerance covers
+    # A norm of a row that is small by cancelling magnifies its rounding beyond any tolerance.
+    if hidden < 16 or intermediate < 8:
         kind = {**kind, "post_norm_eps": None}
     spec = ExpertSpec(hidden_size=hidden, intermediate_size=intermediate, **kind)  # type: ignore[arg-type]
     x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed))
