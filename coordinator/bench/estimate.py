@@ -1,8 +1,8 @@
 """`moehive bench estimate`: what `moehive estimate` says of this machine's clusters, and what they then do.
 
 For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
-model's), a coordinator and nodes on this machine, each with one thread. The speeds that the estimate is given are
-those that as many threads as work at once read at, measured just before.
+model's), a coordinator with all cores and nodes with one thread each on this machine. The speeds that the estimate is
+given are those that as many threads as work at once read at, measured just before.
 """
 
 from collections.abc import Callable, Sequence
@@ -50,7 +50,7 @@ def measure_estimate(
 
 
 def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
-    alone, together = read_speed(1), read_speed(NODES) / NODES
+    alone, together = read_speed(cores()), read_speed(NODES) / NODES
     cluster = _cluster(model, alone, together)
     placed = hold(model, cluster)
     step = decode_step(model, cluster, placed)
@@ -59,7 +59,6 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
             model=path,
             state_dir=state_dir,
             nodes=NODES,
-            trunk_threads=1,
             prompt=32 if quick else 128,
             tokens=16 if quick else 64,
             rounds=1 if quick else 3,

@@ -1,17 +1,17 @@
 """What a step costs beside bytes and distance, each constant with where it comes from.
 
-The kernels' shares are of a core of an AMD EPYC (Zen 3, AVX2). The fixed seconds are of an Intel Xeon at 2.5 GHz
-(Cascade Lake), fitted to `moehive bench estimate` there, which shows estimates beside measurements; another machine
-takes `step_factor` (estimate/this_machine.py) times as long.
+All are of an Intel Xeon at 2.5 GHz (Cascade Lake, AVX-512 VNNI): the kernels' shares of `moehive bench experts`, the
+fixed seconds fitted to `moehive bench estimate`, which shows estimates beside measurements; another machine takes
+`step_factor` (estimate/this_machine.py) times as long.
 """
 
 # Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`).
 KERNEL_SHARES = {
-    "f32": 0.62, "bf16": 0.82, "f16": 0.73, "q8_0": 0.85, "q4_0": 0.82, "q4_1": 0.84, "q5_0": 0.89, "q5_1": 0.89,
-    "iq4_nl": 0.82, "iq4_xs": 0.58, "q2_k": 0.49, "q3_k": 0.47, "q4_k": 0.69, "q5_k": 0.67, "q6_k": 0.86,
-    "int4_g32": 0.80, "int4_g64": 0.78, "int4_g128": 0.78, "mxfp4": 0.76, "fp8_block": 0.65,
+    "f32": 1.0, "bf16": 1.0, "f16": 1.0, "q8_0": 1.0, "q4_0": 1.0, "q4_1": 0.97, "q5_0": 0.98, "q5_1": 0.98,
+    "iq4_nl": 0.98, "iq4_xs": 0.86, "q2_k": 0.72, "q3_k": 0.85, "q4_k": 0.88, "q5_k": 0.93, "q6_k": 0.93,
+    "int4_g32": 0.91, "int4_g64": 0.87, "int4_g128": 0.88, "mxfp4": 0.89, "fp8_block": 0.81,
 }  # fmt: skip
-OTHER_SHARE = 0.75  # of a mixture of formats
+OTHER_SHARE = 0.9  # of a mixture of formats
 
 TOKEN_S = 0.4e-3  # sampling and the engine, a token
 LAYER_S = 0.3e-3  # calls and small operations of one decoder layer in the trunk
