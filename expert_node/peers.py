@@ -53,7 +53,7 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
                     what = f"expert {want.expert} of layer {want.layer}"
                     await context.abort(grpc.StatusCode.NOT_FOUND, f"This node does not have {what}.")
                 else:
-                    async for chunk in self._pace.chunks(_file_chunks(path, want, request.zstd)):
+                    async for chunk in self._pace.chunks(_file_chunks(path, want, request.zstd), context.caller.host):
                         yield chunk
         finally:
             self._streams -= 1

@@ -130,7 +130,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
     async def FetchSlice(self, request: pb.SliceRequest, context: Context) -> AsyncIterator[Message]:
         """See checkpoints/slices.py."""
         self._caller(context)
-        async for chunk in self._pace.chunks(self._slices.stream(request)):
+        async for chunk in self._pace.chunks(self._slices.stream(request), context.caller.host):
             yield chunk
 
     async def Locate(self, request: pb.LocateRequest, context: Context) -> pb.LocateReply:

@@ -14,13 +14,13 @@ KERNEL_SHARES = {
 OTHER_SHARE = 0.9  # of a mixture of formats
 
 TOKEN_S = 0.4e-3  # sampling and the engine, a token
-LAYER_S = 0.3e-3  # calls and small operations of one decoder layer in the trunk
-HOP_S = 0.9e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
-PROBE_S = 0.4e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
+LAYER_S = 0.5e-3  # calls and small operations of one decoder layer in the trunk
+HOP_S = 0.6e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
+PROBE_S = 0.3e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
 MESSAGE_S = 0.6e-3  # for each node beyond the first that a layer asks
 
-# Multiplications with one weight that a machine does while it reads a byte: a first value, not fitted.
-PRODUCTS_PER_BYTE = 8.0
+# Multiplications with one weight that a machine does while it reads a byte.
+PRODUCTS_PER_BYTE = 6.0
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
 
 # Bytes that are not for weights.

@@ -15,8 +15,20 @@ async def source(count: int) -> AsyncGenerator[int]:
         yield number
 
 
-@pytest.mark.parametrize("busy", [False, True])
-def test_chunks_pass_unchanged_and_rest_in_proportion(busy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("busy", "receiver", "share"),
+    [
+        (False, "192.0.2.1", None),
+        (True, "192.0.2.1", pacing.SHARE),
+        (True, "fe80::1%eth0", pacing.SHARE),
+        (True, "", pacing.SHARE),
+        (True, "127.0.0.1", pacing.NEAR_SHARE),
+        (True, "::1", pacing.NEAR_SHARE),
+    ],
+)
+def test_chunks_pass_unchanged_and_rest_in_proportion(
+    busy: bool, receiver: str, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, rests = [0.0], list[float]()
 
     async def sleep(seconds: float) -> None:
@@ -27,13 +39,13 @@ def test_chunks_pass_unchanged_and_rest_in_proportion(busy: bool, monkeypatch: p
 
     async def main() -> list[int]:
         passed = []
-        async for chunk in Pace(lambda: busy).chunks(source(3)):
+        async for chunk in Pace(lambda: busy).chunks(source(3), receiver):
             passed.append(chunk)
-            clock[0] += 0.5 if chunk < 2 else 90.0  # sending takes half a second, the last one much longer
+            clock[0] += 0.25 if chunk < 2 else 90.0  # sending takes a quarter of a second, the last one much longer
         return passed
 
     assert asyncio.run(main()) == [0, 1, 2]
-    assert rests == ([0.5 / pacing.SHARE] * 2 + [pacing.LONGEST_REST] if busy else [])
+    assert rests == ([0.25 / share] * 2 + [pacing.LONGEST_REST] if share is not None else [])
 
 
 def test_a_stream_that_is_left_closes_its_source() -> None:
@@ -47,7 +59,7 @@ def test_a_stream_that_is_left_closes_its_source() -> None:
             closed.append(True)
 
     async def main() -> None:
-        chunks: Any = Pace(lambda: False).chunks(watched())
+        chunks: Any = Pace(lambda: False).chunks(watched(), "192.0.2.1")
         async for _ in chunks:
             break
         await chunks.aclose()
