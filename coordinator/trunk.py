@@ -2,8 +2,8 @@
 
 import logging
 
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import LinearOps
-from moehive.kernels.native import NativeLibraryError
 from moehive.kernels.trunk_ops import TrunkOps
 
 from .checkpoints.opening import ModelSource

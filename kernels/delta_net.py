@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .native import NativeLibraryError
+from .library import NativeLibraryError
 from .trunk_ops import TrunkOps, native_trunk
 
 _BLOCK = 16  # values of a head that lie together in its state

@@ -13,7 +13,8 @@ import torch
 
 from .formats.registry import FORMATS
 from .geometry import PLAIN_BYTES, Format, tensor_bytes
-from .native import FORMAT_NUMBERS, NativeLibraryError
+from .library import NativeLibraryError
+from .native import FORMAT_NUMBERS
 from .trunk_ops import native_trunk
 
 FEW_TOKENS = 32

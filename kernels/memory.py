@@ -7,7 +7,8 @@ import torch
 
 from .blob import empty_blob
 from .geometry import ALIGNMENT
-from .native import NativeLibraryError, library
+from .library import NativeLibraryError
+from .native import library
 
 _LARGE_PAGE = 2 << 20  # bytes
 _CHUNK = 32 << 20  # bytes that are taken from the system at a time

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .native import NativeLibraryError
+from .library import NativeLibraryError
 from .trunk_ops import PAGE, TrunkOps, native_trunk
 
 MAX_RANK, MAX_HEAD_PART = 1024, 256  # what the native library has room for

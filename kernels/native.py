@@ -5,7 +5,6 @@ import functools
 import struct
 import weakref
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, get_args
 
 import numpy as np
@@ -13,15 +12,12 @@ import numpy.typing as npt
 import torch
 
 from .geometry import Activation, ExpertSpec, Format
+from .library import NativeLibraryError, load
 
 _ABI = 6
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
-
-
-class NativeLibraryError(Exception):
-    """The native library is missing, of another build, or refuses; its text is one sentence."""
 
 
 class _Spec(ctypes.Structure):
@@ -55,22 +51,6 @@ def describe(spec: ExpertSpec) -> _Spec:
         up_offset=spec.up_offset,
         post_norm_eps=spec.post_norm_eps or 0.0,
     )
-
-
-def load(part: str, abi: int, package: str = "kernels", name: str = "kernels") -> ctypes.CDLL:
-    """The native library `name` of a package, whose function `part` says that it is of this build.
-
-    Raises NativeLibraryError.
-    """
-    path = files(f"moehive.{package}") / f"libmoehive_{name}.so"
-    try:
-        loaded = ctypes.CDLL(str(path))
-        found = getattr(loaded, part)()
-    except (OSError, AttributeError) as error:
-        raise NativeLibraryError(f"The native library {path} can't be loaded: {error}.") from error
-    if found != abi:
-        raise NativeLibraryError(f"The native library {path} is of another build; install moehive again.")
-    return loaded
 
 
 @functools.cache

@@ -18,7 +18,8 @@ import torch
 from . import dense
 from .blob import check_blob, tensor_views
 from .geometry import PLAIN_BYTES, ExpertSpec, GeometryError
-from .native import NativeExperts, NativeLibraryError, kernels
+from .library import NativeLibraryError
+from .native import NativeExperts, kernels
 
 log = logging.getLogger(__name__)
 

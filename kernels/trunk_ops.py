@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from .geometry import Activation
-from .native import NativeLibraryError, load
+from .library import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head

@@ -21,7 +21,7 @@ COMMON = (
     "coordinator.timeline",
     "coordinator.changes",
     "coordinator.whole_file",
-    "coordinator.native_library",
+    "kernels.library",
     "kernels.geometry",
     "kernels.machine",
 )  # for all of coordinator/
@@ -35,7 +35,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.timeline": ("coordinator.whole_file",),
     "coordinator.whole_file": (),
     "coordinator.changes": (),
-    "coordinator.native_library": ("coordinator.types",),
     "coordinator.cli": (
         *COMMON,
         "coordinator.app",

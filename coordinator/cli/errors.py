@@ -8,8 +8,9 @@ def sentence(error: Exception) -> str:
     """What went wrong, in words."""
     from moehive.client import MoehiveError
     from moehive.kernels.geometry import GeometryError
+    from moehive.kernels.library import NativeLibraryError
 
-    if isinstance(error, CoordinatorError | GeometryError | MoehiveError):
+    if isinstance(error, CoordinatorError | GeometryError | MoehiveError | NativeLibraryError):
         return str(error)
     if isinstance(error, OSError):
         if error.errno is None:  # raised by us, with a sentence

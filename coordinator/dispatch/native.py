@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..native_library import load
+from moehive.kernels.library import load
 
 _ABI = 2
 
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, with its signatures. Raises CoordinatorError."""
-    loaded = load("dispatch", "libmoehive_dispatch.so", "moehive_dispatch_abi", _ABI)
+    """The library, with its signatures. Raises NativeLibraryError."""
+    loaded = load("moehive_dispatch_abi", _ABI, "coordinator.dispatch", "dispatch")
     pointer, size = ctypes.c_void_p, ctypes.c_int64
     loaded.moehive_choose.argtypes = (
         pointer, size, size, pointer, pointer, size, pointer, size, ctypes.c_int32, pointer

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..native_library import load
+from moehive.kernels.library import load
+
 from .traces import Batches
 
 _ABI = 2
@@ -50,7 +51,7 @@ class _Proof(ctypes.Structure):
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    library = load("placement", "libmoehive_planner.so", "moehive_planner_abi", _ABI)
+    library = load("moehive_planner_abi", _ABI, "coordinator.placement", "planner")
     pointer = ctypes.c_void_p
     library.moehive_makespans.argtypes = (pointer, pointer, pointer)
     library.moehive_anneal.argtypes = (pointer, pointer, pointer, pointer)

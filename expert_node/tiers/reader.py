@@ -20,7 +20,7 @@ from time import perf_counter
 
 import torch
 
-from moehive.kernels.native import load
+from moehive.kernels.library import load
 
 from .arena import padded
 

@@ -13,7 +13,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 )
 
 from moehive.kernels.delta_net import DeltaNet, DeltaNetLayer, DeltaNetState
-from moehive.kernels.native import NativeLibraryError
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.trunk_ops import TrunkOps, sequences
 
 EPS = 1e-6

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from moehive.kernels import dense, ops, reference
 from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import PLAIN_BYTES, Activation, ExpertSpec, Format, GeometryError, LayerGeometry
-from moehive.kernels.native import NativeExperts, NativeLibraryError, kernels
+from moehive.kernels.library import NativeLibraryError
+from moehive.kernels.native import NativeExperts, kernels
 from moehive.kernels.ops import FEW_TOKENS, ExpertOps, ExpertWeights, Reduction, load_expert
 
 MakeExpert = Callable[[ExpertSpec, int], ExpertWeights]

@@ -9,8 +9,8 @@ from moehive.kernels.blob import empty_blob
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.fused import FusedMlp, FusedRouter
 from moehive.kernels.geometry import Format, tensor_bytes
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import FEW_TOKENS, LinearOps, LinearWeights
-from moehive.kernels.native import NativeLibraryError
 from moehive.kernels.trunk_ops import RouterLayer, TrunkOps
 
 linear, trunk = LinearOps(2), TrunkOps(2)

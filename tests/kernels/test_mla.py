@@ -8,8 +8,8 @@ import torch
 from transformers import DeepseekV3Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.mla import Mla, MlaLayer
-from moehive.kernels.native import NativeLibraryError
 from moehive.kernels.trunk_ops import PAGE, TrunkOps, sequences
 
 # heads, nope, rope, rank, value

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from moehive.kernels.geometry import ExpertSpec
-from moehive.kernels.native import NativeExperts, NativeLibraryError, add_rows, kernels
+from moehive.kernels.library import NativeLibraryError
+from moehive.kernels.native import NativeExperts, add_rows, kernels
 
 SPEC = ExpertSpec(hidden_size=70, intermediate_size=37, activation="silu", format="bf16")
 OFFSETS = np.array([0, 3, 3, 5], dtype=np.uint32)  # the second token has no expert
