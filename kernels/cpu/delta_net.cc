@@ -27,11 +27,7 @@ bool sound(const MoehiveDeltaNet& layer) {
 
 }  // namespace
 
-// All of the layer between its projections. `trunk` is a handle of moehive_trunk_create.
-// Returns 0; 1 if an argument can't be.
-extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_delta_net(void* trunk,
-                                                                                  const MoehiveDeltaNet* layer,
-                                                                                  const MoehiveDeltaNetCall* call) {
+int32_t moehive_trunk_delta_net(void* trunk, const MoehiveDeltaNet* layer, const MoehiveDeltaNetCall* call) {
   if (!trunk || !sound(*layer)) return 1;
   Trunk& self = *static_cast<Trunk*>(trunk);
   const DeltaNetKernel& kernel = best();

@@ -37,6 +37,12 @@ struct MoehiveDeltaNetCall {
   float* out;                        // [tokens][value_heads * value_dim]
 };
 
+// All of the layer between its projections. `trunk` is a handle of moehive_trunk_create.
+// Returns 0; 1 if an argument can't be.
+extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_delta_net(void* trunk,
+                                                                                  const MoehiveDeltaNet* layer,
+                                                                                  const MoehiveDeltaNetCall* call);
+
 namespace moehive {
 
 constexpr int64_t kMaxTaps = 8;

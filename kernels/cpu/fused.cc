@@ -11,17 +11,6 @@
 
 #define MOEHIVE_API extern "C" __attribute__((visibility("default")))
 
-// What trunk_api.cc and delta_net.cc offer.
-extern "C" {
-int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer, float* rows, const MoehiveSequence* sequences,
-                             int64_t count, const float* cos, const float* sin, float* out);
-void moehive_trunk_gate(void* trunk, const float* in, int64_t tokens, int64_t middle, int64_t stride,
-                        int32_t activation, float* out);
-int32_t moehive_trunk_route(void* trunk, const MoehiveRouter* router, const float* logits, int64_t tokens, int64_t* ids,
-                            float* weights);
-int32_t moehive_trunk_delta_net(void* trunk, const MoehiveDeltaNet* layer, const MoehiveDeltaNetCall* call);
-}
-
 // Field for field as kernels/fused.py has them.
 struct MoehiveMlp {
   MoehiveMatrix up[2];    // gate and up: as many rows, of the input's columns

@@ -40,6 +40,20 @@ struct MoehiveRouter {
   int32_t renormalize;  // chosen weights are divided by their sum
 };
 
+// Of trunk_api.cc, which says what they do; `trunk` is moehive_trunk_create's.
+extern "C" {
+__attribute__((visibility("default"))) int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer,
+                                                                    float* rows, const MoehiveSequence* sequences,
+                                                                    int64_t count, const float* cos, const float* sin,
+                                                                    float* out);
+__attribute__((visibility("default"))) void moehive_trunk_gate(void* trunk, const float* in, int64_t tokens,
+                                                               int64_t middle, int64_t stride, int32_t activation,
+                                                               float* out);
+__attribute__((visibility("default"))) int32_t moehive_trunk_route(void* trunk, const MoehiveRouter* router,
+                                                                   const float* logits, int64_t tokens, int64_t* ids,
+                                                                   float* weights);
+}
+
 namespace moehive {
 
 // Tokens of a page. Its part of one layer: keys [kv_heads][head_dim][kPage], so that a vector holds one number of
