@@ -58,8 +58,7 @@ class Sum(NamedTuple):
 
 def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, dtype: torch.dtype, reduction: Reduction) -> Sum:
     """[tokens, size] of `dtype`, added in f32: with PER_EXPERT in the router's order, else in that of `parts`."""
-    whole = all(len(rows.share.tokens) == tokens for rows in parts)
-    if reduction is Reduction.PARTIAL_SUM and parts and whole:
+    if reduction is Reduction.PARTIAL_SUM and parts and all(len(rows.share.tokens) == tokens for rows in parts):
         # Each node has some expert of each token: the case of decoding, and of most chunks of a prompt.
         raw = [rows.raw for rows in parts if rows.raw is not None]
         if len(raw) == len(parts):
@@ -95,9 +94,9 @@ def _add_tensors(parts: Sequence[Rows], tokens: int, k: int, size: int, reductio
 
 def rows_of(hidden: torch.Tensor, share: Share) -> torch.Tensor:
     """The hidden states [rows, hidden] of a share's tokens; of tokens in a row, `hidden`'s own."""
-    start, end = int(share.tokens[0]), int(share.tokens[-1]) + 1
     if len(share.tokens) == hidden.shape[0]:
         return hidden
+    start, end = int(share.tokens[0]), int(share.tokens[-1]) + 1
     if len(share.tokens) == end - start:
         return hidden[start:end]
     return hidden[torch.from_numpy(share.tokens)]
