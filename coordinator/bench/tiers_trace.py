@@ -15,9 +15,8 @@ class Trace:
     """Scores are positive; a token's `top_k` experts are those with the highest."""
 
     scores: npt.NDArray[np.float32]  # [tokens, layers, experts]
-    ahead: npt.NDArray[
-        np.float32
-    ]  # [tokens, layers, AHEAD, experts]: of the next layers, as a layer's state has them
+    # [tokens, layers, AHEAD, experts]: those of the next layers, as a layer's state has them.
+    ahead: npt.NDArray[np.float32]
     top_k: int
 
     def recall(self) -> list[float]:
