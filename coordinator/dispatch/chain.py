@@ -140,7 +140,7 @@ class Chains:
 
     def _usable(self, node: NodeName, now: float) -> bool:
         link = self._links.get(node)
-        return link is not None and link.speed.slow and self._rests.get(node, (0.0, 0.0))[0] <= now
+        return link is not None and bool(link.speed.slow) and self._rests.get(node, (0.0, 0.0))[0] <= now
 
     def _read_seconds(self, layer: int, node: NodeName, share: Share) -> float:
         """How long a node reads the experts of its share."""

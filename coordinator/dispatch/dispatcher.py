@@ -26,9 +26,10 @@ from .. import timeline
 from ..types import LOCAL, CoordinatorError, NodeName, NodeUnavailable, Plan
 from .chain import Chains, NotAnswered
 from .fallback import Fallback
+from .flights import Flight, Flights
 from .link import Link
 from .local import LocalExperts
-from .parts import NodeCounters, Part, Sent
+from .parts import Part, Sent
 from .placed import LOST
 from .replies import Replies
 from .routes import Routes
@@ -85,6 +86,10 @@ class Dispatcher:
         self.counters = self._replies.counters
         self._lost_before = 0
         self._watch = Watch(self._late)
+        patience = SLACK_SECONDS, SILENT_SECONDS, FIRST_SECONDS
+        self._flights = Flights(
+            manifest, reduction, self._routes, self._replies, self._watch, patience, self._share_failed
+        )
         self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         self._step = 0
         self.longest_pause_s = 0.0  # from the first failure in a layer to its sum
@@ -119,6 +124,7 @@ class Dispatcher:
 
     def connect(self, link: Link) -> None:
         """Uses `link` for its node, in place of an older one."""
+        link.flights = self._flights
         self._routes.asking.connect(link)
 
     def disconnect(self, link: Link) -> None:
@@ -139,16 +145,26 @@ class Dispatcher:
     ) -> Awaitable[torch.Tensor]:
         """See ExpertBackend.submit. Raises NotReady before the first plan."""
         with timeline.current.span("submit"):
-            return _Answer(self, self._submit(layer, hidden, ids, weights))
+            here = hidden.is_cpu
+            host = hidden if here else hidden.cpu()
+            device = None if here else hidden.device
+            numbers = array(ids, torch.int64)
+            factors = array(weights, torch.float32)
+            self._step += 1
+            self._routes.tick()
+            if self._may_fly() and (flight := self._flights.begin(layer, self._step, host, numbers, factors, device)):
+                self.statistics.note(layer, numbers)  # while the nodes work
+                return _Landing(self, self._flights, flight)
+            return _Answer(self, self._submit(Sent(layer, host, numbers, factors, device, self._settle)))
 
-    def _submit(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Sent:
-        here = hidden.is_cpu
-        host = hidden if here else hidden.cpu()
-        numbers = array(ids, torch.int64)
-        factors = array(weights, torch.float32)
-        self._step += 1
-        self._routes.tick()
-        sent = Sent(layer, host, numbers, factors, None if here else hidden.device, self._settle)
+    def _may_fly(self) -> bool:
+        """Whether the next layer's messages and answers need nothing but what flights know of."""
+        if self.tiers.telling or self.tiers.slow:
+            return False
+        return self._spot_check is None or not self._spot_check.wants(self._speeds.layers)
+
+    def _submit(self, sent: Sent) -> Sent:
+        layer, numbers, factors = sent.layer, sent.ids, sent.weights
         owner = self._routes.owner(layer, numbers)
         shares = split(numbers, factors, owner)
         if self._reduction is Reduction.PARTIAL_SUM:
@@ -164,6 +180,29 @@ class Dispatcher:
             parts += await self._recover(sent, failed)
         else:
             self.chains.note(sent)
+        return await self._added_up(sent, parts)
+
+    async def _land(self, flight: Flight) -> torch.Tensor:
+        """As `_collect`, of a flight."""
+        if flight.view.here >= 0:
+            await asyncio.sleep(0)  # the messages leave before this thread computes
+            with timeline.current.span("local experts"):
+                share = flight.shares()[flight.view.here]
+                self._flights.put(flight, self._here(flight.layer, flight.hidden, share))
+        with timeline.current.span("wait"):
+            await flight.done
+        if flight.plain:
+            with timeline.current.span("add up"):
+                total, finite = self._flights.sum(flight)
+            if finite:
+                return total if flight.device is None else total.to(flight.device)
+        sent, parts, failed = self._flights.apart(flight, self._settle)
+        self._flights.release(flight)
+        if failed:
+            parts += await self._recover(sent, failed)
+        return await self._added_up(sent, parts)
+
+    async def _added_up(self, sent: Sent, parts: list[Rows]) -> torch.Tensor:
         with timeline.current.span("add up"):
             total, finite = self._sum(parts, sent)
         if not finite:
@@ -177,7 +216,8 @@ class Dispatcher:
         if sent.here is not None:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
-                parts.append(Rows(sent.here, None, self._here(sent, sent.here)))
+                values = self._here(sent.layer, sent.hidden, sent.here)
+                parts.append(Rows(sent.here, None, values))
         for part in sent.waiting:
             try:
                 with timeline.current.span("wait"):
@@ -293,10 +333,10 @@ class Dispatcher:
                 self._lied(node, f"Node {node} answered values that are not numbers in layer {sent.layer}.")
         return parts
 
-    def _here(self, sent: Sent, share: Share) -> torch.Tensor:
+    def _here(self, layer: int, hidden: torch.Tensor, share: Share) -> torch.Tensor:
         assert self._local is not None
-        values = self._local.compute(sent.layer, rows_of(sent.hidden, share), share.routing, self._reduction)
-        counters = self.counters.setdefault(LOCAL, NodeCounters())
+        values = self._local.compute(layer, rows_of(hidden, share), share.routing, self._reduction)
+        counters = self._replies.counters_of(LOCAL)
         counters.requests += 1
         counters.expert_calls = self._local.expert_calls
         counters.compute_ns = self._local.compute_ns
@@ -361,8 +401,13 @@ class Dispatcher:
             if self.chains.rest(culprits):
                 log.warning("A chain of nodes was broken; they are asked one by one. %s", error)
             return
-        self._replies.failed(part.node)
-        if self._routes.asking.shun(part.node):
+        self._share_failed(NodeUnavailable(part.node, str(error)))
+
+    def _share_failed(self, error: NodeUnavailable) -> None:
+        """A node did not do what it was asked."""
+        node = NodeName(error.node)
+        self._replies.failed(node)
+        if self._routes.asking.shun(node):
             log.warning("%s", error)
 
     def _lied(self, node: NodeName, sentence: str) -> None:
@@ -371,6 +416,9 @@ class Dispatcher:
 
     def _late(self, thing: Due) -> None:
         """A part's time is over: gives it up, at once when its experts are elsewhere too, else a little later."""
+        if isinstance(thing, Flight):
+            self._flights.late(thing)
+            return
         part = cast(Part, thing)
         if part.reply.done():
             self._watch.remove(part)
@@ -385,6 +433,7 @@ class Dispatcher:
 
     def _routes_changed(self) -> None:
         """Experts that nobody can be asked for are read ahead, the most used ones first."""
+        self._flights.routes_changed()
         lost, before = self._routes.lost, self._lost_before
         self._lost_before = lost
         if self._fallback is None:
@@ -416,3 +465,21 @@ class _Answer:
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._dispatcher._collect(self._sent).__await__()
+
+
+class _Landing:
+    """As `_Answer`, of a flight, which is over when this is dropped."""
+
+    def __init__(self, dispatcher: Dispatcher, flights: Flights, flight: Flight) -> None:
+        self._dispatcher = dispatcher
+        self._flights = flights
+        self._flight = flight
+
+    def __await__(self) -> Generator[Any, None, torch.Tensor]:
+        return self._land().__await__()
+
+    async def _land(self) -> torch.Tensor:
+        return await self._dispatcher._land(self._flight)
+
+    def __del__(self) -> None:
+        self._flights.release(self._flight)

@@ -5,12 +5,14 @@ gone. A new stream is opened by whoever hears that the node is back (coordinator
 """
 
 import asyncio
+import ctypes
 import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
+from typing import Protocol
 
 import grpc.aio
 import torch
@@ -29,12 +31,42 @@ from .speed import LinkSpeed, is_loopback
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here
+MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here; also in cpp/flight.h
 ID_STEP = 1_000_003  # from a request's id to the next one's: an answer with a wrong number is no other request's
 FIRST_ID = 1
 CONNECT_SECONDS = 10.0
 PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with when it opens
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
+
+
+class Peer(ctypes.Structure):
+    """A node as flights ask it; Peer of cpp/flight.h, field for field. The addresses are flights.py's to set."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("link", "speed", "counters")),
+        ("next_id", ctypes.c_uint64),
+        *((name, ctypes.c_int32) for name in ("others", "flying")),
+    )
+
+    link: int
+    speed: int
+    counters: int
+    next_id: int  # of the next request
+    others: int  # requests on the link that are no flight's
+    flying: int  # those that are
+
+
+class Flying(Protocol):
+    """Who asks for layers of few tokens: flights.py."""
+
+    def take(self, link: "Link", message: Buffer) -> bool:
+        """Takes a node's reply; False when it answers no flight, or not as usual."""
+
+    def take_strange(self, link: "Link", reply: Reply) -> bool:
+        """Takes a reply that `take` did not; False when it answers no flight."""
+
+    def lost(self, link: "Link", error: NodeUnavailable) -> None:
+        """Nothing will come of a link any more."""
 
 
 @dataclass(slots=True)
@@ -58,7 +90,9 @@ class Link:
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[tuple[int, tuple[Buffer, ...]]] = deque()  # those that were not, by id
-        self._next_id = FIRST_ID
+        self.peer = Peer(next_id=FIRST_ID)
+        self.peer_at = ctypes.addressof(self.peer)
+        self.flights: Flying | None = None
         self._stream: Stream | None = None
         self._watching: asyncio.Task[None] | None = None
         self._failure: str | None = None
@@ -103,14 +137,22 @@ class Link:
         """
         if self._stream is None or self._failure is not None:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
-        number = self._next_id
-        self._next_id += ID_STEP
+        number = self.peer.next_id
+        self.peer.next_id += ID_STEP
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         self._pending[number] = _Pending(future, monotonic(), nbytes, chained)
+        self.peer.others = len(self._pending)
         future.add_done_callback(partial(self._settled, number))
         self._line.append((number, (*pieces, id_piece(number))))
         self._write()
         return future
+
+    def send_flight(self, message: bytes) -> None:
+        """Sends a request of a flight, which has its id. `flights` gets the reply, or hears that the node is gone."""
+        if self._stream is None or self._failure is not None:
+            self._lose_flights(self._failure or f"Node {self.node} is not connected.")
+        else:
+            self._stream.send((message,))
 
     async def close(self, sentence: str) -> None:
         """Ends the stream; requests in flight fail with `sentence`."""
@@ -123,6 +165,11 @@ class Link:
 
     def _take(self, message: Buffer) -> bool:
         """A reply has come."""
+        flights = self.flights
+        if flights is not None and flights.take(self, message):
+            if self._line:
+                self._write()
+            return True
         try:
             reply = parse_reply(message)
         except DecodeError:
@@ -131,7 +178,7 @@ class Link:
         head, values = reply
         pending = self._pending.get(head.id)
         if pending is None:
-            if not self._was_sent(head.id):
+            if not (flights is not None and flights.take_strange(self, reply)) and not self._was_sent(head.id):
                 self._give_up(
                     f"Node {self.node} answered a request that nobody has sent; it is asked again on a new "
                     "connection."
@@ -139,7 +186,7 @@ class Link:
         elif not pending.reply.done():  # else: its request was cancelled
             pending.reply.set_result(reply)
             # Others would share the link, and the time would say nothing.
-            if len(self._pending) == 1 and not pending.chained:
+            if len(self._pending) + self.peer.flying == 1 and not pending.chained:
                 seconds = monotonic() - pending.sent_at - head.compute_ns / 1e9
                 self.speed.note(max(pending.nbytes, len(values)), pending.nbytes + len(values), seconds)
         return True
@@ -160,12 +207,12 @@ class Link:
 
     def _was_sent(self, request_id: int) -> bool:
         """Whether a request of this id was ever on this link, given up since or not."""
-        return request_id < self._next_id and request_id % ID_STEP == FIRST_ID
+        return request_id < self.peer.next_id and request_id % ID_STEP == FIRST_ID
 
     def _write(self) -> None:
         """Puts the requests in line on the stream, as many as it takes."""
         assert self._stream is not None
-        while self._line and len(self._on_stream) < MAX_IN_FLIGHT:
+        while self._line and len(self._on_stream) + self.peer.flying < MAX_IN_FLIGHT:
             number, pieces = self._line.popleft()
             if number in self._pending:  # else: cancelled while it was in line
                 self._on_stream.add(number)
@@ -184,6 +231,7 @@ class Link:
 
     def _settled(self, request_id: int, _: object) -> None:
         self._pending.pop(request_id, None)
+        self.peer.others = len(self._pending)
         self._on_stream.discard(request_id)
         if self._line:
             self._write()
@@ -196,7 +244,12 @@ class Link:
         for pending in list(self._pending.values()):
             if not pending.reply.done():
                 pending.reply.set_exception(NodeUnavailable(self.node, sentence))
+        self._lose_flights(sentence)
         self._on_close()
+
+    def _lose_flights(self, sentence: str) -> None:
+        if self.flights is not None:
+            self.flights.lost(self, NodeUnavailable(self.node, sentence))
 
 
 def probe(tokens: int) -> tuple[tuple[Buffer, ...], int]:

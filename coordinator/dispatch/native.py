@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from moehive.kernels.library import load
 
-_ABI = 2
+_ABI = 3
 
 
 @functools.cache
@@ -21,6 +21,25 @@ def library() -> ctypes.CDLL:
     )  # fmt: skip
     loaded.moehive_split.argtypes = (pointer, pointer, size, size, pointer, size, pointer)
     loaded.moehive_split.restype = size
+    real, flag, number = ctypes.c_double, ctypes.c_int32, ctypes.c_uint64
+    for name, result, arguments in (
+        ("note_node", None, (pointer, size, size, size, real, size)),
+        ("note_link", None, (pointer, size, size, real)),
+        ("flights", pointer, ()),
+        ("flights_end", None, (pointer,)),
+        ("flight_ask", size, (pointer, pointer, number, pointer, pointer, pointer, size, flag)),
+        ("flight_view", pointer, (pointer, size)),
+        ("flight_reply", size, (pointer, pointer, pointer, size, size)),
+        ("flight_any", size, (pointer, pointer)),
+        ("flight_find", size, (pointer, pointer, number)),
+        ("flight_put", None, (pointer, size, size, pointer)),
+        ("flight_settle", None, (pointer, size, size)),
+        ("flight_rows", pointer, (pointer, size, size)),
+        ("flight_sum", flag, (pointer, size, pointer)),
+        ("flight_release", None, (pointer, size)),
+    ):
+        function = getattr(loaded, f"moehive_{name}")
+        function.restype, function.argtypes = result, arguments
     return loaded
 
 

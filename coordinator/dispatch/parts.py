@@ -1,6 +1,7 @@
 """What was asked of the nodes for one layer, until it is answered; and what each node has answered so far."""
 
 import asyncio
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,14 +17,15 @@ from .routing import Share
 from .ways import Chunk
 
 
-@dataclass(slots=True)
-class NodeCounters:
-    """What one node has done for this coordinator."""
+class NodeCounters(ctypes.Structure):
+    """What one node has done for this coordinator; NodeCounters of cpp/speeds.h, field for field."""
 
-    requests: int = 0
-    expert_calls: int = 0  # (token, expert) pairs
-    compute_ns: int = 0  # the node's own time, as it reports it
-    failed: int = 0  # requests that were computed elsewhere in the end
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("requests", "expert_calls", "compute_ns", "failed"))
+
+    requests: int
+    expert_calls: int  # (token, expert) pairs
+    compute_ns: int  # the node's own time, as it reports it
+    failed: int  # requests that were computed elsewhere in the end
 
 
 @dataclass(slots=True, eq=False)

@@ -18,11 +18,11 @@ class Holders:
 
     def __init__(self, holders: npt.NDArray[np.int32], nodes: int) -> None:
         """`holders` [experts, one or more]: of each expert the nodes, all below `nodes`, then -1."""
-        self._holders = np.ascontiguousarray(holders)
+        self.array = np.ascontiguousarray(holders)
         self._owner = np.empty(len(holders), dtype=np.int64)
         self._costs = np.empty((2, nodes))
         base = address(self._costs)
-        self._before = (address(self._holders), *holders.shape, base, base + 8 * nodes, nodes)
+        self._before = (address(self.array), *holders.shape, base, base + 8 * nodes, nodes)
         self._after = address(self._owner)
         self._choose = library().moehive_choose
 

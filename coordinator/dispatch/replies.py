@@ -77,7 +77,14 @@ class Replies:
 
     def failed(self, node: NodeName) -> None:
         """What a node was asked for is computed elsewhere."""
-        self.counters.setdefault(node, NodeCounters()).failed += 1
+        self.counters_of(node).failed += 1
+
+    def counters_of(self, node: NodeName) -> NodeCounters:
+        """A node's counters, which stay where they are."""
+        counters = self.counters.get(node)
+        if counters is None:
+            counters = self.counters[node] = NodeCounters()
+        return counters
 
     def read_bytes(self, layer: int, share: Share) -> int:
         """Bytes of the experts that a share reads, each once; of few tokens, for which alone it is looked at."""
@@ -88,9 +95,7 @@ class Replies:
 
     def _note(self, node: NodeName, layer: int, share: Share, nanoseconds: int) -> None:
         """A node has computed a share within so much time of its own."""
-        counters = self.counters.get(node)
-        if counters is None:
-            counters = self.counters[node] = NodeCounters()
+        counters = self.counters_of(node)
         counters.requests += 1
         counters.expert_calls += len(share.pairs)
         counters.compute_ns += nanoseconds

@@ -33,14 +33,23 @@ def split(ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32], owner: O
     tokens, k = ids.shape
     ids, weights = np.ascontiguousarray(ids), np.ascontiguousarray(weights)
     count, experts = ids.size, len(owner)
-    most = min(count, experts)  # nodes
-    heads_at, numbers_at = 2 * count, 2 * count + 4 * most
-    block = np.empty(numbers_at + 3 * count + 4 * most + 1, dtype=np.int64)
+    block = np.empty(block_size(count, experts), dtype=np.int64)
     found = library().moehive_split(
         address(ids), address(weights), tokens, k, address(owner), experts, address(block)
     )
     if found < 0:
         raise MemoryError("There is no memory left to split a layer.")
+    return shares_of(block, count, experts, found)
+
+
+def block_size(count: int, experts: int) -> int:
+    """Numbers that moehive_split may write of `count` pairs."""
+    return 5 * count + 8 * min(count, experts) + 1
+
+
+def shares_of(block: npt.NDArray[np.int64], count: int, experts: int, found: int) -> dict[int, Share]:
+    """What moehive_split has written of `count` pairs over so many `experts`: `found` nodes' shares."""
+    heads_at, numbers_at = 2 * count, 2 * count + 4 * min(count, experts)
     heads = block[heads_at : heads_at + 4 * found].tolist()
     narrow = block[numbers_at:].view(np.uint32)
     shares: dict[int, Share] = {}

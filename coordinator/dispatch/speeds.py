@@ -4,26 +4,31 @@ The newest replies count most, so a node that becomes busy with something else i
 One that is not asked any more is forgiven little by little, or nobody would notice that it is idle again.
 """
 
-from dataclasses import dataclass
+import ctypes
 
 from ..types import NodeName
+from .native import library
 
-NEWEST = 0.125  # weight of a reply among those before it
+# Also in cpp/speeds.h.
 FEW_TOKENS = 32  # up to here a request's time is that of reading experts, beyond it that of computing pairs
+UNKNOWN_S_PER_BYTE = 1e-10  # 10 GB/s, until a node has answered once
 UNHEARD = 64  # layers without a reply, after which a node is taken to be a little quicker than it was
 FORGIVEN = 0.9
-UNKNOWN_S_PER_BYTE = 1e-10  # 10 GB/s, until a node has answered once
 
 
-@dataclass(slots=True)
-class NodeSpeed:
-    """One node's figures, seconds."""
+class NodeSpeed(ctypes.Structure):
+    """One node's figures, seconds; NodeSpeed of cpp/speeds.h, field for field."""
 
-    s_per_byte: float = 0.0  # of the experts that a request of few tokens reads; 0: not known
-    s_per_pair: float = 0.0  # of a (token, expert) pair of a request of many tokens; 0: not known
-    best_s_per_byte: float = 0.0
-    backlog_s: float = 0.0  # expected of the requests that are not answered yet
-    heard: int = 0  # the layer, counted since the start, of the last reply
+    _fields_ = (
+        *((name, ctypes.c_double) for name in ("s_per_byte", "s_per_pair", "best_s_per_byte", "backlog_s")),
+        ("heard", ctypes.c_int64),
+    )
+
+    s_per_byte: float  # of the experts that a request of few tokens reads; 0: not known
+    s_per_pair: float  # of a (token, expert) pair of a request of many tokens; 0: not known
+    best_s_per_byte: float
+    backlog_s: float  # expected of the requests that are not answered yet
+    heard: int  # the layer, counted since the start, of the last reply
 
     @property
     def read_s_per_byte(self) -> float:
@@ -32,17 +37,7 @@ class NodeSpeed:
 
     def note(self, tokens: int, pairs: int, nbytes: int, seconds: float, now: int) -> None:
         """A reply's own computing time for `pairs` over experts of `nbytes` together."""
-        self.heard = now
-        if tokens > FEW_TOKENS:
-            figure = seconds / max(1, pairs)
-            self.s_per_pair = figure if not self.s_per_pair else self.s_per_pair + NEWEST * (figure - self.s_per_pair)
-            return
-        figure = seconds / max(1, nbytes)
-        if not self.s_per_byte:
-            self.s_per_byte = self.best_s_per_byte = figure
-            return
-        self.s_per_byte += NEWEST * (figure - self.s_per_byte)
-        self.best_s_per_byte = min(self.best_s_per_byte * 1.001, figure)
+        library().moehive_note_node(ctypes.addressof(self), tokens, pairs, nbytes, seconds, now)
 
     def forgive(self, now: int) -> None:
         """Called now and then: what was slow long ago may be quick again."""

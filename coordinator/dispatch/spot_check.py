@@ -50,6 +50,10 @@ class SpotCheck:
         self._task: asyncio.Task[None] | None = None
         self.checked = 0  # answers
 
+    def wants(self, layers: int) -> bool:
+        """Whether an answer to one of the next layers may be compared; `layers` since the start."""
+        return layers >= self._check_at or bool(self._suspects)
+
     def answered(self, part: Part, hidden: torch.Tensor, answer: Rows, reduction: Reduction, layers: int) -> None:
         """Compares, if it is time, the first token's rows of a reply to `part` of a layer's `hidden` states.
 

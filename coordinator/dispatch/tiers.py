@@ -32,6 +32,11 @@ class TierView:
         masks = [mask for mask in known if mask is not None]
         return np.logical_or.reduce(masks) if masks else None
 
+    @property
+    def telling(self) -> bool:
+        """Whether the next request has something to tell."""
+        return bool(self._likely)
+
     def sent(self) -> None:
         """All messages of a layer have left: what was expected is no longer news."""
         self._likely = ()

@@ -10,7 +10,7 @@ import torch
 
 from moehive.coordinator.dispatch import spot_check
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
-from moehive.coordinator.dispatch.link import Link
+from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
 from moehive.coordinator.dispatch.speed import LinkSpeed
 from moehive.coordinator.dispatch.ways import RETRY, TRIALS, Ways
 from moehive.coordinator.types import NodeName, Plan
@@ -64,6 +64,7 @@ class FakeNode:
         self.node = name
         self.address = f"{name}.example:1"
         self.speed: LinkSpeed = SlowSpeed(loopback=False)
+        self.peer = Peer(others=MAX_IN_FLIGHT)  # a full link, for which no layer is a flight
         self.change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
         self.refuses_chains = False
         self.asked: list[int] = []  # of each request from the coordinator: how many nodes were to answer

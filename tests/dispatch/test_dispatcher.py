@@ -1,6 +1,7 @@
 """One layer over made-up nodes: the sum is right, and with PER_EXPERT it has the same bits for any placement."""
 
 import asyncio
+import ctypes
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
-from moehive.coordinator.dispatch.link import Link
+from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
 from moehive.coordinator.dispatch.local import LocalExperts
 from moehive.coordinator.dispatch.routes import Routes
 from moehive.coordinator.dispatch.speed import LARGE_BYTES, LinkSpeed
@@ -34,27 +35,46 @@ def blob(expert: ExpertId) -> torch.Tensor:
 
 
 class FakeLink:
-    """A node in memory: the real messages, the real kernels, no socket."""
+    """A node in memory: the real messages, the real kernels, no socket. Of a `full` link no layer is a flight."""
+
+    full = False
 
     def __init__(self, node: str, change: Callable[[pb.ComputeReply], None] = lambda reply: None) -> None:
         self.node = NodeName(node)
         self.change = change
         self.speed = LinkSpeed(loopback=False)
+        self.peer = Peer(next_id=1, others=MAX_IN_FLIGHT if self.full else 0)
+        self.peer_at = ctypes.addressof(self.peer)
+        self.flights: Any = None
         self._ops = ExpertOps(1)
 
     def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
-        request = parse_request(b"".join(pieces))
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        future.set_result(parse_reply(self._answer(b"".join(pieces))))
+        return future
+
+    def send_flight(self, message: bytes) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, self._answer(message))
+
+    def _deliver(self, reply: bytes) -> None:
+        assert self.flights.take(self, reply)
+
+    def _answer(self, data: bytes) -> bytes:
+        request = parse_request(data)
         message = request.head
         hidden, routing = read_request(request)
         held = {e: load_expert(SPEC, blob(ExpertId(message.layer, e))) for e in set(routing.experts.tolist())}
         reduction = REDUCTIONS[message.reduction]
         rows = self._ops.moe_layer(SPEC, held, hidden, routing.offsets, routing.experts, routing.weights, reduction)
-        pieces = reply_pieces(pb.ComputeReply(compute_ns=5), rows, message.dtype)
+        pieces = reply_pieces(pb.ComputeReply(id=message.id, compute_ns=5), rows, message.dtype)
         reply = pb.ComputeReply.FromString(b"".join(pieces))
         self.change(reply)
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        future.set_result(parse_reply(reply.SerializeToString()))
-        return future
+        return reply.SerializeToString()
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["flights", "full links"])
+def full(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLink, "full", request.param)
 
 
 def plan(owners: list[str], epoch: int = 1) -> Plan:

@@ -1,6 +1,7 @@
 """Nodes that are gone, silent, refuse, lie or crawl: the layer's sum is right all the same, or waits."""
 
 import asyncio
+import ctypes
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -10,14 +11,14 @@ import torch
 from moehive.coordinator.dispatch import asking, dispatcher, spot_check
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.fallback import Fallback
-from moehive.coordinator.dispatch.link import Link
+from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
 from moehive.coordinator.dispatch.speed import LinkSpeed
 from moehive.coordinator.types import NodeName, NodeUnavailable, Plan
 from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import Reply, parse_reply, parse_request, read_request, reply_pieces
+from moehive.proto.tensors import Reply, Request, parse_reply, parse_request, read_request, reply_pieces
 
 EXPERTS, TOP_K, HIDDEN = 6, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -38,12 +39,20 @@ WEIGHTS = {e: load_expert(SPEC, blob(ExpertId(0, e))) for e in range(EXPERTS)}
 
 
 class FakeLink:
-    """A node in memory. `behave` may change a reply; what it returns other than None is the reply's future."""
+    """A node in memory. `behave` may change a reply; what it returns other than None is the reply's future.
+
+    Of a `full` link no layer is a flight.
+    """
+
+    full = False
 
     def __init__(self, node: NodeName, behave: Behave = lambda reply: None) -> None:
         self.node = node
         self.behave = behave
         self.speed = LinkSpeed(loopback=True)
+        self.peer = Peer(next_id=1, others=MAX_IN_FLIGHT if self.full else 0)
+        self.peer_at = ctypes.addressof(self.peer)
+        self.flights: Any = None
         self.asked = 0
         self.was_asked = asyncio.Event()
         self.closed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -52,12 +61,34 @@ class FakeLink:
 
     def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
         whole = parse_request(b"".join(pieces))
-        request = whole.head
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        if request.epoch == 0:
+        if whole.head.epoch == 0:
             if self.answers_probes:
                 future.set_result(Reply(pb.ComputeReply(), b""))
             return future
+        outcome, reply = self._answer(whole)
+        if isinstance(outcome, Exception):
+            future.set_exception(outcome)
+        elif outcome is not None:
+            return cast("asyncio.Future[Reply]", outcome)
+        else:
+            future.set_result(parse_reply(reply))
+        return future
+
+    def send_flight(self, message: bytes) -> None:
+        outcome, reply = self._answer(parse_request(message))
+        loop = asyncio.get_running_loop()
+        if isinstance(outcome, Exception):
+            loop.call_soon(self.flights.lost, self, outcome)
+        elif outcome is None:
+            loop.call_soon(self._deliver, reply)
+
+    def _deliver(self, reply: bytes) -> None:
+        if not self.flights.take(self, reply):
+            self.flights.take_strange(self, parse_reply(reply))
+
+    def _answer(self, whole: Request) -> tuple[Any, bytes]:
+        request = whole.head
         self.asked += 1
         self.was_asked.set()
         hidden, routing = read_request(whole)
@@ -65,16 +96,9 @@ class FakeLink:
         rows = self._ops.moe_layer(
             SPEC, WEIGHTS, hidden, routing.offsets, routing.experts, routing.weights, reduction
         )
-        pieces = reply_pieces(pb.ComputeReply(compute_ns=1000), rows, request.dtype)
+        pieces = reply_pieces(pb.ComputeReply(id=request.id, compute_ns=1000), rows, request.dtype)
         reply = pb.ComputeReply.FromString(b"".join(pieces))
-        outcome = self.behave(reply)
-        if isinstance(outcome, Exception):
-            future.set_exception(outcome)
-        elif outcome is not None:
-            return cast("asyncio.Future[Reply]", outcome)
-        else:
-            future.set_result(parse_reply(reply.SerializeToString()))
-        return future
+        return self.behave(reply), reply.SerializeToString()
 
     async def close(self, sentence: str) -> None:
         self.closed.set_result(sentence)
@@ -138,8 +162,9 @@ async def wanted(tokens: int, reduction: Reduction) -> torch.Tensor:
     return await Case(BOTH, lambda reply: None, reduction).submit(tokens)
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, params=[False, True], ids=["flights", "full links"])
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeLink, "full", request.param)
     for name in ("FIRST_SECONDS", "SILENT_SECONDS"):
         monkeypatch.setattr(dispatcher, name, 0.1)
     monkeypatch.setattr(asking, "REST_SECONDS", 0.05)

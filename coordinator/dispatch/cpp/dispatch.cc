@@ -1,48 +1,18 @@
 // What the dispatcher does for each layer of a step: coordinator/dispatch/native.py calls these, on one thread at a
 // time for each loop. Scratch memory is kept for the next layer.
-#include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <new>
-#include <vector>
 
 #include "choice.h"
+#include "flight.h"
+#include "speeds.h"
+#include "split.h"
 
-namespace {
-
-struct Part {  // one node's share while it is put together
-  int64_t pairs, rows;
-  int64_t pair, row, offset;  // where its next ones go
-  int64_t first;              // its first pair
-  int64_t token;              // its last one
-};
-
-constexpr int64_t kNone = -1;
-constexpr uint8_t kOffsets = 10, kExperts = 11, kWeights = 12;  // ComputeRequest's fields
-
-uint8_t* put_varint(uint8_t* to, uint64_t value) {
-  for (; value >= 0x80; value >>= 7) *to++ = static_cast<uint8_t>(value) | 0x80;
-  *to++ = static_cast<uint8_t>(value);
-  return to;
-}
-
-// A field of proto/experts.proto that holds an array of 4 bytes a number.
-uint8_t* put_array(uint8_t* to, uint8_t field, const void* numbers, int64_t count) {
-  *to++ = static_cast<uint8_t>(field << 3 | 2);
-  to = put_varint(to, 4 * static_cast<uint64_t>(count));
-  std::memcpy(to, numbers, 4 * count);
-  return to + 4 * count;
-}
-
-int64_t node_of(int64_t expert, const int64_t* owner, int64_t experts) {
-  return expert >= 0 && expert < experts ? std::max<int64_t>(owner[expert], -1) + 1 : kNone;
-}
-
-}  // namespace
+using moehive::Flights;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 2; }
+EXPORT int32_t moehive_dispatch_abi() { return 3; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,
@@ -71,62 +41,77 @@ EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t m
 // The number of nodes, or -1: no memory.
 EXPORT int64_t moehive_split(const int64_t* ids, const float* weights, int64_t tokens, int64_t k, const int64_t* owner,
                              int64_t experts, int64_t* block) {
-  const int64_t n = tokens * k;
-  int64_t *const pairs = block, *const rows = pairs + n, *const shares = rows + n;
-  uint32_t* const numbers = reinterpret_cast<uint32_t*>(shares + 4 * std::min(n, experts));
-  float* const factors = reinterpret_cast<float*>(numbers + n);
-  uint32_t* const offsets = numbers + 2 * n;
   try {
-    thread_local std::vector<Part> parts;
-    parts.clear();
-    for (int64_t token = 0, pair = 0; token < tokens; ++token) {
-      for (int64_t at = 0; at < k; ++at, ++pair) {
-        const int64_t node = node_of(ids[pair], owner, experts);
-        if (node == kNone) continue;
-        if (node >= static_cast<int64_t>(parts.size())) parts.resize(node + 1, Part{0, 0, 0, 0, 0, 0, -1});
-        Part& part = parts[node];
-        ++part.pairs;
-        if (part.token != token) ++part.rows, part.token = token;
-      }
-    }
-    int64_t count = 0, pair_at = 0, row_at = 0;
-    for (size_t node = 0; node < parts.size(); ++node) {
-      Part& part = parts[node];
-      if (part.pairs == 0) continue;
-      part.pair = part.first = pair_at, part.row = row_at, part.offset = row_at + count, part.token = -1;
-      pair_at += part.pairs, row_at += part.rows;
-      offsets[row_at + count] = static_cast<uint32_t>(part.pairs);
-      shares[4 * count] = static_cast<int64_t>(node) - 1;
-      shares[4 * count + 1] = part.pairs, shares[4 * count + 2] = part.rows;
-      ++count;
-    }
-    for (int64_t token = 0, pair = 0; token < tokens; ++token) {
-      for (int64_t at = 0; at < k; ++at, ++pair) {
-        const int64_t node = node_of(ids[pair], owner, experts);
-        if (node == kNone) continue;
-        Part& part = parts[node];
-        if (part.token != token) {
-          part.token = token;
-          rows[part.row++] = token;
-          offsets[part.offset++] = static_cast<uint32_t>(part.pair - part.first);
-        }
-        pairs[part.pair] = pair;
-        numbers[part.pair] = static_cast<uint32_t>(ids[pair]);
-        factors[part.pair++] = weights[pair];
-      }
-    }
-    uint8_t* to = reinterpret_cast<uint8_t*>(offsets + row_at + count);
-    for (int64_t share = 0, pair = 0, offset = 0; share < count; ++share) {
-      int64_t* const figures = shares + 4 * share;
-      uint8_t* const start = to;
-      to = put_array(to, kOffsets, offsets + offset, figures[2] + 1);
-      to = put_array(to, kExperts, numbers + pair, figures[1]);
-      to = put_array(to, kWeights, factors + pair, figures[1]);
-      figures[3] = to - start;
-      pair += figures[1], offset += figures[2] + 1;
-    }
-    return count;
+    thread_local moehive::Split split;
+    return split.run(ids, weights, tokens, k, owner, experts, block);
   } catch (const std::bad_alloc&) {
     return -1;
   }
 }
+
+EXPORT void moehive_note_node(moehive::NodeSpeed* speed, int64_t tokens, int64_t pairs, int64_t bytes, double seconds,
+                              int64_t now) {
+  speed->note(tokens, pairs, bytes, seconds, now);
+}
+
+EXPORT void moehive_note_link(moehive::LinkSpeed* speed, int64_t largest, int64_t total, double seconds) {
+  speed->note(largest, total, seconds);
+}
+
+// Layers on their way. A share in flight is named flight * 128 + share; -1: none.
+
+EXPORT Flights* moehive_flights() { return new (std::nothrow) Flights; }
+
+EXPORT void moehive_flights_end(Flights* flights) { delete flights; }
+
+// Writes the messages of a layer; hidden [tokens, hidden] f32 or bf16, ids and weights [tokens, k]. The flight, or -1:
+// it is not one for here.
+EXPORT int64_t moehive_flight_ask(Flights* flights, const moehive::Way* way, uint64_t step, const uint8_t* hidden,
+                                  const int64_t* ids, const float* weights, int64_t tokens, int32_t bf16) {
+  try {
+    return flights->ask(*way, step, hidden, ids, weights, tokens, bf16 != 0);
+  } catch (const std::bad_alloc&) {
+    return moehive::kNotPlain;
+  }
+}
+
+EXPORT moehive::View* moehive_flight_view(Flights* flights, int64_t flight) { return &flights->at(flight).view; }
+
+// Takes a reply of `peer`; -1: it answers no flight, or not as usual. `layers`: dispatched since the start.
+EXPORT int64_t moehive_flight_reply(Flights* flights, const moehive::Peer* peer, const uint8_t* message, int64_t size,
+                                    int64_t layers) {
+  return flights->reply(peer, message, size, layers);
+}
+
+// A share that `peer` was asked for with `id`, or with any.
+EXPORT int64_t moehive_flight_find(Flights* flights, const moehive::Peer* peer, uint64_t id) {
+  return flights->find(peer, &id);
+}
+EXPORT int64_t moehive_flight_any(Flights* flights, const moehive::Peer* peer) {
+  return flights->find(peer, nullptr);
+}
+
+// Takes the rows of the share that this process computes.
+EXPORT void moehive_flight_put(Flights* flights, int64_t flight, int64_t share, const uint8_t* rows) {
+  flights->at(flight).put(share, rows);
+}
+
+// A share is over without an answer that was taken.
+EXPORT void moehive_flight_settle(Flights* flights, int64_t flight, int64_t share) { flights->settle(flight, share); }
+
+// Where the rows of a share lie that was taken.
+EXPORT const uint8_t* moehive_flight_rows(Flights* flights, int64_t flight, int64_t share) {
+  return flights->at(flight).rows(share);
+}
+
+// See Flight::sum; -1: no memory.
+EXPORT int32_t moehive_flight_sum(Flights* flights, int64_t flight, uint8_t* out) {
+  try {
+    return flights->at(flight).sum(out);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+// The flight is over, whatever is still on its way.
+EXPORT void moehive_flight_release(Flights* flights, int64_t flight) { flights->release(flight); }

@@ -1,0 +1,376 @@
+"""Layers of few tokens: asked, answered and added up in native code (cpp/flight.h).
+
+There is one such layer for each step of decoding, and what Python does about it takes longer than a message on a home
+network. Whatever is not as usual (8 bits on a slow link, hints for a node's disk, an answer that refuses) is left to
+dispatcher.py, which takes a flight apart into what it would have of a larger layer.
+"""
+
+import asyncio
+import ctypes
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from moehive.kernels.geometry import Manifest
+from moehive.kernels.ops import Reduction
+from moehive.proto import experts_pb2 as pb
+from moehive.proto.tensors import Reply, parse_reply, rows_tensor
+from moehive.proto.wire.messages import Buffer
+
+from .. import timeline
+from ..types import LOCAL, NodeName, NodeUnavailable
+from .link import ID_STEP, Link, Peer
+from .native import address, library
+from .parts import Part, Sent
+from .replies import Replies
+from .routes import Routes
+from .routing import Share, block_size, shares_of
+from .rows import Rows
+from .speeds import FEW_TOKENS
+from .watch import Watch
+
+_MAX_SHARES = 64
+_ASKED, _HERE, _TAKEN, _FAILED = range(4)  # a share's states
+_WIRE_REDUCTION = {Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM, Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT}
+
+
+class _View(ctypes.Structure):
+    """View of cpp/flight.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
+        ("expected_s", ctypes.c_double),
+        ("block", ctypes.c_void_p),
+        *((name, ctypes.c_int64 * _MAX_SHARES) for name in ("state", "node", "message", "size")),
+    )
+
+    shares: int
+    waiting: int
+    here: int
+    unknown: int
+    expected_s: float
+    block: int
+    state: "ctypes.Array[ctypes.c_int64]"
+    node: "ctypes.Array[ctypes.c_int64]"
+    message: "ctypes.Array[ctypes.c_int64]"
+    size: "ctypes.Array[ctypes.c_int64]"
+
+
+class _Way(ctypes.Structure):
+    """Way of cpp/flight.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("holders", "first", "peers")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("experts", "most", "nodes", "local", "k", "hidden_size", "expert_bytes")
+        ),
+        *((name, ctypes.c_uint64) for name in ("epoch", "id_step")),
+        *((name, ctypes.c_uint32) for name in ("layer", "reduction", "has_choice")),
+    )
+
+    experts: int
+    k: int
+    hidden_size: int
+    kept: tuple[Any, ...]  # whose memory it names
+
+
+class Flight:
+    """One layer on its way."""
+
+    __slots__ = (
+        "device", "done", "due", "errors", "experts", "hidden", "ids", "layer", "links", "number", "replies",
+        "strange", "view", "weights",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        view: _View,
+        layer: int,
+        experts: int,
+        hidden: torch.Tensor,
+        ids: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        device: torch.device | None,
+    ) -> None:
+        """`number` and `view`: of the native flight; the others as `Sent` has them, of a layer with `experts`."""
+        self.number, self.view = number, view
+        self.layer, self.experts = layer, experts
+        self.hidden, self.ids, self.weights, self.device = hidden, ids, weights, device
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
+        self.due = 0.0  # seconds of the loop's clock
+        self.links: list[Link | None] = []  # of each share who was asked
+        self.errors: dict[int, NodeUnavailable] = {}  # by share
+        self.strange: dict[int, Rows] = {}  # answers that native code has left to Python
+        self.replies: dict[int, asyncio.Future[Reply]] = {}  # while a timeline is recorded
+
+    @property
+    def plain(self) -> bool:
+        """Whether native code has all answers."""
+        return not self.errors and not self.strange
+
+    def shares(self) -> list[Share]:
+        """What each was asked for, as larger layers have it; not once the flight is released."""
+        count = self.ids.size
+        size = block_size(count, self.experts)
+        block = np.ctypeslib.as_array((ctypes.c_int64 * size).from_address(self.view.block)).copy()
+        return list(shares_of(block, count, self.experts, self.view.shares).values())
+
+    def node(self, share: int) -> NodeName:
+        """Who was asked for a share."""
+        link = self.links[share]
+        return LOCAL if link is None else link.node
+
+    def settled(self) -> None:
+        """A share is over."""
+        if self.view.waiting == 0 and not self.done.done():
+            self.done.set_result(None)
+
+
+class Flights:
+    """All of a dispatcher's; use it on the event loop's thread."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        reduction: Reduction,
+        routes: Routes,
+        replies: Replies,
+        watch: Watch,
+        patience: tuple[float, float, float],
+        on_failed: Callable[[NodeUnavailable], None],
+    ) -> None:
+        """`patience`: seconds beyond three times what is expected; beyond that, where nobody else has the experts;
+        and of a node that has never answered. `on_failed` hears of each share that failed.
+        """
+        self._manifest = manifest
+        self._reduction = reduction
+        self._routes = routes
+        self._replies = replies
+        self._watch = watch
+        self._slack, self._silent, self._first = patience
+        self._on_failed = on_failed
+        self._native = library()
+        self._ask, self._reply = self._native.moehive_flight_ask, self._native.moehive_flight_reply
+        self._handle = self._native.moehive_flights()
+        if not self._handle:
+            raise MemoryError("There is no memory left to dispatch layers.")
+        weakref.finalize(self, self._native.moehive_flights_end, self._handle)
+        self._views: list[_View] = []
+        self._flights: list[Flight | None] = []
+        self._ways: list[_Way | None] = [None] * len(manifest.layers)
+        self._peers: ctypes.Array[ctypes.c_void_p] | None = None  # of the nodes of the plan in force
+        self._links: list[Link | None] = []  # to those
+        self._local = Peer()
+
+    def routes_changed(self) -> None:
+        """Somebody can be asked again or no more, or a plan came into force."""
+        self._ways = [None] * len(self._ways)
+        self._peers = None
+
+    def begin(
+        self,
+        layer: int,
+        step: int,
+        hidden: torch.Tensor,
+        ids: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        device: torch.device | None,
+    ) -> Flight | None:
+        """Asks for a layer of `hidden` [tokens, hidden] on the CPU; None when it is not one for here.
+
+        Raises NotReady before the first plan.
+        """
+        if len(ids) > FEW_TOKENS:
+            return None
+        way = self._ways[layer] or self._way(layer)
+        bf16 = hidden.dtype is torch.bfloat16
+        if ids.shape[1] != way.k or hidden.shape[1] != way.hidden_size or not (bf16 or hidden.dtype is torch.float32):
+            return None
+        if not (hidden.is_contiguous() and ids.flags.c_contiguous and weights.flags.c_contiguous):
+            hidden, ids, weights = hidden.contiguous(), np.ascontiguousarray(ids), np.ascontiguousarray(weights)
+        number = self._ask(
+            self._handle,
+            ctypes.addressof(way),
+            step,
+            hidden.data_ptr(),
+            address(ids),
+            address(weights),
+            len(ids),
+            bf16,
+        )
+        if number < 0:
+            return None
+        if number == len(self._views):
+            self._views.append(_View.from_address(self._native.moehive_flight_view(self._handle, number)))
+            self._flights.append(None)
+        view = self._views[number]
+        flight = self._flights[number] = Flight(number, view, layer, way.experts, hidden, ids, weights, device)
+        messages, sizes, nodes = view.message, view.size, view.node
+        for share in range(view.shares):
+            link = self._links[nodes[share]]
+            flight.links.append(link)
+            if link is not None:
+                link.send_flight(ctypes.string_at(messages[share], sizes[share]))
+                if timeline.current.on:
+                    reply = flight.replies[share] = asyncio.get_running_loop().create_future()
+                    timeline.current.hop(link.node, reply, lambda reply: reply.head.compute_ns)
+        patience = self._first if view.unknown else 3 * view.expected_s + self._slack
+        flight.due = asyncio.get_running_loop().time() + patience
+        self._watch.add(flight)
+        flight.settled()  # of no tokens' experts there is nothing to ask
+        return flight
+
+    def take(self, link: Link, message: Buffer) -> bool:
+        """Takes a node's reply; False when it answers no flight, or not as usual."""
+        where: Any = message if type(message) is bytes else np.frombuffer(message, np.uint8).ctypes.data
+        found = self._reply(self._handle, link.peer_at, where, len(message), self._routes.speeds.layers)
+        if found < 0:
+            return False
+        flight = self._flight(found)
+        if flight.replies:
+            flight.replies[found & 127].set_result(parse_reply(message))
+        flight.settled()
+        return True
+
+    def take_strange(self, link: Link, reply: Reply) -> bool:
+        """Takes a reply that `take` did not; False when it answers no flight."""
+        found = self._native.moehive_flight_find(self._handle, link.peer_at, reply.head.id)
+        if found < 0:
+            return False
+        flight, share = self._flight(found), found & 127
+        asked = flight.shares()[share]
+        part = Part(flight.layer, ((link.node, asked),), asked, flight.done, 0.0, flight.due)  # type: ignore[arg-type]
+        try:
+            flight.strange[share] = self._replies.read(part, flight.hidden, reply)
+        except NodeUnavailable as error:
+            flight.errors[share] = error
+        self._settle(flight, share)
+        return True
+
+    def lost(self, link: Link, error: NodeUnavailable) -> None:
+        """Nothing will come of a link any more."""
+        while (found := self._native.moehive_flight_any(self._handle, link.peer_at)) >= 0:
+            flight = self._flight(found)
+            flight.errors[found & 127] = error
+            self._settle(flight, found & 127)
+
+    def late(self, flight: Flight) -> None:
+        """A flight's time is over: gives up who has not answered, at once where others have the experts too."""
+        now = asyncio.get_running_loop().time()
+        shares = flight.shares()
+        for number in range(flight.view.shares):
+            if flight.view.state[number] != _ASKED:
+                continue
+            node, experts = flight.node(number), shares[number].routing.experts
+            elsewhere = self._routes.placed.held_without(flight.layer, experts, (node,))
+            if elsewhere or now >= flight.due + self._silent:
+                flight.errors[number] = NodeUnavailable(node, f"Node {node} is late; others are asked.")
+                self._settle(flight, number)
+
+    def put(self, flight: Flight, rows: torch.Tensor) -> None:
+        """Takes the rows that this process has computed of its own share, in the hidden states' type."""
+        rows = rows.contiguous()
+        self._native.moehive_flight_put(self._handle, flight.number, flight.view.here, rows.data_ptr())
+        flight.settled()
+
+    def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
+        """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
+        total = torch.empty_like(flight.hidden)
+        finite = self._native.moehive_flight_sum(self._handle, flight.number, total.data_ptr())
+        if finite < 0:
+            raise MemoryError("There is no memory left to add up a layer.")
+        return total, bool(finite)
+
+    def apart(self, flight: Flight, settle: Callable[[Part], None]) -> tuple[Sent, list[Rows], list[Share]]:
+        """A flight that is over as a larger layer would be: what was sent, what was answered, and what failed."""
+        sent = Sent(flight.layer, flight.hidden, flight.ids, flight.weights, flight.device, settle, collected=True)
+        size, dtype = flight.hidden.shape[1], flight.hidden.dtype
+        parts, failed = [], []
+        for number, share in enumerate(flight.shares()):
+            if number in flight.strange:
+                parts.append(flight.strange[number])
+            elif flight.view.state[number] == _TAKEN:
+                rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
+                where = self._native.moehive_flight_rows(self._handle, flight.number, number)
+                raw = ctypes.string_at(where, rows * size * dtype.itemsize)
+                link = flight.links[number]
+                if link is None:
+                    parts.append(Rows(share, None, rows_tensor(raw, dtype, rows, size)))
+                else:
+                    parts.append(Rows.of_bytes(share, link.node, raw, rows, size, dtype))
+            else:
+                failed.append(share)
+        return sent, parts, failed
+
+    def release(self, flight: Flight) -> None:
+        """A flight is over, whatever is still on its way. Does nothing the second time."""
+        if self._flights[flight.number] is flight:
+            self._flights[flight.number] = None
+            self._watch.remove(flight)
+            self._native.moehive_flight_release(self._handle, flight.number)
+            for reply in flight.replies.values():
+                reply.cancel()
+
+    def _flight(self, found: int) -> Flight:
+        flight = self._flights[found >> 7]
+        assert flight is not None
+        return flight
+
+    def _settle(self, flight: Flight, share: int) -> None:
+        """A share is over without an answer that native code has taken."""
+        self._native.moehive_flight_settle(self._handle, flight.number, share)
+        if share in flight.errors:
+            self._on_failed(flight.errors[share])
+        flight.settled()
+
+    def _way(self, layer: int) -> _Way:
+        """How a layer is asked for as of now. Raises NotReady before the first plan."""
+        placed = self._routes.placed
+        if self._peers is None:
+            self._peers = self._find_peers(placed.names)
+        links = self._links
+        geometry, has_choice = self._manifest.layers[layer], placed.has_choice[layer]
+        holders = placed.holders(layer).array if has_choice else None
+        first = placed.owners[layer]
+        way = self._ways[layer] = _Way(
+            holders=None if holders is None else address(holders),
+            first=address(first),
+            peers=ctypes.addressof(self._peers),
+            experts=len(first),
+            most=0 if holders is None else holders.shape[1],
+            nodes=len(links),
+            local=placed.names.index(LOCAL) if LOCAL in placed.names else -1,
+            k=geometry.top_k,
+            hidden_size=geometry.spec.hidden_size,
+            expert_bytes=geometry.expert_bytes,
+            epoch=placed.plan.epoch,
+            id_step=ID_STEP,
+            layer=layer,
+            reduction=_WIRE_REDUCTION[self._reduction],
+            has_choice=has_choice,
+        )
+        way.kept = holders, first, self._peers, links
+        return way
+
+    def _find_peers(self, names: Sequence[NodeName]) -> "ctypes.Array[ctypes.c_void_p]":
+        """Who of `names` can be asked, by the address of its Peer."""
+        self._links = [self._routes.asking.links.get(name) for name in names]
+        peers = (ctypes.c_void_p * max(1, len(names)))()
+        for number, (name, link) in enumerate(zip(names, self._links, strict=True)):
+            if name == LOCAL:
+                peer = self._local
+            elif link is not None:
+                peer = link.peer
+                peer.link = ctypes.addressof(link.speed)
+            else:
+                continue
+            peer.speed = ctypes.addressof(self._routes.speeds.of(name))
+            peer.counters = ctypes.addressof(self._replies.counters_of(name))
+            peers[number] = ctypes.addressof(peer)
+        return peers
