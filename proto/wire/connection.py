@@ -37,6 +37,8 @@ from .tls import OtherSide, other_side
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0  # for TLS's
+# Of a large message, at once to the transport: more than an event loop keeps for its next turn, 64 KiB.
+PART_BYTES = 96 << 10
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
 
 
@@ -159,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
             if length <= COPIED_BYTES:
                 self._transport.write(b"".join((head, *message)))
             else:
-                self._transport.writelines([head, *message])
+                self._write(head, message)
             return
         stream.outgoing.extend(memoryview(piece) for piece in (prefix(length), *message) if len(piece))
         self._pump(stream)
@@ -328,6 +330,15 @@ class Connection(asyncio.BufferedProtocol):
         block = self._encoder.encode(fields)
         self._transport.write(frames.headers(stream.number, block, self._largest_frame, end=end))
 
+    def _write(self, head: bytes, pieces: Sequence[Buffer]) -> None:
+        """In parts: each leaves, and the other side decrypts it, while the next one is encrypted."""
+        part: list[Buffer] = [head]
+        for piece in map(memoryview, pieces):
+            for start in range(0, len(piece), PART_BYTES):
+                part.append(piece[start : start + PART_BYTES])
+                self._transport.writelines(part)
+                part = []
+
     def _pump_all(self) -> None:
         for stream in list(self._streams.values()):
             if stream.outgoing:
@@ -351,7 +362,7 @@ class Connection(asyncio.BufferedProtocol):
             stream.send_window -= length
             self._send_window -= length
             flags = frames.END_STREAM if stream.closed and not stream.outgoing else 0
-            self._transport.writelines([header(length, frames.DATA, flags, stream.number), *pieces])
+            self._write(header(length, frames.DATA, flags, stream.number), pieces)
         self._advance()
 
     def _reply(self, data: bytes) -> None:
