@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
 
-from ..dispatch.dispatcher import SILENT_SECONDS
-from ..dispatch.watch import TICK_SECONDS
+from ..dispatch.watch import SILENT_SECONDS, TICK_SECONDS
 from ..types import NodeName
 from .faults_cluster import BEHIND_DOOR, CHANGE_SECONDS, NODES, FaultCluster
 from .faults_reader import STEPS_AFTER

@@ -17,15 +17,15 @@ import torch
 
 from moehive.kernels.geometry import Manifest
 from moehive.kernels.ops import Reduction
-from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Reply, parse_reply, rows_tensor
 from moehive.proto.wire.messages import Buffer
 
 from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable
+from . import watch
 from .link import ID_STEP, Link, Peer
 from .native import address, library
-from .parts import Part, Sent
+from .parts import WIRE_REDUCTION, Part, Sent
 from .replies import Replies
 from .routes import Routes
 from .routing import Share, block_size, shares_of
@@ -35,7 +35,6 @@ from .watch import Watch
 
 _MAX_SHARES = 64
 _ASKED, _HERE, _TAKEN, _FAILED = range(4)  # a share's states
-_WIRE_REDUCTION = {Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM, Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT}
 
 
 class _View(ctypes.Structure):
@@ -84,7 +83,7 @@ class Flight:
 
     __slots__ = (
         "device", "done", "due", "errors", "experts", "hidden", "ids", "layer", "links", "number", "replies",
-        "strange", "view", "weights",
+        "step", "strange", "view", "weights",
     )  # fmt: skip
 
     def __init__(
@@ -97,12 +96,14 @@ class Flight:
         ids: npt.NDArray[np.int64],
         weights: npt.NDArray[np.float32],
         device: torch.device | None,
+        step: int,
     ) -> None:
         """`number` and `view`: of the native flight; the others as `Sent` has them, of a layer with `experts`."""
         self.number, self.view = number, view
         self.layer, self.experts = layer, experts
         self.hidden, self.ids, self.weights, self.device = hidden, ids, weights, device
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
+        self.step = step
         self.due = 0.0  # seconds of the loop's clock
         self.links: list[Link | None] = []  # of each share who was asked
         self.errors: dict[int, NodeUnavailable] = {}  # by share
@@ -141,19 +142,15 @@ class Flights:
         reduction: Reduction,
         routes: Routes,
         replies: Replies,
-        watch: Watch,
-        patience: tuple[float, float, float],
+        watching: Watch,
         on_failed: Callable[[NodeUnavailable], None],
     ) -> None:
-        """`patience`: seconds beyond three times what is expected; beyond that, where nobody else has the experts;
-        and of a node that has never answered. `on_failed` hears of each share that failed.
-        """
+        """`on_failed` hears of each share that failed."""
         self._manifest = manifest
         self._reduction = reduction
         self._routes = routes
         self._replies = replies
-        self._watch = watch
-        self._slack, self._silent, self._first = patience
+        self._watch = watching
         self._on_failed = on_failed
         self._native = library()
         self._ask, self._reply = self._native.moehive_flight_ask, self._native.moehive_flight_reply
@@ -210,7 +207,7 @@ class Flights:
             self._views.append(_View.from_address(self._native.moehive_flight_view(self._handle, number)))
             self._flights.append(None)
         view = self._views[number]
-        flight = self._flights[number] = Flight(number, view, layer, way.experts, hidden, ids, weights, device)
+        flight = self._flights[number] = Flight(number, view, layer, way.experts, hidden, ids, weights, device, step)
         messages, sizes, nodes = view.message, view.size, view.node
         for share in range(view.shares):
             link = self._links[nodes[share]]
@@ -220,7 +217,7 @@ class Flights:
                 if timeline.current.on:
                     reply = flight.replies[share] = asyncio.get_running_loop().create_future()
                     timeline.current.hop(link.node, reply, lambda reply: reply.head.compute_ns)
-        patience = self._first if view.unknown else 3 * view.expected_s + self._slack
+        patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
         flight.due = asyncio.get_running_loop().time() + patience
         self._watch.add(flight)
         flight.settled()  # of no tokens' experts there is nothing to ask
@@ -269,7 +266,7 @@ class Flights:
                 continue
             node, experts = flight.node(number), shares[number].routing.experts
             elsewhere = self._routes.placed.held_without(flight.layer, experts, (node,))
-            if elsewhere or now >= flight.due + self._silent:
+            if elsewhere or now >= flight.due + watch.SILENT_SECONDS:
                 flight.errors[number] = NodeUnavailable(node, f"Node {node} is late; others are asked.")
                 self._settle(flight, number)
 
@@ -289,7 +286,16 @@ class Flights:
 
     def apart(self, flight: Flight, settle: Callable[[Part], None]) -> tuple[Sent, list[Rows], list[Share]]:
         """A flight that is over as a larger layer would be: what was sent, what was answered, and what failed."""
-        sent = Sent(flight.layer, flight.hidden, flight.ids, flight.weights, flight.device, settle, collected=True)
+        sent = Sent(
+            flight.layer,
+            flight.hidden,
+            flight.ids,
+            flight.weights,
+            flight.device,
+            settle,
+            flight.step,
+            collected=True,
+        )
         size, dtype = flight.hidden.shape[1], flight.hidden.dtype
         parts, failed = [], []
         for number, share in enumerate(flight.shares()):
@@ -352,7 +358,7 @@ class Flights:
             epoch=placed.plan.epoch,
             id_step=ID_STEP,
             layer=layer,
-            reduction=_WIRE_REDUCTION[self._reduction],
+            reduction=WIRE_REDUCTION[self._reduction],
             has_choice=has_choice,
         )
         way.kept = holders, first, self._peers, links

@@ -9,12 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moehive.kernels.ops import Reduction
+from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Reply
 from moehive.proto.wire.messages import Buffer
 
 from ..types import NodeName
 from .routing import Share
 from .ways import Chunk
+
+WIRE_REDUCTION = {Reduction.PARTIAL_SUM: pb.REDUCTION_PARTIAL_SUM, Reduction.PER_EXPERT: pb.REDUCTION_PER_EXPERT}
 
 
 class NodeCounters(ctypes.Structure):
@@ -66,6 +70,7 @@ class Sent:
     weights: npt.NDArray[np.float32]
     device: torch.device | None  # where its caller has its tensors, if not there
     settle: Callable[[Part], None]  # to be called with each part when it is over
+    step: int = 0  # for logs and timelines
     # Of a request for all of `hidden`, in 8 bits or not: its other fields, and its bytes.
     states: dict[bool, tuple[bytes, Buffer]] = field(default_factory=dict)
     here: Share | None = None

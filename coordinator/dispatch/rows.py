@@ -56,8 +56,12 @@ class Sum(NamedTuple):
     finite: bool
 
 
-def add_up(parts: Sequence[Rows], tokens: int, k: int, size: int, dtype: torch.dtype, reduction: Reduction) -> Sum:
-    """[tokens, size] of `dtype`, added in f32: with PER_EXPERT in the router's order, else in that of `parts`."""
+def add_up(parts: Sequence[Rows], shape: tuple[int, ...], hidden: torch.Tensor, reduction: Reduction) -> Sum:
+    """As `hidden` [tokens, hidden], added in f32: with PER_EXPERT in the router's order, else in that of `parts`.
+
+    `shape` of the router's top-k: tokens, k.
+    """
+    (tokens, k), size, dtype = shape, hidden.shape[1], hidden.dtype
     if reduction is Reduction.PARTIAL_SUM and parts and all(len(rows.share.tokens) == tokens for rows in parts):
         # Each node has some expert of each token: the case of decoding, and of most chunks of a prompt.
         raw = [rows.raw for rows in parts if rows.raw is not None]

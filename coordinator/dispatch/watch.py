@@ -9,6 +9,9 @@ from collections.abc import Callable
 from typing import Protocol
 
 TICK_SECONDS = 0.02
+SLACK_SECONDS = 0.05  # beyond three times the expected time, a node with replicas is late
+SILENT_SECONDS = 1.0  # beyond that, one without replicas
+FIRST_SECONDS = 10.0  # for a request of which nothing is known: the node's first, its memory cold
 
 
 class Due(Protocol):

@@ -333,9 +333,10 @@ class Connection(asyncio.BufferedProtocol):
     def _write(self, head: bytes, pieces: Sequence[Buffer]) -> None:
         """In parts: each leaves, and the other side decrypts it, while the next one is encrypted."""
         part: list[Buffer] = [head]
-        for piece in map(memoryview, pieces):
-            for start in range(0, len(piece), PART_BYTES):
-                part.append(piece[start : start + PART_BYTES])
+        for piece in pieces:
+            view = memoryview(piece)
+            for start in range(0, len(view), PART_BYTES):
+                part.append(view[start : start + PART_BYTES])
                 self._transport.writelines(part)
                 part = []
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from moehive.coordinator.dispatch import asking, dispatcher, spot_check
+from moehive.coordinator.dispatch import asking, spot_check, watch
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.fallback import Fallback
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
@@ -166,7 +166,7 @@ async def wanted(tokens: int, reduction: Reduction) -> torch.Tensor:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeLink, "full", request.param)
     for name in ("FIRST_SECONDS", "SILENT_SECONDS"):
-        monkeypatch.setattr(dispatcher, name, 0.1)
+        monkeypatch.setattr(watch, name, 0.1)
     monkeypatch.setattr(asking, "REST_SECONDS", 0.05)
     monkeypatch.setattr(asking, "LOST_SECONDS", 0.2)
 
@@ -254,7 +254,7 @@ def test_two_liars_are_both_found() -> None:
 def test_a_liar_that_nobody_can_replace_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         case = Case(ONLY_A, not_a_number, Reduction.PARTIAL_SUM)
-        monkeypatch.setattr(case.dispatcher, "_wait_seconds", 0.2)
+        monkeypatch.setattr(case.dispatcher._recovery, "_wait_seconds", 0.2)
         with pytest.raises(NodeUnavailable, match="Node a"):
             await case.submit(1)
 

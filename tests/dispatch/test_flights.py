@@ -91,7 +91,7 @@ def test_a_flight_asks_and_adds_up_what_a_larger_layer_would(
             assert made._flights.take(cast(Link, link), answer(message, rows))
         assert flight.done.done() and flight.plain
         total, finite = made._flights.sum(flight)
-        assert finite and torch.equal(total, add_up(parts, tokens, TOP_K, HIDDEN, dtype, reduction).total)
+        assert finite and torch.equal(total, add_up(parts, (tokens, TOP_K), flight.hidden, reduction).total)
         asked = {link.node: len(link.asked) for link in links.values() if link.asked}
         assert {node: made.counters[node].requests for node in asked} == asked
         made._flights.release(flight)
