@@ -14,6 +14,9 @@ SHARE = 0.25  # of the link's time
 # receiver for twice as long as the sender: with a quarter, steps took twice their time.
 NEAR_SHARE = 0.08
 LONGEST_REST = 5.0  # seconds; whoever waits for the next chunk must not take the sender for dead
+# Taken for what a stream's first chunk needs, seconds: 512 KiB at 1 Gbit/s. Streams that are asked for at once, as
+# when a plan changes, begin one after the other, each after its first rest.
+FIRST_SECONDS = 0.004
 
 
 class Pace:
@@ -29,16 +32,19 @@ class Pace:
         self._turn = asyncio.Lock()
 
     async def chunks(self, source: AsyncGenerator[T], receiver: str) -> AsyncIterator[T]:
-        """What `source` gives, with rests in between that make up for the time that sending took.
+        """What `source` gives, after a rest, and with rests in between that make up for the time that sending took.
 
         `receiver`: its IP address.
         """
         share = NEAR_SHARE if receiver and ip_address(receiver).is_loopback else SHARE
         async with aclosing(source):
+            await self._rest(FIRST_SECONDS / share)
             async for chunk in source:
                 start = monotonic()
                 yield chunk
-                took = monotonic() - start
-                if self._busy():
-                    async with self._turn:  # the rests of several streams come one after the other
-                        await asyncio.sleep(min(took / share, LONGEST_REST))
+                await self._rest((monotonic() - start) / share)
+
+    async def _rest(self, seconds: float) -> None:
+        if self._busy():
+            async with self._turn:  # the rests of several streams come one after the other
+                await asyncio.sleep(min(seconds, LONGEST_REST))

@@ -45,7 +45,10 @@ def test_chunks_pass_unchanged_and_rest_in_proportion(
         return passed
 
     assert asyncio.run(main()) == [0, 1, 2]
-    assert rests == ([0.25 / share] * 2 + [pacing.LONGEST_REST] if share is not None else [])
+    if share is None:
+        assert rests == []
+    else:
+        assert rests == [pacing.FIRST_SECONDS / share, 0.25 / share, 0.25 / share, pacing.LONGEST_REST]
 
 
 def test_a_stream_that_is_left_closes_its_source() -> None:
