@@ -17,6 +17,8 @@ LONGEST_REST = 5.0  # seconds; whoever waits for the next chunk must not take th
 # Taken for what a stream's first chunk needs, seconds: 512 KiB at 1 Gbit/s. Streams that are asked for at once, as
 # when a plan changes, begin one after the other, each after its first rest.
 FIRST_SECONDS = 0.004
+# Between the begins of two loads: connections, handshakes and questions are some 25 ms of work on several machines.
+BEGIN_SECONDS = 0.05
 
 
 class Pace:
@@ -30,6 +32,13 @@ class Pace:
         """`busy` says whether requests are being answered now; while none are, copies go as fast as they can."""
         self._busy = busy
         self._turn = asyncio.Lock()
+        self._beginning = asyncio.Lock()
+
+    async def begin(self) -> None:
+        """Returns at once; while requests are being answered, one caller after the other, at intervals."""
+        if self._busy():
+            async with self._beginning:
+                await asyncio.sleep(BEGIN_SECONDS)
 
     async def chunks(self, source: AsyncGenerator[T], receiver: str) -> AsyncIterator[T]:
         """What `source` gives, after a rest, and with rests in between that make up for the time that sending took.
