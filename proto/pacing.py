@@ -14,7 +14,7 @@ SHARE = 0.25  # of the link's time
 # receiver for twice as long as the sender: with a quarter, steps took twice their time.
 NEAR_SHARE = 0.08
 LONGEST_REST = 5.0  # seconds; whoever waits for the next chunk must not take the sender for dead
-FIRST_SECONDS = 0.004  # that sending a chunk is taken to need before any was sent: 512 KiB at 1 Gbit/s
+FIRST_SECONDS = 0.002  # that sending a chunk is taken to need before any was sent: 512 KiB at 2 Gbit/s
 WEIGHT = 1 / 8  # of the newest chunk in the mean
 # Between the begins of two loads: connections, handshakes and questions are some 25 ms of work on several machines.
 BEGIN_SECONDS = 0.05
