@@ -55,9 +55,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
 
 def _read_into(path: Path, digest: Digest, nbytes: int) -> int:
     """Reads a file into the hash; returns the bytes read, at most `nbytes`."""
-    piece = memoryview(bytearray(min(_READ_BYTES, nbytes)))
     done = 0
     with path.open("rb", buffering=0) as file:
+        nbytes = min(nbytes, os.fstat(file.fileno()).st_size)
+        piece = memoryview(bytearray(min(_READ_BYTES, nbytes)))
         while done < nbytes:
             count = file.readinto(piece[: nbytes - done])
             if not count:

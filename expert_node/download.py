@@ -148,7 +148,7 @@ class Download:
             request.experts.add(layer=layer, expert=expert)
         for name, (layer, expert) in faults:
             request.faults.add(node_name=name, layer=layer, expert=expert)
-        reply = await self._sources.locate(request)
+        reply = await self._uplink.locate(request)
         check_located(reply, len(batch))
         peers = [None, *(Peer(peer.node_name, peer.address) for peer in reply.peers)]
         return [peers[number] for number in reply.sources]
@@ -178,7 +178,7 @@ class Download:
         request = pb.HashRequest(fingerprint=self._manifest.fingerprint)
         for (layer, number), _ in whole:
             request.experts.add(layer=layer, expert=number)
-        reply = await self._sources.hash_experts(request)
+        reply = await self._uplink.hash_experts(request)
         check_hashes(reply, len(whole))
         for (expert, part), digest in zip(whole, reply.digests, strict=True):
             if part.digest == digest:

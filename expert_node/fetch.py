@@ -90,7 +90,8 @@ class SliceLoader:
             return
         cache = self._cache = await in_thread(DiskCache, self._cache_root, manifest.fingerprint, self._cache)
         self._coming.update(missing)
-        forget_code_pages()
+        if not self._store.experts_held:  # else requests wait for the pages to come back
+            forget_code_pages()
         try:
             cached = [expert for expert in missing if expert in cache]
             if cached:

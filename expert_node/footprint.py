@@ -26,7 +26,7 @@ def share_one_heap() -> None:
 def forget_code_pages() -> None:
     """Gives back the pages of shared libraries' code; what is still used comes back by itself. Linux only.
 
-    Before memory fills: at the start, and when a slice is about to be loaded.
+    Before memory fills: at the start, and when a first slice is about to be loaded.
     """
     if sys.platform != "linux":
         return

@@ -47,16 +47,20 @@ class PeerService(cluster_pb2_grpc.PeersServicer):
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "Too many nodes fetch from this one now.")
         self._streams += 1
         try:
-            for want in request.experts:
-                path = await self._find(request.fingerprint, ExpertId(want.layer, want.expert))
-                if path is None:
-                    what = f"expert {want.expert} of layer {want.layer}"
-                    await context.abort(grpc.StatusCode.NOT_FOUND, f"This node does not have {what}.")
-                else:
-                    async for chunk in self._pace.chunks(_file_chunks(path, want, request.zstd), context.caller.host):
-                        yield chunk
+            async for chunk in self._pace.chunks(self._experts(request, context), context.caller.host):
+                yield chunk
         finally:
             self._streams -= 1
+
+    async def _experts(self, request: pb.SliceRequest, context: Context) -> AsyncGenerator[Message]:
+        for want in request.experts:
+            path = await self._find(request.fingerprint, ExpertId(want.layer, want.expert))
+            if path is None:
+                what = f"expert {want.expert} of layer {want.layer}"
+                await context.abort(grpc.StatusCode.NOT_FOUND, f"This node does not have {what}.")
+            else:
+                async for chunk in _file_chunks(path, want, request.zstd):
+                    yield chunk
 
 
 async def _file_chunks(path: Path, want: pb.ExpertWanted, may_compress: bool) -> AsyncGenerator[Message]:

@@ -9,11 +9,10 @@ from moehive.proto.channel import COORDINATOR_NAME, Identity, node_dns_name
 from moehive.proto.chunks import MOST_BYTES
 from moehive.proto.handshake import metadata
 from moehive.proto.wire.channel import Call, Channel
-from moehive.proto.wire.methods import FETCH_SLICE, FETCH_SLICE_OF_PEER, HASH_EXPERTS, LOCATE
+from moehive.proto.wire.methods import FETCH_SLICE, FETCH_SLICE_OF_PEER
 
 MAX_REPLY_BYTES = 2 * MAX_CHUNK_BYTES
 WINDOW_BYTES = 3 * MOST_BYTES  # of a stream, unread: 10 Gbit/s with a round trip of 1.2 ms, and there are several
-ANSWER_SECONDS = 60.0  # of the coordinator, for a few bytes
 
 
 class Peer(NamedTuple):
@@ -36,18 +35,6 @@ class SourceChannels:
         self._identity = identity
         self._coordinator = coordinator
         self._open: dict[Peer | None, Channel] = {}
-
-    async def locate(self, request: pb.LocateRequest) -> pb.LocateReply:
-        """Cluster.Locate. Raises AioRpcError."""
-        ask = self._channel(None).unary_unary(LOCATE, pb.LocateRequest.SerializeToString, pb.LocateReply.FromString)
-        reply: pb.LocateReply = await ask(request, metadata(), ANSWER_SECONDS)
-        return reply
-
-    async def hash_experts(self, request: pb.HashRequest) -> pb.HashReply:
-        """Cluster.HashExperts. Raises AioRpcError."""
-        ask = self._channel(None).unary_unary(HASH_EXPERTS, pb.HashRequest.SerializeToString, pb.HashReply.FromString)
-        reply: pb.HashReply = await ask(request, metadata(), ANSWER_SECONDS)
-        return reply
 
     def fetch_slice(self, peer: Peer | None, request: pb.SliceRequest) -> Call:
         """FetchSlice of a node, or of the coordinator, whose replies are for proto/chunks.py to read.

@@ -7,12 +7,13 @@ from moehive.proto.bounds import host_port
 from moehive.proto.channel import COORDINATOR_NAME, Identity
 from moehive.proto.handshake import metadata
 from moehive.proto.wire.channel import Channel
-from moehive.proto.wire.methods import ATTEND, RENEW
+from moehive.proto.wire.methods import ATTEND, HASH_EXPERTS, LOCATE, RENEW
 from moehive.proto.wire.stream import Stream
 
 from .identity import NodeIdentity
 
 RENEW_SECONDS = 30.0
+ANSWER_SECONDS = 60.0  # of the coordinator, for a few bytes
 
 
 class Uplink:
@@ -40,6 +41,18 @@ class Uplink:
         """Cluster.Renew. Raises AioRpcError."""
         ask = self._channel().unary_unary(RENEW, pb.RenewRequest.SerializeToString, pb.RenewReply.FromString)
         reply: pb.RenewReply = await ask(request, metadata(), RENEW_SECONDS)
+        return reply
+
+    async def locate(self, request: pb.LocateRequest) -> pb.LocateReply:
+        """Cluster.Locate. Raises AioRpcError."""
+        ask = self._channel().unary_unary(LOCATE, pb.LocateRequest.SerializeToString, pb.LocateReply.FromString)
+        reply: pb.LocateReply = await ask(request, metadata(), ANSWER_SECONDS)
+        return reply
+
+    async def hash_experts(self, request: pb.HashRequest) -> pb.HashReply:
+        """Cluster.HashExperts. Raises AioRpcError."""
+        ask = self._channel().unary_unary(HASH_EXPERTS, pb.HashRequest.SerializeToString, pb.HashReply.FromString)
+        reply: pb.HashReply = await ask(request, metadata(), ANSWER_SECONDS)
         return reply
 
     def _channel(self) -> Channel:

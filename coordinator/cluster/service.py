@@ -117,6 +117,8 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         reading.add_done_callback(lambda _: session.end())
         try:
             async for direction in session.directions():
+                if isinstance(direction, Assign):
+                    await self._pace.begin()  # nodes of a new plan load it one after the other
                 yield self._directive(session.name, direction)
             if reading.done():
                 reading.result()  # raises what was wrong with the last report

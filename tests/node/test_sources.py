@@ -8,6 +8,7 @@ import pytest
 
 from moehive.expert_node.identity import obtain
 from moehive.expert_node.sources import SourceChannels
+from moehive.expert_node.uplink import Uplink
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 from moehive.proto import cluster_pb2 as pb
@@ -24,12 +25,12 @@ def test_a_coordinator_that_comes_back_is_asked_on_a_new_connection(tmp_path, co
         coordinator = await coordinator_class.start(tmp_path / "c", model, authority)
         ports = coordinator.server.join_port, coordinator.server.cluster_port
         identity = await obtain(tmp_path / "n", parse(coordinator.token()), "a", "host")
-        sources = SourceChannels(identity.current, identity.cluster_address)
+        uplink, sources = Uplink(identity), SourceChannels(identity.current, identity.cluster_address)
 
         async def ask():
-            located = await sources.locate(pb.LocateRequest(fingerprint=fingerprint, experts=wanted))
+            located = await uplink.locate(pb.LocateRequest(fingerprint=fingerprint, experts=wanted))
             assert list(located.sources) == [0]
-            hashes = await sources.hash_experts(pb.HashRequest(fingerprint=fingerprint, experts=wanted))
+            hashes = await uplink.hash_experts(pb.HashRequest(fingerprint=fingerprint, experts=wanted))
             assert list(hashes.digests) == [digest_of(blob)]
             call = sources.fetch_slice(None, pb.SliceRequest(fingerprint=fingerprint, experts=wanted))
             assert read_chunk(await call.read()).data == blob.tobytes()
@@ -43,6 +44,7 @@ def test_a_coordinator_that_comes_back_is_asked_on_a_new_connection(tmp_path, co
         again = await coordinator_class.start(tmp_path / "c", model, authority, ports=ports)
         await ask()
         await sources.close()
+        await uplink.close()
         await again.stop()
 
     asyncio.run(main())

@@ -39,13 +39,61 @@ def test_chunks_pass_unchanged_and_rest_in_proportion(
 
     async def main() -> list[int]:
         passed = []
-        async for chunk in Pace(lambda: busy).chunks(source(3), receiver):
+        async for chunk in Pace(lambda: busy).chunks(source(100), receiver):
             passed.append(chunk)
-            clock[0] += 0.25 if chunk < 2 else 90.0  # sending takes a quarter of a second, the last one much longer
+            clock[0] += 0.25
         return passed
 
-    assert asyncio.run(main()) == [0, 1, 2]
-    assert rests == ([0.25 / share] * 2 + [pacing.LONGEST_REST] if share is not None else [])
+    assert asyncio.run(main()) == list(range(100))
+    if share is None:
+        assert rests == []
+        return
+    assert rests[0] == pacing.FIRST_SECONDS / share  # before anything is sent
+    assert rests == sorted(rests)
+    assert rests[-1] == pytest.approx(0.25 / share, rel=0.01)
+
+
+def test_one_chunk_that_took_long_is_made_up_for_by_many_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, rests = [0.0], list[float]()
+
+    async def sleep(seconds: float) -> None:
+        rests.append(seconds)
+
+    monkeypatch.setattr(pacing, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    async def main() -> None:
+        async for chunk in Pace(lambda: True).chunks(source(200), "192.0.2.1"):
+            clock[0] += 90.0 if chunk == 100 else pacing.FIRST_SECONDS
+
+    asyncio.run(main())
+    usual = pacing.FIRST_SECONDS / pacing.SHARE
+    assert max(rests) < pacing.LONGEST_REST / 4
+    assert sum(rests) - 201 * usual == pytest.approx(pacing.LONGEST_REST, rel=0.01)
+
+
+def test_loads_begin_one_after_the_other_while_requests_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list[str]()
+
+    async def sleep(seconds: float) -> None:
+        order.append("wait")
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+
+    async def main(busy: bool) -> None:
+        pace = Pace(lambda: busy)
+
+        async def load(name: str) -> None:
+            await pace.begin()
+            order.append(name)
+
+        await asyncio.gather(load("a"), load("b"))
+
+    asyncio.run(main(busy=False))
+    assert order == ["a", "b"]
+    order.clear()
+    asyncio.run(main(busy=True))
+    assert order == ["wait", "a", "wait", "b"]
 
 
 def test_a_stream_that_is_left_closes_its_source() -> None:
