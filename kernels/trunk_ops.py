@@ -185,7 +185,7 @@ TrunkSequences: TypeAlias = ctypes.Array[_Sequence]  # of a batch, as `sequences
 
 def sequences(rows: Sequence[tuple[int, int, int, int]]) -> TrunkSequences:
     """Of each sequence (first row, tokens, position of the first, address of its pages' addresses)."""
-    return (_Sequence * len(rows))(*(_Sequence(*row) for row in rows))
+    return (_Sequence * len(rows))(*rows)
 
 
 class TrunkOps:

@@ -50,7 +50,7 @@ class LeanTrunk:
         run = Batch(batch, self._parts.rope, self._ops)
         logits = await (self._short.forward if run.tokens <= FEW_TOKENS else self._forward)(run, experts)
         run.finish()
-        parts = logits.split(run.counts)
+        parts = [logits] if len(batch) == 1 else logits.split(run.counts)
         return [part if one.all_logits else part[0] for one, part in zip(batch, parts, strict=True)]
 
     async def _forward(self, run: Batch, experts: ExpertBackend) -> torch.Tensor:
