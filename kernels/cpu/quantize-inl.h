@@ -24,7 +24,11 @@ void quantize(const float* x, int64_t columns, void* memory) {
   for (int64_t u = 0; u < units; ++u, q += kUnitColumns, s += 2) {
     Eight unit[kUnitColumns / 8] = {};
     const int64_t left = columns - u * kUnitColumns;
-    if (left > 0) memcpy(unit, x + u * kUnitColumns, (left < kUnitColumns ? left : kUnitColumns) * sizeof(float));
+    if (left >= kUnitColumns) {  // a size that is known: a few moves
+      memcpy(unit, x + u * kUnitColumns, sizeof unit);
+    } else if (left > 0) {
+      memcpy(unit, x + u * kUnitColumns, left * sizeof(float));
+    }
     Eight lanes = {}, poisons = {};
     for (const Eight& eight : unit) {
       const Eight size = reinterpret_cast<Eight>(reinterpret_cast<Words>(eight) & 0x7fffffffu);
