@@ -10,9 +10,10 @@ Call it through the module (`timeline.current`), never `from … import current`
 three calls that do nothing (0.2 to 0.4 µs), so it may stand in each layer, not in each element of a loop; what would
 cost more asks `timeline.current.on` first.
 
-Names in use: `attention` (with the norm before the MLP), `router`, `submit` (split and send), `shared expert`,
-`dense`, `local experts`, `wait` (for one node after the other, so the first one's span is the longest), `read` (a
-reply), `add up`, `lm head`, `sample`. What lies between them in a pass is the trunk's remaining time.
+Names in use: `attention` (with the norms around it, and for few tokens with the router), `router`, `submit` (split
+and send), `shared expert`, `dense`, `foresee`, `local experts`, `wait` (for one node after the other, so the first
+one's span is the longest), `read` (a reply), `add up`, `lm head`, `sample`. What lies between them in a pass is the
+trunk's remaining time.
 
 A track is a row of the trace, in which spans lie inside each other. Passes that take turns need one each: `track`
 takes a free one for as long as the block runs. Replies have tracks by pass and node: a round trip as the coordinator

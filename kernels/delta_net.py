@@ -39,8 +39,6 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("conv", "recurrent", "mixed", "out")),
     )
 
-    kept: object  # the arrays it points to
-
 
 @dataclass(frozen=True, slots=True)
 class DeltaNetState:
@@ -137,7 +135,7 @@ class DeltaNet:
         channels, z, b, a = _places(layer)
         to = [place * layer.value_dim for place in layer.out_order or range(layer.value_heads)]
         self._kept = [(ctypes.c_int64 * len(places))(*places) for places in (channels, z, b, a, to)]
-        self._structure = _DeltaNet(
+        self.structure = _DeltaNet(
             key_heads=layer.key_heads,
             value_heads=layer.value_heads,
             key_dim=layer.key_dim,
@@ -156,7 +154,6 @@ class DeltaNet:
             norm=layer.norm.data_ptr(),
             norm_eps=layer.norm_eps,
         )
-        self.address = ctypes.addressof(self._structure)  # of MoehiveDeltaNet
 
     def __call__(
         self,
@@ -172,21 +169,17 @@ class DeltaNet:
         NativeLibraryError.
         """
         mixed = torch.empty(len(rows), self.layer.channels)
-        call = self.call(batch, states)
-        call.rows, call.mixed, call.out = rows.data_ptr(), mixed.data_ptr(), out.data_ptr()
-        if self._run(self._handle, self.address, ctypes.addressof(call)):
-            raise NativeLibraryError("The native library refuses the DeltaNet layer's arguments.")
-
-    def call(self, batch: ctypes.Array[Any], states: Sequence[DeltaNetState]) -> _Call:
-        """The native call's arguments but for its rows and its results."""
         pointers = ctypes.c_void_p * len(states)
         conv = pointers(*[state.conv.data_ptr() for state in states])
         recurrent = pointers(*[state.recurrent.data_ptr() for state in states])
-        made = _Call(
+        call = _Call(
+            rows=rows.data_ptr(),
             sequences=ctypes.addressof(batch),
             count=len(states),
             conv=ctypes.addressof(conv),
             recurrent=ctypes.addressof(recurrent),
+            mixed=mixed.data_ptr(),
+            out=out.data_ptr(),
         )
-        made.kept = conv, recurrent
-        return made
+        if self._run(self._handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
+            raise NativeLibraryError("The native library refuses the DeltaNet layer's arguments.")

@@ -77,7 +77,7 @@ class Mla:
                 f"Latent attention of rank {layer.rank} with heads of {layer.nope} and {layer.rope} numbers is "
                 f"not supported; a rank of {MAX_RANK} and {MAX_HEAD_PART} each, even, are."
             )
-        self._structure = _Mla(
+        self.structure = _Mla(
             heads=layer.heads,
             nope=layer.nope,
             rope=layer.rope,
@@ -121,5 +121,5 @@ class Mla:
             absorbed=absorbed.data_ptr(),
             out=out.data_ptr(),
         )
-        if self._run(self._handle, ctypes.addressof(self._structure), ctypes.addressof(call)):
+        if self._run(self._handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
             raise NativeLibraryError("The native library refuses the latent attention's arguments.")

@@ -18,7 +18,7 @@ from .library import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
-_ABI = 3
+_ABI = 4
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _SCORES = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 
@@ -45,7 +45,7 @@ class _Sequence(ctypes.Structure):
     )
 
 
-class _Router(ctypes.Structure):
+class RouterStructure(ctypes.Structure):
     """MoehiveRouter of kernels/cpu/trunk.h, field for field."""
 
     _fields_ = (
@@ -138,9 +138,9 @@ class RouterLayer:
     top_groups: int = 1
     scaling: float = 1.0
 
-    def structure(self) -> _Router:
+    def structure(self) -> RouterStructure:
         """For the native library; valid while this object lives."""
-        return _Router(
+        return RouterStructure(
             experts=self.experts,
             top_k=self.top_k,
             groups=self.groups,
@@ -184,8 +184,8 @@ TrunkSequences: TypeAlias = ctypes.Array[_Sequence]  # of a batch, as `sequences
 
 
 def sequences(rows: Sequence[tuple[int, int, int, int]]) -> TrunkSequences:
-    """For `attend`: of each sequence (first row, tokens, position of the first, address of its pages' addresses)."""
-    return (_Sequence * len(rows))(*(_Sequence(*row) for row in rows))
+    """Of each sequence (first row, tokens, position of the first, address of its pages' addresses)."""
+    return (_Sequence * len(rows))(*rows)
 
 
 class TrunkOps:
@@ -241,14 +241,18 @@ class TrunkOps:
             None if half_out is None else half_out.data_ptr(),
         )
 
-    def rope(
-        self, positions: torch.Tensor, inverse: torch.Tensor, scaling: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin f32 [T, n] of `positions` [T] int64 times `inverse` [n] f32, both times `scaling`."""
-        shape = (len(positions), len(inverse))
+    def rope(self, batch: TrunkSequences, inverse: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin f32 [T, n] of the tokens' positions times `inverse` f32 [n], both times `scaling`."""
+        shape = sum([one.tokens for one in batch]), len(inverse)
         cos, sin = torch.empty(shape), torch.empty(shape)
         self._rope(
-            positions.data_ptr(), *shape[:1], inverse.data_ptr(), shape[1], scaling, cos.data_ptr(), sin.data_ptr()
+            ctypes.addressof(batch),
+            len(batch),
+            inverse.data_ptr(),
+            len(inverse),
+            scaling,
+            cos.data_ptr(),
+            sin.data_ptr(),
         )
         return cos, sin
 
@@ -286,7 +290,7 @@ class TrunkOps:
             self.handle, rows.data_ptr(), tokens, middle, rows.stride(0), ACTIVATIONS[activation], out.data_ptr()
         )
 
-    def route(self, router: _Router, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+    def route(self, router: RouterStructure, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
         """The experts of each token, likeliest first: `logits` [T, experts] → `ids` int64, `weights` [T, top_k].
 
         Raises MemoryError, NativeLibraryError.

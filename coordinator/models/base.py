@@ -26,7 +26,8 @@ class ExpertBackend(Protocol):
         not want it any more just drops what was returned.
 
         `layer` is the MoE layer's ordinal; `hidden` [tokens, hidden] f32 or bf16; `ids` [tokens, k] integers,
-        where an id >= the layer's number of experts means none; `weights` [tokens, k] of any float type.
+        where an id >= the layer's number of experts means none; `weights` [tokens, k] of any float type. All three
+        stay as they are until the sum has been awaited, and no longer.
         Gives [tokens, hidden] of hidden's dtype. Raises NodeUnavailable, here or when awaited.
         """
         ...

@@ -10,12 +10,9 @@ from typing import Protocol
 
 import torch
 
-from moehive.kernels.formats.registry import FORMATS
-from moehive.kernels.geometry import GROUP_ROWS, tensor_bytes
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.memory import WeightMemory
-
-_DECODED = 32  # tokens whose rows are decoded at once, each with those beside it
+from moehive.kernels.rows import block_rows
 
 
 class Embedding(Protocol):
@@ -70,22 +67,14 @@ class PlainEmbedding:
 
 
 class BlockEmbedding:
-    """A table in a block format, as kernels compute it; what is asked for is decoded, with the rows beside it."""
+    """A table in a block format, as kernels compute it."""
 
     def __init__(self, weights: LinearWeights) -> None:
         self._weights = weights
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See Embedding."""
-        return torch.cat([self._decode(part) for part in ids.split(_DECODED)])
-
-    def _decode(self, ids: torch.Tensor) -> torch.Tensor:
-        weights, format = self._weights, FORMATS[self._weights.format]
-        nbytes = tensor_bytes(weights.format, GROUP_ROWS, weights.columns)
-        groups = weights.blob[: -(-weights.rows // GROUP_ROWS) * nbytes].view(-1, nbytes)[ids // GROUP_ROWS]
-        shape = (len(ids) * GROUP_ROWS, weights.columns)
-        rows = format.decode(format.view(groups.flatten(), shape), shape)
-        return rows.view(len(ids), GROUP_ROWS, -1)[torch.arange(len(ids)), ids % GROUP_ROWS]
+        return block_rows(self._weights, ids)
 
 
 def embedding_of(weights: LinearWeights) -> Embedding:

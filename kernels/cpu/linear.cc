@@ -13,7 +13,7 @@ namespace {
 using namespace moehive;
 
 constexpr int64_t kPieceBytes = 64 << 10;  // as in expert_mlp.cc
-constexpr int64_t kMaxRows = 64, kMaxTokens = 32;
+constexpr int64_t kMaxRows = 64, kMaxTokens = 32, kMaxMatrices = 16;
 
 int64_t piece_rows(const MoehiveMatrix& m) {
   const int64_t group = rows_bytes(static_cast<Format>(m.format), kGroupRows, m.columns);
@@ -21,7 +21,12 @@ int64_t piece_rows(const MoehiveMatrix& m) {
   return rows < 16 ? 16 : rows > kMaxRows ? kMaxRows : rows;
 }
 
-int64_t pieces_of(const MoehiveMatrix& m) { return (m.rows + piece_rows(m) - 1) / piece_rows(m); }
+// A matrix, and the pieces of it that threads take: divisions that would be many for each piece.
+struct Pieces {
+  const MoehiveMatrix* matrix;
+  int64_t rows, count;  // rows of one piece
+  int64_t first;        // the matrix's first row in a row of the result
+};
 
 // The inputs of a call, in the forms that its matrices want.
 class Inputs {
@@ -61,12 +66,13 @@ class Inputs {
 };
 
 // One piece of one matrix: rows of it, for all tokens.
-void multiply_piece(const Kernel& kernel, const MoehiveMatrix& m, int64_t row, const Inputs& inputs, float* out,
+void multiply_piece(const Kernel& kernel, const Pieces& of, int64_t piece, const Inputs& inputs, float* out,
                     int64_t out_stride) {
-  const int64_t step = piece_rows(m), rows = step < m.rows - row ? step : m.rows - row, tokens = inputs.tokens();
+  const MoehiveMatrix& m = *of.matrix;
+  const int64_t row = piece * of.rows, rows = of.rows < m.rows - row ? of.rows : m.rows - row, tokens = inputs.tokens();
   const Format format = static_cast<Format>(m.format);
   const char* weights = static_cast<const char*>(m.weights) + rows_bytes(format, row, m.columns);
-  float* to = out + row;
+  float* to = out + of.first + row;
   alignas(64) float buffer[kMaxRows * kMaxTokens];
   float* products = tokens == 1 ? to : buffer;
   kernel.multiply({format, weights, rows, m.columns, inputs.of(format), tokens, products, tokens,
@@ -83,8 +89,9 @@ void multiply_piece(const Kernel& kernel, const MoehiveMatrix& m, int64_t row, c
 
 int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count, const float* x, int64_t tokens,
                        float* out) {
-  if (!trunk || tokens < 0 || count < 1) return 1;
+  if (!trunk || tokens < 0 || count < 1 || count > kMaxMatrices) return 1;
   const int64_t columns = matrices[0].columns;
+  Pieces parts[kMaxMatrices];
   int64_t all_rows = 0, pieces = 0;
   bool floats = false, quantized = false;
   for (int64_t m = 0; m < count; ++m) {
@@ -92,8 +99,10 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
     if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::fp8_block))
       return 1;
     (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
+    const int64_t rows = piece_rows(matrices[m]);
+    parts[m] = {&matrices[m], rows, (matrices[m].rows + rows - 1) / rows, all_rows};
     all_rows += matrices[m].rows;
-    pieces += pieces_of(matrices[m]);
+    pieces += parts[m].count;
   }
   try {
     Trunk& self = *static_cast<Trunk*>(trunk);
@@ -104,16 +113,16 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
       const int64_t runs = pieces / (8 * self.threads());
       const int64_t run = inputs.tokens() > 1 || runs < 1 ? 1 : runs < 4 ? runs : 4;
       self.each((pieces + run - 1) / run, inputs.tokens() * all_rows * columns, [&](int64_t item) {
-        const MoehiveMatrix* m = matrices;
-        int64_t first = 0, piece = item * run;
-        for (int64_t here; piece >= (here = pieces_of(*m)); piece -= here) first += m++->rows;
+        const Pieces* of = parts;
+        int64_t piece = item * run;
+        for (; piece >= of->count; ++of) piece -= of->count;
         for (int64_t end = piece + (run < pieces - item * run ? run : pieces - item * run); piece < end; ++piece) {
-          while (piece == pieces_of(*m)) {  // on with the next matrix
+          while (piece == of->count) {  // on with the next matrix
             end -= piece;
             piece = 0;
-            first += m++->rows;
+            ++of;
           }
-          multiply_piece(kernel, *m, piece * piece_rows(*m), inputs, out + first, all_rows);
+          multiply_piece(kernel, *of, piece, inputs, out, all_rows);
         }
       });
     }

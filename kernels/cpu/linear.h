@@ -1,4 +1,4 @@
-// Linear layers' interface: kernels/linear.py calls it, and fused.cc.
+// Linear layers' interface: kernels/linear.py calls it, and layer.cc.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@ struct MoehiveMatrix {
   int32_t format;  // moehive::Format
 };
 
-// out[t][...] = the products of x[t] with each of `count` matrices of the same columns, one after the other, plus
-// their biases: x [tokens, columns], out [tokens, all rows]. `trunk` is moehive_trunk_create's.
+// out[t][...] = the products of x[t] with each of `count` matrices (at most 16) of the same columns, one after the
+// other, plus their biases: x [tokens, columns], out [tokens, all rows]. `trunk` is moehive_trunk_create's.
 // Returns 0; 1 if an argument can't be; 2 without memory.
 extern "C" __attribute__((visibility("default"))) int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices,
                                                                          int64_t count, const float* x, int64_t tokens,

@@ -23,10 +23,7 @@ bool sound(const MoehiveMla& layer) {
 
 }  // namespace
 
-// Attention between the projections; the new tokens are written to the sequences' pages. `trunk` is a handle of
-// moehive_trunk_create. Returns 0; 1 if an argument can't be.
-extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer,
-                                                                            const MoehiveMlaCall* call) {
+int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer, const MoehiveMlaCall* call) {
   if (!trunk || !sound(*layer)) return 1;
   Trunk& self = *static_cast<Trunk*>(trunk);
   const MlaKernel& kernel = best();

@@ -33,6 +33,11 @@ struct MoehiveMlaCall {
   float* out;       // [tokens][heads][value]
 };
 
+// Attention between the projections; the new tokens are written to the sequences' pages. `trunk` is a handle of
+// moehive_trunk_create. Returns 0; 1 if an argument can't be.
+extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer,
+                                                                            const MoehiveMlaCall* call);
+
 namespace moehive {
 
 constexpr int64_t kHeadsTogether = 4;  // heads of one token that share each latent that is read

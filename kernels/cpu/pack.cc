@@ -4,9 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "blocks.h"
-
-#define MOEHIVE_API extern "C" __attribute__((visibility("default")))
+#include "pack.h"
 
 namespace {
 
@@ -67,24 +65,6 @@ void scales_and_minimums(const uint8_t* from, Parts& to) {
 void factors(const uint8_t* d, const uint8_t* m, Parts& to) {
   std::memcpy(to.factors, d, 2);
   if (m) std::memcpy(to.factors + 2, m, 2);
-}
-
-int64_t file_bytes(Format format) {
-  switch (format) {
-    case Format::q8_0: return 34;
-    case Format::q4_0: case Format::iq4_nl: return 18;
-    case Format::q4_1: return 20;
-    case Format::q5_0: return 22;
-    case Format::q5_1: return 24;
-    case Format::q2_k: return 84;
-    case Format::q3_k: return 110;
-    case Format::q4_k: return 144;
-    case Format::q5_k: return 176;
-    case Format::q6_k: return 210;
-    case Format::iq4_xs: return 136;
-    case Format::mxfp4: return 17;
-    default: return 0;
-  }
 }
 
 void take_apart(Format format, const uint8_t* b, Parts& to) {
@@ -222,9 +202,25 @@ void put_block(Format format, const Layout& layout, const uint8_t* from, int64_t
 
 }  // namespace
 
-// Lays out `rows` rows of `blocks` file blocks each, one row after the other, into `out` (rows padded to 16, the bytes
-// of a padded row zero). Returns 0; 1 for a format that is none of a file's block formats.
-MOEHIVE_API int32_t moehive_pack(int32_t number, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* out) {
+int64_t moehive::file_bytes(Format format) {
+  switch (format) {
+    case Format::q8_0: return 34;
+    case Format::q4_0: case Format::iq4_nl: return 18;
+    case Format::q4_1: return 20;
+    case Format::q5_0: return 22;
+    case Format::q5_1: return 24;
+    case Format::q2_k: return 84;
+    case Format::q3_k: return 110;
+    case Format::q4_k: return 144;
+    case Format::q5_k: return 176;
+    case Format::q6_k: return 210;
+    case Format::iq4_xs: return 136;
+    case Format::mxfp4: return 17;
+    default: return 0;
+  }
+}
+
+int32_t moehive_pack(int32_t number, const uint8_t* from, int64_t rows, int64_t blocks, uint8_t* out) {
   const Format format = static_cast<Format>(number);
   const int64_t size = file_bytes(format);
   if (size == 0 || rows < 0 || blocks < 0) return 1;

@@ -42,6 +42,12 @@ struct MoehiveRouter {
 
 // Of trunk_api.cc, which says what they do; `trunk` is moehive_trunk_create's.
 extern "C" {
+__attribute__((visibility("default"))) void moehive_trunk_rest(void* trunk);
+__attribute__((visibility("default"))) void moehive_trunk_add_norm(void* trunk, int64_t tokens, int64_t width,
+                                                                   float* hidden, const void* add, int32_t add_half,
+                                                                   const float* more, const float* gate,
+                                                                   int64_t gate_stride, const float* norm, float eps,
+                                                                   float* out, uint16_t* half_out);
 __attribute__((visibility("default"))) int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer,
                                                                     float* rows, const MoehiveSequence* sequences,
                                                                     int64_t count, const float* cos, const float* sin,

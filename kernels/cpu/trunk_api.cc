@@ -32,8 +32,8 @@ int64_t keys_seen(const MoehiveAttention& a, int64_t position) {
 
 }  // namespace
 
-// Raised with every change of this file's functions or of trunk.h's structs.
-MOEHIVE_API int32_t moehive_trunk_abi() { return 3; }
+// Raised with every change of this file's functions or of trunk.h's structs, or of layer.cc's.
+MOEHIVE_API int32_t moehive_trunk_abi() { return 4; }
 
 // Null without memory or threads. To be freed by moehive_trunk_destroy.
 MOEHIVE_API void* moehive_trunk_create(int32_t threads) {
@@ -58,15 +58,16 @@ MOEHIVE_API void moehive_trunk_add_norm(void* trunk, int64_t tokens, int64_t wid
   self.each(tokens, tokens * width, [&](int64_t token) { self.kernel().add_norm(p, token); });
 }
 
-// cos and sin [tokens, half] of position * inverse[i], times `scaling`, as transformers computes them in f32.
-MOEHIVE_API void moehive_trunk_rope(const int64_t* positions, int64_t tokens, const float* inverse, int64_t half,
+// cos and sin [tokens, half] of a token's position * inverse[i], times `scaling`, as transformers computes them in f32.
+MOEHIVE_API void moehive_trunk_rope(const MoehiveSequence* sequences, int64_t count, const float* inverse, int64_t half,
                                     float scaling, float* cos, float* sin) {
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < half; ++i) {
-      const float angle = static_cast<float>(positions[t]) * inverse[i];
-      cos[t * half + i] = std::cos(angle) * scaling;
-      sin[t * half + i] = std::sin(angle) * scaling;
-    }
+  for (const MoehiveSequence* s = sequences; s < sequences + count; ++s)
+    for (int64_t t = 0; t < s->tokens; ++t)
+      for (int64_t i = 0; i < half; ++i) {
+        const float angle = static_cast<float>(s->start + t) * inverse[i];
+        cos[(s->first + t) * half + i] = std::cos(angle) * scaling;
+        sin[(s->first + t) * half + i] = std::sin(angle) * scaling;
+      }
 }
 
 // Norms and turns queries and keys of `rows` (see MoehiveAttention), appends keys and values to the sequences' pages

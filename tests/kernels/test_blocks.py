@@ -11,9 +11,11 @@ from moehive.kernels.blob import pack_blob
 from moehive.kernels.formats.file_rows import FILE_FORMATS, pack_file_rows
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import BLOCKS, ExpertSpec, Format, GeometryError, tensor_bytes
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import LinearOps, LinearWeights
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.kernels.reference import intermediate
+from moehive.kernels.rows import block_rows, file_rows
 
 # Where a block's f16 factors stand; all other bytes may be anything.
 FACTORS = {
@@ -213,3 +215,31 @@ def test_experts(up: Format, down: Format, gated: bool, routing: str) -> None:
         # A number beside the middle of two steps may round the other way: one step of its 32, for each such number.
         step = (between.abs().amax() / 127 * wide["down"].abs().amax()).item() if down in BLOCKS else 0.0
         assert torch.allclose(row, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item() + 2 * step)
+
+
+IDS = torch.tensor([0, 36, 17, 16, 17])
+
+
+@every_format
+def test_single_rows_of_a_table(name: Format) -> None:
+    """As a file has them, and laid out as kernels compute."""
+    source = random_rows(name, 37, 512, 3)
+    expected = meant(name, source)[IDS]
+    torch.testing.assert_close(file_rows(name, source, 512, IDS), expected, rtol=1e-6, atol=0)
+    table = LinearWeights(name, 37, 512, pack(name, source, 512))
+    assert torch.equal(block_rows(table, IDS), file_rows(name, source, 512, IDS))
+
+
+@pytest.mark.parametrize("name", ["int4_g32", "int4_g64", "int4_g128", "fp8_block"])
+def test_single_rows_that_no_file_has(name: Format) -> None:
+    blob = torch.empty(tensor_bytes(name, 37, 400), dtype=torch.uint8)
+    FORMATS[name].encode(torch.randn(37, 400, generator=torch.Generator().manual_seed(1)), blob)
+    table = LinearWeights(name, 37, 400, blob)
+    torch.testing.assert_close(block_rows(table, IDS), table.matrix[IDS], rtol=1e-6, atol=0)
+
+
+def test_rows_that_a_table_lacks_are_refused() -> None:
+    table = LinearWeights("q4_0", 37, 64, pack("q4_0", random_rows("q4_0", 37, 64, 0), 64))
+    for wrong in (-1, 37):
+        with pytest.raises(NativeLibraryError, match="does not have"):
+            block_rows(table, torch.tensor([0, wrong]))

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
+from moehive.kernels.formats.file_rows import FILE_FORMATS
 from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.memory import WeightMemory
+from moehive.kernels.rows import file_rows
 
 from ...models.tensors import Embedding
 from ...types import CoordinatorError
@@ -154,11 +156,14 @@ class _Table:
     def __init__(self, tensor: GgufTensor) -> None:
         stored = tensor.stored
         self._type = tensor.type
+        self._columns = tensor.shape[-1]
         whole = torch.from_file(str(stored.path), size=stored.begin + stored.nbytes, dtype=torch.uint8)
         self._rows = whole[stored.begin :].view(stored.shape)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """See Embedding."""
+        if self._type.name in FILE_FORMATS:
+            return file_rows(self._type.format, self._rows, self._columns, ids)
         return numbers(self._type, self._rows[ids])
 
 

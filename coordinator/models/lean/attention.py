@@ -4,8 +4,8 @@ from typing import Protocol
 
 import torch
 
-from moehive.kernels.fused import FusedAttention
-from moehive.kernels.linear import FEW_TOKENS, LinearWeights
+from moehive.kernels.layer import Mixer
+from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer
 
 from .batch import Batch, Ops
@@ -13,6 +13,11 @@ from .batch import Batch, Ops
 
 class Attention(Protocol):
     """One layer's way to mix tokens."""
+
+    @property
+    def mixer(self) -> Mixer:
+        """The same as `forward`, described for one native call with the rest of the layer."""
+        ...
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """`x` f32 [T, hidden] → f32 [T, hidden]; extends the caches of the batch's sequences."""
@@ -27,20 +32,21 @@ class SoftmaxAttention:
     ) -> None:
         """`projections`: queries, keys, values; `group`: whose pages hold the layer's part of the cache."""
         self._ops = ops
-        self._layer = layer  # keeps the tensors alive that `_native` points to
         self._native = layer.structure()
-        self._group = group
-        self._projections = projections
-        self._output = output
         self._width = layer.heads * layer.head_dim
-        self._fused = FusedAttention(ops.trunk, projections, layer, output)
+        self.mixer = Mixer(
+            kind="softmax",
+            structure=self._native,
+            owner=layer,
+            projections=projections,
+            output=output,
+            group=group,
+        )
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        if batch.tokens <= FEW_TOKENS:
-            return self._fused(x, batch.tables[self._group], batch.cos, batch.sin)
-        linear = self._ops.linear
-        rows = linear.linears(self._projections, x)
+        linear, mixer = self._ops.linear, self.mixer
+        rows = linear.linears(mixer.projections, x)
         out = torch.empty(batch.tokens, self._width)
-        self._ops.trunk.attend(self._native, rows, batch.tables[self._group], batch.cos, batch.sin, out)
-        return linear.linear(self._output, out)
+        self._ops.trunk.attend(self._native, rows, batch.tables[mixer.group], batch.cos, batch.sin, out)
+        return linear.linear(mixer.output, out)

@@ -1,5 +1,6 @@
 """One forward pass: the tokens of its sequences in a row, and what every layer needs to know of them."""
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,12 +54,17 @@ class Batch:
         ]  # for each group of layers, as the native operations take them
         # The same for operations that need no pages.
         self.sequences = sequences([(s.first, s.tokens, s.start, 0) for s in self.spans])
+        states = [ctypes.addressof(s.cache.addresses) for s in self.spans]
+        self.states = (ctypes.c_void_p * len(states))(*states)  # of each sequence where its states' addresses are
         self.cos = self.sin = torch.empty(0)
         if rope is not None:
-            positions = [torch.arange(s.start, s.start + s.tokens) for s in self.spans]
-            self.cos, self.sin = ops.trunk.rope(
-                positions[0] if len(positions) == 1 else torch.cat(positions), rope.inverse, rope.scaling
-            )
+            self.cos, self.sin = ops.trunk.rope(self.sequences, rope.inverse, rope.scaling)
+        # Of each sequence how many tokens' logits are wanted, its last ones, and which rows these are of all.
+        self.counts = [s.tokens if one.all_logits else 1 for one, s in zip(inputs, self.spans, strict=True)]
+        ends = [s.first + s.tokens for s in self.spans]
+        self.wanted = torch.tensor(
+            [row for end, count in zip(ends, self.counts, strict=True) for row in range(end - count, end)]
+        )
 
     def finish(self) -> None:
         """The sequences' caches now hold these tokens."""

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moehive.kernels.geometry import Activation
+from moehive.kernels.layer import GatedMlp, Router
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
 
@@ -93,7 +94,8 @@ class Builder:
         """A gated MLP with the usual names gate_proj, up_proj, down_proj; `share` names what weights a shared one."""
         gate, up, down = (self.linear(f"{name}.{part}_proj") for part in ("gate", "up", "down"))
         weigher = None if share is None else self.linear(share)
-        return DenseMlp(self.ops, gate, up, down, ACTIVATIONS[self.config.hidden_act], weigher)
+        activation = ACTIVATIONS[self.config.hidden_act]
+        return DenseMlp(self.ops, GatedMlp(gate=gate, up=up, down=down, activation=activation, share=weigher))
 
     def sigmoid_router(self, name: str) -> RouterLayer:
         """A router with sigmoid scores, a bias for the choice and groups, as DeepSeek-V3 has it."""
@@ -122,8 +124,7 @@ class Builder:
         return MoeMlp(
             self.ops,
             ordinal,
-            router,
-            self.linear(router_name),
+            Router(self.linear(router_name), router),
             None if shared is None else self.dense(shared, shared_gate),
         )
 

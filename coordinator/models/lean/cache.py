@@ -91,11 +91,15 @@ class PageTable:
 
 @dataclass(slots=True, eq=False)
 class SequenceCache:
-    """What one sequence keeps between forward passes. `tokens`: how many have been run."""
+    """What one sequence keeps between forward passes."""
 
     tables: list[PageTable]
     states: list[torch.Tensor]
-    tokens: int = 0
+    tokens: int = 0  # that have been run
+    addresses: ctypes.Array[ctypes.c_uint64] = field(init=False)  # of the states
+
+    def __post_init__(self) -> None:
+        self.addresses = (ctypes.c_uint64 * len(self.states))(*[state.data_ptr() for state in self.states])
 
 
 class CacheLayout:

@@ -5,8 +5,8 @@ from moehive.kernels.mla import MlaLayer
 from .builder import Builder
 from .latent import LATENT_EPS, LatentAttention, latent_scale
 from .mlp import Mlp
+from .parts import Layer
 from .rope import Rope
-from .trunk import Layer
 
 
 def _attention(b: Builder, name: str) -> LatentAttention:

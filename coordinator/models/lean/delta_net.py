@@ -3,8 +3,8 @@
 import torch
 
 from moehive.kernels.delta_net import DeltaNet, DeltaNetLayer, DeltaNetState
-from moehive.kernels.fused import FusedDeltaNet
-from moehive.kernels.linear import FEW_TOKENS, LinearWeights
+from moehive.kernels.layer import Mixer
+from moehive.kernels.linear import LinearWeights
 
 from .batch import Batch, Ops
 from .cache import CacheLayout
@@ -24,21 +24,21 @@ class DeltaNetAttention:
         """`projections`: those whose outputs, one after the other, are a row as `layer` says."""
         self._ops = ops
         self._net = DeltaNet(ops.trunk, layer)
-        self._conv = cache.add_state(*layer.conv_shape)
-        self._recurrent = cache.add_state(*layer.recurrent_shape)
-        self._projections = projections
-        self._output = output
-        self._fused = FusedDeltaNet(ops.trunk, projections, self._net, output)
+        self.mixer = Mixer(
+            kind="delta_net",
+            structure=self._net.structure,
+            owner=self._net,
+            projections=projections,
+            output=output,
+            states=(cache.add_state(*layer.conv_shape), cache.add_state(*layer.recurrent_shape)),
+        )
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        states = [
-            DeltaNetState(span.cache.states[self._conv], span.cache.states[self._recurrent]) for span in batch.spans
-        ]
-        if batch.tokens <= FEW_TOKENS:
-            return self._fused(x, batch.sequences, states)
-        linear = self._ops.linear
-        rows = linear.linears(self._projections, x)
-        out = torch.empty(batch.tokens, self._output.columns)
+        linear, mixer = self._ops.linear, self.mixer
+        conv, recurrent = mixer.states
+        states = [DeltaNetState(span.cache.states[conv], span.cache.states[recurrent]) for span in batch.spans]
+        rows = linear.linears(mixer.projections, x)
+        out = torch.empty(batch.tokens, mixer.output.columns)
         self._net(rows, batch.sequences, states, out)
-        return linear.linear(self._output, out)
+        return linear.linear(mixer.output, out)

@@ -11,9 +11,10 @@ from ..tensors import TensorSource
 from .batch import Ops
 from .builder import ACTIVATIONS, Builder, head_dim_of
 from .deepseek import deepseek_v3
+from .parts import Layer, Parts
 from .qwen_hybrid import qwen3_5_moe, qwen3_next
 from .rope import KNOWN, Rope
-from .trunk import Layer, LeanTrunk, Parts
+from .trunk import LeanTrunk
 
 Build = Callable[[Builder], tuple[list[Layer], Rope]]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from moehive.kernels.layer import Mixer
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.mla import Mla, MlaLayer
 
@@ -33,27 +34,34 @@ class LatentAttention:
         """
         self._ops = ops
         self._mla = Mla(ops.trunk, layer)
-        self._group = group
-        self._queries = queries
-        self._query_norm = query_norm
-        self._first = [compress] if query_latent is None else [query_latent, compress]
-        self._output = output
+        self.mixer = Mixer(
+            kind="latent",
+            structure=self._mla.structure,
+            owner=self._mla,
+            projections=[compress] if query_latent is None else [query_latent, compress],
+            output=output,
+            group=group,
+            queries=queries,
+            query_norm=query_norm,
+            query_eps=LATENT_EPS,
+        )
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
-        linear = self._ops.linear
-        first = linear.linears(self._first, x)
+        linear, mixer = self._ops.linear, self.mixer
+        assert mixer.queries is not None
+        first = linear.linears(mixer.projections, x)
         compressed = first
-        if self._query_norm is None:
-            queries = linear.linear(self._queries, x)
+        if mixer.query_norm is None:
+            queries = linear.linear(mixer.queries, x)
         else:
-            latent, compressed = first.split([one.rows for one in self._first], dim=1)
+            latent, compressed = first.split([one.rows for one in mixer.projections], dim=1)
             latent = latent.clone(memory_format=torch.contiguous_format)
-            self._ops.trunk.add_norm(latent, norm=self._query_norm, eps=LATENT_EPS, out=latent)
-            queries = linear.linear(self._queries, latent)
-        out = torch.empty(batch.tokens, self._output.columns)
-        self._mla(queries, compressed, batch.tables[self._group], batch.cos, batch.sin, out)
-        return linear.linear(self._output, out)
+            self._ops.trunk.add_norm(latent, norm=mixer.query_norm, eps=mixer.query_eps, out=latent)
+            queries = linear.linear(mixer.queries, latent)
+        out = torch.empty(batch.tokens, mixer.output.columns)
+        self._mla(queries, compressed, batch.tables[mixer.group], batch.cos, batch.sin, out)
+        return linear.linear(mixer.output, out)
 
 
 def latent_scale(config: Any) -> float:

@@ -5,10 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from moehive.kernels.fused import FusedMlp, FusedRouter
-from moehive.kernels.geometry import Activation
-from moehive.kernels.linear import FEW_TOKENS, LinearWeights
-from moehive.kernels.trunk_ops import RouterLayer
+from moehive.kernels.layer import GatedMlp, Router
 
 from ... import timeline
 from ..base import ExpertBackend, Tiers, tiers_of
@@ -25,7 +22,17 @@ class Addend(NamedTuple):
 
 
 class Mlp(Protocol):
-    """One layer's MLP."""
+    """One layer's MLP. `router` and `here` describe it for native calls with the rest of the layer."""
+
+    @property
+    def router(self) -> Router | None:
+        """What chooses routed experts; None: it has none."""
+        ...
+
+    @property
+    def here(self) -> GatedMlp | None:
+        """What is computed in this process: all of it, or a shared expert."""
+        ...
 
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """`x` f32 [T, hidden]; `sent` the same in the dtype that travels to the experts."""
@@ -33,34 +40,21 @@ class Mlp(Protocol):
 
 
 class DenseMlp:
-    """down(activation(gate(x)) * up(x)); also a shared expert."""
+    """An MLP without routed experts; also a shared expert."""
 
-    def __init__(
-        self,
-        ops: Ops,
-        gate: LinearWeights,
-        up: LinearWeights,
-        down: LinearWeights,
-        activation: Activation,
-        share: LinearWeights | None = None,
-    ) -> None:
-        """`share` [1, hidden]: how much of a shared expert a token takes."""
+    router: Router | None = None
+
+    def __init__(self, ops: Ops, mlp: GatedMlp) -> None:
         self._ops = ops
-        self._share = share
-        self._fused = FusedMlp(ops.trunk, gate, up, down, activation, share)
-        self._up = [gate, up]
-        self._down = down
-        self._activation: Activation = activation
+        self.here = mlp
 
     def compute(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """f32 [T, hidden] → f32 [T, hidden], and its share [T] before the sigmoid."""
-        if len(x) <= FEW_TOKENS:
-            return self._fused(x)
-        linear = self._ops.linear
-        middle = torch.empty(len(x), self._down.columns)
-        self._ops.trunk.gate(linear.linears(self._up, x), self._activation, middle)
-        out = linear.linear(self._down, middle)
-        return out, None if self._share is None else linear.linear(self._share, x)[:, 0]
+        linear, mlp = self._ops.linear, self.here
+        middle = torch.empty(len(x), mlp.down.columns)
+        self._ops.trunk.gate(linear.linears([mlp.gate, mlp.up], x), mlp.activation, middle)
+        out = linear.linear(mlp.down, middle)
+        return out, None if mlp.share is None else linear.linear(mlp.share, x)[:, 0]
 
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""
@@ -71,33 +65,35 @@ class DenseMlp:
 class MoeMlp:
     """Routed experts, computed elsewhere; while they are, the shared expert here."""
 
-    def __init__(
-        self,
-        ops: Ops,
-        ordinal: int,
-        router: RouterLayer,
-        router_weights: LinearWeights,
-        shared: DenseMlp | None = None,
-    ) -> None:
+    def __init__(self, ops: Ops, ordinal: int, router: Router, shared: DenseMlp | None = None) -> None:
         """`ordinal`: of the MoE layer."""
+        self.ordinal = ordinal
+        self.router = router
+        self.here = None if shared is None else shared.here
         self._ops = ops
-        self._ordinal = ordinal
-        self._router = router  # keeps the bias alive that `_native` points to
-        self._native = router.structure()
-        self._router_weights = router_weights
+        self._native = router.layer.structure()
         self._shared = shared
-        self._fused = FusedRouter(ops.trunk, router_weights, router)
 
     def foresee(self, x: torch.Tensor) -> list[int]:
         """Experts that this layer may ask for, likeliest first, judged by `x` f32 [T, hidden] of an earlier layer."""
-        return likely(self._router, self._ops.linear.linear(self._router_weights, x))
+        return likely(self.router.layer, self._ops.linear.linear(self.router.weights, x))
+
+    def spare_disks(self, tiers: Tiers, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
+        """Chooses again, in place, among experts on disk and in memory: see prefer_in_memory."""
+        if tiers.margin and (on_disk := tiers.on_disk(self.ordinal)) is not None:
+            prefer_in_memory(self.router.layer, logits, on_disk, tiers.margin, ids, weights)
 
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""
         with timeline.current.span("router"):
-            ids, weights = self._route(x, tiers_of(experts))
+            shape = len(x), self.router.layer.top_k
+            ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
+            logits = self._ops.linear.linear(self.router.weights, x)
+            self._ops.trunk.route(self._native, logits, ids, weights)
+            if (tiers := tiers_of(experts)) is not None:
+                self.spare_disks(tiers, logits, ids, weights)
         self._ops.trunk.rest()
-        pending = experts.submit(self._ordinal, sent, ids, weights)
+        pending = experts.submit(self.ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:
             os.sched_yield()  # nodes on this machine that were just asked go first: the layer waits for them
@@ -105,17 +101,3 @@ class MoeMlp:
                 more, gate = self._shared.compute(x)
             self._ops.trunk.rest()
         return Addend(await pending, more, gate)
-
-    def _route(self, x: torch.Tensor, tiers: Tiers | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each token's experts int64 and their weights f32, both [T, top_k]."""
-        shape = len(x), self._router.top_k
-        ids, weights = torch.empty(shape, dtype=torch.int64), torch.empty(shape)
-        margin = 0.0 if tiers is None else tiers.margin
-        if len(x) <= FEW_TOKENS and not margin:
-            self._fused(x, ids, weights)
-            return ids, weights
-        logits = self._ops.linear.linear(self._router_weights, x)
-        self._ops.trunk.route(self._native, logits, ids, weights)
-        if tiers is not None and margin and (on_disk := tiers.on_disk(self._ordinal)) is not None:
-            prefer_in_memory(self._router, logits, on_disk, margin, ids, weights)
-        return ids, weights

@@ -12,8 +12,8 @@ from .attention import Attention
 from .builder import Builder
 from .delta_net import DeltaNetAttention
 from .mlp import Mlp
+from .parts import Layer
 from .rope import Rope
-from .trunk import Layer
 
 
 def _delta_net(b: Builder, name: str, projections: list[str]) -> DeltaNetAttention:
