@@ -54,12 +54,13 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
     cluster = _cluster(model, alone, together)
     placed = hold(model, cluster)
     step = decode_step(model, cluster, placed)
+    prompt = 32 if quick else 128
     measured = measure_decode(
         DecodeSettings(
             model=path,
             state_dir=state_dir,
             nodes=NODES,
-            prompt=32 if quick else 128,
+            prompt=prompt,
             tokens=16 if quick else 64,
             rounds=1 if quick else 3,
         )
@@ -82,7 +83,7 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
         "fitting_hop_s": _fitting(
             step.experts_s + step.hop_s, (1 - measured.trunk_share) * token_s, len(model.layers), "HOP_S"
         ),
-        "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed),
+        "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed, prompt),
         "measured_prefill_tokens_per_s": measured.prefill_tokens_per_s,
         "read_Bps_alone": alone,
         "read_Bps_together": together,
