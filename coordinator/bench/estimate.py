@@ -26,7 +26,9 @@ FORMATS = ("q8_0", "q4_k")
 SIZES = {"qwen3.5-35b": (8, 16), "qwen3.5-397b": (4, 12), "qwen3-30b": (6, 16), "kimi-k2": (2, 8)}
 NODES = 2
 _PLENTY = 1 << 45  # bytes: the nodes hold everything
-_LOOPBACK_BANDWIDTH = 2e9  # bytes a second; small messages do not feel it
+# Bytes a second, there and back together, of ciphers and copies on the same processors: `moehive bench hop`, 1 MiB to
+# one node and as much back in 6.7 ms. Small messages do not feel it.
+_LOOPBACK_BANDWIDTH = 0.31e9
 
 
 def measure_estimate(
