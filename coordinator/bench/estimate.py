@@ -26,7 +26,9 @@ FORMATS = ("q8_0", "q4_k")
 SIZES = {"qwen3.5-35b": (8, 16), "qwen3.5-397b": (4, 12), "qwen3-30b": (6, 16), "kimi-k2": (2, 8)}
 NODES = 2
 _PLENTY = 1 << 45  # bytes: the nodes hold everything
-_LOOPBACK_BANDWIDTH = 2e9  # bytes a second; small messages do not feel it
+# Bytes a second, there and back together, of ciphers and copies on the same processors: `moehive bench hop`, 1 MiB to
+# one node and as much back in 6.7 ms. Small messages do not feel it.
+_LOOPBACK_BANDWIDTH = 0.31e9
 
 
 def measure_estimate(
@@ -54,12 +56,13 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
     cluster = _cluster(model, alone, together)
     placed = hold(model, cluster)
     step = decode_step(model, cluster, placed)
+    prompt = 32 if quick else 128
     measured = measure_decode(
         DecodeSettings(
             model=path,
             state_dir=state_dir,
             nodes=NODES,
-            prompt=32 if quick else 128,
+            prompt=prompt,
             tokens=16 if quick else 64,
             rounds=1 if quick else 3,
         )
@@ -82,7 +85,7 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
         "fitting_hop_s": _fitting(
             step.experts_s + step.hop_s, (1 - measured.trunk_share) * token_s, len(model.layers), "HOP_S"
         ),
-        "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed),
+        "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed, prompt),
         "measured_prefill_tokens_per_s": measured.prefill_tokens_per_s,
         "read_Bps_alone": alone,
         "read_Bps_together": together,

@@ -10,6 +10,9 @@ from .json_files import INDEX, json_object, read_bytes, read_index
 from .safetensors_file import StoredTensor, read_header
 
 SINGLE = "model.safetensors"
+# Where repositories keep further copies of a model, in layouts that are not read (gpt-oss: 14 GB each).
+OWN_LAYOUTS = ("original", "metal")
+_OWN_NAMES = "block.0.mlp.mlp1_weight.blocks"  # of gpt-oss in original/: OpenAI's gpt_oss/torch/weights.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +42,12 @@ def open_directory(path: Path) -> Directory:
     except OSError as error:  # a parent that may not be searched, a name too long
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
     _refuse_links_out(path)
+    _refuse_own_layout(path)
     config_bytes = read_bytes(path / "config.json")
     config = json_object(path / "config.json", config_bytes)
     digest = hashlib.sha256(config_bytes)
     tensors: dict[str, StoredTensor] = {}
-    wanted = _shards(path)
-    for shard, names in wanted.items():
+    for shard, names in _shards(path).items():
         found, header = read_header(shard)
         absent = sorted(names - found.keys())
         if absent:
@@ -58,6 +61,8 @@ def open_directory(path: Path) -> Directory:
         digest.update(header)
     if not tensors:
         raise CoordinatorError(f"{path} holds no tensors; download the checkpoint again.")
+    if _OWN_NAMES in tensors:
+        raise _own_layout(path, "original")
     return Directory(path, config, tensors, digest.hexdigest())
 
 
@@ -80,6 +85,27 @@ def _refuse_links_out(path: Path) -> None:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
     except RuntimeError as error:  # links in a circle, as older Pythons say it
         raise CoordinatorError(f"{path} holds links that lead in a circle.") from error
+
+
+def _refuse_own_layout(path: Path) -> None:
+    """A download of original/ or metal/ alone, or one of these folders itself, is told apart from a broken one."""
+    try:
+        if any(path.glob("*.safetensors")):
+            return
+        if (path / "model.bin").exists() and not (path / "config.json").exists():
+            raise _own_layout(path, "metal")
+        for folder in OWN_LAYOUTS:
+            if any((path / folder).glob("model*")):
+                raise _own_layout(path, folder)
+    except OSError as error:
+        raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _own_layout(path: Path, folder: str) -> CoordinatorError:
+    return CoordinatorError(
+        f"{path} holds only the copy of the model that repositories keep in {folder}/, in its publisher's own layout,"
+        " which is not read; get the files at the top of its repository, as `moehive pull ORGANIZATION/NAME` does."
+    )
 
 
 def _shards(path: Path) -> dict[Path, set[str]]:

@@ -53,23 +53,30 @@ def parse_id(model: str) -> HubId | None:
     return HubId(match[1], match[2])
 
 
-def resolve(model: str) -> Path:
-    """The directory or GGUF file of `model`: an existing path, else the download of a hub id.
+def hub_id(model: str) -> HubId | None:
+    """`model` as a hub id; None for an existing path. Raises CoordinatorError for what is neither.
 
-    Offline, what is cached is used. Raises CoordinatorError, one sentence. Anything that looks like a path is never
-    sent to the hub.
+    Anything that looks like a path is never sent to the hub.
     """
-    path = Path(model).expanduser()
     with contextlib.suppress(OSError):  # a name too long is no path, and no hub id
-        if path.exists():
-            return path
+        if Path(model).expanduser().exists():
+            return None
     wanted = parse_id(model)
     if wanted is None:
         raise CoordinatorError(
             f"There is no model directory {model}; give a directory with config.json and safetensors, a GGUF file, or"
             " a hub id like organization/name."
         )
-    return pull(wanted, lambda name, done, total: None)
+    return wanted
+
+
+def resolve(model: str) -> Path:
+    """The directory or GGUF file of `model`: an existing path, else the download of a hub id.
+
+    Offline, what is cached is used. Raises CoordinatorError, one sentence.
+    """
+    wanted = hub_id(model)
+    return Path(model).expanduser() if wanted is None else pull(wanted, lambda name, done, total: None)
 
 
 def pull(wanted: HubId, progress: Progress) -> Path:

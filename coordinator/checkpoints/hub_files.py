@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..types import CoordinatorError
+from .directory import OWN_LAYOUTS
 from .json_files import INDEX, read_index
 
 # Beside the weights; pickles, other frameworks' weights, pictures and documents stay away.
@@ -45,6 +46,12 @@ def needed_files(model: str, files: list[HubFile], choice: str | None, fetch: Ca
         return [by_name[name] for name in _choose(model, models, choice)]
     if any(file.name.endswith((".bin", ".pt", ".pth")) for file in top):
         raise CoordinatorError(f"{model} has its weights only as pickle, which can run code and is refused.")
+    own = next((file.name for file in files if file.name.startswith(tuple(f"{f}/model" for f in OWN_LAYOUTS))), None)
+    if own is not None:
+        raise CoordinatorError(
+            f"{model} has its weights only as {own}, in their publisher's own layout, which is not read; choose a"
+            " repository with config.json and model.safetensors at its top."
+        )
     raise CoordinatorError(f"{model} holds no model in safetensors or GGUF.")
 
 

@@ -19,7 +19,7 @@ def estimate(
     quick: Annotated[bool, typer.Option("--quick", help="Shorter texts, one round.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Decode speed of four shapes in two formats on this machine: as estimated, and as measured."""
+    """Speed of decoding and of prompts, four shapes in two formats on this machine: as estimated, and as measured."""
     prepare(verbose=False)
     from ..bench.estimate import measure_estimate
 
@@ -33,7 +33,9 @@ def estimate(
 def _show(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
-    table = Table("model", "format", "estimated", "measured", "ratio", "trunk ms", "experts and hops ms")
+    table = Table(
+        "model", "format", "estimated", "measured", "ratio", "trunk ms", "experts and hops ms", "prompt, tokens/s"
+    )
     for row in rows:
         table.add_row(
             f"{row['geometry']}, {row['layers']} layers",
@@ -43,6 +45,7 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['ratio']:.2f}",
             f"{row['estimated_trunk_ms']:.1f} / {row['measured_trunk_ms']:.1f}",
             f"{row['estimated_experts_and_hop_ms']:.1f} / {row['measured_experts_and_hop_ms']:.1f}",
+            f"{row['estimated_prefill_tokens_per_s']:.0f} / {row['measured_prefill_tokens_per_s']:.0f}",
         )
     out = console()
     out.print(table)

@@ -24,23 +24,13 @@ def pull(
 
     Ctrl-C is safe: the next pull goes on in the middle of the file. HF_HOME says where files are kept.
     """
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
     from ..checkpoints.hub import parse_id
-    from ..checkpoints.hub import pull as pull_model
-    from .progress import byte_bars
+    from .download import download
 
     wanted = parse_id(model)
     if wanted is None:
         raise CoordinatorError(f"{model!r} is not a hub's id; write organization/name.")
-    disable_progress_bars()  # one bar for all files, not one for each
-    with byte_bars(disable=as_json) as bars:
-        bar = bars.add_task(model, total=None)
-
-        def show(name: str, done: int, total: int) -> None:
-            bars.update(bar, description=name or model, completed=done, total=total)
-
-        path = pull_model(wanted, show)
+    path = download(wanted, quiet=as_json)
     if as_json:
         print(json.dumps({"model": model, "path": str(path)}))
     else:

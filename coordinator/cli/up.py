@@ -32,12 +32,17 @@ def up(
     With --json, one line says when it is ready: {"grpc_port": …, "http_port": …, "pid": …}.
     """
     prepare(verbose=False)
-    print(f"Starting {nodes} expert nodes for {model} …", file=sys.stderr)
     from moehive.proto.ending import end_now
 
+    from ..checkpoints.hub import hub_id
     from ..local_cluster import folder_name
     from .background import running_cluster
+    from .download import download
 
+    wanted = hub_id(model)
+    if wanted is not None:
+        download(wanted, quiet=as_json)  # now, while no node waits for it
+    print(f"Starting {nodes} expert nodes for {model} …", file=sys.stderr)
     base = state_dir / "up" / folder_name(model, nodes)
     with running_cluster(model, base, nodes, port, http_port) as cluster:
         grpc, http = cluster.coordinator.grpc_port, cluster.coordinator.http_port

@@ -19,8 +19,13 @@ HOP_S = 0.6e-3  # of one layer's experts: messages made and read, processes woke
 PROBE_S = 0.3e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
 MESSAGE_S = 0.6e-3  # for each node beyond the first that a layer asks
 
-# Multiplications with one weight that a machine does while it reads a byte.
-PRODUCTS_PER_BYTE = 6.0
+# Multiplications with a weight that a machine does while it reads a byte: of one thread, what an expert takes longer
+# with 128 tokens than with 16. The first token's are hidden behind the reading; the others' are not, for the next
+# weights are not read before all tokens are multiplied with these.
+PRODUCTS_PER_BYTE = {
+    "f32": 3.7, "bf16": 3.0, "f16": 3.0, "fp8_block": 3.3, "q2_k": 4.3, "q3_k": 4.3, "iq4_xs": 4.3, "q6_k": 3.3,
+}  # fmt: skip
+OTHER_PRODUCTS = 5.3  # of all other formats: 4.8 to 5.5
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
 
 # Bytes that are not for weights.

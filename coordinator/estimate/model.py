@@ -87,10 +87,13 @@ class Model:
     @property
     def active_weights(self) -> int:
         """How many numbers one token is multiplied with."""
-        trunk = sum(
-            m.rows * m.columns for part, ms in self.parts.items() for m in ms if part != EMBEDDING or self.tied
-        )
-        return trunk + sum(layer.top_k * layer.spec.weights for layer in self.layers)
+        head = sum(m.rows * m.columns for m in self.parts[EMBEDDING if self.tied else HEAD])
+        return self.trunk_weights + head + sum(layer.top_k * layer.spec.weights for layer in self.layers)
+
+    @property
+    def trunk_weights(self) -> int:
+        """How many numbers of the trunk each token of a prompt is multiplied with; the head is for the last alone."""
+        return sum(m.rows * m.columns for part, ms in self.parts.items() for m in ms if part not in (EMBEDDING, HEAD))
 
     def in_format(self, format: Format) -> "Model":
         """The same model in another format; a trunk whose bytes are known stays as it is."""

@@ -3,7 +3,8 @@
     decode   trunk's bytes by the coordinator's speed, and in each layer: fixed cost of the trunk, and, of the
              machines that a token's experts lie on, the slowest (round trip, cost of a message, its experts' bytes
              by its speed)
-    prefill  the same for a chunk of tokens: nearly all experts are read, products count, and so does the wire
+    prefill  the same for a chunk of tokens: nearly all experts are read, products with all tokens but the first are
+             added to the reading, and so is the wire
 
 Which experts a token is sent to is not known, so they are drawn at random, all alike likely: the mean over many draws
 of the slowest machine's time, with each distinct expert of a batch counted once. Real routers prefer some experts, so
@@ -19,7 +20,17 @@ import numpy.typing as npt
 from moehive.kernels.geometry import LayerGeometry
 
 from .cluster import Cluster
-from .constants import CHUNK_TOKENS, HOP_S, KERNEL_SHARES, LAYER_S, MESSAGE_S, OTHER_SHARE, PRODUCTS_PER_BYTE, TOKEN_S
+from .constants import (
+    CHUNK_TOKENS,
+    HOP_S,
+    KERNEL_SHARES,
+    LAYER_S,
+    MESSAGE_S,
+    OTHER_PRODUCTS,
+    OTHER_SHARE,
+    PRODUCTS_PER_BYTE,
+    TOKEN_S,
+)
 from .holding import Holding, Placed, kernel_share
 from .model import Model
 
@@ -43,13 +54,7 @@ class Step:
 
 def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) -> Step:
     """One token for each of `batch` sequences."""
-    ram = cluster.coordinator.ram
-    assert ram is not None
-    share = KERNEL_SHARES.get(model.format, OTHER_SHARE)
-    factor = cluster.coordinator.step_factor
-    trunk = factor * (TOKEN_S + model.decoder_layers * LAYER_S) + model.trunk_bytes_a_token / (
-        ram.bytes_per_s * share
-    )
+    trunk = _trunk_s(model, cluster)
     experts = hop = 0.0
     for layer, count in _kinds(model.layers):
         computing, whole = _layer(layer, model, cluster, placed.holdings, batch)
@@ -58,25 +63,21 @@ def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) 
     return Step(trunk, experts, hop)
 
 
-def prefill_rate(model: Model, cluster: Cluster, placed: Placed) -> float:
-    """Tokens a second of a long prompt."""
-    tokens = CHUNK_TOKENS
+def prefill_rate(model: Model, cluster: Cluster, placed: Placed, tokens: int = CHUNK_TOKENS) -> float:
+    """Tokens a second of a prompt that goes through the layers in chunks of so many."""
     ram = cluster.coordinator.ram
     assert ram is not None
-    step = decode_step(model, cluster, placed, tokens)
-    weights = model.active_weights - sum(layer.top_k * layer.spec.weights for layer in model.layers)  # of the trunk
-    trunk = max(step.trunk_s, tokens * weights / (ram.bytes_per_s * PRODUCTS_PER_BYTE))
+    seconds = _trunk_s(model, cluster) + _products_s(model, (tokens - 1) * model.trunk_weights, ram.bytes_per_s)
     asked = [h for h in placed.holdings if h.expert_bytes]
-    layers = 0.0
     for layer, count in _kinds(model.layers):
-        reading, whole = _layer(layer, model, cluster, placed.holdings, tokens)
-        products = tokens * layer.top_k * layer.spec.weights
-        computing = max(_products_s(h, products * h.expert_bytes / model.expert_bytes) for h in asked)
+        _, whole = _layer(layer, model, cluster, placed.holdings, tokens)
+        products = max(0, tokens * layer.top_k - layer.experts) * layer.spec.weights
+        computing = max(_products_s(model, products * h.expert_bytes / model.expert_bytes, _speed(h)) for h in asked)
         # The coordinator's one link carries what goes to all nodes.
         remote = sum(not h.machine.coordinator for h in asked)
         wire = remote * tokens * model.hidden * max(_REPLY_BYTES, _REQUEST_BYTES) / cluster.bandwidth
-        layers += count * (max(reading, computing) + (whole - reading) + wire)
-    return tokens / (trunk + layers)
+        seconds += count * (whole + computing + wire)
+    return tokens / seconds
 
 
 def load_seconds(cluster: Cluster, placed: Placed, trunk_bytes: int) -> float:
@@ -132,7 +133,20 @@ def _distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.N
     return np.stack([hit[:, owner == n].sum(1) for n in range(len(weights))], 1).astype(np.float64)
 
 
-def _products_s(holding: Holding, products: float) -> float:
-    """Seconds to multiply, where the quickest of its tiers computes."""
-    speed = max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.experts)
-    return products / (speed * PRODUCTS_PER_BYTE)
+def _trunk_s(model: Model, cluster: Cluster) -> float:
+    """Seconds of the trunk for one token of each sequence of a batch."""
+    ram = cluster.coordinator.ram
+    assert ram is not None
+    share = KERNEL_SHARES.get(model.format, OTHER_SHARE)
+    fixed = cluster.coordinator.step_factor * (TOKEN_S + model.decoder_layers * LAYER_S)
+    return fixed + model.trunk_bytes_a_token / (ram.bytes_per_s * share)
+
+
+def _products_s(model: Model, products: float, bytes_per_s: float) -> float:
+    """Seconds to multiply with weights that are at hand, on a machine that reads so many bytes a second."""
+    return products / (bytes_per_s * PRODUCTS_PER_BYTE.get(model.format, OTHER_PRODUCTS))
+
+
+def _speed(holding: Holding) -> float:
+    """Bytes a second of the quickest of its tiers, which computes."""
+    return max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.experts)

@@ -6,12 +6,18 @@ int4_g128 store the same codes and scales in the order that kernels read.
 """
 
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import torch
 
 from ..geometry import GeometryError
 
+# How GPTQ's zero points are stored: the layout's second version as they are, the first less 1. auto-round subtracts
+# from each (15 stands for 0), GPTQModel from whole words, where a 0 borrows from the next (convert_gptq_v2_to_v1_*).
+StoredZeros: TypeAlias = Literal["plain", "less_one", "less_one_by_word"]
+
 _PER_WORD = 8  # weights of 4 bits in an int32
+_ONES = 0x11111111
 # Place j of AWQ's int32, lowest bits first, holds column 8 i + _AWQ_ORDER[j] (AutoAWQ, awq/utils/packing_utils.py).
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -44,29 +50,33 @@ def from_gptq(
     scales: torch.Tensor,
     g_idx: torch.Tensor | None = None,
     *,
-    zeros_are_minus_one: bool = True,
+    zeros: StoredZeros,
+    ordered: bool = False,
 ) -> Int4Weights:
     """GPTQ: `qweight` int32 [in / 8, out] packs along the input, `qzeros` int32 [groups, out / 8] along the output.
 
-    `scales` [groups, out] of any float dtype; `g_idx` int32 [in] is the group of each input. The first version of
-    the layout stores zero points minus 1, and 15 stands for 0; pass zeros_are_minus_one=False for
-    `checkpoint_format: gptq_v2`. Raises GeometryError for shapes that do not fit together, and for inputs out of
-    order (`desc_act` without `static_groups`): their groups are scattered over the columns.
+    `scales` [groups, out] of any float dtype; `g_idx` int32 [in] is the group of each input. `ordered` (`desc_act`
+    without `static_groups`): groups may be scattered over the columns, and what is returned then has a group for each
+    column. Raises GeometryError for shapes that do not fit together, groups that are not there, and scattered ones
+    that are not expected.
     """
     rows_of_words, out = _words(qweight, "qweight")
     columns, groups = rows_of_words * _PER_WORD, scales.shape[0]
     _fits("qzeros", qzeros, (groups, out // _PER_WORD), out % _PER_WORD == 0)
     _fits("scales", scales, (groups, out), groups > 0 and columns % groups == 0)
     group = columns // groups
-    if g_idx is not None and not torch.equal(g_idx.long().cpu(), torch.arange(columns) // group):
-        raise GeometryError(
-            "This GPTQ checkpoint orders its inputs by activation (desc_act), which kernels can't follow; "
-            "use one that was quantized with desc_act = false."
-        )
-    zeros = _unpack(qzeros)
-    if zeros_are_minus_one:
-        zeros = (zeros + 1) & 15
-    return Int4Weights(_unpack(qweight.T).contiguous(), _floats(scales.T), zeros.T.contiguous(), group)
+    points = _unpack(qzeros + _ONES if zeros == "less_one_by_word" else qzeros)
+    if zeros == "less_one":
+        points = (points + 1) & 15
+    values = _unpack(qweight.T).contiguous()
+    if g_idx is None or torch.equal(g_idx.long(), torch.arange(columns) // group):
+        return Int4Weights(values, _floats(scales.T), points.T.contiguous(), group)
+    if not ordered:
+        raise GeometryError("The groups lie out of order (g_idx), though the config says that desc_act is false.")
+    at = g_idx.long()
+    if at.shape != (columns,) or int(at.min()) < 0 or int(at.max()) >= groups:
+        raise GeometryError(f"g_idx must name one of {groups} groups for each of {columns} columns.")
+    return Int4Weights(values, _floats(scales[at].T), points[at].T.contiguous(), 1)
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Weights:
@@ -85,6 +95,23 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
         return places[:, :, place_of].reshape(len(packed), -1).T.contiguous()
 
     return Int4Weights(columns_of(qweight), _floats(scales.T), columns_of(qzeros), columns // groups)
+
+
+def from_awq_gemv(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> Int4Weights:
+    """AWQ (`version: gemv`): `qweight` int32 [out, in / 8], `qzeros` int32 [out, words], both along the input.
+
+    `scales` [out, 8 * words] of any float dtype; the first in / `group` of these and of the zero points count,
+    one for each `group` columns, and the rest is padding. Raises GeometryError for shapes that do not fit together.
+    """
+    out, words = _words(qweight, "qweight")
+    columns, room = words * _PER_WORD, qzeros.shape[-1] * _PER_WORD
+    if group < 1 or columns % group or columns // group > room:
+        raise GeometryError(f"{columns} columns can't be in groups of {group} with {room} zero points.")
+    _fits("qzeros", qzeros, (out, room // _PER_WORD))
+    _fits("scales", scales, (out, room))
+    groups = columns // group
+    zeros = _unpack(qzeros)[:, :groups].contiguous()
+    return Int4Weights(_unpack(qweight), _floats(scales[:, :groups]), zeros, group)
 
 
 def from_compressed_tensors(

@@ -117,14 +117,14 @@ def _words(codes: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
 
 
 def gptq(version: int, group: int = 64) -> Quantize:
-    """AutoGPTQ's layout: words along the input; version 1 stores zero points less 1."""
+    """GPTQ's layout: words along the input; version 1 stores words of zero points less 1 each, as GPTQModel does."""
 
     def run(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
         codes, scale, zero, means = _codes(weight, group)
         straight = tuple(range(8))
         return {
             "qweight": _words(codes, straight).T.contiguous(),
-            "qzeros": _words(((zero - int(version == 1)) & 15).T.contiguous(), straight),
+            "qzeros": _words(zero.T.contiguous(), straight) - (0x11111111 if version == 1 else 0),
             "scales": scale.T.contiguous(),
             "g_idx": (torch.arange(weight.shape[1]) // group).int(),
         }, means

@@ -10,6 +10,7 @@ from moehive.coordinator.models.base import SequenceInput
 from moehive.coordinator.trunk import load_trunk
 from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.geometry import ExpertId
+from moehive.kernels.ops import Reduction
 from moehive.proto.tensors import Routing
 
 PROMPT = [3, 17, 5, 99, 42, 8, 61, 7, 30]
@@ -35,7 +36,7 @@ class NativeBackend:
             weights.float().flatten().numpy(),
         )
         await asyncio.sleep(0)
-        return self._local.compute(layer, hidden, routing, "partial_sum")
+        return self._local.compute(layer, hidden, routing, Reduction.PARTIAL_SUM)
 
 
 def logits(checkpoint: Any, tokens: list[int]) -> torch.Tensor:

@@ -13,6 +13,8 @@ import pytest
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.checkpoints.directory import open_directory
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
+from moehive.coordinator.checkpoints.gguf.formats import TYPES
+from moehive.coordinator.checkpoints.gguf.other_types import why_not_read
 from moehive.coordinator.types import CoordinatorError
 
 Wide = Callable[[str], Path]
@@ -92,11 +94,19 @@ AFTER_NAME = {
     "huge sizes that overflow": (4, struct.pack("<QQ", 2**33, 2**33), "truncated or corrupt"),
     "empty": (12, struct.pack("<Q", 0), "empty"),
     "unknown type": (20, struct.pack("<I", 4242), "number 4242"),
-    "removed type": (20, struct.pack("<I", 4), "number 4"),
+    "removed type": (20, struct.pack("<I", 4), "type Q4_2 (number 4), which is not read; get the model in Q4_K_M"),
+    "newer type": (20, struct.pack("<I", 40), "llama.cpp's type NVFP4 (number 40)"),
+    "another program's type": (20, struct.pack("<I", 138), "ik_llama.cpp's type IQ3_K (number 138)"),
+    "what to get instead": (20, struct.pack("<I", 397), "get the model in Q8_0, or make that with llama-quantize"),
     "offset beyond the file": (24, struct.pack("<Q", 2**40), "does not lie within it"),
     "offset that is not aligned": (24, struct.pack("<Q", 1), "does not lie within it"),
     "offset that overflows": (24, struct.pack("<Q", 2**64 - 32), "does not lie within it"),
 }
+
+
+def test_each_type_of_the_gguf_package_is_read_or_named() -> None:
+    for kind in gguf.GGMLQuantizationType:
+        assert kind in TYPES or f" {kind.name} (number {int(kind)})" in why_not_read(kind)
 
 
 @pytest.mark.parametrize("case", [*CASES, *AFTER_NAME])

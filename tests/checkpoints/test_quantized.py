@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.generic import GenericTrunk
@@ -94,42 +94,6 @@ def test_transformers_reads_the_fp8_checkpoint_as_we_do(wide: Wide, tmp_path: Pa
     reading.check_text(model, checkpoint)
 
 
-def gpt_oss(wide: Path, folder: Path) -> None:
-    """gpt-oss as it is published: the experts' matrices as MXFP4 blocks and scales, here random ones."""
-    folder.mkdir()
-    tensors = load_file(wide / "model.safetensors")
-    random = torch.Generator().manual_seed(3)
-    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
-        experts, columns, rows = tensors.pop(name).shape
-        tensors[f"{name}_blocks"] = torch.randint(
-            0, 256, (experts, rows, columns // 32, 16), generator=random, dtype=torch.uint8
-        )
-        tensors[f"{name}_scales"] = torch.randint(
-            119, 123, (experts, rows, columns // 32), generator=random, dtype=torch.uint8
-        )
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((wide / "config.json").read_text())
-    section = Mxfp4Config(modules_to_not_convert=["self_attn", "router", "embed_tokens", "lm_head"]).to_dict()
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": section}, default=str))
-
-
-def test_gpt_oss_as_it_is_published(wide: Wide, tmp_path: Path) -> None:
-    gpt_oss(wide("gpt_oss"), tmp_path / "quantized")
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "quantized", dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
-    ).eval()
-    checkpoint = Checkpoint.open(tmp_path / "quantized")
-    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {"mxfp4"}
-    experts = model.model.layers[1].mlp.experts
-    found = reading.decoded(checkpoint, ExpertId(1, 3))
-    up = experts.gate_up_proj[3].detach().T
-    assert torch.equal(found["up"], torch.cat([up[::2], up[1::2]]).float())
-    assert torch.equal(found["down"], experts.down_proj[3].detach().T.float())
-    bias = experts.gate_up_proj_bias[3].detach().float()
-    assert torch.equal(found["up_bias"], torch.cat([bias[::2], bias[1::2]]))
-    reading.check_text(model.float(), checkpoint)
-
-
 def test_experts_fused_in_one_tensor(wide: Wide, tmp_path: Path) -> None:
     """transformers' own names for FP8 experts: a stack for all, gate above up."""
     quantizers.write(quantizers.METHODS["fp8"], wide("qwen3_moe"), tmp_path / "apart")
@@ -203,8 +167,9 @@ def refusal(folder: Path) -> str:
         ({"quant_method": "bitsandbytes"}, "bitsandbytes, which is not read"),
         ({"quant_method": 7}, "an unnamed method"),
         ({"quant_method": "gptq", "bits": 3}, "in 3 bits"),
-        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, "desc_act = false"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "only gemm"),
+        ({"quant_method": "gptq", "bits": 4, "dynamic": {"+:.*q_proj": {"bits": 8}}}, "in 8 bits"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "'marlin', which is not read"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv_fast"}, "saved as gemm or gemv"),
         ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "nvfp4-pack-quantized"),
         ({"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-bitmask"}}, "sparse"),
         ({"quant_method": "fp8", "weight_block_size": [0, "x"]}, "weight_block_size"),

@@ -6,7 +6,14 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moehive.kernels.formats.int4_sources import Int4Weights, from_awq, from_compressed_tensors, from_gptq
+from moehive.kernels.formats.int4_sources import (
+    Int4Weights,
+    StoredZeros,
+    from_awq,
+    from_awq_gemv,
+    from_compressed_tensors,
+    from_gptq,
+)
 from moehive.kernels.geometry import GeometryError
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**31))
@@ -55,26 +62,34 @@ def same(found: Int4Weights, wanted: Int4Weights) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(SHAPES, st.booleans())
-def test_gptq(shape: tuple[int, int, int, int], first_version: bool) -> None:
+@given(SHAPES, st.sampled_from(["plain", "less_one", "less_one_by_word"]))
+def test_gptq(shape: tuple[int, int, int, int], zeros: StoredZeros) -> None:
     octets, groups, group, seed = shape
     wanted = numbers(8 * octets, groups, group, seed)
-    stored_zeros = (wanted.zeros.int() - 1) % 16 if first_version else wanted.zeros
+    stored = words(((wanted.zeros.int() - int(zeros == "less_one")) % 16).T.tolist())
     found = from_gptq(
         words(wanted.values.tolist()).T,
-        words(stored_zeros.T.tolist()),
+        stored - 0x11111111 if zeros == "less_one_by_word" else stored,
         wanted.scales.T.half(),
         torch.arange(groups * group, dtype=torch.int32) // group,
-        zeros_are_minus_one=first_version,
+        zeros=zeros,
     )
     same(found, wanted)
 
 
-def test_gptq_out_of_order_is_refused() -> None:
+def test_gptq_out_of_order() -> None:
     wanted = numbers(8, 2, 32, 0)
-    g_idx = (torch.arange(64, dtype=torch.int32) // 32).flip(0)
-    with pytest.raises(GeometryError, match="desc_act"):
-        from_gptq(words(wanted.values.tolist()).T, words(wanted.zeros.T.tolist()), wanted.scales.T.half(), g_idx)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+    parts = (
+        words(wanted.values[:, order].tolist()).T, words(wanted.zeros.T.tolist()), wanted.scales.T.half(),
+        (order // 32).int(),
+    )  # fmt: skip
+    assert torch.equal(from_gptq(*parts, zeros="plain", ordered=True).decode(), expected(wanted)[:, order])
+    with pytest.raises(GeometryError, match="desc_act is false"):
+        from_gptq(*parts, zeros="plain")
+    for wrong in (parts[3] + 1, parts[3] - 1, parts[3][:-1]):
+        with pytest.raises(GeometryError, match="2 groups for each of 64 columns"):
+            from_gptq(*parts[:3], wrong, zeros="plain", ordered=True)
 
 
 @settings(max_examples=25, deadline=None)
@@ -87,6 +102,19 @@ def test_awq(shape: tuple[int, int, int, int]) -> None:
         words(wanted.values.T.tolist(), order), words(wanted.zeros.T.tolist(), order), wanted.scales.T.half()
     )
     same(found, wanted)
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHAPES, st.integers(0, 2))
+def test_awq_gemv(shape: tuple[int, int, int, int], padding: int) -> None:
+    octets, groups, group, seed = shape
+    wanted = numbers(8 * octets, groups, group, seed)
+    room = 8 * (-(-groups // 8) + padding)
+    scales, zeros = torch.zeros(8 * octets, room).half(), torch.zeros(8 * octets, room, dtype=torch.uint8)
+    scales[:, :groups], zeros[:, :groups] = wanted.scales.half(), wanted.zeros
+    same(from_awq_gemv(words(wanted.values.tolist()), words(zeros.tolist()), scales, group), wanted)
+    with pytest.raises(GeometryError, match="in groups of"):
+        from_awq_gemv(words(wanted.values.tolist()), words(zeros.tolist()), scales, 5)
 
 
 @settings(max_examples=25, deadline=None)

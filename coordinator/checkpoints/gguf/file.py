@@ -19,6 +19,7 @@ import torch
 from ...types import CoordinatorError
 from ..safetensors_file import StoredTensor
 from .formats import TYPES, TensorType
+from .other_types import why_not_read
 
 MAX_PAIRS, MAX_TENSORS, MAX_PARTS = 65_536, 262_144, 4096
 MAX_STRING = 64 << 20  # bytes; chat templates are the longest
@@ -121,7 +122,7 @@ def _read_header(path: Path, digest: Any) -> tuple[dict[str, Any], dict[str, Ggu
     for name, sizes, code, offset in infos:
         kind = TYPES.get(code)
         if kind is None:
-            raise CoordinatorError(f"{path} holds {name!r} in a type (number {code}) that is not known.")
+            raise CoordinatorError(f"{path} holds {name[:80]!r} {why_not_read(code)}.")
         shape = tuple(reversed(sizes))
         if shape[-1] % kind.block:
             raise reader.corrupt(f"{name!r} has rows of {shape[-1]} numbers in blocks of {kind.block}")

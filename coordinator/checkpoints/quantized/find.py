@@ -3,7 +3,7 @@
     X.weight, X.weight_scale_inv             FP8 with a scale for each block (DeepSeek-V3, Qwen3.5 FP8)
     X.weight, X.weight_scale                 compressed-tensors: FP8 by tensor, block or row; int8 by row or group
     X.weight_packed, X.weight_scale, ...     compressed-tensors: int4 and int8 in words, MXFP4 in bytes
-    X.qweight, X.qzeros, X.scales, X.g_idx   GPTQ, AWQ (`Method.awq`)
+    X.qweight, X.qzeros, X.scales, X.g_idx   GPTQ, AWQ (`Method.packing`)
     Y_blocks, Y_scales                       gpt-oss: MXFP4, of all experts, without `.weight`
 
 Nothing is read here but headers, and the few bytes of weight_shape: formats follow from shapes and types.
@@ -58,7 +58,7 @@ class _Finder:
         """What the tensor `name` is the codes of; None if it isn't."""
         base = name.rpartition(".")[0]
         if name.endswith(".qweight"):
-            read = layouts.awq if self.method.awq else layouts.gptq
+            read = layouts.OF_WORDS[self.method.packing]
             return read(self._parts(base, "qweight", "qzeros", "scales", "g_idx?"), self.method, self.dtype)
         if name.endswith(".weight_packed"):
             parts = self._parts(

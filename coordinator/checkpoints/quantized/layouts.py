@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 import torch
 
-from moehive.kernels.formats.int4_sources import from_awq, from_compressed_tensors, from_gptq
+from moehive.kernels.formats.int4_sources import from_awq, from_awq_gemv, from_compressed_tensors, from_gptq
 from moehive.kernels.formats.quantized import Mxfp4Weights
 from moehive.kernels.geometry import MAX_SIZE, Format
 
 from ...types import CoordinatorError
 from ..safetensors_file import StoredTensor
 from .matrices import Q8_COLUMNS, Fp8Matrix, Int4Matrix, Int8Matrix, Matrix, Mxfp4Matrix
-from .method import Method
+from .method import Method, Packing
 from .tensor import QuantizedTensor
 
 Parts = dict[str, StoredTensor]
@@ -30,11 +30,13 @@ def gptq(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
                 parts["qzeros"].read(),
                 parts["scales"].read(),
                 order,
-                zeros_are_minus_one=method.zeros_are_minus_one,
+                zeros=method.zeros,
+                ordered=method.ordered,
             )
         )
 
-    return _int4(parts, "qweight", (rows, columns), scales[0], dtype, load)
+    scattered = method.ordered and scales[0] > 1
+    return _int4(parts, "qweight", (rows, columns), scales[0], dtype, load, scattered)
 
 
 def awq(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
@@ -46,6 +48,25 @@ def awq(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
         return Int4Matrix(from_awq(words.read(), parts["qzeros"].read(), parts["scales"].read()))
 
     return _int4(parts, "qweight", (rows, columns), scales[0], dtype, load)
+
+
+def awq_gemv(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
+    """AWQ's other layout, see from_awq_gemv. Raises CoordinatorError for shapes that do not fit."""
+    words = parts["qweight"]
+    rows, columns = _matrix(words)[0], _matrix(words)[1] * 8
+    group = columns if method.group == -1 else method.group
+
+    def load(_: int | None) -> Matrix:
+        return Int4Matrix(from_awq_gemv(words.read(), parts["qzeros"].read(), parts["scales"].read(), group))
+
+    return _int4(parts, "qweight", (rows, columns), columns // max(1, group), dtype, load)
+
+
+OF_WORDS: dict[Packing, Callable[[Parts, Method, torch.dtype], QuantizedTensor]] = {
+    "gptq": gptq,
+    "awq gemm": awq,
+    "awq gemv": awq_gemv,
+}
 
 
 def packed(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
@@ -178,11 +199,14 @@ def _int4(
     groups: int,
     dtype: torch.dtype,
     load: Callable[[int | None], Matrix],
+    scattered: bool = False,
 ) -> QuantizedTensor:
     columns = shape[1]
     group = -(-columns // max(1, groups))
     format: Format | None = None
-    if group >= columns or group % 128 == 0:
+    if scattered:  # no kernel looks for each column's group
+        pass
+    elif group >= columns or group % 128 == 0:
         format = "int4_g128"
     elif group % 32 == 0:
         format = "int4_g64" if group % 64 == 0 else "int4_g32"

@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+from moehive.kernels.formats.int4_sources import StoredZeros
 
 from ...types import CoordinatorError
 
 KNOWN = ("fp8", "gptq", "awq", "auto-round", "compressed-tensors", "mxfp4")
 _REFUSED_FORMATS = ("marlin-24", "sparse-bitmask", "sparse-24-bitmask", "nvfp4-pack-quantized",
                     "mxfp6-pack-quantized", "mxfp8-quantized")  # fmt: skip
+_GPTQ_LAYOUTS = ("gptq", "gptq_v2")
 _PLAIN_ZEROS = ("auto_round", "auto_round:gptqmodel")  # packings of auto-round, inference/backend.py
+
+Packing: TypeAlias = Literal["gptq", "awq gemm", "awq gemv"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +22,10 @@ class Method:
     """What a config says of its quantized tensors."""
 
     name: str  # one of KNOWN
-    awq: bool = False  # words of 8 codes lie as AWQ has them, else as GPTQ
-    zeros_are_minus_one: bool = True  # of GPTQ's first version, and of auto-round where it packs as that does
+    packing: Packing = "gptq"  # of words of 8 codes
+    zeros: StoredZeros = "plain"  # of GPTQ's packing
+    ordered: bool = False  # GPTQ's groups may be scattered over the columns
+    group: int = -1  # columns that share a scale, where shapes don't say it; -1: all
     block: tuple[int, int] = (128, 128)  # FP8 numbers that share a scale
 
 
@@ -38,18 +45,14 @@ def method_of(path: Path, config: dict[str, Any]) -> Method | None:
             f"{path} is quantized with {name if isinstance(name, str) else 'an unnamed method'}, which is not read;"
             f" known are {', '.join(KNOWN)}, GGUF files, and weights in bf16, f16 or f32."
         )
-    packing = str(found.get("packing_format", "auto_round:auto_gptq"))
     if name in ("gptq", "awq", "auto-round"):
-        bits = found.get("bits", found.get("w_bit", 4))
-        if bits != 4:
-            raise CoordinatorError(f"{path} is quantized with {name} in {str(bits)[:20]} bits; only 4 bits are read.")
-    if name == "gptq" and found.get("desc_act") is True and not found.get("static_groups"):
+        _check_bits(path, name, found)
+    layout = str(found.get("checkpoint_format") or found.get("format") or "gptq")
+    if name == "gptq" and layout not in _GPTQ_LAYOUTS:
         raise CoordinatorError(
-            f"{path} orders its inputs by activation (desc_act), which kernels can't follow; use one that was"
-            " quantized with desc_act = false."
+            f"{path} holds GPTQ in the layout {layout[:40]!r}, which is not read; use one that was saved as gptq or"
+            " gptq_v2."
         )
-    if name == "awq" and found.get("version", "gemm") != "gemm":
-        raise CoordinatorError(f"{path} holds AWQ in the layout {found['version']!r}; only gemm is read.")
     kind = str(found.get("format", ""))
     sparsity = found.get("sparsity_config")
     if name == "compressed-tensors" and (
@@ -62,10 +65,57 @@ def method_of(path: Path, config: dict[str, Any]) -> Method | None:
         )
     return Method(
         name,
-        awq=name == "awq" or "awq" in packing,
-        zeros_are_minus_one=found.get("checkpoint_format") != "gptq_v2" and packing not in _PLAIN_ZEROS,
+        packing=_packing(path, name, found),
+        zeros=_zeros(name, layout, found),
+        ordered=name == "gptq" and _is_ordered(found),
+        group=_group(found),
         block=_block(path, found),
     )
+
+
+def _check_bits(path: Path, name: str, found: dict[str, Any]) -> None:
+    """All matrices must have 4 bits: GPTQModel's `dynamic` gives some of them others."""
+    dynamic = found.get("dynamic")
+    parts = [part for part in dynamic.values() if isinstance(part, dict)] if isinstance(dynamic, dict) else []
+    for part in (found, *parts):
+        bits = part.get("bits", part.get("w_bit", 4))
+        if bits != 4:
+            raise CoordinatorError(
+                f"{path} is quantized with {name} in {str(bits)[:20]} bits; only 4 bits are read, so get it in 4, or"
+                " convert the original with `moehive convert --format q8_0` or another."
+            )
+
+
+def _packing(path: Path, name: str, found: dict[str, Any]) -> Packing:
+    if name == "auto-round":
+        return "awq gemm" if "awq" in str(found.get("packing_format")) else "gptq"
+    if name != "awq":
+        return "gptq"
+    layout = str(found.get("version") or found.get("checkpoint_format") or found.get("format") or "gemm").lower()
+    if layout not in ("gemm", "gemv"):
+        raise CoordinatorError(
+            f"{path} holds AWQ in the layout {layout[:40]!r}, which is not read; use one that was saved as gemm or"
+            " gemv."
+        )
+    return "awq gemv" if layout == "gemv" else "awq gemm"
+
+
+def _zeros(name: str, layout: str, found: dict[str, Any]) -> StoredZeros:
+    if name == "gptq":
+        return "plain" if layout == "gptq_v2" else "less_one_by_word"
+    return "plain" if found.get("packing_format", "auto_round:auto_gptq") in _PLAIN_ZEROS else "less_one"
+
+
+def _is_ordered(found: dict[str, Any]) -> bool:
+    """Whether columns were put into groups by activation. Static groups are put back where their columns lie."""
+    meta = found.get("meta")
+    static = found.get("static_groups") or (isinstance(meta, dict) and meta.get("static_groups"))
+    return found.get("desc_act") is True and not static
+
+
+def _group(found: dict[str, Any]) -> int:
+    size = found.get("group_size", found.get("q_group_size", -1))
+    return size if type(size) is int else -1
 
 
 def _section(config: dict[str, Any]) -> dict[str, Any] | None:
