@@ -9,7 +9,7 @@ import functools
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 
@@ -185,7 +185,8 @@ TrunkSequences: TypeAlias = ctypes.Array[_Sequence]  # of a batch, as `sequences
 
 def sequences(rows: Sequence[tuple[int, int, int, int]]) -> TrunkSequences:
     """Of each sequence (first row, tokens, position of the first, address of its pages' addresses)."""
-    return (_Sequence * len(rows))(*rows)
+    made: Any = _Sequence * len(rows)  # ctypes takes tuples for structures, which its types do not say
+    return cast(TrunkSequences, made(*rows))
 
 
 class TrunkOps:
