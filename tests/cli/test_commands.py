@@ -108,15 +108,15 @@ def test_a_cluster_from_init_to_token_and_keys(moehive: Any, home: Path) -> None
 
 
 def test_up_with_what_is_no_model(moehive: Any, tiny_dense: Path, tmp_path: Path) -> None:
-    wrong = {
-        str(tmp_path / "nowhere"): str(tmp_path / "nowhere"),
-        str(tiny_dense): "experts",
-    }
-    for model, wanted in wrong.items():
+    nowhere = str(tmp_path / "nowhere")
+    for model, wanted, lines in (
+        (nowhere, nowhere, 1),
+        (str(tiny_dense), "experts", 2),  # that it starts, and why it does not
+    ):
         result = moehive("up", "--model", model, "--nodes", "1", "--port", "0", "--http-port", "0")
         assert result.code == 1, result
         assert wanted in result.sentence
-        assert len(result.sentence.strip().splitlines()) == 2  # that it starts, and why it does not
+        assert len(result.sentence.strip().splitlines()) == lines
 
 
 def test_up_on_a_port_in_use(moehive: Any, tiny_moe: Path) -> None:
