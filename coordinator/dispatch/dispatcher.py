@@ -142,12 +142,11 @@ class Dispatcher:
             factors = array(weights, torch.float32)
             self._step += 1
             self._routes.tick()
-            if self._may_fly() and (flight := self._flights.begin(layer, self._step, host, numbers, factors, device)):
+            sent = Sent(layer, host, numbers, factors, device, self._star.settle, self._step)
+            if self._may_fly() and (flight := self._flights.begin(sent)):
                 self.statistics.note(layer, numbers)  # while the nodes work
                 return _Landing(self, self._flights, flight)
-            return _Answer(
-                self, self._submit(Sent(layer, host, numbers, factors, device, self._star.settle, self._step))
-            )
+            return _Answer(self, self._submit(sent))
 
     def _may_fly(self) -> bool:
         """Whether the next layer's messages and answers need nothing but what flights know of."""
@@ -176,19 +175,20 @@ class Dispatcher:
 
     async def _land(self, flight: Flight) -> torch.Tensor:
         """As `_collect`, of a flight."""
+        sent = flight.sent
         if flight.view.here >= 0:
             await asyncio.sleep(0)  # the messages leave before this thread computes
             with timeline.current.span("local experts"):
                 share = flight.shares()[flight.view.here]
-                self._flights.put(flight, self._star.here(flight.layer, flight.hidden, share))
+                self._flights.put(flight, self._star.here(sent.layer, sent.hidden, share))
         with timeline.current.span("wait"):
             await flight.done
         if flight.plain:
             with timeline.current.span("add up"):
                 total, finite = self._flights.sum(flight)
             if finite:
-                return total if flight.device is None else total.to(flight.device)
-        sent, parts, failed = self._flights.apart(flight, self._star.settle)
+                return total if sent.device is None else total.to(sent.device)
+        parts, failed = self._flights.apart(flight)
         self._flights.release(flight)
         if failed:
             parts += await self._recovery.recover(sent, failed)

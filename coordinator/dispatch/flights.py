@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import Manifest
@@ -82,28 +81,13 @@ class Flight:
     """One layer on its way."""
 
     __slots__ = (
-        "device", "done", "due", "errors", "experts", "hidden", "ids", "layer", "links", "number", "replies",
-        "step", "strange", "view", "weights",
+        "done", "due", "errors", "experts", "links", "number", "replies", "sent", "strange", "view",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        number: int,
-        view: _View,
-        layer: int,
-        experts: int,
-        hidden: torch.Tensor,
-        ids: npt.NDArray[np.int64],
-        weights: npt.NDArray[np.float32],
-        device: torch.device | None,
-        step: int,
-    ) -> None:
-        """`number` and `view`: of the native flight; the others as `Sent` has them, of a layer with `experts`."""
-        self.number, self.view = number, view
-        self.layer, self.experts = layer, experts
-        self.hidden, self.ids, self.weights, self.device = hidden, ids, weights, device
+    def __init__(self, number: int, view: _View, experts: int, sent: Sent) -> None:
+        """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`."""
+        self.number, self.view, self.experts, self.sent = number, view, experts, sent
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
-        self.step = step
         self.due = 0.0  # seconds of the loop's clock
         self.links: list[Link | None] = []  # of each share who was asked
         self.errors: dict[int, NodeUnavailable] = {}  # by share
@@ -117,7 +101,7 @@ class Flight:
 
     def shares(self) -> list[Share]:
         """What each was asked for, as larger layers have it; not once the flight is released."""
-        count = self.ids.size
+        count = self.sent.ids.size
         size = block_size(count, self.experts)
         block = np.ctypeslib.as_array((ctypes.c_int64 * size).from_address(self.view.block)).copy()
         return list(shares_of(block, count, self.experts, self.view.shares).values())
@@ -170,22 +154,12 @@ class Flights:
         self._ways = [None] * len(self._ways)
         self._peers = None
 
-    def begin(
-        self,
-        layer: int,
-        step: int,
-        hidden: torch.Tensor,
-        ids: npt.NDArray[np.int64],
-        weights: npt.NDArray[np.float32],
-        device: torch.device | None,
-    ) -> Flight | None:
-        """Asks for a layer of `hidden` [tokens, hidden] on the CPU; None when it is not one for here.
-
-        Raises NotReady before the first plan.
-        """
+    def begin(self, sent: Sent) -> Flight | None:
+        """Asks for a layer; None when it is not one for here. Raises NotReady before the first plan."""
+        hidden, ids, weights = sent.hidden, sent.ids, sent.weights
         if len(ids) > FEW_TOKENS:
             return None
-        way = self._ways[layer] or self._way(layer)
+        way = self._ways[sent.layer] or self._way(sent.layer)
         bf16 = hidden.dtype is torch.bfloat16
         if ids.shape[1] != way.k or hidden.shape[1] != way.hidden_size or not (bf16 or hidden.dtype is torch.float32):
             return None
@@ -194,7 +168,7 @@ class Flights:
         number = self._ask(
             self._handle,
             ctypes.addressof(way),
-            step,
+            sent.step,
             hidden.data_ptr(),
             address(ids),
             address(weights),
@@ -207,7 +181,7 @@ class Flights:
             self._views.append(_View.from_address(self._native.moehive_flight_view(self._handle, number)))
             self._flights.append(None)
         view = self._views[number]
-        flight = self._flights[number] = Flight(number, view, layer, way.experts, hidden, ids, weights, device, step)
+        flight = self._flights[number] = Flight(number, view, way.experts, sent)
         messages, sizes, nodes = view.message, view.size, view.node
         for share in range(view.shares):
             link = self._links[nodes[share]]
@@ -242,9 +216,9 @@ class Flights:
             return False
         flight, share = self._flight(found), found & 127
         asked = flight.shares()[share]
-        part = Part(flight.layer, ((link.node, asked),), asked, flight.done, 0.0, flight.due)  # type: ignore[arg-type]
+        part = Part(flight.sent.layer, ((link.node, asked),), asked, flight.done, 0.0, flight.due)  # type: ignore[arg-type]
         try:
-            flight.strange[share] = self._replies.read(part, flight.hidden, reply)
+            flight.strange[share] = self._replies.read(part, flight.sent.hidden, reply)
         except NodeUnavailable as error:
             flight.errors[share] = error
         self._settle(flight, share)
@@ -265,7 +239,7 @@ class Flights:
             if flight.view.state[number] != _ASKED:
                 continue
             node, experts = flight.node(number), shares[number].routing.experts
-            elsewhere = self._routes.placed.held_without(flight.layer, experts, (node,))
+            elsewhere = self._routes.placed.held_without(flight.sent.layer, experts, (node,))
             if elsewhere or now >= flight.due + watch.SILENT_SECONDS:
                 flight.errors[number] = NodeUnavailable(node, f"Node {node} is late; others are asked.")
                 self._settle(flight, number)
@@ -278,25 +252,15 @@ class Flights:
 
     def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
         """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
-        total = torch.empty_like(flight.hidden)
+        total = torch.empty(flight.sent.hidden.shape, dtype=flight.sent.hidden.dtype)
         finite = self._native.moehive_flight_sum(self._handle, flight.number, total.data_ptr())
         if finite < 0:
             raise MemoryError("There is no memory left to add up a layer.")
         return total, bool(finite)
 
-    def apart(self, flight: Flight, settle: Callable[[Part], None]) -> tuple[Sent, list[Rows], list[Share]]:
-        """A flight that is over as a larger layer would be: what was sent, what was answered, and what failed."""
-        sent = Sent(
-            flight.layer,
-            flight.hidden,
-            flight.ids,
-            flight.weights,
-            flight.device,
-            settle,
-            flight.step,
-            collected=True,
-        )
-        size, dtype = flight.hidden.shape[1], flight.hidden.dtype
+    def apart(self, flight: Flight) -> tuple[list[Rows], list[Share]]:
+        """What was answered and what failed, of a flight that is over, as a larger layer has it."""
+        size, dtype = flight.sent.hidden.shape[1], flight.sent.hidden.dtype
         parts, failed = [], []
         for number, share in enumerate(flight.shares()):
             if number in flight.strange:
@@ -312,7 +276,7 @@ class Flights:
                     parts.append(Rows.of_bytes(share, link.node, raw, rows, size, dtype))
             else:
                 failed.append(share)
-        return sent, parts, failed
+        return parts, failed
 
     def release(self, flight: Flight) -> None:
         """A flight is over, whatever is still on its way. Does nothing the second time."""

@@ -174,7 +174,11 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("reduction", list(Reduction))
 @pytest.mark.parametrize("tokens", [1, 7])
 @pytest.mark.parametrize("behave", [gone, silent, refuses, cut_short, not_a_number])
-def test_what_a_node_fails_at_its_replica_does(behave: Behave, tokens: int, reduction: Reduction) -> None:
+def test_what_a_node_fails_at_its_replica_does(
+    behave: Behave, tokens: int, reduction: Reduction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "REST_SECONDS", 60.0)  # it is not probed while the test runs
+
     async def main() -> None:
         case = Case(BOTH, behave, reduction)
         right = await wanted(tokens, reduction)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.flights import Flight
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
+from moehive.coordinator.dispatch.parts import Sent
 from moehive.coordinator.dispatch.rows import Rows, add_up
 from moehive.coordinator.dispatch.speed import LinkSpeed
 from moehive.coordinator.types import NodeName, NodeUnavailable, Plan
@@ -49,11 +50,15 @@ def dispatcher(owners: list[str], reduction: Reduction) -> tuple[Dispatcher, dic
     return made, links
 
 
+def sent(hidden: torch.Tensor, ids: Any) -> Sent:
+    return Sent(0, hidden, ids, np.ones(ids.shape, np.float32), None, lambda part: None, 1)
+
+
 def begin(made: Dispatcher, tokens: int, dtype: torch.dtype, ids: Any = None) -> Flight:
     hidden = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     if ids is None:
         ids = np.arange(tokens * TOP_K).reshape(tokens, TOP_K) % 4
-    flight = made._flights.begin(0, 1, hidden, ids, np.ones(ids.shape, np.float32), None)
+    flight = made._flights.begin(sent(hidden, ids))
     assert flight is not None
     return flight
 
@@ -82,7 +87,7 @@ def test_a_flight_asks_and_adds_up_what_a_larger_layer_would(
             link = cast(Quiet, flight.links[number])
             (message,) = link.asked
             hidden, routing = read_request(parse_request(message))
-            assert torch.equal(hidden, flight.hidden[torch.from_numpy(share.tokens)])
+            assert torch.equal(hidden, flight.sent.hidden[torch.from_numpy(share.tokens)])
             assert all(np.array_equal(a, b) for a, b in zip(routing, share.routing, strict=True))
             pairs = reduction is Reduction.PER_EXPERT
             rows = torch.randn(len(share.pairs) if pairs else len(share.tokens), HIDDEN).to(dtype)
@@ -91,7 +96,7 @@ def test_a_flight_asks_and_adds_up_what_a_larger_layer_would(
             assert made._flights.take(cast(Link, link), answer(message, rows))
         assert flight.done.done() and flight.plain
         total, finite = made._flights.sum(flight)
-        assert finite and torch.equal(total, add_up(parts, (tokens, TOP_K), flight.hidden, reduction).total)
+        assert finite and torch.equal(total, add_up(parts, (tokens, TOP_K), flight.sent.hidden, reduction).total)
         asked = {link.node: len(link.asked) for link in links.values() if link.asked}
         assert {node: made.counters[node].requests for node in asked} == asked
         made._flights.release(flight)
@@ -170,9 +175,9 @@ def test_what_is_dropped_or_lost_leaves_nothing_in_hand() -> None:
         assert not flight.done.done() and links["a"].peer.flying == 0 and not speeds[0].backlog_s
         assert made._flights.take(cast(Link, links["b"]), answer(links["b"].asked[-1], torch.ones(1, HIDDEN)))
         assert flight.done.done() and not flight.plain
-        sent, parts, failed = made._flights.apart(flight, lambda part: None)
+        parts, failed = made._flights.apart(flight)
         assert [rows.node for rows in parts] == ["b"] and [share.pairs.tolist() for share in failed] == [[0, 2]]
-        assert torch.equal(parts[0].values, torch.ones(1, HIDDEN)) and sent.collected
+        assert torch.equal(parts[0].values, torch.ones(1, HIDDEN))
         made._flights.release(flight)
 
     asyncio.run(main())
@@ -184,7 +189,7 @@ def test_a_link_takes_so_many_flights_and_no_more(tokens: int) -> None:
         made, links = dispatcher(["a"] * 4, Reduction.PARTIAL_SUM)
         flights = [begin(made, tokens, torch.float32) for _ in range(MAX_IN_FLIGHT)]
         hidden, ids = torch.randn(tokens, HIDDEN), np.zeros((tokens, TOP_K), np.int64)
-        assert made._flights.begin(0, 1, hidden, ids, np.ones((tokens, TOP_K), np.float32), None) is None
+        assert made._flights.begin(sent(hidden, ids)) is None
         for flight in flights:
             made._flights.release(flight)
         assert links["a"].peer.flying == 0
