@@ -73,9 +73,7 @@ def from_gptq(
         return Int4Weights(values, _floats(scales.T), points.T.contiguous(), group)
     if not ordered:
         raise GeometryError("The groups lie out of order (g_idx), though the config says that desc_act is false.")
-    at = g_idx.long()
-    if at.shape != (columns,) or int(at.min()) < 0 or int(at.max()) >= groups:
-        raise GeometryError(f"g_idx must name one of {groups} groups for each of {columns} columns.")
+    at = _groups_of_columns(g_idx, columns, groups)
     return Int4Weights(values, _floats(scales[at].T), points[at].T.contiguous(), 1)
 
 
@@ -125,8 +123,10 @@ def from_compressed_tensors(
 
     `weight_scale` [out, groups] of any float dtype, one group for scales by channel; `weight_shape` is (out, in);
     `weight_zero_point` int32 [ceil(out / 8), groups] packs along the output, absent if symmetric. The signed codes
-    are stored plus 8, and so are zero points: hence a symmetric source's zero is 8. Raises GeometryError for shapes
-    that do not fit together, and for inputs out of order (`weight_g_idx`, `actorder: group`).
+    are stored plus 8, and so are zero points: hence a symmetric source's zero is 8. `weight_g_idx` int32 [in] is the
+    group of each input (`actorder: group`; a -1 in it: they were never put in order); what is returned with scattered
+    groups has a group for each column. Raises GeometryError for shapes that do not fit together and groups that are
+    not there.
     """
     rows, words = _words(weight_packed, "weight_packed")
     out, columns = weight_shape
@@ -137,18 +137,23 @@ def from_compressed_tensors(
     group = -(-columns // groups)
     if group * groups != columns and group % 32:
         raise GeometryError(f"{columns} columns can't be divided into {groups} groups.")
-    if weight_g_idx is not None and not torch.equal(weight_g_idx.long().cpu(), torch.arange(columns) // group):
-        raise GeometryError(
-            "This checkpoint orders its inputs by activation (actorder: group), which kernels can't follow; "
-            "use one that was quantized with actorder: weight, or without."
-        )
     if weight_zero_point is None:
         zeros = torch.full((out, groups), 8, dtype=torch.uint8)
     else:
         _fits("weight_zero_point", weight_zero_point, (-(-out // _PER_WORD), groups))
         zeros = _unpack(weight_zero_point.T)[:, :out].T.contiguous()
     values = _unpack(weight_packed)[:, :columns].contiguous()
-    return Int4Weights(values, _floats(weight_scale), zeros, group)
+    if weight_g_idx is None or bool((weight_g_idx == -1).any()):
+        return Int4Weights(values, _floats(weight_scale), zeros, group)
+    at = _groups_of_columns(weight_g_idx, columns, groups)
+    return Int4Weights(values, _floats(weight_scale[:, at]), zeros[:, at].contiguous(), 1)
+
+
+def _groups_of_columns(g_idx: torch.Tensor, columns: int, groups: int) -> torch.Tensor:
+    at = g_idx.long()
+    if at.shape != (columns,) or int(at.min()) < 0 or int(at.max()) >= groups:
+        raise GeometryError(f"g_idx must name one of {groups} groups for each of {columns} columns.")
+    return at
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams
@@ -84,6 +85,17 @@ def compressed(kind: str, **arguments: Any) -> Quantize:
         return {name: tensor.contiguous() for name, tensor in stored.items()}, means.float()
 
     return run
+
+
+def by_activation(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' `actorder: group`, which it wrote before 0.20: groups are of columns that lie apart."""
+    of_column = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0)) // 32
+    order = torch.argsort(of_column)
+    back = torch.argsort(order)
+    run = compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False)
+    stored, means = run(weight[:, order].contiguous())
+    codes = unpack_from_int32(stored["weight_packed"], 4, weight.shape)[:, back].contiguous()
+    return stored | {"weight_packed": pack_to_int32(codes, 4), "weight_g_idx": of_column.int()}, means[:, back]
 
 
 def _parameters(weight: torch.Tensor, args: QuantizationArgs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -163,6 +175,7 @@ METHODS: dict[str, tuple[dict[str, Any], Quantize, str | None]] = {
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, symmetric=False),
         "int4_g128",
     ),
+    "int4, ordered by activation": (_of("pack-quantized"), by_activation, None),
     "int4, by row": (
         _of("pack-quantized"),
         compressed("pack-quantized", num_bits=4, type="int", strategy="channel", symmetric=True),

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.lifecycle.forward import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -142,6 +144,31 @@ def test_compressed_tensors_own_packing() -> None:
         pack_to_int32((wanted.zeros.int() - 8).to(torch.int8), 4, packed_dim=0).contiguous(),
     )
     same(found, wanted)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compressed_tensors_out_of_order(symmetric: bool) -> None:
+    """`actorder: group`, which compressed-tensors wrote before 0.20: it sorts the columns by group, and back."""
+    groups, group, rows = 3, 32, 16
+    wanted = numbers(rows, groups, group, 2, torch.bfloat16)
+    if symmetric:
+        wanted.zeros.fill_(8)
+    g = torch.Generator().manual_seed(3)
+    of_column = (torch.randperm(groups * group, generator=g) // group).int()
+    codes, zeros = ((tensor.int() - 8).to(torch.int8) for tensor in (wanted.values, wanted.zeros))
+    args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group, symmetric=symmetric)
+    order = torch.argsort(of_column)
+    means = dequantize(x_q=codes[:, order], scale=wanted.scales, zero_point=zeros, args=args)
+    means = means[:, torch.argsort(order)]
+    parts = (
+        pack_to_int32(codes, 4), wanted.scales.bfloat16(), (rows, groups * group),
+        None if symmetric else pack_to_int32(zeros, 4, packed_dim=0).contiguous(),
+    )  # fmt: skip
+    assert torch.equal(from_compressed_tensors(*parts, of_column).decode(), means.float())
+    same(from_compressed_tensors(*parts, torch.full_like(of_column, -1)), wanted)
+    for wrong in (of_column + 1, of_column - 5, of_column[:-1]):
+        with pytest.raises(GeometryError, match="3 groups for each of 96 columns"):
+            from_compressed_tensors(*parts, wrong)
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

@@ -101,7 +101,8 @@ def packed(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
         return Int8Matrix((octets.int() - 128).to(torch.int8), scale.read().float())
 
     if width == -(-columns // 8):
-        return _int4(parts, "weight_packed", (rows, columns), groups, dtype, load4)
+        scattered = order is not None and groups > 1  # actorder: group
+        return _int4(parts, "weight_packed", (rows, columns), groups, dtype, load4, scattered)
     if width == -(-columns // 4) and zeros is None and order is None:
         name = _weight(words)
         return QuantizedTensor(
