@@ -89,7 +89,7 @@ async def _greedy(
         found: list[int] = []
         for chunk in prompt.split(trunk.prefill_chunk):
             (logits,) = await trunk.forward([SequenceInput(chunk, cache)], experts)
-        while (token := int(logits[-1].argmax())) not in stops and len(found) < count:
+        while (token := int(logits.argmax())) not in stops and len(found) < count:
             found.append(token)
             (logits,) = await trunk.forward([SequenceInput(torch.tensor([token]), cache)], experts)
         return found

@@ -1,10 +1,11 @@
 """A choice of formats, measured at the model's output on text that nothing was fitted to."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import MixtralConfig
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from moehive.coordinator.bench.trained_like import save_trained_like, texts
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
@@ -15,7 +16,7 @@ from moehive.coordinator.models.lean.batch import Ops
 from moehive.coordinator.models.tensors import Replaced
 from moehive.coordinator.precision.calibration import projections
 from moehive.coordinator.precision.encode import encode
-from moehive.coordinator.precision.forward import Experts, divergence, log_probabilities
+from moehive.coordinator.precision.forward import Experts, divergence, greedy, log_probabilities
 from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan, probes_of
 from moehive.coordinator.precision.trunk_parts import TrunkMatrices
 from moehive.coordinator.trunk import load_trunk
@@ -34,8 +35,12 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
-    folder = tmp_path_factory.mktemp("small")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("small")
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> ModelSource:
     config = MixtralConfig(
         vocab_size=1024, hidden_size=256, intermediate_size=128, num_hidden_layers=2, num_local_experts=4,
         num_experts_per_tok=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -80,6 +85,16 @@ def uniform(source: ModelSource, name: Format) -> Manifest:
         replace(layer, spec=replace(layer.spec, format=name, down_format=None)) for layer in source.manifest.layers
     )
     return replace(source.manifest, layers=layers)
+
+
+def test_the_greedy_answer_is_transformers_own(source: ModelSource, trunk: Trunk, folder: Path) -> None:
+    model = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = texts((1024, 256))[1][0][:20]
+    expected = model.generate(prompt[None], max_new_tokens=12, do_sample=False, eos_token_id=None)[0, 20:].tolist()
+    assert len(set(expected)) > 1
+    experts = Experts(source.manifest, source.expert_blob, OPS, 0)
+    assert greedy(trunk, experts, prompt, 12, frozenset()) == expected
+    assert greedy(trunk, experts, prompt, 12, frozenset(expected[3:4])) == expected[: expected.index(expected[3])]
 
 
 @pytest.mark.parametrize("name", ["q2_k", "q4_k"])
