@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ..types import CoordinatorError
+from .hub_files import OWN_LAYOUTS
 from .json_files import INDEX, json_object, read_bytes, read_index
 from .safetensors_file import StoredTensor, read_header
 
 SINGLE = "model.safetensors"
-# Where repositories keep further copies of a model, in layouts that are not read (gpt-oss: 14 GB each).
-OWN_LAYOUTS = ("original", "metal")
 _OWN_NAMES = "block.0.mlp.mlp1_weight.blocks"  # of gpt-oss in original/: OpenAI's gpt_oss/torch/weights.py
 
 

@@ -7,9 +7,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..types import CoordinatorError
-from .directory import OWN_LAYOUTS
 from .json_files import INDEX, read_index
 
+# Where repositories keep further copies of a model, in layouts that are not read (gpt-oss: 14 GB each).
+OWN_LAYOUTS = ("original", "metal")
 # Beside the weights; pickles, other frameworks' weights, pictures and documents stay away.
 _BESIDE = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
