@@ -16,6 +16,7 @@ from moehive.kernels.ops import Reduction
 
 from .checkpoints.gguf.checkpoint import GgufCheckpoint
 from .checkpoints.opening import ModelSource, open_model, trunk_of
+from .checkpoints.outline import Outlines
 from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
@@ -35,7 +36,7 @@ from .public_doors import PublicDoors
 from .serving.generation import GenerationService
 from .serving.status import ClusterStatus, ModelInfo, NodeStatus, TierStatus
 from .serving.text import Text
-from .settings import CoordinatorSettings
+from .settings import CoordinatorSettings, home
 from .traffic import REPLAN_SECONDS, Traffic, statistics_path
 from .trunk import load_trunk
 from .types import LOCAL, CoordinatorError, NodeName, Plan
@@ -113,7 +114,7 @@ class Coordinator:
         self._store = Store(settings.state_dir / "coordinator.sqlite")
         self._cleanup.callback(self._store.close)
         doors = PublicDoors(settings, self._store, self._authority)
-        checkpoint = await asyncio.to_thread(open_model, settings.model)
+        checkpoint = await asyncio.to_thread(open_model, settings.model, Outlines(home() / "outlines"))
         self.manifest = manifest = checkpoint.manifest
         self.model_name = manifest.name  # by which clients may ask for it
         self._local = LocalExperts(manifest, settings.threads) if settings.local_bytes else None

@@ -8,7 +8,6 @@ from moehive.kernels.trunk_ops import TrunkOps
 
 from .checkpoints.opening import ModelSource
 from .models.base import Trunk
-from .models.generic import GenericTrunk
 from .models.lean import families
 from .models.lean.batch import Ops
 
@@ -31,6 +30,8 @@ def load_trunk(checkpoint: ModelSource, threads: int) -> Trunk:
             log.info("The lean trunk runs %s", checkpoint.family)
             return families.build(config, checkpoint.trunk_tensors(), ops)
     log.info("Transformers' own model runs %s, slower than a lean trunk: %s", checkpoint.family, reason)
+    from .models.generic import GenericTrunk  # here, as all that needs transformers' models: it takes seconds
+
     architecture = checkpoint.load_trunk()
     experts = tuple(layer.module for layer in architecture.experts)
     return GenericTrunk(architecture.model, experts, checkpoint.family, checkpoint.context_length)

@@ -120,6 +120,7 @@ TOUCH_MESSAGES = {
 LIGHT = {
     "moehive.client": ("torch", "transformers", "numpy", "fastapi"),
     "moehive.coordinator.cli.main": ("torch", "transformers", "triton", "fastapi"),
+    "moehive.coordinator.app": ("transformers.modeling_utils", "torch._dynamo", "torch.distributed.tensor"),
     "moehive.coordinator.checkpoints.hub": ("torch", "transformers"),
     "moehive.coordinator.placement.place": ("torch", "grpc"),
     "moehive.coordinator.estimate.estimate": ("torch", "transformers", "grpc"),

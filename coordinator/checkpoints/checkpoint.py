@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedConfig
@@ -14,18 +16,20 @@ from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertId, GeometryError, LayerGeometry, Manifest
 
 from ..types import CoordinatorError
-from . import architecture as arch
-from .architecture import Architecture
-from .conversion import ExpertParameter, KeyMap, map_keys
+from .config import context_length, read_config
 from .directory import Directory, open_directory
-from .experts import ExpertLayout, canonical, layout_of
-from .loading import load_trunk
+from .expert_parameter import ExpertParameter, WholeConversion
+from .experts import ExpertLayout, canonical
+from .outline import Outline, Outlines, pack_outline, unpack_outline
 from .quantized.experts import OwnBits, OwnBitsFinder, blob_of
 from .quantized.find import ordinary_tensors
 from .quantized.method import method_of
 from .quantized.tensor import AnyTensor, QuantizedTensor
 from .safetensors_file import StoredTensor
 from .trunk_tensors import SafetensorsTrunk
+
+if TYPE_CHECKING:
+    from .architecture import Architecture
 
 log = logging.getLogger(__name__)
 
@@ -40,36 +44,41 @@ class Checkpoint:
     """
 
     def __init__(
-        self, directory: Directory, name: str, architecture: Architecture, keys: KeyMap, manifest: Manifest | None
+        self,
+        directory: Directory,
+        name: str,
+        config: PreTrainedConfig,
+        dtype: torch.dtype,
+        tensors: dict[str, AnyTensor],
+        outline: Outline,
+        whole: Mapping[str, WholeConversion],
+        manifest: Manifest | None,
     ) -> None:
         """Use `Checkpoint.open`."""
         self.path = directory.path
-        self.family = architecture.family
-        self.config: PreTrainedConfig = architecture.config
-        self.dtype = architecture.dtype
-        self.context_length = arch.context_length(architecture.config)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in architecture.model.named_parameters()}
-        self._keys = keys
+        self.family = str(config.model_type)
+        self.config = config
+        self.dtype = dtype
+        self.context_length = context_length(config)
+        self.shapes = outline.shapes
+        self.trunk_bytes = outline.trunk_bytes
+        self._tensors = tensors
+        self._outline = outline
         self._layouts: list[ExpertLayout] = []
         self._parameters: list[dict[str, ExpertParameter]] = []
         self._own_bits: list[dict[str, list[OwnBits]]] = []  # of projections that are quantized, by place
         own = OwnBitsFinder()
         layers: list[LayerGeometry] = []
-        for layer in architecture.experts if manifest is None else ():
-            layout = layout_of(self.family, layer, architecture.dtype)
-            parameters: dict[str, ExpertParameter] = {}
-            for short in layout.names:
-                full = f"{layer.name}.{short}"
-                source = keys.sources.get(full)
-                if source is None:
-                    raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
-                parameters[short] = ExpertParameter(architecture, full, source)
-            kept = own.find(layout, parameters)
-            layout = replace(layout, spec=own.spec_of(layout.spec, kept))
+        for layer in outline.layers:
+            parameters = {
+                short: ExpertParameter(one, tensors, whole.get(one.name)) for short, one in layer.parameters.items()
+            }
+            kept = own.find(layer.layout, parameters)
+            layout = replace(layer.layout, spec=own.spec_of(layer.layout.spec, kept))
             self._layouts.append(layout)
             self._parameters.append(parameters)
             self._own_bits.append(kept)
-            layers.append(LayerGeometry(layer.module.num_experts, layer.top_k, layout.spec))
+            layers.append(LayerGeometry(layer.experts, layer.top_k, layout.spec))
         self.manifest = manifest or Manifest(name, directory.fingerprint, tuple(layers))
         self.computed_as_stored = not own.expanded  # no expert's numbers are rounded anew when it is read
         if own.expanded:
@@ -77,31 +86,48 @@ class Checkpoint:
                 "%s stores experts in a way that no kernel computes in (%s): they become %s",
                 self.path, ", ".join(sorted(own.expanded)), self.dtype,
             )  # fmt: skip
-        self.trunk_bytes = _trunk_bytes(architecture)
         self._lock = threading.Lock()  # held while a layer that cannot be read expert by expert is converted
         self._converted: tuple[int, dict[str, torch.Tensor]] | None = None  # that layer, at most one
 
     @classmethod
-    def open(cls, path: str | Path, name: str | None = None, manifest: Manifest | None = None) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        name: str | None = None,
+        manifest: Manifest | None = None,
+        outlines: Outlines | None = None,
+    ) -> Checkpoint:
         """Opens a directory of safetensors, as `save_pretrained` writes it or a hub serves it.
 
         `name` is the model's name for people (the directory's by default). `manifest` describes experts that lie
-        elsewhere (pack/): the directory then holds the trunk alone. Raises CoordinatorError, one sentence, when the
-        directory is not a whole checkpoint of a supported mixture-of-experts model.
+        elsewhere (pack/): the directory then holds the trunk alone. `outlines` as for `open_model`. Raises
+        CoordinatorError, one sentence, when the directory is not a whole checkpoint of a supported
+        mixture-of-experts model.
         """
         directory = open_directory(Path(path))
-        config = arch.read_config(directory.path, directory.config)
+        config = read_config(directory.path, directory.config)
         dtype = _dtype(directory, config)
         method = method_of(directory.path, directory.config)
+        name = name or directory.path.resolve().name
+        kind = "safetensors" if manifest is None else "trunk"
         try:
-            architecture = arch.build(directory.path, config, dtype)
             tensors: dict[str, AnyTensor] = dict(directory.tensors)
             if method is not None:
                 tensors = ordinary_tensors(directory.path, directory.tensors, method, dtype)
-            keys = map_keys(architecture, tensors)
-            return cls(directory, name or directory.path.resolve().name, architecture, keys, manifest)
+            kept = outlines.find(directory.fingerprint, kind, unpack_outline) if outlines is not None else None
+            if kept is not None:
+                return cls(directory, name, config, dtype, tensors, kept, {}, manifest)
+            from . import architecture as arch  # here, for it takes seconds
+            from .conversion import outline_of
+
+            architecture = arch.build(directory.path, config, dtype)
+            outline, whole = outline_of(directory.path, architecture, tensors, with_experts=manifest is None)
+            opened = cls(directory, name, config, dtype, tensors, outline, whole, manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{directory.path}: {error}") from error
+        if outlines is not None and not whole:
+            outlines.keep(directory.fingerprint, kind, pack_outline(outline))
+        return opened
 
     def expert_blob(self, expert: ExpertId) -> torch.Tensor:
         """One expert's blob (kernels/geometry.py), uint8 [manifest.nbytes(expert)], read from disk now.
@@ -119,20 +145,25 @@ class Checkpoint:
 
         Raises CoordinatorError for tensors that are missing or do not fit.
         """
+        from . import architecture as arch
+        from .loading import load_trunk
+
         architecture = arch.build(self.path, self.config, self.dtype)
-        load_trunk(self.path, architecture, self._keys.trunk)
+        load_trunk(self.path, architecture, {name: self._tensors[name] for name in self._outline.trunk})
         return architecture
 
     def trunk_tensors(self) -> SafetensorsTrunk:
         """The trunk's tensors for a lean trunk, each read when it is asked for."""
-        return SafetensorsTrunk(self.path, self.dtype, self._keys.sources)
+        plain = {name: self._tensors[stored] for name, stored in self._outline.plain.items()}
+        return SafetensorsTrunk(self.path, self.dtype, plain)
 
     def trunk_stored(self) -> dict[str, StoredTensor]:
         """The stored tensors that the trunk is made of, by the checkpoint's own names."""
-        used = {t.name for source in self._keys.sources.values() for found in source.tensors.values() for t in found}
+        unused = set(self._outline.unused)
         found: dict[str, StoredTensor] = {}
-        for name, tensor in self._keys.trunk.items():
-            if name in used:
+        for name in self._outline.trunk:
+            if name not in unused:
+                tensor = self._tensors[name]
                 parts = tensor.parts if isinstance(tensor, QuantizedTensor) else (tensor,)
                 found |= {part.name: part for part in parts}
         return found
@@ -178,14 +209,3 @@ def _dtype(directory: Directory, config: PreTrainedConfig) -> torch.dtype:
     if dtype not in _FLOATS:
         raise CoordinatorError(f"{directory.path} is in {dtype}, which is not supported; give f32, bf16 or f16.")
     return dtype
-
-
-def _trunk_bytes(architecture: Architecture) -> int:
-    model = architecture.model
-    experts = tuple(f"{layer.name}." for layer in architecture.experts)
-    tied = model.all_tied_weights_keys
-    return sum(
-        tensor.nbytes
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        if name not in tied and not name.startswith(experts)
-    )

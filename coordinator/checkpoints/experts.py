@@ -9,7 +9,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -17,7 +17,9 @@ from moehive.kernels.geometry import Activation, ExpertSpec, Format
 from moehive.kernels.reference import intermediate
 
 from ..types import CoordinatorError
-from .architecture import ExpertsModule
+
+if TYPE_CHECKING:
+    from .architecture import ExpertsModule
 
 FORMATS: dict[torch.dtype, Format] = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -43,7 +45,7 @@ class ExpertLayout:
     norm: NormLayout | None
 
 
-def layout_of(family: str, experts: ExpertsModule, dtype: torch.dtype) -> ExpertLayout:
+def layout_of(family: str, experts: "ExpertsModule", dtype: torch.dtype) -> ExpertLayout:
     """The layout of one layer's experts whose weights are computed in `dtype`.
 
     Raises CoordinatorError, naming the family, for experts that ExpertSpec cannot describe.

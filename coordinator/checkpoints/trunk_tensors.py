@@ -1,5 +1,6 @@
 """A safetensors checkpoint's trunk as a lean trunk takes it: tensor by tensor, in the formats that are stored."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from moehive.kernels.memory import WeightMemory
 
 from ..models.tensors import Embedding, PlainEmbedding
 from ..types import CoordinatorError
-from .conversion import Source
 from .experts import FORMATS
 from .quantized.tensor import AnyTensor, QuantizedTensor
 from .safetensors_file import StoredTensor
@@ -19,22 +19,20 @@ from .safetensors_file import StoredTensor
 class SafetensorsTrunk:
     """`models.tensors.TensorSource` of a directory of safetensors."""
 
-    def __init__(self, path: Path, dtype: torch.dtype, sources: dict[str, Source]) -> None:
-        """`sources` by transformers' parameter names; `dtype` is the checkpoint's. `path` is for errors."""
+    def __init__(self, path: Path, dtype: torch.dtype, tensors: Mapping[str, AnyTensor]) -> None:
+        """`tensors` by transformers' parameter names; `dtype` is the checkpoint's. `path` is for errors."""
         self.dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
         self._path = path
-        self._sources = sources
+        self._tensors = tensors
         self._memory = WeightMemory()
 
     def __contains__(self, name: str) -> bool:
-        source = self._sources.get(name)
-        return source is not None and source.converter is None
+        return name in self._tensors
 
     def plain_matrices(self) -> dict[str, str]:
         """The matrices that are stored in f32, bf16 or f16: their names, and those that they have in the files."""
         found = {}
-        for name in filter(self.__contains__, self._sources):
-            stored = self._stored(name)
+        for name, stored in self._tensors.items():
             if isinstance(stored, StoredTensor) and len(stored.shape) == 2 and stored.dtype in FORMATS:
                 found[name] = stored.name
         return found
@@ -71,7 +69,7 @@ class SafetensorsTrunk:
     def _stored(self, name: str) -> AnyTensor:
         if name not in self:
             raise CoordinatorError(f"{self._path} lacks the tensor {name}; download the checkpoint again.")
-        return self._sources[name].tensors[""][0]
+        return self._tensors[name]
 
     def _quantized(self, stored: QuantizedTensor, bias: torch.Tensor | None) -> LinearWeights:
         rows, columns = stored.shape

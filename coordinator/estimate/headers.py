@@ -43,6 +43,7 @@ def of_config(directory: Path, name: str) -> Model:
     import torch
 
     from ..checkpoints import architecture as arch
+    from ..checkpoints.config import read_config
     from ..checkpoints.experts import layout_of
 
     try:
@@ -51,7 +52,7 @@ def of_config(directory: Path, name: str) -> Model:
         raise CoordinatorError(f"{directory / 'config.json'} can't be read: {error}.") from error
     if not isinstance(raw, dict):
         raise CoordinatorError(f"{directory / 'config.json'} must hold a JSON object.")
-    config = arch.read_config(directory, raw)
+    config = read_config(directory, raw)
     architecture = arch.build(directory, config, torch.bfloat16)
     layers = tuple(
         LayerGeometry(

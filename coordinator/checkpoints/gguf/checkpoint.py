@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -12,15 +12,17 @@ from transformers import PreTrainedConfig
 from moehive.kernels.geometry import ExpertId, GeometryError, LayerGeometry, Manifest
 
 from ...types import CoordinatorError
-from .. import architecture as arch
-from ..architecture import Architecture, ExpertsModule
+from ..config import context_length
 from ..experts import layout_of
-from ..loading import load_trunk
+from ..outline import ExpertsOutline, Outlines, pack_layers, unpack_layers
 from .config import read_config
 from .experts import LayerExperts
 from .file import GgufFile, GgufTensor, open_gguf
 from .tensors import GgufTrunk, dtype_of
 from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from ..architecture import Architecture
 
 
 class GgufCheckpoint:
@@ -34,40 +36,45 @@ class GgufCheckpoint:
         file: GgufFile,
         name: str,
         config: PreTrainedConfig,
-        architecture: Architecture,
+        layers: tuple[ExpertsOutline, ...],
         manifest: Manifest | None,
     ) -> None:
         """Use `GgufCheckpoint.open`."""
         self.path = file.path
-        self.family = architecture.family
+        self.family = str(config.model_type)
         self.config = config
-        self.dtype = architecture.dtype
-        self.context_length = arch.context_length(config)
+        self.dtype = dtype_of(config)
+        self.context_length = context_length(config)
         self._file = file
-        modules = architecture.experts if manifest is None else ()
-        self._layers = [_layer(file, self.family, module) for module in modules]
-        layers = [
-            LayerGeometry(module.module.num_experts, module.top_k, layer.spec)
-            for module, layer in zip(modules, self._layers, strict=True)
-        ]
-        self.manifest = manifest or Manifest(name, file.fingerprint, tuple(layers))
+        self._layers = [_layer(file, self.family, layer) for layer in layers]
+        geometries = tuple(
+            LayerGeometry(layer.experts, layer.top_k, found.spec)
+            for layer, found in zip(layers, self._layers, strict=True)
+        )
+        self.manifest = manifest or Manifest(name, file.fingerprint, geometries)
         # Whether no expert's numbers are rounded anew when it is read.
         self.computed_as_stored = all(layer.computed_as_stored for layer in self._layers)
 
     @classmethod
-    def open(cls, path: str | Path, name: str | None = None, manifest: Manifest | None = None) -> GgufCheckpoint:
+    def open(
+        cls,
+        path: str | Path,
+        name: str | None = None,
+        manifest: Manifest | None = None,
+        outlines: Outlines | None = None,
+    ) -> GgufCheckpoint:
         """Opens a .gguf file; of a split model, any of its parts.
 
         `name` is the model's name for people (the file's by default). `manifest` describes experts that lie elsewhere
-        (pack/): the file then holds the trunk alone. Raises CoordinatorError, one sentence, when the file is not a
-        whole model of a supported architecture.
+        (pack/): the file then holds the trunk alone. `outlines` as for `open_model`. Raises CoordinatorError, one
+        sentence, when the file is not a whole model of a supported architecture.
         """
         path = Path(path)
         file = open_gguf(path)
         config = read_config(file)
         try:
-            architecture = arch.build(path, config, dtype_of(config))
-            return cls(file, name or _short_name(path), config, architecture, manifest)
+            layers = _layers(file, config, outlines) if manifest is None else ()
+            return cls(file, name or _short_name(path), config, layers, manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{path}: {error}") from error
 
@@ -87,6 +94,9 @@ class GgufCheckpoint:
 
         Raises CoordinatorError for tensors that are missing or do not fit.
         """
+        from .. import architecture as arch
+        from ..loading import load_trunk
+
         architecture = arch.build(self.path, self.config, self.dtype)
         experts = tuple(f"{layer.name}." for layer in architecture.experts)
         source = self.trunk_tensors()
@@ -104,12 +114,30 @@ class GgufCheckpoint:
         return load_tokenizer(self._file)
 
 
-def _layer(file: GgufFile, family: str, module: ExpertsModule) -> LayerExperts:
-    number = re.search(r"\.layers\.(\d+)\.", module.name)
+def _layers(file: GgufFile, config: PreTrainedConfig, outlines: Outlines | None) -> tuple[ExpertsOutline, ...]:
+    """What a layer's experts compute, in f32, as transformers' model says, or as it is kept."""
+    kept = outlines.find(file.fingerprint, "gguf", unpack_layers) if outlines is not None else None
+    if kept is not None:
+        return kept
+    from .. import architecture as arch  # here, for it takes seconds
+
+    architecture = arch.build(file.path, config, dtype_of(config))
+    layers = tuple(
+        ExpertsOutline(
+            one.name, one.module.num_experts, one.top_k, layout_of(architecture.family, one, torch.float32)
+        )
+        for one in architecture.experts
+    )
+    if outlines is not None:
+        outlines.keep(file.fingerprint, "gguf", pack_layers(layers))
+    return layers
+
+
+def _layer(file: GgufFile, family: str, layer: ExpertsOutline) -> LayerExperts:
+    number = re.search(r"\.layers\.(\d+)\.", layer.name)
     if number is None:
         raise CoordinatorError(f"{file.path}: the experts of {family} do not lie in numbered layers.")
-    plain = layout_of(family, module, torch.float32).spec
-    return LayerExperts(file, int(number[1]), module.module.num_experts, plain)
+    return LayerExperts(file, int(number[1]), layer.experts, layer.layout.spec)
 
 
 def _short_name(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -16,13 +16,16 @@ from moehive.kernels.memory import WeightMemory
 
 from ...models.tensors import Replaced, TensorSource
 from ...types import CoordinatorError
-from ..architecture import Architecture
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
+from ..outline import Outlines
 from .manifest import NAME, TRUNK, VERSION, PackManifest, file_name, offsets, read_manifest
 from .matrices import NAME as MATRICES
 from .matrices import map_matrices
 from .trunk import GGUF_NAME
+
+if TYPE_CHECKING:
+    from ..architecture import Architecture
 
 
 class FileRange(NamedTuple):
@@ -53,8 +56,11 @@ class PackCheckpoint:
         self.context_length = trunk.context_length
 
     @classmethod
-    def open(cls, path: Path) -> PackCheckpoint:
-        """Opens the pack in directory `path`. Raises CoordinatorError, one sentence, for one that is not whole."""
+    def open(cls, path: Path, outlines: Outlines | None = None) -> PackCheckpoint:
+        """Opens the pack in directory `path`; `outlines` as for `open_model`.
+
+        Raises CoordinatorError, one sentence, for a pack that is not whole.
+        """
         pack = read_manifest(path)
         if pack.in_place:
             source = Path(pack.source)
@@ -62,12 +68,12 @@ class PackCheckpoint:
                 raise CoordinatorError(
                     f"{path} serves {source} in place, which is gone; bring it back or convert it."
                 )
-            trunk = _open(source, pack)
+            trunk = _open(source, pack, outlines)
             if trunk.manifest.fingerprint != pack.source_fingerprint:
                 raise CoordinatorError(f"{source} was changed after {path} was made of it; convert it again.")
             return cls(path, pack, trunk)
         gguf = path / TRUNK / GGUF_NAME
-        trunk = _open(gguf if gguf.exists() else path / TRUNK, pack)
+        trunk = _open(gguf if gguf.exists() else path / TRUNK, pack, outlines)
         shapes = trunk.shapes if isinstance(trunk, Checkpoint) else {}
         for one in pack.matrices:
             if shapes.get(one.name) != (one.rows, one.columns):
@@ -129,12 +135,12 @@ def is_pack(path: Path) -> bool:
     return (path / NAME).exists()
 
 
-def _open(path: Path, pack: PackManifest) -> Checkpoint | GgufCheckpoint:
+def _open(path: Path, pack: PackManifest, outlines: Outlines | None) -> Checkpoint | GgufCheckpoint:
     manifest = None if pack.in_place else pack.manifest
     name = pack.manifest.name
-    return (
-        Checkpoint.open(path, name, manifest) if path.is_dir() else GgufCheckpoint.open(path, name, manifest)
-    )  # fmt: skip
+    if path.is_dir():
+        return Checkpoint.open(path, name, manifest, outlines)
+    return GgufCheckpoint.open(path, name, manifest, outlines)
 
 
 def _map(place: FileRange | None) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Routed experts of a quantized checkpoint in their own bits: whole rows of stored matrices, never expanded.
 
-Where a row of an expert's projection lies in the checkpoint is not known from tables: transformers' own conversion
+Where a row of an expert's projection lies in the checkpoint is not known from tables: the conversion
 is run on numbered entries (`ExpertParameter.origins`), and what it makes of them says which rows of which stored
 matrix become gate, up and down. Where they do not become whole rows, or share scales with other rows, the projection
 is expanded to the checkpoint's dtype instead, and that is said.
@@ -15,7 +15,7 @@ from moehive.kernels.blob import empty_blob, encode_tensor
 from moehive.kernels.geometry import ExpertSpec, Format
 
 from ...types import CoordinatorError
-from ..conversion import ExpertParameter
+from ..expert_parameter import ExpertParameter
 from ..experts import ExpertLayout, arrange
 from .matrices import whole_blocks
 from .tensor import QuantizedTensor

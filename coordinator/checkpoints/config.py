@@ -1,0 +1,47 @@
+"""A checkpoint's config as transformers' own class."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from ..types import CoordinatorError
+
+# Families that transformers knows under another name: Kimi K2's code is DeepSeek-V3's.
+_KNOWN_AS = {"kimi_k2": "deepseek_v3"}
+
+
+def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    """A directory's config as transformers' own class.
+
+    `raw` is config.json as it is. Raises CoordinatorError for an unknown family, or a config that its family
+    refuses.
+    """
+    family = raw.get("model_type")
+    if not isinstance(family, str):
+        raise CoordinatorError(f"{path / 'config.json'} names no model_type, so it is not a model's config.")
+    try:
+        if family in _KNOWN_AS:
+            same = _KNOWN_AS[family]
+            return CONFIG_MAPPING[same].from_dict(raw | {"model_type": same})
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a config's class may raise anything for values it does not like
+        if family not in CONFIG_MAPPING:
+            raise CoordinatorError(
+                f"{path} is of the family {family!r}, which this version of transformers does not know."
+            ) from error
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CoordinatorError(
+            f"{path / 'config.json'} is not a valid {family} config: {reason[-1].strip()}"
+        ) from error
+    return config
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """Tokens that the model was made for, prompt and answer together."""
+    text = config.get_text_config(decoder=True)
+    for name in ("max_position_embeddings", "max_sequence_length", "model_max_length", "seq_length"):
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    raise CoordinatorError(f"The config of this {config.model_type} model names no max_position_embeddings; add it.")
