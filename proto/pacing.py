@@ -11,8 +11,9 @@ T = TypeVar("T")
 
 SHARE = 0.25  # of the link's time
 # The same to a receiver on this machine. There is no link to wait for, but both ends take its processors, the
-# receiver for twice as long as the sender: with a quarter, steps took twice their time.
-NEAR_SHARE = 0.08
+# receiver for twice as long as the sender, and several pairs do so at once: with a quarter, steps took twice their
+# time; with 0.08 the slowest in a hundred did so still (docs/faults.md).
+NEAR_SHARE = 0.03
 LONGEST_REST = 5.0  # seconds; whoever waits for the next chunk must not take the sender for dead
 FIRST_SECONDS = 0.002  # that sending a chunk is taken to need before any was sent: 512 KiB at 2 Gbit/s
 WEIGHT = 1 / 8  # of the newest chunk in the mean

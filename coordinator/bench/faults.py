@@ -76,7 +76,7 @@ async def _on_one_cluster(
     told("starting a cluster")
     async with fault_cluster(model, folder, report) as made:
         told("changes of the cluster")
-        report.rows += await measure_changes(made, size.drain_and_join, size.calm_steps)
+        report.rows += await measure_changes(made, size.drain_and_join, size.calm_steps, size.times)
         told("faults of nodes without replicas")
         report.rows += await measure_node_faults(made, size.without_replicas, False, size.times)
         told("faults of nodes with replicas")

@@ -5,7 +5,8 @@ whose disk is empty. Other plans of a real cluster copy less.
 """
 
 import signal
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Sequence
 from time import perf_counter
 
 from ..types import NodeName
@@ -16,48 +17,52 @@ GOAL = 1.5  # times the calm 99th percentile
 LEAVES = NODES[1]
 
 
-async def measure_changes(made: FaultCluster, drain_and_join: bool, calm_steps: int) -> list[FaultRow]:
-    """Rows for a replan, and for a drain and a join. Raises CoordinatorError when one of them does not end."""
+async def measure_changes(made: FaultCluster, drain_and_join: bool, calm_steps: int, rounds: int) -> list[FaultRow]:
+    """Rows for a replan, and for a drain and a join; a percentile is of the steps of all rounds together.
+
+    `calm_steps` are read before and after each round. Raises CoordinatorError when a change does not end.
+    """
     reader = made.reader
 
-    async def calm() -> list[float]:
-        start = perf_counter()
-        await reader.more(calm_steps)
-        return reader.between(start, perf_counter())
+    steps: dict[str, list[float]] = defaultdict(list)
 
-    async def during(change: Callable[[], Awaitable[None]]) -> list[float]:
+    async def note(name: str, change: Awaitable[None]) -> None:
         start = perf_counter()
-        await change()
-        return reader.between(start, perf_counter())
+        await change
+        steps[name] += reader.between(start, perf_counter())
 
-    await made.adopt(made.owners(0))
-    meanwhile: dict[str, list[float]] = {}
-    async with reader.reading():
-        quiet = await calm()
-        meanwhile["full replan"] = await during(lambda: made.adopt(made.owners(1)))
-        if drain_and_join:
-            pid = made.pid(LEAVES)
-            meanwhile["drain"] = await during(lambda: _drain(made, LEAVES))
-            await made.until(lambda: made.pid(LEAVES) != pid, f"{LEAVES} does not end")
-            made.forget_experts(LEAVES)
-            # Its start takes the processor away from everybody here; elsewhere it would be on its own machine.
-            await made.until(lambda: made.state(LEAVES) not in ("", "away", "leaving"), f"{LEAVES} does not join")
-            meanwhile["join"] = await during(lambda: _joined(made, LEAVES))
-        quiet += await calm()
-    usual = _slowest(quiet)
+    for _ in range(rounds):
+        await made.adopt(made.owners(0))
+        async with reader.reading():
+            await note("", reader.more(calm_steps))
+            await note("full replan", made.adopt(made.owners(1)))
+            if drain_and_join:
+                former = made.pid(LEAVES)
+                await note("drain", _drain(made, LEAVES))
+                await _ended(made, LEAVES, former)
+                made.forget_experts(LEAVES)
+                # Its start takes the processor away from everybody here; elsewhere it would be on its own machine.
+                await made.until(lambda: made.state(LEAVES) not in ("", "away", "leaving"), f"{LEAVES} does not join")
+                await note("join", _joined(made, LEAVES))
+            await note("", reader.more(calm_steps))
+    usual = _slowest(steps.pop(""))
     return [
         FaultRow(
             what=f"99th percentile of a step during a {name} / calm",
-            seconds=False, values=[_slowest(steps) / usual], goals=[GOAL],
-            note=f"{1e3 * _slowest(steps):.1f} of {1e3 * usual:.1f} ms, {len(steps)} steps",
+            seconds=False, values=[_slowest(during) / usual], goals=[GOAL],
+            note=f"{1e3 * _slowest(during):.1f} of {1e3 * usual:.1f} ms, {len(during)} steps",
         )
-        for name, steps in meanwhile.items()
+        for name, during in steps.items()
     ]  # fmt: skip
 
 
 async def _drain(made: FaultCluster, node: NodeName) -> None:
     made.signal(node, signal.SIGTERM)
     await made.until(lambda: not _serves(made, node), f"{node} does not hand its experts over")
+
+
+async def _ended(made: FaultCluster, node: NodeName, pid: int | None) -> None:
+    await made.until(lambda: made.pid(node) != pid, f"{node} does not end")
 
 
 async def _joined(made: FaultCluster, node: NodeName) -> None:
