@@ -41,7 +41,7 @@ def test_chunks_pass_unchanged_and_rest_in_proportion(
         passed = []
         async for chunk in Pace(lambda: busy).chunks(source(100), receiver):
             passed.append(chunk)
-            clock[0] += 0.25
+            clock[0] += 0.125
         return passed
 
     assert asyncio.run(main()) == list(range(100))
@@ -50,7 +50,7 @@ def test_chunks_pass_unchanged_and_rest_in_proportion(
         return
     assert rests[0] == pacing.FIRST_SECONDS / share  # before anything is sent
     assert rests == sorted(rests)
-    assert rests[-1] == pytest.approx(0.25 / share, rel=0.01)
+    assert rests[-1] == pytest.approx(0.125 / share, rel=0.01)
 
 
 def test_one_chunk_that_took_long_is_made_up_for_by_many_rests(monkeypatch: pytest.MonkeyPatch) -> None:
