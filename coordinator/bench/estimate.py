@@ -2,12 +2,13 @@
 
 For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
 model's), a coordinator with all cores and nodes with one thread each on this machine. The speeds that the estimate is
-given are those that as many threads as work at once read at, measured just before.
+given are those that as many threads as work at once read at, measured just before and just after, since other guests
+of a virtual machine's host take more and less of them.
 """
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..estimate.cluster import Cluster, Machine, Tier
 from ..estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
@@ -31,6 +32,19 @@ _PLENTY = 1 << 45  # bytes: the nodes hold everything
 _LOOPBACK_BANDWIDTH = 0.31e9
 
 
+class _Speeds(NamedTuple):
+    """Of this machine now: bytes a second that the coordinator reads, and that each node does beside the others."""
+
+    alone: float
+    together: float
+    step_factor: float
+
+    @classmethod
+    def measure(cls) -> "_Speeds":
+        """In a second. Raises NativeLibraryError."""
+        return cls(read_speed(cores()), read_speed(NODES) / NODES, step_factor())
+
+
 def measure_estimate(
     state_dir: Path, geometries: Sequence[str], quick: bool, progress: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, Any]]:
@@ -52,11 +66,8 @@ def measure_estimate(
 
 
 def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
-    alone, together = read_speed(cores()), read_speed(NODES) / NODES
-    cluster = _cluster(model, alone, together)
-    placed = hold(model, cluster)
-    step = decode_step(model, cluster, placed)
     prompt = 32 if quick else 128
+    before = _Speeds.measure()
     measured = measure_decode(
         DecodeSettings(
             model=path,
@@ -67,6 +78,11 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
             rounds=1 if quick else 3,
         )
     )
+    after = _Speeds.measure()
+    speeds = _Speeds(*((one + other) / 2 for one, other in zip(before, after, strict=True)))
+    cluster = _cluster(model, speeds)
+    placed = hold(model, cluster)
+    step = decode_step(model, cluster, placed)
     token_s = 1 / measured.decode_tokens_per_s
     return {
         "geometry": model.name,
@@ -87,19 +103,19 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
         ),
         "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed, prompt),
         "measured_prefill_tokens_per_s": measured.prefill_tokens_per_s,
-        "read_Bps_alone": alone,
-        "read_Bps_together": together,
+        "read_Bps_alone": speeds.alone,
+        "read_Bps_together": speeds.together,
     }
 
 
-def _cluster(model: Model, alone: float, together: float) -> Cluster:
+def _cluster(model: Model, speeds: _Speeds) -> Cluster:
     """As `bench decode` starts it: the coordinator keeps no experts."""
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token
-    own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, alone)
-    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, together)) for n in range(NODES))
+    own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, speeds.alone)
+    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, speeds.together)) for n in range(NODES))
     # All processes share this machine's processors, and wait for them when a layer's messages come and go.
     crowding = max(1.0, (NODES + 1) / cores())
-    coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=step_factor() * crowding)
+    coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=speeds.step_factor * crowding)
     return Cluster(0.0, _LOOPBACK_BANDWIDTH, (coordinator, *nodes))
 
 
