@@ -17,8 +17,8 @@ NEAR_SHARE = 0.03
 LONGEST_REST = 5.0  # seconds; whoever waits for the next chunk must not take the sender for dead
 FIRST_SECONDS = 0.002  # that sending a chunk is taken to need before any was sent: 512 KiB at 2 Gbit/s
 WEIGHT = 1 / 8  # of the newest chunk in the mean
-# Between the begins of two loads: connections, handshakes and first chunks are some 50 ms of work on several machines;
-# two begins within one step are one slow step.
+# Between the begins of two loads: connections, handshakes and first chunks are some 50 ms of work on several
+# machines; two begins within one step are one slow step.
 BEGIN_SECONDS = 0.3
 
 

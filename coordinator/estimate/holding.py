@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .cluster import Cluster, Machine
-from .constants import CONTEXT_TOKENS, COORDINATOR_BYTES, HOP_S, KERNEL_SHARES, NODE_BYTES, OTHER_SHARE
+from .constants import CONTEXT_TOKENS, COORDINATOR_BYTES, HOP_S, KERNEL_SHARES, NODE_BYTES, OTHER_SHARE, STEP_SHARE
 from .model import Model
 
 _STEPS = 200  # of bisection
@@ -70,7 +70,7 @@ class _Room:
 
 def kernel_share(model: Model) -> float:
     """Of what memory could deliver, the part that kernels of the model's format reach."""
-    return KERNEL_SHARES.get(model.format, OTHER_SHARE)
+    return STEP_SHARE * KERNEL_SHARES.get(model.format, OTHER_SHARE)
 
 
 def room_for_weights(model: Model, cluster: Cluster) -> int:

@@ -23,11 +23,9 @@ from .cluster import Cluster
 from .constants import (
     CHUNK_TOKENS,
     HOP_S,
-    KERNEL_SHARES,
     LAYER_S,
     MESSAGE_S,
     OTHER_PRODUCTS,
-    OTHER_SHARE,
     PRODUCTS_PER_BYTE,
     TOKEN_S,
 )
@@ -137,9 +135,8 @@ def _trunk_s(model: Model, cluster: Cluster) -> float:
     """Seconds of the trunk for one token of each sequence of a batch."""
     ram = cluster.coordinator.ram
     assert ram is not None
-    share = KERNEL_SHARES.get(model.format, OTHER_SHARE)
     fixed = cluster.coordinator.step_factor * (TOKEN_S + model.decoder_layers * LAYER_S)
-    return fixed + model.trunk_bytes_a_token / (ram.bytes_per_s * share)
+    return fixed + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
 
 
 def _products_s(model: Model, products: float, bytes_per_s: float) -> float:

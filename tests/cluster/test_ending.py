@@ -20,7 +20,7 @@ def a_disk_that_hangs():
 READS_IT = {
     "moehive.coordinator.cli.main": """
 from moehive.coordinator import app
-app.open_model = lambda path: a_disk_that_hangs()
+app.open_model = lambda *_: a_disk_that_hangs()
 """,
     "moehive.expert_node": """
 from moehive.expert_node import node

@@ -16,6 +16,7 @@ from moehive.coordinator.estimate.constants import (
     COORDINATOR_BYTES,
     HOP_S,
     KERNEL_SHARES,
+    STEP_SHARE,
     LAYER_S,
     NODE_BYTES,
     TOKEN_S,
@@ -74,7 +75,7 @@ def test_one_machine_has_no_hop_and_reads_its_bytes() -> None:
     known = model()
     cluster = Cluster(0.01, 1e6, (BIG,))
     step = decode_step(known, cluster, hold(known, cluster))
-    speed = 100e9 * KERNEL_SHARES["q4_0"]
+    speed = 100e9 * STEP_SHARE * KERNEL_SHARES["q4_0"]
     assert step.hop_s == 0
     assert step.experts_s == pytest.approx(known.active_expert_bytes / speed)
     fixed = TOKEN_S + known.decoder_layers * LAYER_S
