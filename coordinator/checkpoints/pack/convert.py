@@ -349,9 +349,9 @@ def _run(work: _Work, workers: int, progress: Progress) -> None:
                         running.add(pool.submit(do, expert))
                 if not running:
                     break
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
                     result = future.result()
+                    running.remove(future)  # not before: the others that are done are entered when this one failed
                     assert result is not None
                     done.append(result)
                     size = work.target.nbytes(result[0])
