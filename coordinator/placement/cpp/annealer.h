@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "estimates.h"
 #include "planner.h"
 #include "states.h"
 
@@ -36,7 +37,7 @@ class Annealer {
  public:
   Annealer(const MoehiveLayer& layer, const MoehiveSearch& search, uint64_t* replicas)
       : layer_(layer), search_(search), replicas_(replicas), random_(search.seed), costs_(layer),
-        states_(layer, costs_, replicas), members_(layer.places) {
+        states_(layer, costs_, replicas), members_(layer.places), estimates_(layer.experts, layer.places) {
     for (int expert = 0; expert < layer.experts; ++expert)
       for (int place = 0; place < layer.places; ++place)
         if (replicas[expert] >> place & 1) members_[place].push_back(static_cast<uint16_t>(expert));
@@ -74,6 +75,7 @@ class Annealer {
       }
       const double limit = -temperature * std::log(random_.unit()) - copies;
       const double delta = evaluate(limit);
+      learn();
       if (delta > limit) {
         for (int i = 0; i < changes_; ++i) replicas_[change_[i].expert] = change_[i].before;
         continue;
@@ -94,10 +96,6 @@ class Annealer {
  private:
   struct Use {
     uint32_t where, at;  // a batch's record, and which of its hits
-  };
-  struct Change {
-    int expert;
-    uint64_t before, after;
   };
   struct Moved {
     uint32_t where, at;
@@ -152,6 +150,22 @@ class Annealer {
     return true;
   }
 
+  // Which expert makes room at `target`: of three, the one that should cost least. Any three, not rather cold ones: how
+  // the hot ones are spread is what most first plans have wrong.
+  int choose_victim(int expert, int source, int target) {
+    const auto& held = members_[target];
+    int best = 0;
+    double least = 0.0;
+    for (int trial = 0; trial < 3; ++trial) {
+      const int victim = held[random_.below(static_cast<int>(held.size()))];
+      const bool elsewhere = (replicas_[victim] & ~(uint64_t{1} << target)) != 0;
+      const double cost = elsewhere ? estimates_.add(expert, target) + estimates_.drop(victim, target)
+                                    : estimates_.go(expert, target) + estimates_.go(victim, source);
+      if (trial == 0 || cost < least) least = cost, best = victim;
+    }
+    return best;
+  }
+
   // A random change that keeps every expert placed and every place within its slots.
   bool propose() {
     int expert, source, target;
@@ -162,13 +176,7 @@ class Annealer {
       change(expert, (replicas_[expert] | to) & (leave ? ~from : ~uint64_t{0}));
       return true;
     }
-    // Any expert there, not rather a cold or a similar one: how the hot ones are spread is what most first plans have
-    // wrong. But as often as not one that has another replica: it costs least.
-    const auto& held = members_[target];
-    int victim = held[random_.below(static_cast<int>(held.size()))];
-    if (random_.below(2) == 0)
-      for (int tries = 8; tries > 0 && (replicas_[victim] & ~to) == 0; --tries)
-        victim = held[random_.below(static_cast<int>(held.size()))];
+    const int victim = choose_victim(expert, source, target);
     if (!may_drop(victim, target)) return false;
     const uint64_t rest = replicas_[victim] & ~to;
     if (rest != 0) {  // the victim has another replica: the expert takes its slot
@@ -182,6 +190,14 @@ class Annealer {
     return true;
   }
 
+  // Notes what the batches that were looked at say about each of the two experts.
+  void learn() {
+    for (int i = 0; i < changes_; ++i) {
+      const int64_t uses = first_[change_[i].expert + 1] - first_[change_[i].expert];
+      if (looked_[i] > 0) estimates_.note(change_[i], part_[i] * static_cast<double>(uses) / looked_[i]);
+    }
+  }
+
   // The change of the cost; stops early, with something above `limit`, when the batches so far leave little doubt, or
   // when none of them minds.
   double evaluate(double limit) {
@@ -192,6 +208,7 @@ class Annealer {
     for (int i = 0; i < changes_; ++i) {
       next[i] = first_[change_[i].expert], end[i] = first_[change_[i].expert + 1];
       total += end[i] - next[i];
+      part_[i] = 0.0, looked_[i] = 0;
     }
     double delta = 0.0, squares = 0.0;
     int64_t look = 16;  // when to judge next
@@ -201,17 +218,19 @@ class Annealer {
         if (next[i] < end[i]) where = std::min(where, uses_[next[i]].where);
       if (where == UINT32_MAX) return delta;
       uint32_t at[2];
-      int uses = 0;
+      int which[2], uses = 0;
       uint64_t after[2];
       for (int i = 0; i < changes_; ++i) {
         if (next[i] >= end[i] || uses_[next[i]].where != where) continue;
         if (next[i] + kAhead < end[i]) states_.fetch(uses_[next[i] + kAhead].where);
         at[uses] = uses_[next[i]++].at;
+        which[uses] = i;
         after[uses++] = change_[i].after;
       }
       done += uses;
       Record& record = states_.at(where);
       const double more = record.weight * change_of(where, record, at, after, uses);
+      for (int i = 0; i < uses; ++i) part_[which[i]] += more / uses, ++looked_[which[i]];
       delta += more, squares += more * more;
       if (done < look || done >= total) continue;
       look = done + kStep;
@@ -287,6 +306,7 @@ class Annealer {
     states_.keep();
     for (int i = 0; i < changes_; ++i) {
       const int expert = change_[i].expert;
+      estimates_.forget(expert);
       const Mask after = static_cast<Mask>(change_[i].after);
       for (int64_t use = first_[expert]; use < first_[expert + 1]; ++use)
         states_.masks(states_.at(uses_[use].where))[uses_[use].at] = after;
@@ -312,11 +332,14 @@ class Annealer {
   States<Mask> states_;
   double cost_ = 0.0;
   std::vector<std::vector<uint16_t>> members_;
+  Estimates estimates_;
   std::vector<int64_t> first_;
   std::vector<Use> uses_;
   std::vector<Moved> moved_;
-  Change change_[2];
+  Change change_[2];  // what is being tried, how many uses of each were looked at, and what they cost
   int changes_ = 0;
+  int64_t looked_[2];
+  double part_[2];
 };
 
 }  // namespace moehive
