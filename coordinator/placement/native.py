@@ -1,4 +1,4 @@
-"""The planner's native library by ctypes: exact makespans and the annealing search (cpp/planner.cc)."""
+"""The planner's native library by ctypes: exact makespans and the annealing search (`cpp`)."""
 
 import ctypes
 import functools
