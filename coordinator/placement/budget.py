@@ -5,7 +5,7 @@ layer is: shared out evenly, such memory can do worst. Some numbers of whole lay
 a few layers; the rest of the memory is shared out evenly.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from .cluster import Cluster
 from .native import Floats, Replicas, makespans
 from .search import Layer, begin, improve
 from .slots import Slots, share_out
+from .traces import Each
 
 TRIALS = 4  # numbers of whole layers that are tried, besides none; between them costs are interpolated
 SAMPLE_LAYERS = 4
@@ -21,11 +22,9 @@ TRIAL_MOVES = 12_000
 LEAST_GAIN = 0.002  # of the cost: less is within the noise of such short searches
 MOST_LOSS = 0.0075  # of any kind of batch: large ones lose by whole layers what single tokens gain
 
-Map = Callable[[Callable[[int], Floats], Sequence[int]], list[Floats]]
 
-
-def budget(cluster: Cluster, experts: int, layers: Sequence[Layer], seed: int, each: Map) -> Slots:
-    """Slots [layers, places]. `each` maps a function over layers, perhaps in threads. Raises CoordinatorError."""
+def budget(cluster: Cluster, experts: int, layers: Sequence[Layer], seed: int, each: Each) -> Slots:
+    """Slots [layers, places]. Raises CoordinatorError."""
     count = len(layers)
     counts = [experts] * count
     even = share_out(cluster, counts)

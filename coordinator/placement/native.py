@@ -1,4 +1,4 @@
-"""The planner's native library by ctypes: exact makespans and the annealing search (cpp/planner.cc)."""
+"""The planner's native library by ctypes: exact makespans and the annealing search (`cpp`)."""
 
 import ctypes
 import functools
@@ -70,7 +70,7 @@ class LayerCosts:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """Bounds of one annealing run; temperatures and `copy_cost` are in units of the cost."""
+    """Bounds of one annealing run; `copy_cost` is in units of the cost, temperatures are parts of the first cost."""
 
     slots: npt.NDArray[np.int32]  # [places]: experts that fit
     pinned: Replicas

@@ -1,9 +1,8 @@
 """The planner: from a cluster and a trace to a plan, its expected time and its lower bound. Pure and repeatable."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import numpy as np
 
@@ -15,11 +14,10 @@ from .makespan import layer_costs
 from .native import Floats, Replicas, makespans
 from .search import Layer, begin, by_mix, improve, moves_for, prepare
 from .slots import Slots, share_out
-from .traces import DEFAULT_MIXES, NO_EXPERT, Batches, Mix, Trace, sample
+from .traces import DEFAULT_MIXES, NO_EXPERT, Batches, Mix, Trace, in_pool, sample
 
 SCORE_BATCHES = {1: 8_000, 4: 2000, 16: 500, 64: 200}  # held back, of each kind, by its tokens
 MAX_EXPERTS = 4096  # of a layer; the bound looks at all pairs of them
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +68,9 @@ def make_plan(
             f"The cluster has expert_bytes for {len(cluster.expert_bytes)} layers and the trace has {trace.layers}."
         )
     fit, held = trace.split()
-    layers = prepare(cluster, fit, experts, mixes, seed, None)
     with ThreadPoolExecutor(threads) as pool:
-
-        def each(work: Callable[[int], T], indices: Sequence[int]) -> list[T]:
-            return list(pool.map(work, indices))
-
-        layers = weigh(cluster, layers, experts, len(mixes))
+        each = in_pool(pool)
+        layers = weigh(cluster, prepare(cluster, fit, experts, mixes, seed, None, each), experts, len(mixes))
         slots = budget(cluster, experts, layers, seed, each)
         moves = int(effort * moves_for(len(layers)))
 

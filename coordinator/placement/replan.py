@@ -22,7 +22,7 @@ from .makespan import layer_costs
 from .native import Floats, Replicas, makespans
 from .plan import Placement, score, score_batches, weigh
 from .search import improve, moves_for, prepare
-from .traces import Batches, Mix, Trace
+from .traces import Batches, Mix, Trace, in_pool
 
 LEAST_GAIN = 0.01  # of a step's time
 CERTAIN = 2.0  # standard errors
@@ -56,17 +56,20 @@ def replan(
     cluster, mixes = current.cluster, current.mixes
     experts = len(current.replicas[0])
     fit, held = recent.split()
-    layers = weigh(cluster, prepare(cluster, fit, experts, mixes, seed, current.replicas), experts, len(mixes))
     usual = float(current.expected.mean())  # seconds of a layer
-    moves = int(effort * moves_for(len(layers)))
-
-    def solve(index: int) -> Replicas:
-        seconds = migration.service_lost * cluster.bytes_of(index) / migration.bytes_per_s
-        cost = seconds / (migration.horizon_steps * usual)
-        return improve(layers[index], current.slots[index], current.replicas[index], moves, seed + 1 + index, cost)[0]
-
+    moves = int(effort * moves_for(recent.layers))
     with ThreadPoolExecutor(threads) as pool:
-        found = list(pool.map(solve, range(len(layers))))
+        each = in_pool(pool)
+        layers = prepare(cluster, fit, experts, mixes, seed, current.replicas, each)
+        layers = weigh(cluster, layers, experts, len(mixes))
+
+        def solve(index: int) -> Replicas:
+            seconds = migration.service_lost * cluster.bytes_of(index) / migration.bytes_per_s
+            cost = seconds / (migration.horizon_steps * usual)
+            plan = current.replicas[index]
+            return improve(layers[index], current.slots[index], plan, moves, seed + 1 + index, cost)[0]
+
+        found = each(solve, range(len(layers)))
     scored = score_batches(held, mixes, seed)
     before = [_times(current, index, part, current.replicas[index]) for index, part in enumerate(scored)]
     after = [_times(current, index, part, found[index]) for index, part in enumerate(scored)]

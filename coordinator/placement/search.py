@@ -11,25 +11,25 @@ from .cluster import Cluster
 from .makespan import layer_costs, popularity
 from .native import Floats, LayerCosts, Replicas, Search, anneal, makespans
 from .start import first_plan
-from .traces import Batches, Mix, Trace, sample
+from .traces import Batches, Each, Mix, Trace, sample
 
-FIT_BATCHES = {1: 16_000, 4: 8_000, 16: 2_000, 64: 200}  # of each kind, by its tokens
+FIT_BATCHES = {1: 64_000, 4: 16_000, 16: 8_000, 64: 200}  # of each kind, by its tokens
 MOST_USES = 4  # of a token in batches of a kind: more of them say little that is new
-MOVES = 3_000_000  # of all layers together: 60 layers of 512 experts on 8 nodes take a minute on two cores in all
+MOVES = 4_200_000  # of all layers together: 60 layers of 512 experts on 8 nodes take a minute on two cores in all
 MOST_MOVES = 150_000  # of one layer; little is gained beyond
 
 
 class Stage(NamedTuple):
     """A part of a search; temperatures are parts of the cost."""
 
-    batches: float  # share of the batches that it looks at
+    batches: int | None  # how many it looks at; None: at all
     moves: float  # share of the moves
     hot: float
     cold: float
 
 
 # Few batches show where most experts belong; all of them, what is true of other tokens too.
-STAGES = (Stage(1 / 8, 0.6, 2e-4, 5e-5), Stage(1.0, 0.4, 5e-5, 6e-6))
+STAGES = (Stage(4_000, 0.6, 2e-4, 5e-5), Stage(None, 0.4, 5e-5, 6e-6))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,23 +45,27 @@ class Layer:
 
 
 def prepare(
-    cluster: Cluster, trace: Trace, experts: int, mixes: Sequence[Mix], seed: int, present: Sequence[Replicas] | None
-) -> list[Layer]:
+    cluster: Cluster, trace: Trace, experts: int, mixes: Sequence[Mix], seed: int,
+    present: Sequence[Replicas] | None, each: Each,
+) -> list[Layer]:  # fmt: skip
     """The layers of a trace, each kind of batch counting the same; `weight` has to be scaled by `weigh`."""
     counts = []
     for mix in mixes:
         enough = max(1, MOST_USES * trace.tokens // mix.tokens) if mix.tokens > 1 else trace.tokens
         counts.append(min(enough, next((n for most, n in FIT_BATCHES.items() if mix.tokens <= most), 100)))
-    layers = []
-    for index, batches in enumerate(sample(trace, mixes, counts, seed)):
-        weight = (1.0 / len(mixes)) / np.bincount(batches.mix, minlength=len(mixes))[batches.mix]
-        middle = len(mixes) // 2
-        load = popularity(batches.hits, (batches.mix == middle) / counts[middle], batches.offsets, experts)
+    batches = sample(trace, mixes, counts, seed, each)
+    kinds = batches[0].mix  # the same in all layers
+    weight = (1.0 / len(mixes)) / np.bincount(kinds, minlength=len(mixes))[kinds]
+    middle = len(mixes) // 2
+    heat = (kinds == middle) / counts[middle]
+
+    def layer(index: int) -> Layer:
+        load = popularity(batches[index].hits, heat, batches[index].offsets, experts)
         there = present[index] if present is not None else np.zeros(experts, dtype=np.uint64)
-        layers.append(
-            Layer(layer_costs(cluster, index, mixes), batches, weight, load, _pinned(cluster, index, experts), there)
-        )
-    return layers
+        pinned = _pinned(cluster, index, experts)
+        return Layer(layer_costs(cluster, index, mixes), batches[index], weight, load, pinned, there)
+
+    return each(layer, range(trace.layers))
 
 
 def _pinned(cluster: Cluster, layer: int, experts: int) -> Replicas:
@@ -113,24 +117,24 @@ def improve(
     plan, cost = first, 0.0
     for number, stage in enumerate(STAGES):
         batches, weight = _some(layer, stage.batches)
-        base = float(weight @ makespans(layer.costs, batches, plan))
         search = Search(
             slots, layer.pinned, layer.present, copy_cost, int(stage.moves * moves), seed + 7919 * number,
-            stage.hot * base, stage.cold * base,
+            stage.hot, stage.cold,
         )  # fmt: skip
         plan, cost = anneal(layer.costs, batches, weight, plan, search)
     return plan, cost
 
 
-def _some(layer: Layer, share: float) -> tuple[Batches, Floats]:
+def _some(layer: Layer, most: int | None) -> tuple[Batches, Floats]:
     """The first of a layer's batches, a fair sample, and weights with which each kind counts as it does among all."""
     batches = layer.batches
-    count = max(1, int(share * len(batches.mix)))
+    if most is None or most >= len(batches.mix):
+        return batches, layer.weight
     kinds = np.bincount(batches.mix, weights=layer.weight)
-    some = batches.mix[:count]
-    part = np.bincount(some, weights=layer.weight[:count], minlength=len(kinds))
-    weight = layer.weight[:count] * (kinds / np.maximum(part, 1e-300))[some]
-    return Batches(batches.offsets[: count + 1], batches.hits[: batches.offsets[count]], some), weight
+    some = batches.mix[:most]
+    part = np.bincount(some, weights=layer.weight[:most], minlength=len(kinds))
+    weight = layer.weight[:most] * (kinds / np.maximum(part, 1e-300))[some]
+    return Batches(batches.offsets[: most + 1], batches.hits[: batches.offsets[most]], some), weight
 
 
 def by_mix(layer: LayerCosts, batches: Batches, replicas: Replicas, mixes: int) -> Floats:

@@ -5,10 +5,11 @@ It holds no text. A batch of n in decoding is n tokens of unrelated sequences; a
 """
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,27 @@ from ..whole_file import whole_file
 HELD_BACK = 0.25  # of the sequences, the latest ones: a plan is scored on what it was not made from
 MAX_TRACE_BYTES = 4 << 30
 NO_EXPERT = 0xFFFF  # a token that was sent to fewer experts
+T = TypeVar("T")
+
+
+class Each(Protocol):
+    """Maps a function over layers, perhaps in threads."""
+
+    def __call__(self, work: Callable[[int], T], indices: Sequence[int]) -> list[T]: ...
+
+
+def one_by_one(work: Callable[[int], T], indices: Sequence[int]) -> list[T]:
+    """An `Each` without threads."""
+    return [work(index) for index in indices]
+
+
+def in_pool(pool: Executor) -> Each:
+    """An `Each` with the threads of a pool."""
+
+    def each(work: Callable[[int], T], indices: Sequence[int]) -> list[T]:
+        return list(pool.map(work, indices))
+
+    return each
 
 
 class Mix(NamedTuple):
@@ -101,7 +123,9 @@ class Batches(NamedTuple):
     mix: npt.NDArray[np.int32]  # [batches]: which kind of batch
 
 
-def sample(trace: Trace, mixes: Sequence[Mix], counts: Sequence[int], seed: int) -> list[Batches]:
+def sample(
+    trace: Trace, mixes: Sequence[Mix], counts: Sequence[int], seed: int, each: Each = one_by_one
+) -> list[Batches]:
     """For each layer, `counts` batches of each of `mixes`, drawn with `seed`."""
     random = np.random.default_rng(seed)
     rows = [
@@ -110,7 +134,7 @@ def sample(trace: Trace, mixes: Sequence[Mix], counts: Sequence[int], seed: int)
     ]
     order = random.permutation(sum(map(len, rows)))
     mix_of = np.repeat(np.arange(len(mixes), dtype=np.int32), [len(part) for part in rows])[order]
-    return [_layer(layer, rows, order, mix_of) for layer in trace.experts]
+    return each(lambda index: _layer(trace.experts[index], rows, order, mix_of), range(trace.layers))
 
 
 def _layer(

@@ -13,7 +13,7 @@ from moehive.coordinator.placement.cluster import Cluster, Node, Tier, parse_clu
 from moehive.coordinator.placement.plan import make_plan
 from moehive.coordinator.placement.plan_file import plan_json, write_json
 from moehive.coordinator.placement.slots import share_out
-from moehive.coordinator.placement.traces import Mix, Trace, parse_mixes, read_trace, sample, save_trace
+from moehive.coordinator.placement.traces import Mix, Trace, one_by_one, parse_mixes, read_trace, sample, save_trace
 from moehive.coordinator.types import CoordinatorError
 
 SIZE = 1_000_000
@@ -167,6 +167,25 @@ def test_a_shared_expert_goes_where_it_is_faster():
     shared = {"bytes": 100, "bw_Bps": 1e12}
     none = make_plan(parse_cluster({"nodes": nodes, "expert_bytes": SIZE, "shared": shared}), trace, experts=24)
     assert plan_json(none)["layers"][0]["shared"] is None
+
+
+def test_a_plan_does_not_depend_on_the_threads():
+    cluster, trace = synthetic.cluster("C", 24, 3, SIZE, 0.25), synthetic.trace(3, 24, 4, 12, 1)
+    one, three = (make_plan(cluster, trace, seed=2, threads=threads, experts=24) for threads in (1, 3))
+    assert np.array_equal(one.replicas, three.replicas)
+    assert np.array_equal(one.expected, three.expected)
+
+
+def test_some_of_the_batches_count_for_all():
+    cluster, trace = synthetic.cluster("B", 24, 1, SIZE, 0.25), synthetic.trace(1, 24, 4, 12, 1)
+    layer = search.prepare(cluster, trace, 24, (Mix(1), Mix(4)), 0, None, one_by_one)[0]
+    some, weight = search._some(layer, 30)
+    assert len(some.mix) == len(weight) == 30
+    assert len(some.hits) == some.offsets[-1]
+    assert np.bincount(some.mix, weights=weight) == pytest.approx(
+        np.bincount(layer.batches.mix, weights=layer.weight)
+    )
+    assert search._some(layer, None)[0] is layer.batches
 
 
 def test_sixty_four_nodes():

@@ -30,7 +30,7 @@ def test_dispatch_meets_halls_condition(dispatch, seed, experts, places):
 
 
 @SLOW
-@given(seed=st.integers(0, 2**32), experts=st.integers(2, 40), places=st.integers(2, 9))
+@given(seed=st.integers(0, 2**32), experts=st.integers(2, 40), places=st.integers(2, 12))
 def test_the_search_keeps_its_books_and_its_limits(dispatch, seed, experts, places):
     costs, batches, replicas, slots = dispatch.layer(seed, experts, places, 30)
     random = np.random.default_rng(seed)

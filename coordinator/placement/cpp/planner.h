@@ -26,7 +26,7 @@ struct MoehiveSearch {
   const uint64_t* pinned;   // [experts]: replicas that must stay
   const uint64_t* present;  // [experts]: replicas that are there now, for `copy_cost`
   double copy_cost;         // of each replica that is not there now, in units of the cost
-  double hot, cold;         // first and last temperature, in units of the cost
+  double hot, cold;         // first and last temperature, as parts of the first plan's cost
   int64_t moves;
   uint64_t seed;
 };
