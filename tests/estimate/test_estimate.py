@@ -16,9 +16,9 @@ from moehive.coordinator.estimate.constants import (
     COORDINATOR_BYTES,
     HOP_S,
     KERNEL_SHARES,
-    STEP_SHARE,
     LAYER_S,
     NODE_BYTES,
+    STEP_SHARE,
     TOKEN_S,
 )
 from moehive.coordinator.estimate.estimate import estimate, in_all_formats
