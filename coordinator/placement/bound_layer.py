@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .makespan import time_for
-from .native import Floats, LayerCosts, LeastSum, least_sum
+from .native import Floats, LayerCosts, LeastSum, count_pairs, least_sum
 from .traces import Batches
 
 PAIR_BATCHES = 16_384  # of one kind and layer, whose pairs are counted; the bound is one for these batches
@@ -81,20 +81,16 @@ class LayerHits:
         counts = np.diff(batches.offsets)
         mine = np.zeros(len(counts), dtype=np.bool_)
         mine[chosen] = True
-        hit = np.zeros((len(chosen), experts), dtype=np.float32)
         hits = np.ascontiguousarray(batches.hits[np.repeat(mine, counts)])
-        hit[np.repeat(np.arange(len(chosen)), counts[chosen]), hits] = 1.0
         distinct = counts[chosen]
-        pairs = hit.T @ hit  # counts: exact
-        np.fill_diagonal(pairs, 0.0)
-        pairs = -np.sort(-pairs, axis=1)[:, : experts - 1].astype(np.float64) / len(chosen)
+        offsets = np.concatenate([[0], np.cumsum(distinct)])
+        pairs = -np.sort(-count_pairs(offsets, hits, experts), axis=1)[:, : experts - 1] / len(chosen)
         together = np.concatenate([np.zeros((experts, 1)), np.cumsum(pairs, axis=1)], axis=1)
         fixed, step = costs.fixed[mix], costs.step
         kinds, inverse = np.unique(distinct, return_inverse=True)
         floor = time_for(fixed, step, kinds, usable)
         often = np.bincount(inverse) / len(chosen)
-        alone = hit.mean(axis=0, dtype=np.float64)
-        offsets = np.concatenate([[0], np.cumsum(distinct)])
+        alone = np.bincount(hits, minlength=experts) / len(chosen)
         return cls(
             fixed, step, experts, distinct, floor[inverse], alone, together, kinds, floor, often, offsets, hits,
             inverse.astype(np.int32),
@@ -218,8 +214,9 @@ class LayerHits:
     def curve(self, one: "SetTimes", prices: Prices) -> Floats:
         """For each number of experts [experts + 1] with a replica outside the set, a bound of the mean in seconds."""
         found = self._least([one], prices)
-        held = [self._most_held(prices, 0, room)[1] for room in range(self.experts + 1)]
-        return found.sum / len(self.distinct) - np.array(held)
+        worth = prices.experts[0] + prices.pair[0] / 2 * self.together.T  # [room - 1, experts]
+        held = np.cumsum(-np.sort(-worth, axis=1), axis=1).diagonal()  # of the `room` dearest
+        return found.sum / len(self.distinct) - np.concatenate([[0.0], held])
 
     def most_hit(self, multipliers: Multipliers, room: int) -> float:
         """At most this much of the penalty do `room` experts bring about."""

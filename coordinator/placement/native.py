@@ -12,7 +12,7 @@ from moehive.kernels.library import load
 
 from .traces import Batches
 
-_ABI = 2
+_ABI = 3
 
 Floats = npt.NDArray[np.float64]
 Replicas = npt.NDArray[np.uint64]  # [experts]: bit p says that place p holds the expert
@@ -56,6 +56,8 @@ def _library() -> ctypes.CDLL:
     library.moehive_makespans.argtypes = (pointer, pointer, pointer)
     library.moehive_anneal.argtypes = (pointer, pointer, pointer, pointer)
     library.moehive_least_sum.argtypes = (pointer, pointer, pointer, pointer)
+    library.moehive_count_pairs.argtypes = (ctypes.c_int64, ctypes.c_int64, pointer, pointer, pointer)
+    library.moehive_count_pairs.restype = None
     return library
 
 
@@ -142,6 +144,18 @@ def least_sum(
         _library().moehive_least_sum(ctypes.byref(proof), ctypes.byref(total), used.ctypes.data, pairs.ctypes.data)
     )
     return LeastSum(total.value, used, pairs)
+
+
+def count_pairs(offsets: npt.NDArray[np.int64], hits: npt.NDArray[np.uint16], experts: int) -> npt.NDArray[np.int32]:
+    """[experts, experts], symmetric: in how many batches two are hit together, 0 on the diagonal; releases the GIL.
+
+    `offsets` [batches + 1] are into `hits`, which are below `experts`, and differ within a batch.
+    """
+    counts = np.zeros((experts, experts), np.int32)
+    _library().moehive_count_pairs(
+        len(offsets) - 1, experts, offsets.ctypes.data, hits.ctypes.data, counts.ctypes.data
+    )
+    return counts + counts.T
 
 
 def _layer(costs: LayerCosts, batches: Batches, weight: Floats, experts: int) -> tuple[_Layer, list[object]]:

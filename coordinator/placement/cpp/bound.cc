@@ -100,3 +100,16 @@ extern "C" __attribute__((visibility("default"))) int32_t moehive_least_sum(cons
     return 1;
   }
 }
+
+// Adds to `counts` [experts, experts] in how many batches two experts are hit together; each pair counts once, in the
+// order in which the batch names them. `offsets` [batches + 1] are into `hits`.
+extern "C" __attribute__((visibility("default"))) void moehive_count_pairs(int64_t batches, int64_t experts,
+                                                                           const int64_t* offsets,
+                                                                           const uint16_t* hits, int32_t* counts) {
+  for (int64_t batch = 0; batch < batches; ++batch) {
+    for (int64_t i = offsets[batch]; i < offsets[batch + 1]; ++i) {
+      int32_t* row = counts + hits[i] * experts;
+      for (int64_t j = i + 1; j < offsets[batch + 1]; ++j) ++row[hits[j]];
+    }
+  }
+}

@@ -9,7 +9,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_planner_abi() { return 2; }
+EXPORT int32_t moehive_planner_abi() { return 3; }
 
 // Makespan of each batch in seconds, by exact dispatch. Every expert has a replica. 0, or 1: no memory.
 EXPORT int32_t moehive_makespans(const MoehiveLayer* layer, const uint64_t* replicas, double* makespans) {
