@@ -121,6 +121,19 @@ class LayerHits:
         kept = float(self.often @ both.min(axis=(1, 2)))
         return kept - self.most_hit(one, first.room) - self.most_hit(two, other.room)
 
+    def values(self, one: "SetTimes", grid: Sequence[Multipliers]) -> Floats:
+        """As `value`, with one set, of many multipliers at once."""
+        beta, gamma = np.array(grid).T[:, :, None]
+        h = np.arange(one.times.shape[1])
+        penalty = beta * h + gamma / 2 * (h * (h - 1))
+        kept: Floats = (one.times + penalty[:, None]).min(axis=2) @ self.often
+        if one.room == 0:
+            return kept
+        worth = beta * self.alone + gamma / 2 * self.together[:, one.room - 1]
+        split = self.experts - one.room
+        kept -= np.partition(worth, split, axis=1)[:, split:].sum(axis=1)
+        return kept
+
     def can_pair(self) -> bool:
         """Whether batches are so small that a proof by two sets takes little time."""
         return len(self.kinds) * (int(self.kinds.max()) + 1) ** 2 <= PAIR_STATES
@@ -140,10 +153,14 @@ class LayerHits:
             spread = self._spread(sets[at], wide)
             center = Multipliers(spread.beta / 1.5, 0.0) if wide else multipliers[at]
             for _ in range(rounds):
-                for tried in center.around(spread):
-                    value = self.value(sets, [*multipliers[:at], tried, *multipliers[at + 1 :]])
-                    if value > best:
-                        best, multipliers[at] = value, tried
+                grid = list(center.around(spread))
+                values = (
+                    self.values(sets[0], grid)
+                    if len(sets) == 1
+                    else [self.value(sets, [*multipliers[:at], tried, *multipliers[at + 1 :]]) for tried in grid]
+                )
+                if (value := float(max(values))) > best:
+                    best, multipliers[at] = value, grid[int(np.argmax(values))]
                 center, spread = multipliers[at], Multipliers(spread.beta / 2.5, spread.gamma / 2.5)
         return best, multipliers
 
