@@ -15,7 +15,7 @@ from .traces import Batches, Each, Mix, Trace, sample
 
 FIT_BATCHES = {1: 64_000, 4: 16_000, 16: 8_000, 64: 200}  # of each kind, by its tokens
 MOST_USES = 4  # of a token in batches of a kind: more of them say little that is new
-MOVES = 3_900_000  # of all layers together: 60 layers of 512 experts on 8 nodes take a minute on two cores in all
+MOVES = 4_200_000  # of all layers together: 60 layers of 512 experts on 8 nodes take a minute on two cores in all
 MOST_MOVES = 150_000  # of one layer; little is gained beyond
 
 
