@@ -34,7 +34,7 @@ async def measure_changes(made: FaultCluster, drain_and_join: bool, calm_steps: 
     for _ in range(rounds):
         await made.adopt(made.owners(0))
         async with reader.reading():
-            await note("", reader.more(calm_steps))
+            await note("calm", reader.more(calm_steps))
             await note("full replan", made.adopt(made.owners(1)))
             if drain_and_join:
                 former = made.pid(LEAVES)
@@ -44,8 +44,8 @@ async def measure_changes(made: FaultCluster, drain_and_join: bool, calm_steps: 
                 # Its start takes the processor away from everybody here; elsewhere it would be on its own machine.
                 await made.until(lambda: made.state(LEAVES) not in ("", "away", "leaving"), f"{LEAVES} does not join")
                 await note("join", _joined(made, LEAVES))
-            await note("", reader.more(calm_steps))
-    usual = _slowest(steps.pop(""))
+            await note("calm", reader.more(calm_steps))
+    usual = _slowest(steps.pop("calm"))
     return [
         FaultRow(
             what=f"99th percentile of a step during a {name} / calm",

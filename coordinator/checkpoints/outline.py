@@ -6,7 +6,6 @@ before it serves. So a coordinator keeps it (`Outlines`), and opens the same che
 
 import hashlib
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -19,6 +18,7 @@ import zstandard
 
 from moehive.kernels.geometry import ExpertSpec
 
+from ..whole_file import whole_file
 from .experts import ExpertLayout, NormLayout
 from .recipe import Recipe
 
@@ -149,13 +149,11 @@ class Outlines:
             return None
 
     def keep(self, fingerprint: str, kind: str, packed: Any) -> None:
-        """Writes beside, then in place. Where that fails nothing is kept, and the next start takes longer."""
-        path = self._file(fingerprint, kind)
-        part = path.with_suffix(f".{os.getpid()}")
+        """Where that fails nothing is kept, and the next start takes longer."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            part.write_bytes(zstandard.ZstdCompressor(3).compress(cast(bytes, msgpack.packb(packed))))
-            part.replace(path)
+            with whole_file(self._file(fingerprint, kind)) as file:
+                file.write(zstandard.ZstdCompressor(3).compress(cast(bytes, msgpack.packb(packed))))
             kept = sorted(self._folder.glob("*.msgpack"), key=lambda file: file.stat().st_mtime_ns)
             for old in kept[:-KEPT]:
                 old.unlink(missing_ok=True)
