@@ -59,13 +59,9 @@ def outline_of(
     sources, trunk = _sources(architecture, tensors)
     experts = tuple(f"{layer.name}." for layer in architecture.experts)
     used = {name for source in sources.values() for names in source.tensors.values() for name in names}
-    whole: dict[str, WholeConversion] = {}
+    finder = _Finder(path, architecture, tensors, sources)
     outline = Outline(
-        layers=tuple(
-            _layer(path, architecture, layer, sources, tensors, whole)
-            for layer in architecture.experts
-            if with_experts
-        ),
+        layers=tuple(map(finder.layer, architecture.experts if with_experts else ())),
         shapes={name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
         trunk_bytes=_trunk_bytes(architecture),
         plain={
@@ -76,7 +72,7 @@ def outline_of(
         trunk=tuple(trunk),
         unused=tuple(name for name in trunk if name not in used),
     )
-    return outline, whole
+    return outline, finder.whole
 
 
 def _sources(architecture: Architecture, tensors: Mapping[str, AnyTensor]) -> tuple[dict[str, _Source], list[str]]:
@@ -117,55 +113,52 @@ def _targets(converter: WeightConverter, first: str) -> list[str]:
     return [first.replace(converter.target_patterns[0], target) for target in converter.target_patterns]
 
 
-def _layer(
-    path: Path,
-    architecture: Architecture,
-    layer: ExpertsModule,
-    sources: Mapping[str, _Source],
-    tensors: Mapping[str, AnyTensor],
-    whole: dict[str, WholeConversion],
-) -> ExpertsOutline:
-    layout = layout_of(architecture.family, layer, architecture.dtype)
-    parameters: dict[str, ParameterOutline] = {}
-    for short in layout.names:
-        full = f"{layer.name}.{short}"
-        source = sources.get(full)
-        if source is None:
-            raise CoordinatorError(f"{path} has no tensors for {full}; download the checkpoint again.")
-        parameters[short] = _parameter(architecture, full, source, tensors, whole)
-    return ExpertsOutline(layer.name, layer.module.num_experts, layer.top_k, layout, parameters)
+@dataclass(frozen=True, slots=True)
+class _Finder:
+    """What makes up a checkpoint's experts. `whole`: conversions of parameters without a recipe, by full name."""
 
+    path: Path  # for errors
+    architecture: Architecture
+    tensors: Mapping[str, AnyTensor]
+    sources: Mapping[str, _Source]
+    whole: dict[str, WholeConversion] = field(default_factory=dict)
 
-def _parameter(
-    architecture: Architecture,
-    name: str,
-    source: _Source,
-    tensors: Mapping[str, AnyTensor],
-    whole: dict[str, WholeConversion],
-) -> ParameterOutline:
-    parameter = architecture.model.get_parameter(name)
-    outline = ParameterOutline(name, tuple(parameter.shape), parameter.dtype, (), source.tensors)
-    if source.converter is None:
-        return outline
-    order = source.converter.source_patterns.index
-    outline = replace(outline, tensors={p: source.tensors[p] for p in sorted(source.tensors, key=order)})
-    recipe = _recipe(outline, source, source.converter, tensors, architecture.config)
-    if recipe is None:
-        whole[name] = _Whole(source.converter, source.first_target, name, parameter, architecture.config)
-        _check_whole(outline, source.converter, tensors, whole[name])
-    return replace(outline, recipe=recipe)
+    def layer(self, layer: ExpertsModule) -> ExpertsOutline:
+        layout = layout_of(self.architecture.family, layer, self.architecture.dtype)
+        parameters: dict[str, ParameterOutline] = {}
+        for short in layout.names:
+            full = f"{layer.name}.{short}"
+            source = self.sources.get(full)
+            if source is None:
+                raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
+            parameters[short] = self._parameter(full, source)
+        return ExpertsOutline(layer.name, layer.module.num_experts, layer.top_k, layout, parameters)
+
+    def _parameter(self, name: str, source: _Source) -> ParameterOutline:
+        parameter, config = self.architecture.model.get_parameter(name), self.architecture.config
+        outline = ParameterOutline(name, tuple(parameter.shape), parameter.dtype, (), source.tensors)
+        if source.converter is None:
+            return outline
+        order = source.converter.source_patterns.index
+        outline = replace(outline, tensors={p: source.tensors[p] for p in sorted(source.tensors, key=order)})
+        stored = [[self.tensors[each] for each in names] for names in outline.tensors.values()]
+        recipe = _recipe(outline, source.converter, source.first_target, stored, config)
+        if recipe is None:
+            self.whole[name] = _Whole(source.converter, source.first_target, name, parameter, config)
+            _check_whole(outline, source.converter, self.tensors, self.whole[name])
+        return replace(outline, recipe=recipe)
 
 
 def _recipe(
     outline: ParameterOutline,
-    source: _Source,
     converter: WeightConverter,
-    tensors: Mapping[str, AnyTensor],
+    first_target: str,
+    stored: list[list[AnyTensor]],
     config: PreTrainedConfig,
 ) -> Recipe | None:
     """The conversion as it is for one expert alone; None if that is not a part of the whole conversion."""
     operations: list[Any] = list(converter.operations)
-    experts, stored = outline.shape[0], [[tensors[name] for name in names] for names in outline.tensors.values()]
+    experts = outline.shape[0]
     steps: list[Step] = []
     if operations and type(operations[0]) is MergeModulelist:
         if operations.pop(0).dim != 0 or not all(len(pattern) == experts for pattern in stored):
@@ -184,7 +177,7 @@ def _recipe(
             steps.append(("interleave", operation.dim, bool(operation.inverse)))
         elif type(operation) is Chunk and operation.dim != 0 and last:
             targets = operation.get_target_patterns(converter.target_patterns, config=config)
-            names = [source.first_target.replace(converter.target_patterns[0], target) for target in targets]
+            names = [first_target.replace(converter.target_patterns[0], target) for target in targets]
             if outline.name not in names:
                 return None
             steps.append(("chunk", operation.dim, len(targets), names.index(outline.name)))
