@@ -186,6 +186,7 @@ def test_a_client_that_does_not_read_stops_its_own_generation(serve: Callable[..
             made = served.engine.load().generated_tokens - 40 * (others := others + 1)
         assert made < 2_000
         slow.cancel()
+        await fakes.until(lambda: served.engine.load().running == 0)
 
     # Small windows, so that they fill up soon.
     with_door(served, use, channel_options=[("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)])
