@@ -2,8 +2,9 @@
 
 For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
 model's), a coordinator with all cores and nodes with one thread each on this machine. The speeds that the estimate is
-given are those that as many threads as work at once read at, measured just before and just after, since other guests
-of a virtual machine's host take more and less of them.
+given are those that as many threads as work at once read at (the coordinator, too, where it has a shared expert to
+compute), measured just before and just after, since other guests of a virtual machine's host take more and less of
+them.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,9 +41,9 @@ class _Speeds(NamedTuple):
     step_factor: float
 
     @classmethod
-    def measure(cls) -> "_Speeds":
-        """In a second. Raises NativeLibraryError."""
-        return cls(read_speed(cores()), read_speed(NODES) / NODES, step_factor())
+    def measure(cls, threads: int) -> "_Speeds":
+        """In a second, `threads` at work together. Raises NativeLibraryError."""
+        return cls(read_speed(cores()), read_speed(threads) / threads, step_factor())
 
 
 def measure_estimate(
@@ -67,7 +68,8 @@ def measure_estimate(
 
 def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
     prompt = 32 if quick else 128
-    before = _Speeds.measure()
+    together = NODES + (model.shared_bytes_a_layer > 0)
+    before = _Speeds.measure(together)
     measured = measure_decode(
         DecodeSettings(
             model=path,
@@ -78,7 +80,7 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
             rounds=1 if quick else 3,
         )
     )
-    after = _Speeds.measure()
+    after = _Speeds.measure(together)
     speeds = _Speeds(*((one + other) / 2 for one, other in zip(before, after, strict=True)))
     cluster = _cluster(model, speeds)
     placed = hold(model, cluster)

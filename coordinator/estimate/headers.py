@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moehive.kernels.geometry import ExpertSpec, Format, LayerGeometry
 
 from ..types import CoordinatorError
-from .model import ATTENTION, DENSE, EMBEDDING, HEAD, PARTS, SMALL, Matrix, Model
+from .model import ATTENTION, DENSE, EMBEDDING, HEAD, PARTS, SHARED, SMALL, Matrix, Model
 
 if TYPE_CHECKING:
     from ..checkpoints.opening import ModelSource
@@ -122,6 +122,8 @@ def _part_of(name: str, shape: tuple[int, ...]) -> str:
         or name.endswith((".gate.weight", ".router.weight"))
     ):
         return SMALL
+    if "_shexp" in name or "shared_expert" in name or "shared_mlp" in name:
+        return SHARED
     return DENSE if "mlp" in name or "ffn_" in name or "expert" in name else ATTENTION
 
 

@@ -14,8 +14,9 @@ from moehive.kernels.geometry import BLOCKS, PLAIN_BYTES, ExpertSpec, Format, La
 from ..types import CoordinatorError
 from .geometries import ModelShape, TensorShape
 
-EMBEDDING, HEAD, ATTENTION, DENSE, SMALL = "embedding", "head", "attention", "dense and shared MLPs", "routers, norms"
-PARTS = (EMBEDDING, HEAD, ATTENTION, DENSE, SMALL)
+EMBEDDING, HEAD, ATTENTION, SMALL = "embedding", "head", "attention", "routers, norms"
+DENSE, SHARED = "dense MLPs", "shared experts"
+PARTS = (EMBEDDING, HEAD, ATTENTION, DENSE, SHARED, SMALL)
 # From the best to the smallest; what an estimate chooses among.
 CHOICES: tuple[Format, ...] = (
     "bf16", "q8_0", "fp8_block", "q6_k", "q5_k", "int4_g32", "q4_k", "mxfp4", "q4_0", "q3_k", "q2_k",
@@ -72,6 +73,16 @@ class Model:
         """Bytes of the trunk that one token reads: of the table of tokens a row, unless it is the head."""
         sizes = self.part_bytes()
         return sum(sizes.values()) - (0 if self.tied else sizes[EMBEDDING])
+
+    @property
+    def shared_bytes_a_layer(self) -> float:
+        """Bytes of the shared expert of one MoE layer."""
+        return self.part_bytes()[SHARED] / max(1, len(self.layers))
+
+    @property
+    def shared_weights_a_layer(self) -> float:
+        """How many numbers it has."""
+        return sum(m.rows * m.columns for m in self.parts[SHARED]) / max(1, len(self.layers))
 
     @property
     def total_bytes(self) -> int:
@@ -155,6 +166,8 @@ def of_shape(
 def _part_of(tensor: TensorShape) -> str:
     if not tensor.matrix:
         return SMALL
+    if "_shexp" in tensor.name:
+        return SHARED
     return DENSE if "ffn_" in tensor.name else ATTENTION
 
 

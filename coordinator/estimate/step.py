@@ -2,7 +2,7 @@
 
     decode   trunk's bytes by the coordinator's speed, and in each layer: fixed cost of the trunk, and, of the
              machines that a token's experts lie on, the slowest (round trip, cost of a message, its experts' bytes
-             by its speed)
+             by its speed), as far as it takes longer than the shared expert, which the coordinator computes meanwhile
     prefill  the same for a chunk of tokens: nearly all experts are read, products with all tokens but the first are
              added to the reading, and so is the wire
 
@@ -54,10 +54,11 @@ def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) 
     """One token for each of `batch` sequences."""
     trunk = _trunk_s(model, cluster)
     experts = hop = 0.0
+    shared = _shared_s(model, cluster)
     for layer, count in _kinds(model.layers):
-        computing, whole = _layer(layer, model, cluster, placed.holdings, batch)
-        experts += count * computing
-        hop += count * (whole - computing)
+        computing, waiting = _layer(layer, model, cluster, placed.holdings, batch, shared)
+        experts += count * min(computing, waiting)
+        hop += count * max(0.0, waiting - computing)
     return Step(trunk, experts, hop)
 
 
@@ -66,15 +67,17 @@ def prefill_rate(model: Model, cluster: Cluster, placed: Placed, tokens: int = C
     ram = cluster.coordinator.ram
     assert ram is not None
     seconds = _trunk_s(model, cluster) + _products_s(model, (tokens - 1) * model.trunk_weights, ram.bytes_per_s)
+    shared = _shared_s(model, cluster) + _products_s(
+        model, (tokens - 1) * model.shared_weights_a_layer, ram.bytes_per_s
+    )
     asked = [h for h in placed.holdings if h.expert_bytes]
     for layer, count in _kinds(model.layers):
-        _, whole = _layer(layer, model, cluster, placed.holdings, tokens)
         products = max(0, tokens * layer.top_k - layer.experts) * layer.spec.weights
         computing = max(_products_s(model, products * h.expert_bytes / model.expert_bytes, _speed(h)) for h in asked)
         # The coordinator's one link carries what goes to all nodes.
         remote = sum(not h.machine.coordinator for h in asked)
         wire = remote * tokens * model.hidden * max(_REPLY_BYTES, _REQUEST_BYTES) / cluster.bandwidth
-        seconds += count * (whole + computing + wire)
+        seconds += count * _layer(layer, model, cluster, placed.holdings, tokens, shared, computing + wire)[1]
     return tokens / seconds
 
 
@@ -99,9 +102,13 @@ def _kinds(layers: Sequence[LayerGeometry]) -> list[tuple[LayerGeometry, int]]:
 
 
 def _layer(
-    layer: LayerGeometry, model: Model, cluster: Cluster, holdings: Sequence[Holding], batch: int
-) -> tuple[float, float]:
-    """Mean seconds of a layer's experts: the slowest machine's computing, and from the first message to the sum."""
+    layer: LayerGeometry, model: Model, cluster: Cluster, holdings: Sequence[Holding], batch: int, shared_s: float,
+    more_s: float = 0.0,
+) -> tuple[float, float]:  # fmt: skip
+    """Mean seconds of a layer's experts: the slowest machine's computing, and what the coordinator waits for them.
+
+    It computes the shared expert first, in `shared_s`, while others are at work. `more_s`: what each takes besides.
+    """
     held = [h for h in holdings if h.expert_bytes]
     if not held:
         return 0.0, 0.0
@@ -112,9 +119,12 @@ def _layer(
     asked = (counts > 0) & remote
     message = batch * model.hidden * (_REQUEST_BYTES + _REPLY_BYTES) / cluster.bandwidth
     factor = cluster.coordinator.step_factor
-    whole = computing + asked * (cluster.rtt_s + factor * HOP_S + message)
+    whole = computing + more_s + asked * (cluster.rtt_s + factor * HOP_S + message)
     others = np.maximum(asked.sum(1) - 1, 0) * factor * MESSAGE_S
-    return float(computing.max(1).mean()), float((whole.max(1) + others).mean())
+    waiting = np.maximum(
+        whole.max(1, where=remote, initial=0.0) + others - shared_s, whole.max(1, where=~remote, initial=0.0)
+    )
+    return float(computing.max(1).mean()), float(np.maximum(waiting, 0.0).mean())
 
 
 def _distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.NDArray[np.float64]:
@@ -137,6 +147,13 @@ def _trunk_s(model: Model, cluster: Cluster) -> float:
     assert ram is not None
     fixed = cluster.coordinator.step_factor * (TOKEN_S + model.decoder_layers * LAYER_S)
     return fixed + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
+
+
+def _shared_s(model: Model, cluster: Cluster) -> float:
+    """Seconds that the coordinator computes the shared expert of a layer for one token of each sequence."""
+    ram = cluster.coordinator.ram
+    assert ram is not None
+    return model.shared_bytes_a_layer / (ram.bytes_per_s * kernel_share(model))
 
 
 def _products_s(model: Model, products: float, bytes_per_s: float) -> float:

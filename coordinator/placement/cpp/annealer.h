@@ -64,6 +64,12 @@ class Annealer {
     double temperature = search_.hot * cost_;
     int64_t since = 0;  // moves without a better plan
     for (int64_t move = 0; move < search_.moves; ++move, temperature *= cooling) {
+      // So many moves' worth of work is done; the first ones, while all is hot, take more.
+      if (const int64_t due = settled_ / kSettled - search_.moves / 2; due > move) {
+        temperature *= std::pow(cooling, static_cast<double>(due - move));
+        move = due;
+        if (move >= search_.moves) break;
+      }
       if (++since > search_.moves / 5 && move > search_.moves / 2) break;
       changes_ = 0;
       if (!propose()) continue;
@@ -287,6 +293,7 @@ class Annealer {
         if (place[i] != was[at[i]]) moved_.push_back({where, at[i], was[at[i]], place[i]});
       return 0.0;
     }
+    ++settled_;
     Record& now = states_.attempt(where);
     Mask* masks = states_.masks(now);
     uint8_t* assigned = states_.assigned(now);
@@ -322,6 +329,9 @@ class Annealer {
 
   static constexpr int64_t kAhead = 4;  // uses of an expert that memory is asked for in advance
   static constexpr int64_t kStep = 8;   // uses between two judgements of a move
+  // Batches that are dispatched anew for a move, on average: a search that needs more makes fewer moves. Only nodes that
+  // are alike need more, up to ten times, since no move between them is clearly bad; and there a first plan is good.
+  static constexpr int64_t kSettled = 400;
   static constexpr double kDoubt = 1.0;  // larger: fewer good moves are dropped, and each takes longer
 
   const MoehiveLayer& layer_;
@@ -331,6 +341,7 @@ class Annealer {
   const CostTable costs_;
   States<Mask> states_;
   double cost_ = 0.0;
+  int64_t settled_ = 0;  // batches that were dispatched anew, for all moves
   std::vector<std::vector<uint16_t>> members_;
   Estimates estimates_;
   std::vector<int64_t> first_;
