@@ -23,6 +23,7 @@ from moehive.proto import experts_pb2_grpc
 from moehive.proto.bounds import MAX_SENTENCE
 from moehive.proto.chain import check_chain
 from moehive.proto.channel import COORDINATOR_NAME, peer_names
+from moehive.proto.lookout import Lookout
 from moehive.proto.tensors import (
     Request,
     Routing,
@@ -68,6 +69,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._asked_at = 0.0  # seconds, monotonic clock
         self._executor = executor
         self._plain = PlainRequests(executor)
+        self._lookout = Lookout()  # for the next request
         self._in_worker = 0  # requests that the worker has or is yet to take, of all streams
         # One: the kernels spread each request over their own threads.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
@@ -121,6 +123,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 small = small and self._executor.in_memory(request.layer, routing)
                 if small and not self._in_worker:
                     await context.write(self._answer(request, hidden, routing, likely))
+                    self._lookout.expect()
                 else:
                     await room.acquire()
                     self._begin(self._answer_later(request, hidden, routing, likely, context), room, tasks)
@@ -131,6 +134,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     def _at_once(self, message: Buffer) -> tuple[bytes] | None:
         """The reply to a plain request, unless a worker has the kernels or this node is leaving."""
+        self._lookout.came()
         if self._in_worker or self.draining or len(message) > MAX_PLAIN_BYTES:
             return None
         self._asked_at = monotonic()
@@ -138,7 +142,10 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             reply = self._plain.answer(message)
         except MemoryError:
             return None  # whoever tries again says it
-        return None if reply is None else (reply,)
+        if reply is None:
+            return None
+        self._lookout.expect()
+        return (reply,)
 
     @property
     def busy(self) -> bool:

@@ -1,18 +1,14 @@
 """Rows in 8 bits, for slow links: natively, in one pass over memory. Its C side is cpp/rounding.cc."""
 
-import ctypes
-import functools
-from importlib.resources import files
-
 import numpy as np
 import torch
 
+from .native import library
 from .wire.messages import Buffer
 
 # Columns of a row in 8 bits that share a scale. Hidden states have a few columns far larger than the rest: with one
 # scale for a whole row, all others would be rounded away.
 SCALE_COLUMNS = 64
-_ABI = 1
 
 
 def scale_groups(columns: int) -> int:
@@ -30,7 +26,7 @@ def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     steps = torch.empty((count, columns), dtype=torch.int8)
     scales = torch.empty((count, scale_groups(columns)), dtype=torch.float32)
     bf16 = rows.dtype is torch.bfloat16
-    _library().moehive_round(rows.data_ptr(), bf16, count, columns, steps.data_ptr(), scales.data_ptr())
+    library().moehive_round(rows.data_ptr(), bf16, count, columns, steps.data_ptr(), scales.data_ptr())
     return steps, scales
 
 
@@ -41,22 +37,4 @@ def unround_rows(steps: Buffer, scales: Buffer, rows: int, columns: int) -> torc
     """
     out = torch.empty((rows, columns), dtype=torch.float32)
     addresses = (np.frombuffer(buffer, np.uint8).ctypes.data for buffer in (steps, scales))
-    return out if _library().moehive_unround(*addresses, rows, columns, out.data_ptr()) else None
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """Raises ImportError."""
-    path = files("moehive.proto") / "libmoehive_rounding.so"
-    try:
-        loaded = ctypes.CDLL(str(path))
-        found = loaded.moehive_rounding_abi()
-    except (OSError, AttributeError) as error:
-        raise ImportError(f"The library {path} can't be loaded; install moehive again.") from error
-    if found != _ABI:
-        raise ImportError(f"The library {path} is of another build; install moehive again.")
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.moehive_round.argtypes = (pointer, ctypes.c_int32, size, size, pointer, pointer)
-    loaded.moehive_round.restype = None
-    loaded.moehive_unround.argtypes = (pointer, pointer, size, size, pointer)
-    return loaded
+    return out if library().moehive_unround(*addresses, rows, columns, out.data_ptr()) else None

@@ -16,6 +16,7 @@ import torch
 
 from moehive.kernels.geometry import Manifest
 from moehive.kernels.ops import Reduction
+from moehive.proto.lookout import Lookout
 from moehive.proto.tensors import Reply, parse_reply, rows_tensor
 from moehive.proto.wire.messages import Buffer
 
@@ -111,11 +112,6 @@ class Flight:
         link = self.links[share]
         return LOCAL if link is None else link.node
 
-    def settled(self) -> None:
-        """A share is over."""
-        if self.view.waiting == 0 and not self.done.done():
-            self.done.set_result(None)
-
 
 class Flights:
     """All of a dispatcher's; use it on the event loop's thread."""
@@ -136,6 +132,7 @@ class Flights:
         self._replies = replies
         self._watch = watching
         self._on_failed = on_failed
+        self._lookout = Lookout()  # for the last answer to a flight
         self._native = library()
         self._ask, self._reply = self._native.moehive_flight_ask, self._native.moehive_flight_reply
         self._handle = self._native.moehive_flights()
@@ -194,7 +191,8 @@ class Flights:
         patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
         flight.due = asyncio.get_running_loop().time() + patience
         self._watch.add(flight)
-        flight.settled()  # of no tokens' experts there is nothing to ask
+        self._lookout.expect()
+        self._settled(flight)  # of no tokens' experts there is nothing to ask
         return flight
 
     def take(self, link: Link, message: Buffer) -> bool:
@@ -206,7 +204,7 @@ class Flights:
         flight = self._flight(found)
         if flight.replies:
             flight.replies[found & 127].set_result(parse_reply(message))
-        flight.settled()
+        self._settled(flight)
         return True
 
     def take_strange(self, link: Link, reply: Reply) -> bool:
@@ -248,7 +246,7 @@ class Flights:
         """Takes the rows that this process has computed of its own share, in the hidden states' type."""
         rows = rows.contiguous()
         self._native.moehive_flight_put(self._handle, flight.number, flight.view.here, rows.data_ptr())
-        flight.settled()
+        self._settled(flight)
 
     def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
         """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
@@ -283,6 +281,8 @@ class Flights:
         if self._flights[flight.number] is flight:
             self._flights[flight.number] = None
             self._watch.remove(flight)
+            if not flight.done.done():
+                self._lookout.came()
             self._native.moehive_flight_release(self._handle, flight.number)
             for reply in flight.replies.values():
                 reply.cancel()
@@ -297,7 +297,13 @@ class Flights:
         self._native.moehive_flight_settle(self._handle, flight.number, share)
         if share in flight.errors:
             self._on_failed(flight.errors[share])
-        flight.settled()
+        self._settled(flight)
+
+    def _settled(self, flight: Flight) -> None:
+        """A share is over."""
+        if flight.view.waiting == 0 and not flight.done.done():
+            flight.done.set_result(None)
+            self._lookout.came()
 
     def _way(self, layer: int) -> _Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""

@@ -168,13 +168,16 @@ def test_what_is_dropped_or_lost_leaves_nothing_in_hand() -> None:
         waiting = made.submit(0, hidden, ids, weights)
         speeds = [made._speeds.of(link.node) for link in links.values()]
         assert all(link.peer.flying == 1 for link in links.values()) and all(s.backlog_s > 0 for s in speeds)
+        assert made._flights._lookout.expected == 1
         del waiting
+        assert made._flights._lookout.expected == 0
         assert all(link.peer.flying == 0 for link in links.values()) and not any(s.backlog_s for s in speeds)
         flight = begin(made, 1, torch.float32)
         made._flights.lost(cast(Link, links["a"]), NodeUnavailable(NodeName("a"), "Node a is gone."))
         assert not flight.done.done() and links["a"].peer.flying == 0 and not speeds[0].backlog_s
         assert made._flights.take(cast(Link, links["b"]), answer(links["b"].asked[-1], torch.ones(1, HIDDEN)))
         assert flight.done.done() and not flight.plain
+        assert made._flights._lookout.expected == 0
         parts, failed = made._flights.apart(flight)
         assert [rows.node for rows in parts] == ["b"] and [share.pairs.tolist() for share in failed] == [[0, 2]]
         assert torch.equal(parts[0].values, torch.ones(1, HIDDEN))
