@@ -60,7 +60,8 @@ if sys.platform == "linux":
 """
 # Then a node imports what takes long while the coordinator does the same, and becomes the node when its token comes.
 _LAUNCHER = f"""{DIES_WITH_PARENT}
-import torch
+from moehive.kernels.light_torch import import_torch
+import_torch()
 token = sys.stdin.readline().strip()
 if not token:
     sys.exit(1)

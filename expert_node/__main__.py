@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from moehive.kernels.light_torch import import_torch
 from moehive.proto.malloc import keep_freed_memory
 
 from .footprint import share_one_heap
@@ -100,6 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         keep_freed_memory()
         share_one_heap()
+        import_torch()
         from .node import run
 
         uvloop.run(run(settings))

@@ -90,7 +90,8 @@ class SliceLoader:
             return
         cache = self._cache = await in_thread(DiskCache, self._cache_root, manifest.fingerprint, self._cache)
         self._coming.update(missing)
-        if not self._store.experts_held:  # else requests wait for the pages to come back
+        first = not self._store.experts_held  # else requests wait for the pages to come back
+        if first:
             forget_code_pages()
         try:
             cached = [expert for expert in missing if expert in cache]
@@ -113,6 +114,8 @@ class SliceLoader:
         finally:
             self._coming.clear()
             self._wake()
+        if first:
+            forget_code_pages()
 
     async def file_of(self, fingerprint: str, expert: ExpertId) -> Path | None:
         """The checked file of an expert, waited for while the expert is on its way; None when it is not."""

@@ -4,9 +4,11 @@ What can't run here is at least compiled: the x86 build contains the AVX-512 ker
 products and so differs from the fused ones, but is itself the same everywhere.
 """
 
+import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,13 +28,20 @@ ARM: dict[str, list[str]] = {"scalar": [], "neon": []}
 
 def build(compiler: str, sources: dict[str, list[str]], folder: Path) -> Path:
     """The program with these kernels, linked statically so that an emulator needs no foreign libraries."""
-    objects = []
-    for name, flags in sources.items():
-        objects.append(folder / f"{name}.o")
-        run([compiler, *FLAGS, *flags, "-c", str(CPU / f"{name}.cc"), "-o", str(objects[-1])])
+
+    def compiled(name: str, source: Path, flags: list[str]) -> str:
+        made = str(folder / f"{name}.o")
+        run([compiler, *FLAGS, f"-I{CPU}", *flags, "-c", str(source), "-o", made])
+        return made
+
+    files = [
+        ("same_bits", HERE / "same_bits.cc", []),
+        *((name, CPU / f"{name}.cc", sources[name]) for name in sources),
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels, some ten seconds each, on all processors
+        objects = list(pool.map(lambda file: compiled(*file), files))
     program = folder / "same_bits"
-    main = str(HERE / "same_bits.cc")
-    run([compiler, *FLAGS, "-static", f"-I{CPU}", main, *map(str, objects), "-o", str(program)])
+    run([compiler, "-static", *objects, "-o", str(program)])
     return program
 
 
