@@ -6,8 +6,12 @@ zeroed by the kernel page by page.
 """
 
 import mmap
+from dataclasses import dataclass
 
 import torch
+
+from moehive.kernels.geometry import ExpertSpec
+from moehive.kernels.ops import ExpertWeights, load_expert
 
 PAGE = 4096  # bytes; O_DIRECT wants addresses, offsets and sizes in multiples of it
 _HUGE = 2 << 20  # bytes of a large page
@@ -18,17 +22,36 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE
 
 
+@dataclass(slots=True, eq=False)
+class Buffer:
+    """`memory` uint8 [whole pages], aligned to a page, of any content at first."""
+
+    memory: torch.Tensor
+    _weights: ExpertWeights | None = None  # of the expert that lay here last
+
+    @property
+    def nbytes(self) -> int:
+        """Whole pages."""
+        return self.memory.numel()
+
+    def weights(self, spec: ExpertSpec) -> ExpertWeights:
+        """The expert whose bytes lie here, ready to compute. The next one of the same spec gets the same object."""
+        if self._weights is None or self._weights.spec is not spec:
+            self._weights = load_expert(spec, self.memory[: spec.nbytes])
+        return self._weights
+
+
 class Arena:
     """Buffers for experts, `capacity_bytes` at most together. The caller sees to it that one thread is in here."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self.taken_bytes = 0  # of buffers that are in use
-        self._kept: dict[int, list[torch.Tensor]] = {}  # by size
+        self._kept: dict[int, list[Buffer]] = {}  # by size
         self._kept_bytes = 0
 
-    def take(self, nbytes: int) -> torch.Tensor | None:
-        """A buffer uint8 [padded(nbytes)], aligned to a page, of any content; None when there is no room."""
+    def take(self, nbytes: int) -> Buffer | None:
+        """A buffer of padded(nbytes); None when there is no room."""
         size = padded(nbytes)
         if same := self._kept.get(size):
             self._kept_bytes -= size
@@ -44,11 +67,11 @@ class Arena:
         if size >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self.taken_bytes += size
-        return torch.frombuffer(memory, dtype=torch.uint8)
+        return Buffer(torch.frombuffer(memory, dtype=torch.uint8))
 
-    def give_back(self, buffer: torch.Tensor) -> None:
+    def give_back(self, buffer: Buffer) -> None:
         """The end of a buffer's use; nobody may read it any more."""
-        size = buffer.numel()
+        size = buffer.nbytes
         self.taken_bytes -= size
         self._kept_bytes += size
         self._kept.setdefault(size, []).append(buffer)

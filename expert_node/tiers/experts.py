@@ -6,6 +6,7 @@ from pathlib import Path
 from moehive.kernels.geometry import ExpertId, ExpertSpec
 from moehive.kernels.ops import ExpertWeights
 
+from .arena import Buffer
 from .reader import SPARE, ReadJob
 from .use import Guesses
 
@@ -17,9 +18,11 @@ class DiskExpert:
     id: ExpertId
     spec: ExpertSpec
     path: Path
+    file_bytes: int
     nbytes: int  # of its buffer: in RAM
     pinned: bool = False
     count: float = float("-inf")  # see `use.used`
+    buffer: Buffer | None = None  # while in RAM or being read
     weights: ExpertWeights | None = None  # while in RAM
     job: ReadJob | None = None  # while it is read
     due: int = SPARE  # of `job`

@@ -13,10 +13,8 @@ from collections import OrderedDict, deque
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
-
 from moehive.kernels.geometry import ExpertId, ExpertSpec
-from moehive.kernels.ops import ExpertWeights, load_expert
+from moehive.kernels.ops import ExpertWeights
 
 from ..types import NodeError
 from .arena import Arena, padded
@@ -52,10 +50,12 @@ class RamTier:
         self._experts: list[dict[int, DiskExpert]] = [{} for _ in layers]
         self._resident: list[set[int]] = [set() for _ in layers]
         self._heap: list[tuple[float, int, DiskExpert]] = []
+        self._spare: list[DiskExpert] = []  # in line to fill free room; the last one gives way first
         self._order = itertools.count()
         self._transitions = Transitions(list(layers))
         self._chances = Chances()
         self._ahead: OrderedDict[int, Ahead] = OrderedDict()  # by layer, the newest last
+        self._unnoted: list[tuple[int, Collection[int], Ahead | None]] = []  # layers, what they asked for
         self._requests = 0
 
     # What there is
@@ -80,7 +80,8 @@ class RamTier:
     def add(self, expert: ExpertId, spec: ExpertSpec, path: Path) -> None:
         """Takes an expert whose checked file of `spec.nbytes` is `path`; it stays on disk until it is asked for."""
         with self._lock:
-            self._experts[expert.layer].setdefault(expert.expert, DiskExpert(expert, spec, path, padded(spec.nbytes)))
+            known = DiskExpert(expert, spec, path, spec.nbytes, padded(spec.nbytes))
+            self._experts[expert.layer].setdefault(expert.expert, known)
 
     def __contains__(self, expert: ExpertId) -> bool:
         return expert.expert in self._experts[expert.layer]
@@ -123,6 +124,8 @@ class RamTier:
             for expert in wanted:
                 if not self._read(expert, self._requests if expert.pinned else SPARE):
                     break
+                if not expert.pinned:
+                    self._spare.append(expert)
 
     def settle(self) -> None:
         """Waits until nothing is being read."""
@@ -150,10 +153,9 @@ class RamTier:
             if ahead is not None:
                 self._passed(ahead)
             lease.read()
-            if len(experts) <= NOTED_EXPERTS:  # while the disk is busy
-                self._transitions.note(layer, experts)
-                if ahead is not None:
-                    self._chances.note(ahead.guesses, experts)
+            self._note()
+            if len(experts) <= NOTED_EXPERTS:  # noted while the disk is waited for, at the latest with the next one
+                self._unnoted.append((layer, experts, ahead))
             return lease
 
     def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int) -> None:
@@ -171,7 +173,10 @@ class RamTier:
             for distance in range(1, max(LAGS, len(likely)) + 1):
                 guess = likely[distance - 1] if distance <= len(likely) else ()
                 source = bool(guess), distance
-                self._foresee(layer, source, guess or self._transitions.likely(layer, distance), chosen, worth)
+                if not guess:
+                    self._note()
+                    guess = self._transitions.likely(layer, distance)
+                self._foresee(layer, source, guess, chosen, worth)
 
     # Below, the lock is held
 
@@ -180,6 +185,14 @@ class RamTier:
         self.reader.collect()
         while self._inbox:
             self._arrived(self._inbox.popleft())
+
+    def _note(self) -> None:
+        """Counts what the last requests asked for."""
+        for layer, experts, ahead in self._unnoted:
+            self._transitions.note(layer, experts)
+            if ahead is not None:
+                self._chances.note(ahead.guesses, experts)
+        self._unnoted.clear()
 
     def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float) -> None:
         """Reads and holds what of a guess made at `layer` has a chance of `worth`, in place of the last guess."""
@@ -234,22 +247,28 @@ class RamTier:
         """The end of what a prefetch held. What is not begun is taken out of line."""
         for expert in ahead.experts if ahead is not None else ():
             expert.held -= 1
-            job = expert.job
-            if job is not None and not expert.held and not expert.pinned and self.reader.cancel(job):
-                self._end(expert, job)
-                self._arena.give_back(job.buffer)
+            if not expert.held and not expert.pinned and self._cancel(expert):
                 self.totals.prefetches -= expert.foreseen
                 expert.foreseen = False
                 self.reader.wake()
             self._may_leave(expert)
+
+    def _cancel(self, expert: DiskExpert) -> bool:
+        """Takes an expert out of line and its buffer back; False when it is not in line, or its reading has begun."""
+        job = expert.job
+        if job is None or not self.reader.cancel(job):
+            return False
+        self._end(expert, job)
+        self._free(expert)
+        return True
 
     def _read(self, expert: DiskExpert, due: int) -> bool:
         """Begins to read an expert; False when there is no room."""
         while (buffer := self._arena.take(expert.nbytes)) is None:
             if due == SPARE or not self._evict(due):
                 return False
-        job = ReadJob(expert.path, buffer, expert.spec.nbytes, self._inbox)
-        expert.job, expert.due = job, due
+        job = ReadJob(expert.path, buffer.memory, expert.file_bytes, self._inbox)
+        expert.buffer, expert.job, expert.due = buffer, job, due
         self._reading[job] = expert
         self.reader.read(job, due)
         return True
@@ -268,17 +287,18 @@ class RamTier:
         expert = self._reading[job]
         self._end(expert, job)
         if job.cancelled:
-            self._arena.give_back(job.buffer)
+            self._free(expert)
             self.totals.unused += expert.foreseen
             expert.foreseen = False
             return
         if job.error is None:
-            expert.weights = load_expert(expert.spec, job.buffer[: job.nbytes])
+            assert expert.buffer is not None
+            expert.weights = expert.buffer.weights(expert.spec)
             if self._experts[expert.id.layer].get(expert.id.expert) is expert:
                 self._resident[expert.id.layer].add(expert.id.expert)
         else:
             expert.error = job.error
-            self._arena.give_back(job.buffer)
+            self._free(expert)
         self._may_leave(expert)
 
     def _may_leave(self, expert: DiskExpert) -> None:
@@ -292,7 +312,11 @@ class RamTier:
             heapq.heappush(self._heap, (expert.count, next(self._order), expert))
 
     def _evict(self, due: int) -> bool:
-        """Drops the expert that is used least; False when all are held."""
+        """Makes room by what only waits to fill it, else by the expert that is used least; False: all are held."""
+        while self._spare:
+            expert = self._spare.pop()
+            if expert.due == SPARE and not (expert.held or expert.pinned) and self._cancel(expert):
+                return True
         while self._heap:
             count, _, expert = heapq.heappop(self._heap)
             expert.in_heap = False
@@ -309,12 +333,17 @@ class RamTier:
         return False
 
     def _drop(self, expert: DiskExpert) -> None:
-        assert expert.weights is not None
         self._resident[expert.id.layer].discard(expert.id.expert)
-        blob, expert.weights = expert.weights.blob, None
+        expert.weights = None
         self.totals.unused += expert.foreseen
         expert.foreseen = False
-        self._arena.give_back(_whole(blob))
+        self._free(expert)
+
+    def _free(self, expert: DiskExpert) -> None:
+        """Gives an expert's buffer back."""
+        assert expert.buffer is not None
+        self._arena.give_back(expert.buffer)
+        expert.buffer = None
 
 
 class Lease:
@@ -356,6 +385,7 @@ class Lease:
                 if self._group:
                     return {e.id.expert: e.weights for e in self._group if e.weights is not None}
                 self._raise_error()
+                tier._note()
             tier.reader.wait(seen)
 
     def close(self) -> None:
@@ -387,9 +417,3 @@ class Lease:
         if self._group:
             self._tier.reader.wake()  # who waits for room
         self._group = []
-
-
-def _whole(blob: torch.Tensor) -> torch.Tensor:
-    """The buffer that a blob is the beginning of."""
-    size = padded(blob.numel())
-    return torch.as_strided(blob, (size,), (1,))

@@ -1,5 +1,6 @@
 """Experts on disk with RAM over them: the same answers from whichever tier, and never more RAM than allowed."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from hypothesis import strategies as st
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.store import ExpertStore, StoreFull
 from moehive.expert_node.tiers.arena import Arena, padded
-from moehive.expert_node.tiers.ram import DiskReadError
+from moehive.expert_node.tiers.ram import DiskReadError, RamTier
+from moehive.expert_node.tiers.reader import THREADS, DiskReader
 from moehive.expert_node.tiers.use import used
 from moehive.kernels.geometry import ExpertId, ExpertSpec
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
@@ -225,13 +227,13 @@ def test_the_arena_never_gives_more_than_it_has(steps):
         if take:
             buffer = arena.take(nbytes)
             if buffer is not None:
-                assert buffer.numel() == padded(nbytes) and buffer.data_ptr() % 4096 == 0
+                assert buffer.nbytes == padded(nbytes) and buffer.memory.data_ptr() % 4096 == 0
                 out.append(buffer)
             else:
-                assert sum(b.numel() for b in out) + padded(nbytes) > 200_000
+                assert sum(b.nbytes for b in out) + padded(nbytes) > 200_000
         elif out:
             arena.give_back(out.pop())
-        assert arena.taken_bytes == sum(b.numel() for b in out) <= 200_000
+        assert arena.taken_bytes == sum(b.nbytes for b in out) <= 200_000
 
 
 def test_old_uses_fade():
@@ -240,3 +242,29 @@ def test_old_uses_fade():
     assert twice == 1.0  # two uses at 0 weigh as much as one at 1 half-life
     assert used(float("-inf"), 1.5) > twice > used(float("-inf"), 0.5)
     assert used(5.0, 5.0) == 6.0 and used(9.0, 0.0) > 9.0
+
+
+def test_what_only_fills_free_room_makes_way_first(tmp_path):
+    spec = spec_of("f32")
+    reader = DiskReader()
+    tier = RamTier(8 * padded(spec.nbytes), [EXPERTS], reader)
+    for number in range(EXPERTS):
+        path = path_of(tmp_path, ExpertId(0, number))
+        if number < THREADS:
+            os.mkfifo(path)  # holds up the thread that opens it
+        else:
+            path.write_bytes(bytes(spec.nbytes))
+        tier.add(ExpertId(0, number), spec, path)
+    tier.lease(0, [14, 15]).close()
+    tier.settle()
+    tier.fill()
+    assert tier.ram_bytes == tier._arena.capacity_bytes
+    lease = tier.lease(0, [12, 13])  # in place of two that are in line
+    assert tier.resident(0) == {14, 15}
+    for number in range(THREADS):
+        os.close(os.open(path_of(tmp_path, ExpertId(0, number)), os.O_WRONLY))
+    came = {number for group in lease for number in group}
+    lease.close()
+    tier.settle()
+    assert came == {12, 13} and tier.resident(0) >= {12, 13, 14, 15}
+    reader.close()

@@ -14,7 +14,7 @@ from moehive.expert_node.tiers.reader import NOW, SPARE, DiskReader, ReadJob, sa
 
 def job_for(path, inbox, nbytes=None):
     nbytes = path.stat().st_size if nbytes is None else nbytes
-    return ReadJob(path, Arena(1 << 24).take(nbytes), nbytes, inbox)
+    return ReadJob(path, Arena(1 << 24).take(nbytes).memory, nbytes, inbox)
 
 
 def wait_for(reader, inbox, count):
