@@ -4,7 +4,8 @@ A node's store and executor (expert_node/bench_tiers.py) run in a process whose 
 allowance and the process itself, over a trace from a small model of routing: a token's state drifts from layer to
 layer and from token to token, routers are random with some experts more popular than others, and a layer's experts
 are foreseen by its router on the states of the two layers before. docs/tiers.md says how near that is to real models.
-Ways take turns; the disk is measured around each run.
+Without and with prefetch take turns of a few tokens, in the next round the other way round; the disk is measured
+before and after each turn.
 """
 
 import json
@@ -14,7 +15,6 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ from .memory_group import MemoryGroup, memory_group
 from .peers import Peer
 from .tiers_trace import Trace, policy_hit_rates, routing_trace
 
-SPEC = ExpertSpec(hidden_size=2048, intermediate_size=512, activation="silu", format="q4_0")  # Qwen3.5-35B's
+# Qwen3.5-397B's: 7.1 MB each. A model whose experts lie on disk is a large one.
+SPEC = ExpertSpec(hidden_size=4096, intermediate_size=1024, activation="silu", format="q4_0")
 EXPERTS, TOP_K = 64, 8
+ROUNDS = 2  # as many as ways take turns, so that each of the two is measured on each token
 PROCESS_BYTES = (
     448 << 20
 )  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
@@ -41,10 +43,10 @@ MODULE = "moehive.expert_node.bench_tiers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRow:
-    """Medians of the rounds of one way.
+    """All turns of one way together.
 
-    The limit is the time to read what RAM did not have (`1 - hit_rate`, prefetches not counted as hits) at the disk's
-    measured `disk_Bps`; `limit_share` is the measured speed's share of it.
+    The limit is the time to read what RAM did not have (`1 - hit_rate`, prefetches not counted as hits) at the speed
+    of the disk around each turn, `disk_Bps` in the mean; `limit_share` is the measured speed's share of it.
     """
 
     way: str
@@ -85,7 +87,7 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
 
     `model`: whose answers cache-aware routing changes; None: that is left out.
     """
-    layers, tokens, rounds = (6, 24, 2) if quick else (16, 48, 3)
+    layers, tokens = (6, 24) if quick else (12, 48)
     size = layers * EXPERTS * SPEC.nbytes
     with tempfile.TemporaryDirectory(prefix="moehive-tiers-", dir=folder) as name:
         place = Path(name)
@@ -96,7 +98,7 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
         trace = routing_trace(2 * tokens, layers, EXPERTS, TOP_K, np.random.default_rng(0))
         _write(place, layers, trace)
         with memory_group(size // 2 + PROCESS_BYTES) as group:
-            report = _measure(place, layers, tokens, rounds, size // 2, group, trace)
+            report = _measure(place, layers, tokens, size // 2, group, trace)
     if model is None:
         return report
     margins = [row.margin for row in report.rows[1:]]
@@ -104,9 +106,7 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
     return replace(report, divergence={row.way: found for row, found in ways})
 
 
-def _measure(
-    place: Path, layers: int, tokens: int, rounds: int, ram: int, group: MemoryGroup | None, trace: Trace
-) -> TiersReport:
+def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup | None, trace: Trace) -> TiersReport:
     config = {
         "folder": str(place),
         "spec": asdict(SPEC),
@@ -117,32 +117,33 @@ def _measure(
         "threads": cores(),  # as a node by itself
         "group": None if group is None else str(group.folder),
     }
-    ways = [("no prefetch", False, 0.0), ("prefetch", True, 0.0)]
-    ways += [(f"prefetch, cache-aware {margin}", True, margin) for margin in MARGINS]
+    # Those that take turns. Cache-aware routing has runs of its own: it changes which experts are asked for later.
+    sets: list[dict[str, tuple[bool, float]]] = [{"no prefetch": (False, 0.0), "prefetch": (True, 0.0)}]
+    sets += [{f"prefetch, cache-aware {margin}": (True, margin)} for margin in MARGINS]
+    found: dict[str, list[dict[str, float]]] = {way: [] for ways in sets for way in ways}
+    disk: dict[str, list[float]] = {"buffered": [], "mmap": []}
     peer = Peer(MODULE, json.dumps(config))
-    found: dict[str, list[dict[str, float]]] = {way: [] for way, _, _ in ways}
-    disk: dict[str, list[float]] = {"direct": [], "buffered": [], "mmap": []}
     try:
-        alone = float(peer.ask({"alone": 8}))
-        for _ in range(rounds):
-            for way in ("buffered", "mmap"):
-                disk[way].append(float(peer.ask({"disk": way})))
-            for way, prefetch, margin in ways:
-                before = float(peer.ask({"disk": "direct"}))
+        alone = float(peer.greeting)
+        for first in range(ROUNDS):
+            for how, rates in disk.items():
+                rates.append(float(peer.ask({"disk": how})))
+            for ways in sets:
                 # The coordinator's part of a layer takes as long as the experts': as in bench decode on two cores.
-                run = peer.ask({"prefetch": prefetch, "margin": margin, "trunk_s": alone / layers, "tokens": tokens})
-                after = float(peer.ask({"disk": "direct"}))
-                disk["direct"] += [before, after]
-                found[way].append({**run, "disk_Bps": (before + after) / 2})
+                question = {"ways": list(ways.values()), "trunk_s": alone / layers, "tokens": tokens, "first": first}
+                for way, run in zip(ways, peer.ask(question), strict=True):
+                    found[way].append(run)
     finally:
         peer.end()
-    rows = [_row(way, margin, found[way], layers, alone, ram, group) for way, _, margin in ways]
+    margins = {way: margin for ways in sets for way, (_, margin) in ways.items()}
+    rows = [_row(way, margins[way], runs, alone, ram, group) for way, runs in found.items()]
+    direct = sum(row.disk_Bps for row in rows) / len(rows)
     return TiersReport(
         rows=rows,
         prefetch_gain=rows[1].decode_tokens_per_s / rows[0].decode_tokens_per_s,
         recall=trace.recall(),
         reuse=trace.reuse(),
-        disk={way: statistics.median(rates) for way, rates in disk.items()},
+        disk={"direct": direct, **{way: statistics.median(rates) for way, rates in disk.items()}},
         divergence={},
         policies=policy_hit_rates(trace, ram // SPEC.nbytes),
     )
@@ -152,30 +153,26 @@ def _row(
     way: str,
     margin: float,
     runs: Sequence[dict[str, float]],
-    layers: int,
     alone: float,
     ram: int,
     group: MemoryGroup | None,
 ) -> TierRow:
-    def middle(figure: Any) -> float:
-        return float(statistics.median(figure(run) for run in runs))
+    def total(name: str) -> float:
+        return sum(run[name] for run in runs)
 
-    def limit(run: dict[str, float]) -> float:
-        missed = 1 - (run["here"] - run["foreseen"]) / run["lookups"]
-        return run["disk_Bps"] / max(1.0, missed * layers * TOP_K * run["expert_bytes"])
-
+    lookups, limit_s = total("lookups"), max(1e-9, total("limit_s"))
     return TierRow(
         way=way,
         margin=margin,
-        decode_tokens_per_s=middle(lambda run: run["tokens"] / run["seconds"]),
-        limit_tokens_per_s=middle(limit),
-        limit_share=middle(lambda run: run["tokens"] / run["seconds"] / limit(run)),
-        hit_rate=middle(lambda run: (run["here"] - run["foreseen"]) / run["lookups"]),
-        foreseen_rate=middle(lambda run: run["foreseen"] / run["lookups"]),
-        late_rate=middle(lambda run: run["late"] / run["lookups"]),
-        unused_share=middle(lambda run: run["unused"] / max(1, run["prefetches"])),
-        disk_Bps=middle(lambda run: run["disk_Bps"]),
-        disk_busy=middle(lambda run: run["read_s"] / run["seconds"]),
+        decode_tokens_per_s=total("tokens") / total("seconds"),
+        limit_tokens_per_s=total("tokens") / limit_s,
+        limit_share=limit_s / total("seconds"),
+        hit_rate=(total("here") - total("foreseen")) / lookups,
+        foreseen_rate=total("foreseen") / lookups,
+        late_rate=total("late") / lookups,
+        unused_share=total("unused") / max(1, total("prefetches")),
+        disk_Bps=total("missed_bytes") / limit_s,
+        disk_busy=total("read_s") / total("seconds"),
         experts_alone_ms=alone * 1e3,
         expert_bytes=SPEC.nbytes,
         ram_bytes=ram,

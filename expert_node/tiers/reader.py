@@ -188,22 +188,23 @@ def _error(job: ReadJob, number: int) -> OSError:
     return OSError(number, os.strerror(number), str(job.path))
 
 
-def sample_rate(paths: Sequence[Path], direct: bool) -> float:
+def sample_rate(paths: Sequence[Path], direct: bool, nbytes: int = SAMPLE_BYTES) -> float:
     """Bytes a second of reading some files as `DiskReader` does, none of them in the page cache; 0 without files.
 
-    Takes memory for one file: all are read to the same place.
+    Reads at least `nbytes` if the files have that. Takes memory for one file: all are read to the same place.
     """
     sizes = {path: path.stat().st_size for path in paths}
     total, chosen = 0, []
-    for path, nbytes in sizes.items():
-        if total < SAMPLE_BYTES and nbytes:
+    for path, size in sizes.items():
+        if total < nbytes and size:
             chosen.append(path)
-            total += nbytes
+            total += size
     if not chosen:
         return 0.0
     for path in chosen:
         forget_pages(path)
     buffer = torch.frombuffer(mmap.mmap(-1, padded(max(sizes.values()))), dtype=torch.uint8)
+    buffer.zero_()  # new pages cost a virtual machine as much as reading them from disk
     reader = DiskReader()
     reader.direct = direct
     inbox: Inbox = deque()
