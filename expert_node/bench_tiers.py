@@ -4,14 +4,14 @@
 `spec` (an ExpertSpec's fields), `layers`, `experts`, `top_k`, `ram_bytes`, `threads`, and `group`: a control group to
 enter, or null. Prints the seconds that a token's experts take in RAM, then answers each line of JSON with one:
 `{"disk": "buffered"}` or "mmap" with bytes a second of reading so, and
-`{"ways": [[PREFETCH, MARGIN], …], "trunk_s": FLOAT, "tokens": N, "first": WAY}` with the figures of each way.
+`{"ways": [[PREFETCH, MARGIN], …], "trunk_s": FLOAT, "tokens": N, "first": WAY}` with the figures of each turn, `way`
+among them.
 """
 
 import itertools
 import json
 import random
 import sys
-from collections import Counter
 from pathlib import Path
 from time import perf_counter, sleep
 from typing import Any
@@ -56,15 +56,14 @@ class Bench:
 
         In the second half, ways (prefetch or not, and a margin) take turns of BLOCK tokens, beginning with way
         `first`. Before and after each turn the disk is measured: `limit_s` is the time in which it would have read
-        what the RAM did not have, at that speed or the one that it had during the turn, whichever is higher.
+        what the RAM did not have, at that speed or the one that it had during the turn, whichever is higher. Returns
+        the turns.
         """
-        blocks = -(-tokens // BLOCK)
-        figures: list[Counter[str]] = [Counter() for _ in ways]
+        turns: list[dict[str, float]] = []
         self._tokens(range(tokens), *ways[0], trunk_s)
         rate = self._disk()
-        for block in range(blocks):
-            way = (first + block) % len(ways)
-            start = tokens + block * BLOCK
+        for start in range(tokens, 2 * tokens, BLOCK):
+            way = (first + len(turns)) % len(ways)
             replayed = range(start, min(start + BLOCK, 2 * tokens))
             before = self._figures()
             self._tokens(replayed, *ways[way], trunk_s)
@@ -72,8 +71,8 @@ class Bench:
             last, rate = rate, self._disk()
             missed = (found["lookups"] - found["here"] + found["foreseen"]) * padded(self._spec.nbytes)
             limit_s = missed / max((last + rate) / 2, found["read_bytes"] / max(found["read_s"], 1e-9))
-            figures[way].update({**found, "tokens": len(replayed), "missed_bytes": missed, "limit_s": limit_s})
-        return [{**found, "most_ram_bytes": self._most} for found in figures]
+            turns.append({**found, "way": way, "tokens": len(replayed), "missed_bytes": missed, "limit_s": limit_s})
+        return [{**turn, "most_ram_bytes": self._most} for turn in turns]
 
     def disk(self, way: str) -> float:
         """Bytes a second of reading files through the page cache, "buffered" or as "mmap"."""

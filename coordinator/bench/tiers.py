@@ -43,10 +43,10 @@ MODULE = "moehive.expert_node.bench_tiers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRow:
-    """All turns of one way together.
+    """One way: medians of its turns, and all turns together where it says `share` or `rate` of experts.
 
     The limit is the time to read what RAM did not have (`1 - hit_rate`, prefetches not counted as hits) at the speed
-    of the disk around each turn, `disk_Bps` in the mean; `limit_share` is the measured speed's share of it.
+    of the disk around each turn, `disk_Bps`; `limit_share` is the measured speed's share of it.
     """
 
     way: str
@@ -74,7 +74,7 @@ class TiersReport:
     """What `moehive bench tiers` prints."""
 
     rows: list[TierRow]
-    prefetch_gain: float  # speed with prefetch over that without
+    prefetch_gain: float  # speed with prefetch over that without, in turns that follow each other; their median
     recall: list[float]  # of a layer's experts: named by the guess of the layer before, and of the one before that
     reuse: float  # of a layer's experts: asked for by the token before, too
     disk: dict[str, float]  # bytes a second of each way to read
@@ -122,6 +122,7 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
     sets += [{f"prefetch, cache-aware {margin}": (True, margin)} for margin in MARGINS]
     found: dict[str, list[dict[str, float]]] = {way: [] for ways in sets for way in ways}
     disk: dict[str, list[float]] = {"buffered": [], "mmap": []}
+    gains: list[float] = []
     peer = Peer(MODULE, json.dumps(config))
     try:
         alone = float(peer.greeting)
@@ -131,16 +132,19 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
             for ways in sets:
                 # The coordinator's part of a layer takes as long as the experts': as in bench decode on two cores.
                 question = {"ways": list(ways.values()), "trunk_s": alone / layers, "tokens": tokens, "first": first}
-                for way, run in zip(ways, peer.ask(question), strict=True):
-                    found[way].append(run)
+                turns = peer.ask(question)
+                for turn in turns:
+                    found[list(ways)[turn["way"]]].append(turn)
+                if len(ways) == 2:
+                    gains += [_gain(*pair) for pair in zip(turns[::2], turns[1::2], strict=False)]
     finally:
         peer.end()
     margins = {way: margin for ways in sets for way, (_, margin) in ways.items()}
-    rows = [_row(way, margins[way], runs, alone, ram, group) for way, runs in found.items()]
+    rows = [_row(way, margins[way], turns, alone, ram, group) for way, turns in found.items()]
     direct = sum(row.disk_Bps for row in rows) / len(rows)
     return TiersReport(
         rows=rows,
-        prefetch_gain=rows[1].decode_tokens_per_s / rows[0].decode_tokens_per_s,
+        prefetch_gain=statistics.median(gains),
         recall=trace.recall(),
         reuse=trace.reuse(),
         disk={"direct": direct, **{way: statistics.median(rates) for way, rates in disk.items()}},
@@ -152,35 +156,44 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
 def _row(
     way: str,
     margin: float,
-    runs: Sequence[dict[str, float]],
+    turns: Sequence[dict[str, float]],
     alone: float,
     ram: int,
     group: MemoryGroup | None,
 ) -> TierRow:
     def total(name: str) -> float:
-        return sum(run[name] for run in runs)
+        return sum(turn[name] for turn in turns)
 
-    lookups, limit_s = total("lookups"), max(1e-9, total("limit_s"))
+    def middle(name: str, of: str) -> float:
+        return statistics.median(turn[name] / max(turn[of], 1e-9) for turn in turns)
+
+    lookups = total("lookups")
     return TierRow(
         way=way,
         margin=margin,
-        decode_tokens_per_s=total("tokens") / total("seconds"),
-        limit_tokens_per_s=total("tokens") / limit_s,
-        limit_share=limit_s / total("seconds"),
+        decode_tokens_per_s=middle("tokens", "seconds"),
+        limit_tokens_per_s=middle("tokens", "limit_s"),
+        limit_share=middle("limit_s", "seconds"),
         hit_rate=(total("here") - total("foreseen")) / lookups,
         foreseen_rate=total("foreseen") / lookups,
         late_rate=total("late") / lookups,
-        unused_share=total("unused") / max(1, total("prefetches")),
-        disk_Bps=total("missed_bytes") / limit_s,
-        disk_busy=total("read_s") / total("seconds"),
+        unused_share=total("unused") / total("prefetches") if total("prefetches") else 0.0,
+        disk_Bps=middle("missed_bytes", "limit_s"),
+        disk_busy=middle("read_s", "seconds"),
         experts_alone_ms=alone * 1e3,
         expert_bytes=SPEC.nbytes,
         ram_bytes=ram,
-        most_ram_bytes=int(max(run["most_ram_bytes"] for run in runs)),
+        most_ram_bytes=int(max(turn["most_ram_bytes"] for turn in turns)),
         group_limit_bytes=0 if group is None else ram + PROCESS_BYTES,
         group_peak_bytes=0 if group is None else group.peak_bytes(),
         killed=0 if group is None else group.killed(),
     )
+
+
+def _gain(one: dict[str, float], other: dict[str, float]) -> float:
+    """How much faster the second way was than the first, whichever had its turn first."""
+    slow, fast = sorted((one, other), key=lambda turn: turn["way"])
+    return fast["tokens"] / fast["seconds"] / (slow["tokens"] / slow["seconds"])
 
 
 def _write(place: Path, layers: int, trace: Trace) -> None:
