@@ -5,8 +5,6 @@ comes from the expert whose count of uses (use.py) is lowest; what a request or 
 what the plan pinned.
 """
 
-import heapq
-import itertools
 import logging
 import threading
 from collections import OrderedDict, deque
@@ -19,6 +17,7 @@ from moehive.kernels.ops import ExpertWeights
 from ..types import NodeError
 from .arena import Arena, padded
 from .experts import Ahead, DiskExpert, TierTotals
+from .leaving import Leaving
 from .reader import NOW, SPARE, DiskReader, Inbox, ReadJob
 from .use import HALF_LIFE, LAGS, Chances, Source, Transitions, place_of, used
 
@@ -49,9 +48,8 @@ class RamTier:
         self._reading: dict[ReadJob, DiskExpert] = {}
         self._experts: list[dict[int, DiskExpert]] = [{} for _ in layers]
         self._resident: list[set[int]] = [set() for _ in layers]
-        self._heap: list[tuple[float, int, DiskExpert]] = []
+        self._leaving = Leaving()
         self._spare: list[DiskExpert] = []  # in line to fill free room; the last one gives way first
-        self._order = itertools.count()
         self._transitions = Transitions(list(layers))
         self._chances = Chances()
         self._ahead: OrderedDict[int, Ahead] = OrderedDict()  # by layer, the newest last
@@ -307,9 +305,8 @@ class RamTier:
             return
         if self._experts[expert.id.layer].get(expert.id.expert) is not expert:
             self._drop(expert)  # it was removed meanwhile
-        elif not expert.in_heap:
-            expert.in_heap = True
-            heapq.heappush(self._heap, (expert.count, next(self._order), expert))
+        else:
+            self._leaving.put(expert)
 
     def _evict(self, due: int) -> bool:
         """Makes room by what only waits to fill it, else by the expert that is used least; False: all are held."""
@@ -317,15 +314,8 @@ class RamTier:
             expert = self._spare.pop()
             if expert.due == SPARE and not (expert.held or expert.pinned) and self._cancel(expert):
                 return True
-        while self._heap:
-            count, _, expert = heapq.heappop(self._heap)
-            expert.in_heap = False
-            if expert.weights is None or expert.held or expert.pinned:
-                continue  # comes back by `_may_leave`
-            if expert.count > count:  # used since it was put here
-                self._may_leave(expert)
-                continue
-            self._drop(expert)
+        if (least := self._leaving.take()) is not None:
+            self._drop(least)
             return True
         if due == NOW and self._ahead:  # guesses give way
             self._let_go(self._ahead.popitem()[1])
