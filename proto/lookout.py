@@ -18,24 +18,24 @@ from typing import Protocol
 
 from .native import library
 
-LONGEST_GAP_SECONDS = 1e-3  # beyond it, being awake costs more of a processor than being late costs a layer
+LONGEST_SECONDS = 2e-3  # beyond it, being awake costs more of a processor than being late costs a layer
 SHORTEST_SECONDS = 20e-6  # less is over before it has begun
-TURN_SECONDS = 50e-6  # of looking at a time: then the loop has its timers, and the processor may be wanted
+TURN_SECONDS = 50e-6  # of looking at a time: then the loop has its timers
 AT_ONCE_SECONDS = 15e-6  # a loop that comes back later had something else to do, and may have more
 
 
 class Eyes(Protocol):
     """What a lookout looks with."""
 
-    def spare(self) -> bool:
-        """Whether this thread has a processor that nobody else wants now."""
+    def look(self, seconds: float) -> bool:
+        """Returns when the loop has something to do, after `seconds` at the latest.
 
-    def look(self, seconds: float) -> None:
-        """Returns when the loop has something to do, after `seconds` at the latest."""
+        False, at once, when others want the processor.
+        """
 
 
 class ThisMachine:
-    """Linux, whose kernel says how many threads want a processor."""
+    """Linux, whose kernel says how many threads want a processor. The native part looks, without Python's lock."""
 
     def __init__(self, descriptor: int) -> None:
         """`descriptor` can be read when the loop has something to do. Raises OSError: the kernel does not say."""
@@ -46,15 +46,9 @@ class ThisMachine:
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._load)
 
-    def spare(self) -> bool:
-        """See Eyes. Takes 3 µs."""
-        # 0.20 0.18 0.12 1/80 11206: the fourth is the threads of the machine that run or want to, this one with them.
-        running = os.pread(self._load, 128, 0).split(b" ")[3].partition(b"/")[0]
-        return int(running) <= self._processors
-
-    def look(self, seconds: float) -> None:
+    def look(self, seconds: float) -> bool:
         """See Eyes."""
-        self._look(self._descriptor, int(seconds * 1e9))
+        return bool(self._look(self._descriptor, self._load, self._processors, int(seconds * 1e9)))
 
 
 def this_machine(loop: asyncio.AbstractEventLoop) -> Eyes | None:
@@ -108,7 +102,10 @@ class Lookout:
         now = self._clock()
         gap, self._since = now - self._since, now
         # As in the pool: the layers of a step follow each other quickly, the next step and the next request do not.
-        self._watch = max(self._watch, 2 * gap) if gap <= LONGEST_GAP_SECONDS else self._watch / 2
+        if gap <= LONGEST_SECONDS:
+            self._watch = max(self._watch, min(2 * gap, LONGEST_SECONDS))
+        else:
+            self._watch /= 2
 
     def _look(self) -> None:
         assert self._loop is not None and self._eyes is not None
@@ -118,10 +115,9 @@ class Lookout:
             self._looking = False
             return
         if now - self._looked_at <= AT_ONCE_SECONDS:
-            if not self._eyes.spare():
+            if not self._eyes.look(min(left, TURN_SECONDS)):
                 self._looking = False
                 return
-            self._eyes.look(min(left, TURN_SECONDS))
             now = self._clock()
         self._looked_at = now
         self._loop.call_soon(self._look)

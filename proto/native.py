@@ -4,7 +4,7 @@ import ctypes
 import functools
 from importlib.resources import files
 
-_ABI = 2
+_ABI = 3
 
 
 @functools.cache
@@ -22,6 +22,5 @@ def library() -> ctypes.CDLL:
     loaded.moehive_round.argtypes = (pointer, flag, size, size, pointer, pointer)
     loaded.moehive_round.restype = None
     loaded.moehive_unround.argtypes = (pointer, pointer, size, size, pointer)
-    loaded.moehive_look.argtypes = (flag, size)
-    loaded.moehive_look.restype = None
+    loaded.moehive_look.argtypes = (flag, flag, size, size)
     return loaded
