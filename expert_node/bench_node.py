@@ -70,11 +70,9 @@ def main() -> None:
     """The process, set up as a node's is."""
     import uvloop
 
-    from moehive.kernels.light_torch import import_torch
     from moehive.proto.malloc import keep_freed_memory
 
     keep_freed_memory()
-    import_torch()
     uvloop.run(_serve(json.loads(sys.argv[1])))
 
 
