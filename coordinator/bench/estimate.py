@@ -2,9 +2,8 @@
 
 For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
 model's), a coordinator with all cores and nodes with one thread each on this machine. The speeds that the estimate is
-given are those that as many threads as work at once read at (the coordinator, too, where it has a shared expert to
-compute), measured just before and just after, since other guests of a virtual machine's host take more and less of
-them.
+given are those that as many threads as work at once read at, measured just before and just after, since other guests
+of a virtual machine's host take more and less of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,9 +40,9 @@ class _Speeds(NamedTuple):
     step_factor: float
 
     @classmethod
-    def measure(cls, threads: int) -> "_Speeds":
-        """In a second, `threads` at work together. Raises NativeLibraryError."""
-        return cls(read_speed(cores()), read_speed(threads) / threads, step_factor())
+    def measure(cls) -> "_Speeds":
+        """In a second. Raises NativeLibraryError."""
+        return cls(read_speed(cores()), read_speed(NODES) / NODES, step_factor())
 
 
 def measure_estimate(
@@ -68,8 +67,7 @@ def measure_estimate(
 
 def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
     prompt = 32 if quick else 128
-    together = NODES + (model.shared_bytes_a_layer > 0)
-    before = _Speeds.measure(together)
+    before = _Speeds.measure()
     measured = measure_decode(
         DecodeSettings(
             model=path,
@@ -80,7 +78,7 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
             rounds=1 if quick else 3,
         )
     )
-    after = _Speeds.measure(together)
+    after = _Speeds.measure()
     speeds = _Speeds(*((one + other) / 2 for one, other in zip(before, after, strict=True)))
     cluster = _cluster(model, speeds)
     placed = hold(model, cluster)
@@ -114,7 +112,10 @@ def _cluster(model: Model, speeds: _Speeds) -> Cluster:
     """As `bench decode` starts it: the coordinator keeps no experts."""
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token
     own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, speeds.alone)
-    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, speeds.together)) for n in range(NODES))
+    # While they compute, the coordinator reads its shared expert from the same memory.
+    shared = model.shared_bytes_a_layer * len(model.layers)
+    beside = speeds.together * model.active_expert_bytes / (model.active_expert_bytes + shared)
+    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, beside)) for n in range(NODES))
     # All processes share this machine's processors, and wait for them when a layer's messages come and go.
     crowding = max(1.0, (NODES + 1) / cores())
     coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=speeds.step_factor * crowding)

@@ -95,7 +95,8 @@ def _show(found: "Estimate") -> None:
     )
     parts = Table("part", "bytes", box=SIMPLE_HEAD)
     for part, nbytes in {**model.part_bytes(), "routed experts": model.expert_bytes}.items():
-        parts.add_row(part, _size(nbytes))
+        if nbytes:
+            parts.add_row(part, _size(nbytes))
     console.print(parts)
     nodes = Table("machine", "trunk and cache", "in VRAM", "in RAM", "on disk", box=SIMPLE_HEAD)
     for holding in found.placed.holdings:

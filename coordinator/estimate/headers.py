@@ -4,6 +4,7 @@ Only what is not in the table of shapes comes here. Imports of torch and transfo
 """
 
 import json
+import math
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -107,6 +108,7 @@ def _model(
         {part: tuple(found) for part, found in parts.items()},
         not parts[HEAD],
         _kv_bytes(text),
+        _state_bytes(text),
     )
 
 
@@ -137,6 +139,13 @@ def _kv_bytes(text: Any) -> int:
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2 * 2 * full * int(heads) * int(size)
+
+
+def _state_bytes(text: Any) -> int:
+    """f32 state of the layers of linear attention (Qwen3-Next, Qwen3.5); 0 where there are none."""
+    linear = [kind for kind in getattr(text, "layer_types", None) or () if kind == "linear_attention"]
+    sizes = ("linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim")
+    return 4 * len(linear) * math.prod(int(getattr(text, name, 0)) for name in sizes)
 
 
 def _format_of(source: "ModelSource") -> str:

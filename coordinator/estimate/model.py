@@ -48,6 +48,7 @@ class Model:
     parts: Mapping[str, tuple[Matrix, ...]]
     tied: bool
     kv_bytes_a_token: int  # of one token in all layers' caches, f16
+    state_bytes: int  # recurrent state of one sequence in all layers, f32; each token reads and writes it
 
     @property
     def expert_bytes(self) -> int:
@@ -160,6 +161,7 @@ def of_shape(
         {part: tuple(found) for part, found in parts.items()},
         shape.tied,
         _kv_bytes(shape, decoder_layers),
+        _state_bytes(shape, decoder_layers),
     )
 
 
@@ -178,6 +180,13 @@ def _kv_bytes(shape: ModelShape, layers: int) -> int:
         return 2 * layers * int(keys["attention.kv_lora_rank"] + keys["rope.dimension_count"])
     full = layers // int(keys.get("full_attention_interval", 1))
     return 2 * 2 * full * int(keys["attention.head_count_kv"]) * int(keys["attention.key_length"])
+
+
+def _state_bytes(shape: ModelShape, layers: int) -> int:
+    """f32 state of the linear attention's layers, whose heads have a matrix of keys by values."""
+    keys = shape.keys
+    linear = layers - layers // int(keys["full_attention_interval"]) if "full_attention_interval" in keys else 0
+    return 4 * linear * int(keys["ssm.state_size"] * keys["ssm.inner_size"]) if linear else 0
 
 
 def _matrix_bytes(matrix: Matrix, format: str) -> int:

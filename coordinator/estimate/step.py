@@ -1,8 +1,9 @@
 """How long a step takes.
 
-    decode   trunk's bytes by the coordinator's speed, and in each layer: fixed cost of the trunk, and, of the
-             machines that a token's experts lie on, the slowest (round trip, cost of a message, its experts' bytes
-             by its speed), as far as it takes longer than the shared expert, which the coordinator computes meanwhile
+    decode   trunk's bytes and recurrent state by the coordinator's speed, and in each layer: fixed cost of the trunk,
+             and, of the machines that a token's experts lie on, the slowest (round trip, cost of a message, its
+             experts' bytes by its speed), as far as it takes longer than the shared expert, which the coordinator
+             computes meanwhile
     prefill  the same for a chunk of tokens: nearly all experts are read, products with all tokens but the first are
              added to the reading, and so is the wire
 
@@ -146,7 +147,8 @@ def _trunk_s(model: Model, cluster: Cluster) -> float:
     ram = cluster.coordinator.ram
     assert ram is not None
     fixed = cluster.coordinator.step_factor * (TOKEN_S + model.decoder_layers * LAYER_S)
-    return fixed + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
+    state = 2 * model.state_bytes / ram.bytes_per_s
+    return fixed + state + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
 
 
 def _shared_s(model: Model, cluster: Cluster) -> float:

@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moehive.coordinator.estimate import headers
 from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_cluster
 from moehive.coordinator.estimate.constants import (
     COORDINATOR_BYTES,
@@ -98,6 +100,43 @@ def test_each_layer_pays_the_round_trip() -> None:
     found = estimate({"q4_0": known}, far)
     assert any("Wi-Fi" in sentence and "48 layers" in sentence for sentence in found.warnings)
     assert not estimate({"q4_0": known}, replace(far, rtt_s=0.0003)).warnings
+
+
+def test_a_shared_expert_hides_as_much_of_the_waiting_as_it_takes() -> None:
+    """On machines of their own: what the coordinator waits for is what the nodes take longer than it does."""
+    known = model("kimi-k2")
+    node = Machine("node", ram=Tier(2000 * GB, 100e9))
+    beside = known.trunk_bytes + COORDINATOR_BYTES + 8192 * known.kv_bytes_a_token
+    small = replace(BIG, ram=Tier(beside, 100e9))
+    cluster = Cluster(0.0003, 1e12, (small, node))
+    without = replace(known, parts={**known.parts, "shared experts": ()})
+    alone, hidden = (decode_step(m, cluster, hold(m, cluster)) for m in (without, known))
+    speed = 100e9 * STEP_SHARE * KERNEL_SHARES["q4_0"]
+    assert not hold(known, cluster).holdings[0].expert_bytes
+    assert hidden.trunk_s - alone.trunk_s == pytest.approx(60 * known.shared_bytes_a_layer / speed)
+    assert hidden.seconds == pytest.approx(alone.seconds, rel=0.005)  # the nodes take longer, so it costs nothing
+    slow = replace(cluster, machines=(replace(small, ram=Tier(beside, 1e9)), node))
+    assert decode_step(known, slow, hold(known, slow)).hop_s == 0  # it takes longer than they
+
+
+def test_recurrent_state_is_as_large_as_transformers_makes_it() -> None:
+    """Qwen3.5's and Qwen3-Next's linear attention: one f32 matrix for each head of each such layer."""
+    from transformers import Qwen3NextConfig
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_recurrent_gated_delta_rule
+
+    config = Qwen3NextConfig(num_hidden_layers=48)
+    heads, key, value = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
+    query = torch.zeros(1, 1, heads, key)
+    _, state = torch_recurrent_gated_delta_rule(
+        query, query, torch.zeros(1, 1, heads, value), torch.zeros(1, 1, heads), torch.zeros(1, 1, heads),
+        initial_state=None, output_final_state=True,
+    )  # fmt: skip
+    layers = sum(kind == "linear_attention" for kind in config.layer_types)
+    found = find_shape("Qwen/Qwen3-Next-80B-A3B-Instruct")
+    assert found is not None
+    assert of_shape(*found, "bf16").state_bytes == layers * state.nbytes
+    assert headers._state_bytes(config) == layers * state.nbytes
+    assert model("qwen3-30b").state_bytes == 0
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
