@@ -12,15 +12,18 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter, sleep
+from threading import Timer
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+
+from moehive.kernels.geometry import ExpertId
 
 from ..checkpoints.opening import ModelSource, open_model
 from ..checkpoints.pack.convert import KEEP, convert
@@ -34,7 +37,6 @@ from .random_model import RandomModel, random_model
 _ROUNDS = 3  # copies and conversions; their medians count
 _PIECE = 8 << 20  # bytes copied at once
 _BASE_BYTES = 10**9  # allowed beside two experts of each worker
-_LOOK_SECONDS = 0.0005
 _COMMITS = 16  # entries in the journal of one conversion that is to be killed, about
 FORMATS = ("bf16", "q8_0", "q4_k")  # of the random models
 
@@ -131,7 +133,7 @@ def _kill(
     moments = [_Moment(draw.randrange(_COMMITS), draw.random() * commit_s) for _ in range(2)]
     journaled = []
     for moment in moments:
-        _forked(lambda: _convert(source, pack, format), partial(moment.wait, pack / JOURNAL))
+        _forked(lambda: _convert(source, pack, format), moment)
         journaled.append(_journaled(source, pack))
     start = perf_counter()
     resumed = int(_forked(lambda: _convert(source, pack, format), None))
@@ -154,50 +156,51 @@ class _Moment(NamedTuple):
     writes: int
     seconds: float
 
-    def wait(self, journal: Path, pid: int) -> None:
-        """Returns then, or when the process has ended."""
-        size, writes = _size(journal), 0
-        while writes < self.writes:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                return
-            sleep(_LOOK_SECONDS)
-            now = _size(journal)
-            writes += now != size
-            size = now
-        sleep(self.seconds)
+    def await_in_this_process(self) -> None:
+        """Has this process killed then, unless it has ended. A process that looks from outside may look too late."""
+        append, left = Journal.append, self.writes
 
+        def count(journal: Journal, done: Iterable[tuple[ExpertId, bytes]]) -> None:
+            nonlocal left
+            append(journal, done)
+            left -= 1
+            if left == 0:
+                self._begin()
 
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
+        if left == 0:
+            self._begin()
+        else:
+            Journal.append = count  # type: ignore[method-assign, assignment]
+
+    def _begin(self) -> None:
+        timer = Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
 
 
 def _convert(source: ModelSource, pack: Path, format: str) -> str:
     return str(convert(source, pack, format, workers=2, commit_bytes=source.manifest.total_bytes // _COMMITS).resumed)
 
 
-def _forked(work: "Callable[[], str]", until_kill: "Callable[[int], None] | None") -> str:
-    """What `work` returns in a process of its own, which is killed when `until_kill`, given its number, returns."""
+def _forked(work: "Callable[[], str]", killed: _Moment | None) -> str:
+    """What `work` returns in a process of its own; nothing if it was `killed` before."""
     readable, writable = os.pipe()
     pid = os.fork()
     if pid == 0:  # never leaves this block
         status = 1
         try:
             os.close(readable)
+            if killed is not None:
+                killed.await_in_this_process()
             os.write(writable, work().encode())
             status = 0
         finally:
             os._exit(status)
     os.close(writable)
-    if until_kill is not None:
-        until_kill(pid)
-        os.kill(pid, signal.SIGKILL)
     with os.fdopen(readable) as pipe:
         said = pipe.read()
     _, code = os.waitpid(pid, 0)
-    if until_kill is None and code != 0:
+    if code != 0 and (killed is None or code != signal.SIGKILL):
         raise CoordinatorError(f"The conversion in a process of its own failed with status {code}.")
     return said
 

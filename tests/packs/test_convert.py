@@ -230,7 +230,8 @@ def test_kills_at_random_moments_lose_nothing(many_experts: Path, tmp_path: Path
     for row in rows:
         assert row["same"], row
         assert row["journaled_first"] <= row["journaled"] == row["resumed"] <= row["experts"], row
-    assert sum(0 < row["journaled"] < row["experts"] for row in rows) >= 2
+    # The first kills are drawn for after 12, 4 and 1 of 16 writes; a second run may be done before its own comes.
+    assert sum(0 < row["journaled_first"] < row["experts"] for row in rows) >= 2
 
 
 def test_experts_of_one_layer_may_differ_in_their_formats(safetensors_model: Path, tmp_path: Path) -> None:
