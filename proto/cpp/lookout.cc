@@ -37,14 +37,14 @@ int64_t running(int load) {
 }  // namespace
 
 // Returns 1 once `descriptor` can be read, or can't be used any more, or so many nanoseconds have passed, and 0 at once
-// when by /proc/loadavg, opened as `load`, more threads want a processor than there are `processors`.
+// when by /proc/loadavg, opened as `load`, threads run on all `processors`: a look must not slow a neighbour's core down.
 extern "C" __attribute__((visibility("default"))) int32_t moehive_look(int32_t descriptor, int32_t load,
                                                                      int64_t processors, int64_t nanoseconds) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point end = Clock::now() + std::chrono::nanoseconds(nanoseconds);
   pollfd one{descriptor, POLLIN, 0};
   for (;;) {
-    if (running(load) > processors) return 0;
+    if (running(load) >= processors) return 0;
     for (int look = 0; look < kLooks; ++look) {
       if (poll(&one, 1, 0) != 0) return 1;
       for (int i = 0; i < 8; ++i) relax();
