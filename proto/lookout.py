@@ -5,7 +5,7 @@ decoding would pay that twice, at the node and at the coordinator. So for as lon
 thread looks again and again whether something has come, as the idle threads of the kernels' pool do for their next
 job (kernels/cpu/pool.cc).
 
-It takes nothing from others: it looks only while the machine has a processor that nobody else wants, without Python's
+It takes nothing from others: it looks only while the machine has another processor that nobody wants, without Python's
 lock, and when the loop has nothing else to do. Where nobody asks for anything it does not look at all.
 """
 
@@ -30,7 +30,7 @@ class Eyes(Protocol):
     def look(self, seconds: float) -> bool:
         """Returns when the loop has something to do, after `seconds` at the latest.
 
-        False, at once, when others want the processor.
+        False, at once, when no other processor is left.
         """
 
 
