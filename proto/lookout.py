@@ -5,8 +5,8 @@ decoding would pay that twice, at the node and at the coordinator. So for as lon
 thread looks again and again whether something has come, as the idle threads of the kernels' pool do for their next
 job (kernels/cpu/pool.cc).
 
-It takes nothing from others: it looks only while the machine has another processor that nobody wants, without Python's
-lock, and when the loop has nothing else to do. Where nobody asks for anything it does not look at all.
+It takes nothing from others: it looks only while the machine has another processor that nobody wants, without
+Python's lock, and when the loop has nothing else to do. Where nobody asks for anything it does not look at all.
 """
 
 import asyncio
