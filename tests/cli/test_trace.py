@@ -54,6 +54,7 @@ def test_what_was_recorded_is_exported_and_planned_for(tmp_path, monkeypatch):
     assert 0 < plan["bound_s"] <= plan["expected_s"]
     words = json.loads(result.stdout)["explanation"]
     assert "holds" in words["nodes"]["a"] and "waits most for" in words["waits"]
+    assert words["more"] and all("machine" in sentence or "node" in sentence for sentence in words["more"])
 
 
 def test_the_next_start_goes_on_from_what_was_recorded(tmp_path):
