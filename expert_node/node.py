@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import signal
-import socket
 from typing import TYPE_CHECKING
 
 import grpc
@@ -13,7 +12,7 @@ from moehive.kernels.machine import available_memory
 from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto import cluster_pb2_grpc, experts_pb2_grpc
-from moehive.proto.bounds import MAX_SOFTWARE, host_port, join_host_port
+from moehive.proto.bounds import MAX_SOFTWARE, join_host_port
 from moehive.proto.ending import end_now, end_soon
 from moehive.proto.handshake import software_version
 from moehive.proto.interceptor import CallGuard
@@ -27,6 +26,7 @@ from moehive.proto.wire.tls import server_context
 from . import measure
 from .agent import Agent
 from .chain import Onward
+from .courtesy import give_way, own_and_other
 from .executor import Executor
 from .fetch import SliceLoader
 from .files import lock_folder
@@ -134,6 +134,7 @@ async def start(settings: Settings) -> Node:
     """Joins, measures, listens. Raises NodeError and ConfigError."""
     notify(status="Joining the cluster.")
     identity = await obtain(settings.state, settings.token, settings.name, default_name())
+    give_way(identity.cluster_address)
     memory = settings.memory_bytes
     if memory is None:
         memory = capacity.memory_for_experts(available_memory())
@@ -194,12 +195,8 @@ def _gpu(settings: Settings, ops: ExpertOps) -> "GpuTier | None":
 
 def _own_address(coordinator: str) -> str:
     """The address of this machine that packets to the coordinator leave from. Raises NodeError."""
-    host, port = host_port(coordinator)
     try:
-        family, kind, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(where)  # sends nothing: the kernel only picks a route
-            return str(probe.getsockname()[0])
+        return own_and_other(coordinator)[0]
     except OSError as error:
         raise NodeError(
             f"This machine has no way to the coordinator at {coordinator} ({error.strerror or error}): check the "

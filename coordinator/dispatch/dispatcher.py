@@ -10,6 +10,7 @@ was asked for goes to other holders, else to the coordinator's fallback; a layer
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable, Callable, Collection, Generator
 from typing import Any, cast
 
@@ -40,6 +41,7 @@ from .watch import Due, Watch
 
 log = logging.getLogger(__name__)
 
+_yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # not every system has it
 WAIT_SECONDS = 120.0  # a layer waits so long for somebody who can compute it, then its requests end with a sentence
 
 
@@ -145,8 +147,11 @@ class Dispatcher:
             sent = Sent(layer, host, numbers, factors, device, self._star.settle, self._step)
             if self._may_fly() and (flight := self._flights.begin(sent)):
                 self.statistics.note(layer, numbers)  # while the nodes work
-                return _Landing(self, self._flights, flight)
-            return _Answer(self, self._submit(sent))
+                answer: Awaitable[torch.Tensor] = _Landing(self, self._flights, flight)
+            else:
+                answer = _Answer(self, self._submit(sent))
+            _yield()  # nodes on this machine that were just asked go first: the layer waits for them
+            return answer
 
     def _may_fly(self) -> bool:
         """Whether the next layer's messages and answers need nothing but what flights know of."""

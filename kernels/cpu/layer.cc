@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
-#include <thread>
 #include <vector>
 
 #include "delta_net.h"
@@ -207,15 +206,13 @@ MOEHIVE_API int32_t moehive_layer_mix(void* trunk, const MoehiveLayer* layer, co
   });
 }
 
-// The MLP that is computed here: added = down(activation(gate(x)) * up(x)), and its share. If the layer has routed
-// experts, whoever computes them on this machine goes first: the layer waits for them.
+// The MLP that is computed here: added = down(activation(gate(x)) * up(x)), and its share.
 MOEHIVE_API int32_t moehive_layer_mlp(void* trunk, const MoehiveLayer* layer, const MoehiveStep* step) {
   const MoehiveMlp& mlp = layer->mlp;
   const MoehiveStep& s = *step;
   const int64_t middle = mlp.up[0].rows, tokens = s.tokens;
   if (mlp.up[1].rows != middle || mlp.down.columns != middle || mlp.down.rows != layer->width) return 1;
   const bool routed = layer->router_weights.rows;
-  if (routed) std::this_thread::yield();
   return guarded([&] {
     Room room({2 * tokens * middle, tokens * middle});
     float *const both = room.take(2 * tokens * middle), *const gated = room.take(tokens * middle);

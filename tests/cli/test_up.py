@@ -1,6 +1,7 @@
 """`moehive up`: one process that answers clients, real nodes beside it, and nothing left when it ends."""
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -19,6 +20,8 @@ def test_a_cluster_is_killed_then_started_again_then_ended(up: Any, moehive: Any
     running = up(*arguments)
     assert running.ready["pid"] == running.process.pid
     assert len(running.nodes) == 2
+    # On the coordinator's machine nodes wait for their turn.
+    assert [os.sched_getscheduler(node.pid) for node in running.nodes] == [os.SCHED_BATCH] * 2
     with Client(running.address) as client:
         wanted = client.generate(token_ids=PROMPT, max_tokens=8, temperature=0).token_ids
     assert len(wanted) == 8

@@ -1,6 +1,5 @@
 """MLP kinds: dense, and routed experts with or without a shared one."""
 
-import os
 from typing import NamedTuple, Protocol
 
 import torch
@@ -96,7 +95,6 @@ class MoeMlp:
         pending = experts.submit(self.ordinal, sent, ids, weights)
         more = gate = None
         if self._shared is not None:
-            os.sched_yield()  # nodes on this machine that were just asked go first: the layer waits for them
             with timeline.current.span("shared expert"):
                 more, gate = self._shared.compute(x)
             self._ops.trunk.rest()
