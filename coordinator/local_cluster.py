@@ -27,10 +27,10 @@ from pathlib import Path
 from time import monotonic
 from typing import IO, TYPE_CHECKING, Any
 
-from moehive.kernels.machine import available_memory
+from moehive.kernels.machine import available_memory, cores
 
 from .cluster.trust import Authority
-from .settings import CoordinatorSettings, cores
+from .settings import CoordinatorSettings
 from .types import CoordinatorError
 
 if TYPE_CHECKING:

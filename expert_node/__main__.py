@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from moehive.kernels.light_torch import import_torch
+from moehive.kernels.machine import cores
 from moehive.proto.malloc import keep_freed_memory
 
 from .footprint import share_one_heap
@@ -58,9 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="disk for experts when the cluster's memory is too small for the model, which is then slow; 0: none "
         "(default: most of what is free)",
     )
-    add(
-        "--threads", type=int, default=_cores(), help="threads that compute experts (default: %(default)s, all cores)"
-    )
+    add("--threads", type=int, default=cores(), help="threads that compute experts (default: %(default)s, all cores)")
     add(
         "--state-dir",
         type=Path,
@@ -69,11 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         help="certificate and disk cache of experts (default: %(default)s)",
     )
     return parser
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(arguments: list[str] | None = None) -> int:

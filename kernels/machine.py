@@ -1,10 +1,16 @@
-"""What this machine has left for weights: a node's default, and the coordinator's."""
+"""What this machine has: its processors, and the memory that is left for weights."""
 
+import os
 from pathlib import Path
 
 import psutil
 
 _UNLIMITED = 1 << 60  # what a control group without a limit says is larger
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_memory(root: Path = Path("/")) -> int:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import ExpertId, Manifest
+from moehive.kernels.machine import cores
 from moehive.kernels.ops import Reduction
 from moehive.proto.tensors import Routing
 
@@ -24,7 +25,6 @@ from ..app import text_of
 from ..checkpoints.opening import open_model
 from ..dispatch.local import LocalExperts
 from ..models.base import SequenceInput, Trunk
-from ..settings import cores
 from ..trunk import load_trunk
 
 

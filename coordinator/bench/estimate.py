@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moehive.kernels.machine import cores
+
 from ..estimate.cluster import Cluster, Machine, Tier
 from ..estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
 from ..estimate.geometries import GEOMETRIES, VOCABULARY
@@ -17,7 +19,6 @@ from ..estimate.holding import hold
 from ..estimate.model import Model, check_format, of_shape
 from ..estimate.step import decode_step, prefill_rate
 from ..estimate.this_machine import read_speed, step_factor
-from ..settings import cores
 from ..types import CoordinatorError
 from .decode import DecodeSettings, measure_decode
 from .random_model import RandomModel, random_model

@@ -6,7 +6,6 @@ multiplies the same tokens with bf16 weights of the same shape: not in turns wit
 spinning for some time after their work.
 """
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +23,7 @@ from moehive.kernels.blob import empty_blob, encode_tensor
 from moehive.kernels.formats.blocks import BLOCK_FORMATS
 from moehive.kernels.formats.file_rows import pack_file_rows
 from moehive.kernels.geometry import ExpertSpec, Format
+from moehive.kernels.machine import cores
 from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 
@@ -74,8 +74,7 @@ def measure_experts(quick: bool) -> list[dict[str, object]]:
 
     Raises NativeLibraryError without the native library.
     """
-    cores = len(os.sched_getaffinity(0))
-    threads = (1, cores) if cores > 1 else (1,)
+    threads = (1, cores()) if cores() > 1 else (1,)
     batches, set_bytes, repeats = ((1, 64), 128 << 20, 3) if quick else ((1, 8, 64, 512), 512 << 20, 7)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     rows: list[ExpertsRow] = []

@@ -19,6 +19,7 @@ import psutil
 import torch
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
+from moehive.kernels.machine import cores
 
 from ..checkpoints.slices import SliceSource
 from ..cluster.membership import Membership
@@ -27,7 +28,6 @@ from ..cluster.state import ClusterState
 from ..cluster.store import Store
 from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
-from ..settings import cores
 from ..types import CoordinatorError, NodeName, Plan
 from .decode import peak_bytes
 from .fetch_limits import disk_read_rate, forget_pages, tcp_copy, unavoidable_work

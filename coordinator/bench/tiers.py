@@ -21,8 +21,8 @@ import torch
 
 from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertSpec
+from moehive.kernels.machine import cores
 
-from ..settings import cores
 from ..types import CoordinatorError
 from .cache_aware import Divergence, divergences
 from .memory_group import MemoryGroup, memory_group

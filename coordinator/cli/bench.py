@@ -97,8 +97,9 @@ def trunk(
     as_json: Json = False,
 ) -> None:
     """A layer's time for one token, experts answering at once: the lean trunk beside transformers' eager layer."""
+    from moehive.kernels.machine import cores
+
     from ..bench.trunk import measure_trunk
-    from ..settings import cores
 
     show_rows(measure_trunk(quick, cores()), as_json)
 

@@ -22,8 +22,9 @@ def budget(
     prepare(verbose=False, hop=False)
     import torch
 
+    from moehive.kernels.machine import cores
+
     from ..bench.budget import measure_budgets
-    from ..settings import cores
     from .progress import stages
 
     torch.set_num_threads(cores())

@@ -22,9 +22,10 @@ def convert(
 ) -> None:
     """A conversion that keeps the format, beside a plain copy of the file; or conversions that are killed."""
     prepare(verbose=False, hop=False)
+    from moehive.kernels.machine import cores
+
     from ..bench.convert import measure_convert, measure_kills
     from ..bench.random_model import RandomModel, random_model
-    from ..settings import cores
 
     folder = state_dir / "bench"
     folder.mkdir(parents=True, exist_ok=True)

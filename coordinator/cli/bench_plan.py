@@ -31,8 +31,9 @@ def plan(
         raise CoordinatorError("The clusters are A, B and C, and layers have 256 or 512 experts.")
     from rich.console import Console
 
+    from moehive.kernels.machine import cores
+
     from ..bench.plan import measure_plans, rows
-    from ..settings import cores
 
     with Console(stderr=True).status("Planning …"):
         found = rows(measure_plans("".join(sorted(wanted)), sizes, cores(), seed))

@@ -71,10 +71,11 @@ def convert(
     prepare(verbose=False, hop=False)
     import torch
 
+    from moehive.kernels.machine import cores
+
     from ..checkpoints.opening import open_model
     from ..checkpoints.pack.convert import Chosen
     from ..checkpoints.pack.convert import convert as run
-    from ..settings import cores
 
     torch.set_num_threads(1)  # each worker is one thread
     opened = open_model(source)
@@ -181,8 +182,9 @@ def _chosen(
 
 def verify(pack: Pack, as_json: Json = False) -> None:
     """Reads a whole pack and compares each expert with its hash; says which are damaged (exit code 1)."""
+    from moehive.kernels.machine import cores
+
     from ..checkpoints.pack.verify import verify as run
-    from ..settings import cores
 
     with _progress("Verifying", quiet=as_json) as progress:
         found = run(pack, cores(), progress)

@@ -33,12 +33,13 @@ def plan(
     """Places experts so that a layer's expected time is least, and says what no plan could go below."""
     from rich.console import Console
 
+    from moehive.kernels.machine import cores
+
     from ..placement.cluster import read_cluster
     from ..placement.explain import explain as in_words
     from ..placement.plan import make_plan
     from ..placement.plan_file import plan_json, write_json
     from ..placement.traces import parse_mixes, read_trace
-    from ..settings import cores
 
     mixes = parse_mixes(batch)
     known, routed = read_cluster(cluster), read_trace(trace)

@@ -96,12 +96,11 @@ def status(
 
 def _write_cluster_file(found: "Status", path: Path) -> None:
     """What the nodes measured, and this machine as the coordinator, measured now."""
-    from moehive.kernels.machine import available_memory
+    from moehive.kernels.machine import available_memory, cores
 
     from ..estimate.cluster import write_cluster
     from ..estimate.from_status import of_status
     from ..estimate.this_machine import read_speed, step_factor
-    from ..settings import cores
 
     own_ram = available_memory() + found.resident_bytes
     cluster, assumed = of_status(found.nodes, own_ram, read_speed(cores()), step_factor())

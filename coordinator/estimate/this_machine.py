@@ -2,9 +2,8 @@
 
 from time import perf_counter
 
-from moehive.kernels.machine import available_memory
+from moehive.kernels.machine import available_memory, cores
 
-from ..settings import cores
 from .cluster import Cluster, Machine, Tier
 
 _READ_BYTES = 256 << 20  # far more than caches hold

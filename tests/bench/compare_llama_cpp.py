@@ -27,7 +27,8 @@ from moehive.coordinator.bench.ports import free_ports
 from moehive.coordinator.bench.random_model import RandomModel, random_model
 from moehive.coordinator.bench.slow_link import Cable, SlowLinks
 from moehive.coordinator.cli.bench_decode import parse_link
-from moehive.coordinator.settings import cores, home
+from moehive.coordinator.settings import home
+from moehive.kernels.machine import cores
 
 START_SECONDS = 30.0  # for an RPC server to listen
 RUN_SECONDS = 1800.0  # for one way in one round
