@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from moehive.kernels.geometry import ExpertId
+from moehive.kernels.machine import cores
 from moehive.kernels.memory import read_memory
 from moehive.proto.malloc import settle_heap
 
@@ -24,8 +25,7 @@ from ..app import Coordinator
 from ..engine.engine import Engine
 from ..engine.sequence import Finished
 from ..local_cluster import LocalCluster, folder_name, own_folder
-from ..models.base import ExpertBackend
-from ..settings import cores
+from ..models.base import ExpertBackend, take_back_of
 from ..types import GenerationRequest, NodeName, SamplingParams
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
@@ -259,6 +259,11 @@ class _Measured:
         answer = self.backend.submit(layer, hidden, ids, weights)
         self.submitting += perf_counter() - start
         return _Answer(self, answer)
+
+    def take_back(self, total: torch.Tensor) -> None:
+        """See models.base.take_back_of."""
+        if (take_back := take_back_of(self.backend)) is not None:
+            take_back(total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,10 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Collection, Generator
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import ExpertId, Manifest
@@ -42,6 +44,9 @@ from .watch import Due, Watch
 log = logging.getLogger(__name__)
 
 _yield: Callable[[], None] = getattr(os, "sched_yield", lambda: None)  # not every system has it
+# A trunk's ids and weights, which it uses for one layer after the other, and as arrays.
+_Choice: TypeAlias = tuple[torch.Tensor, torch.Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32]]
+
 WAIT_SECONDS = 120.0  # a layer waits so long for somebody who can compute it, then its requests end with a sentence
 
 
@@ -85,6 +90,7 @@ class Dispatcher:
         self._recovery = Recovery(self._star, self._routes, reduction, fallback, self._lied, wait_seconds)
         self.statistics = RoutingStatistics([layer.experts for layer in manifest.layers], manifest.layers[0].top_k)
         self._step = 0
+        self._choice: _Choice | None = None
 
     @property
     def epoch(self) -> int:
@@ -140,8 +146,12 @@ class Dispatcher:
             here = hidden.is_cpu
             host = hidden if here else hidden.cpu()
             device = None if here else hidden.device
-            numbers = array(ids, torch.int64)
-            factors = array(weights, torch.float32)
+            choice = self._choice
+            if choice is None or choice[0] is not ids or choice[1] is not weights:
+                choice = ids, weights, array(ids, torch.int64), array(weights, torch.float32)
+                views = here and ids.dtype is torch.int64 and weights.dtype is torch.float32
+                self._choice = choice if views else None  # copies would not change with them
+            _, _, numbers, factors = choice
             self._step += 1
             self._routes.tick()
             sent = Sent(layer, host, numbers, factors, device, self._star.settle, self._step)
@@ -152,6 +162,10 @@ class Dispatcher:
                 answer = _Answer(self, self._submit(sent))
             _yield()  # nodes on this machine that were just asked go first: the layer waits for them
             return answer
+
+    def take_back(self, total: torch.Tensor) -> None:
+        """See models.base.take_back_of."""
+        self._flights.take_back(total)
 
     def _may_fly(self) -> bool:
         """Whether the next layer's messages and answers need nothing but what flights know of."""

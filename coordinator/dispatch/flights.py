@@ -9,9 +9,10 @@ import asyncio
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import Manifest
@@ -24,7 +25,7 @@ from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable
 from . import watch
 from .link import ID_STEP, Link, Peer
-from .native import address, library
+from .native import address, current_processor, library
 from .parts import WIRE_REDUCTION, Part, Sent
 from .replies import Replies
 from .routes import Routes
@@ -34,6 +35,9 @@ from .speeds import FEW_TOKENS
 from .watch import Watch
 
 _MAX_SHARES = 64
+_MAX_LENT = 8
+_LOOK_EVERY = 4  # layers: a kernel seldom moves a thread
+_Kind: TypeAlias = tuple[int, bool]  # of a sum: its tokens, and whether it is bf16
 _ASKED, _HERE, _TAKEN, _FAILED = range(4)  # a share's states
 
 
@@ -78,16 +82,38 @@ class _Way(ctypes.Structure):
     kept: tuple[Any, ...]  # whose memory it names
 
 
+class _Memory:
+    """What a layer is asked with, as native code sees it. A trunk asks for layer after layer from the same."""
+
+    __slots__ = ("bf16", "hidden", "ids", "k", "places", "tokens", "weights", "width")
+
+    def __init__(self, hidden: torch.Tensor, ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
+        self.hidden, self.ids, self.weights = hidden, ids, weights
+        (self.tokens, self.k), self.width = ids.shape, hidden.shape[1]
+        self.bf16 = hidden.dtype is torch.bfloat16
+        self.places: tuple[int, int, int] | None = None  # of hidden, ids, weights; None: not for native code
+        if self.tokens > FEW_TOKENS or not (self.bf16 or hidden.dtype is torch.float32):
+            return
+        if not (hidden.is_contiguous() and ids.flags.c_contiguous and weights.flags.c_contiguous):
+            return
+        self.places = hidden.data_ptr(), address(ids), address(weights)
+
+    def is_of(self, sent: Sent) -> bool:
+        """Whether it is what is asked with now; its numbers may have changed since."""
+        return self.hidden is sent.hidden and self.ids is sent.ids and self.weights is sent.weights
+
+
 class Flight:
     """One layer on its way."""
 
     __slots__ = (
-        "done", "due", "errors", "experts", "links", "number", "replies", "sent", "strange", "view",
+        "done", "due", "errors", "experts", "kind", "links", "number", "replies", "sent", "strange", "view",
     )  # fmt: skip
 
-    def __init__(self, number: int, view: _View, experts: int, sent: Sent) -> None:
+    def __init__(self, number: int, view: _View, experts: int, sent: Sent, memory: _Memory) -> None:
         """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`."""
         self.number, self.view, self.experts, self.sent = number, view, experts, sent
+        self.kind: _Kind = memory.tokens, memory.bf16
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
         self.due = 0.0  # seconds of the loop's clock
         self.links: list[Link | None] = []  # of each share who was asked
@@ -145,6 +171,9 @@ class Flights:
         self._peers: ctypes.Array[ctypes.c_void_p] | None = None  # of the nodes of the plan in force
         self._links: list[Link | None] = []  # to those
         self._local = Peer()
+        self._memory: _Memory | None = None  # of the latest layer
+        self._lent: dict[int, tuple[_Kind, torch.Tensor]] = {}  # sums, by id
+        self._spare: dict[_Kind, torch.Tensor] = {}  # that were given back
 
     def routes_changed(self) -> None:
         """Somebody can be asked again or no more, or a plan came into force."""
@@ -153,47 +182,48 @@ class Flights:
 
     def begin(self, sent: Sent) -> Flight | None:
         """Asks for a layer; None when it is not one for here. Raises NotReady before the first plan."""
-        hidden, ids, weights = sent.hidden, sent.ids, sent.weights
-        if len(ids) > FEW_TOKENS:
-            return None
+        memory = self._memory
+        if memory is None or not memory.is_of(sent):
+            memory = _Memory(sent.hidden, sent.ids, sent.weights)
+            self._memory = None if memory.places is None else memory  # a long prompt's is not kept
         way = self._ways[sent.layer] or self._way(sent.layer)
-        bf16 = hidden.dtype is torch.bfloat16
-        if ids.shape[1] != way.k or hidden.shape[1] != way.hidden_size or not (bf16 or hidden.dtype is torch.float32):
+        if memory.places is None or memory.k != way.k or memory.width != way.hidden_size:
             return None
-        if not (hidden.is_contiguous() and ids.flags.c_contiguous and weights.flags.c_contiguous):
-            hidden, ids, weights = hidden.contiguous(), np.ascontiguousarray(ids), np.ascontiguousarray(weights)
-        number = self._ask(
-            self._handle,
-            ctypes.addressof(way),
-            sent.step,
-            hidden.data_ptr(),
-            address(ids),
-            address(weights),
-            len(ids),
-            bf16,
-        )
+        number = self._ask(self._handle, ctypes.addressof(way), sent.step, *memory.places, memory.tokens, memory.bf16)
         if number < 0:
             return None
         if number == len(self._views):
             self._views.append(_View.from_address(self._native.moehive_flight_view(self._handle, number)))
             self._flights.append(None)
         view = self._views[number]
-        flight = self._flights[number] = Flight(number, view, way.experts, sent)
-        messages, sizes, nodes = view.message, view.size, view.node
+        flight = self._flights[number] = Flight(number, view, way.experts, sent, memory)
+        beside, later = 0, []  # nodes on this machine; shares of those of them that wait for this processor
         for share in range(view.shares):
-            link = self._links[nodes[share]]
+            link = self._links[view.node[share]]
             flight.links.append(link)
-            if link is not None:
-                link.send_flight(ctypes.string_at(messages[share], sizes[share]))
-                if timeline.current.on:
-                    reply = flight.replies[share] = asyncio.get_running_loop().create_future()
-                    timeline.current.hop(link.node, reply, lambda reply: reply.head.compute_ns)
+            if link is None:
+                continue
+            beside += link.speed.loopback
+            if link.waits:
+                later.append(share)
+            else:
+                self._send(flight, share, link)
+        for share in later:
+            self._send(flight, share, cast(Link, flight.links[share]))
+        if beside > 1 and sent.step % _LOOK_EVERY == 0:
+            self._look_around()
         patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
         flight.due = asyncio.get_running_loop().time() + patience
         self._watch.add(flight)
         self._lookout.expect()
         self._settled(flight)  # of no tokens' experts there is nothing to ask
         return flight
+
+    def _send(self, flight: Flight, share: int, link: Link) -> None:
+        link.send_flight(ctypes.string_at(flight.view.message[share], flight.view.size[share]))
+        if timeline.current.on:
+            reply = flight.replies[share] = asyncio.get_running_loop().create_future()
+            timeline.current.hop(link.node, reply, lambda reply: reply.head.compute_ns)
 
     def take(self, link: Link, message: Buffer) -> bool:
         """Takes a node's reply; False when it answers no flight, or not as usual."""
@@ -250,11 +280,28 @@ class Flights:
 
     def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
         """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
-        total = torch.empty(flight.sent.hidden.shape, dtype=flight.sent.hidden.dtype)
+        total = self._total(flight)
         finite = self._native.moehive_flight_sum(self._handle, flight.number, total.data_ptr())
         if finite < 0:
             raise MemoryError("There is no memory left to add up a layer.")
         return total, bool(finite)
+
+    def take_back(self, total: torch.Tensor) -> None:
+        """A sum that nobody uses any more: the next one may lie there. To make a tensor takes 50 µs in a step."""
+        kind_and_total = self._lent.pop(id(total), None)
+        if kind_and_total is not None:
+            self._spare[kind_and_total[0]] = total
+
+    def _total(self, flight: Flight) -> torch.Tensor:
+        """Memory for a sum."""
+        kind = flight.kind
+        total = self._spare.pop(kind, None)
+        if total is None:
+            total = torch.empty_like(flight.sent.hidden)
+            if len(self._lent) == _MAX_LENT:  # to who gives nothing back
+                del self._lent[next(iter(self._lent))]
+        self._lent[id(total)] = kind, total
+        return total
 
     def apart(self, flight: Flight) -> tuple[list[Rows], list[Share]]:
         """What was answered and what failed, of a flight that is over, as a larger layer has it."""
@@ -304,6 +351,17 @@ class Flights:
         if flight.view.waiting == 0 and not flight.done.done():
             flight.done.set_result(None)
             self._lookout.came()
+
+    def _look_around(self) -> None:
+        """Finds out which nodes ran last on the processor that this thread has.
+
+        A message starts another node at once, but those only when this thread leaves (expert_node/courtesy.py), so
+        they are asked last.
+        """
+        here = current_processor()
+        for link in self._links:
+            if link is not None and link.speed.loopback:
+                link.waits = link.processor() == here
 
     def _way(self, layer: int) -> _Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""

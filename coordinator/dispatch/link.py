@@ -87,6 +87,7 @@ class Link:
         self._channel = channel
         self._on_close = on_close
         self.speed = LinkSpeed(loopback=is_loopback(address))
+        self.waits = False  # the node starts when this thread leaves its processor, see flights.py
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[tuple[int, tuple[Buffer, ...]]] = deque()  # those that were not, by id
@@ -153,6 +154,10 @@ class Link:
             self._lose_flights(self._failure or f"Node {self.node} is not connected.")
         else:
             self._stream.send((message,))
+
+    def processor(self) -> int:
+        """Of a node on this machine, the processor that it ran on when it sent its latest bytes; -1: not known."""
+        return -1 if self._stream is None else self._stream.sent_from()
 
     async def close(self, sentence: str) -> None:
         """Ends the stream; requests in flight fail with `sentence`."""

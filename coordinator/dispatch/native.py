@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy.typing as npt
@@ -41,6 +42,17 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"moehive_{name}")
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+def current_processor() -> int:
+    """That this thread runs on now; -2: not known."""
+    ask = _sched_getcpu()
+    return -2 if ask is None else int(ask())
+
+
+@functools.cache
+def _sched_getcpu() -> Callable[[], int] | None:
+    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
 
 def address(array: npt.NDArray[Any]) -> int:

@@ -5,7 +5,7 @@ forward pass is a coroutine, so two sequences are two coroutines on one loop, an
 for its experts.
 """
 
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -52,6 +52,12 @@ def tiers_of(experts: ExpertBackend) -> Tiers | None:
     """The `tiers` of a backend that has them and whose nodes keep experts on disk; None for all others."""
     tiers: Tiers | None = getattr(experts, "tiers", None)
     return tiers if tiers is not None and tiers.slow else None
+
+
+def take_back_of(experts: ExpertBackend) -> Callable[[torch.Tensor], None] | None:
+    """The `take_back` of a backend that has one: it is given sums that their caller, and all else, is done with."""
+    take_back: Callable[[torch.Tensor], None] | None = getattr(experts, "take_back", None)
+    return take_back
 
 
 @dataclass(frozen=True, slots=True, eq=False)

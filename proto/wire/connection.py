@@ -5,6 +5,7 @@ Whatever ends the connection ends its streams with UNAVAILABLE.
 
 import asyncio
 import logging
+import socket
 import ssl
 import struct
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ from .frames import (
     header,
 )
 from .keepalive import Keepalive
-from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix, size
+from .messages import COPIED_BYTES, PREFIX_BYTES, Buffer, prefix
 from .owner import Owner
 from .reader import MAX_HEADER_BYTES, FrameReader
 from .status import ANSWER, Fields
@@ -150,7 +151,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def send(self, stream: Stream, message: Sequence[Buffer]) -> None:
         """See Stream.send."""
-        length = size(message)
+        length = sum(map(len, message))
         total = PREFIX_BYTES + length
         fits = total <= stream.send_window and total <= self._send_window and total <= self._largest_frame
         if fits and not stream.outgoing:
@@ -199,6 +200,16 @@ class Connection(asyncio.BufferedProtocol):
         if self._progress is None:
             self._progress = asyncio.get_running_loop().create_future()
         await asyncio.shield(self._progress)
+
+    def sent_from(self) -> int:
+        """See Stream.sent_from. Linux only: loopback hands bytes over on the sender's processor."""
+        end: socket.socket | None = self._transport.get_extra_info("socket")
+        if end is None or not hasattr(socket, "SO_INCOMING_CPU"):
+            return -1
+        try:
+            return end.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+        except OSError:
+            return -1
 
     def say_goodbye(self) -> None:
         """Takes no new streams."""

@@ -1,7 +1,6 @@
 """gRPC's messages in a stream's bytes: a byte that says whether it is compressed, four of length, the message."""
 
 import struct
-from collections.abc import Sequence
 from typing import TypeAlias
 
 import grpc
@@ -22,17 +21,12 @@ def prefix(length: int) -> bytes:
     return _PREFIX.pack(0, length)
 
 
-def size(message: Sequence[Buffer]) -> int:
-    """Bytes of a message in pieces, each a buffer of bytes."""
-    return sum(map(len, message))
-
-
 class Assembler:
     """Cuts a stream's bytes into messages."""
 
     def __init__(self, max_bytes: int) -> None:
         """`max_bytes`: of a message."""
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._prefix = bytearray()
         self._message: memoryview | None = None  # that is being filled
         self._got = 0
@@ -61,15 +55,6 @@ class Assembler:
             return None
         self._message = None
         return message
-
-    def whole(self, data: memoryview) -> bytes | None:
-        """The message that `data` is, no more and no less; None when it is not, to be fed then."""
-        if self._message is not None or self._prefix or len(data) < PREFIX_BYTES:
-            return None
-        compressed, length = _PREFIX.unpack_from(data)
-        if compressed or length != len(data) - PREFIX_BYTES or length > self._max_bytes:
-            return None
-        return bytes(data[PREFIX_BYTES:])
 
     def feed(self, data: memoryview) -> list[Buffer]:
         """The messages that `data` completes. Raises AioRpcError for one that is too large or compressed."""
@@ -100,9 +85,9 @@ class Assembler:
         compressed, length = _PREFIX.unpack_from(data)
         if compressed:
             raise status.error(grpc.StatusCode.UNIMPLEMENTED, "Compressed messages are not taken here.")
-        if length > self._max_bytes:
+        if length > self.max_bytes:
             raise status.error(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"A message of {length} bytes is over the limit of {self._max_bytes}.",
+                f"A message of {length} bytes is over the limit of {self.max_bytes}.",
             )
         return int(length)

@@ -15,12 +15,18 @@ from .frames import (
     ErrorCode,
     FrameError,
 )
+from .messages import PREFIX_BYTES
 from .stream import Stream
 
 BUFFER_BYTES = 128 << 10
 DIRECT_BYTES = 32 << 10  # of a message that are still missing: they are received where they will stay
 FIRST_BYTES = 16 << 10  # of what follows a large message, often another one: little of it is to be moved then
 MAX_HEADER_BYTES = 16 << 10
+
+
+# The header of a DATA frame and a message's prefix: length in three bytes; type and flags, all zero; stream; whether
+# it is compressed; length of the message.
+_MESSAGE = struct.Struct(">HBHIBI")
 
 
 class Frames(Protocol):
@@ -111,6 +117,9 @@ class FrameReader:
                     raise FrameError(ErrorCode.PROTOCOL_ERROR, "The other side does not speak HTTP/2.")
                 start, self._expected = start + self._expected, 0
                 continue
+            if rest >= _MESSAGE.size and self._headers is None and (taken := self._take_message(start, rest)):
+                start += taken
+                continue
             if rest < HEADER_BYTES:
                 break
             high, low, kind, flags, number = struct.unpack_from(">HBBBI", self._view, start)
@@ -122,12 +131,6 @@ class FrameReader:
                 if length > LARGEST_FRAME:
                     raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
                 stream = self._told.stream(number)
-                # The usual case: a whole message.
-                here = stream is not None and flags == 0 and content + length <= self._filled
-                if stream is not None and here and stream.take_whole(self._view[content : content + length]):
-                    self._told.count(length)
-                    start = content + length
-                    continue
                 start = content
                 self._begin_data(stream, length, flags)
                 continue
@@ -141,6 +144,18 @@ class FrameReader:
         if start and rest:
             self._buffer[:rest] = self._buffer[start : self._filled]
         self._filled = rest
+
+    def _take_message(self, start: int, rest: int) -> int:
+        """Takes a frame that is one whole message, as nearly all are; returns its bytes, 0 for another one."""
+        high, low, kind_and_flags, number, compressed, size = _MESSAGE.unpack_from(self._view, start)
+        total: int = _MESSAGE.size + size
+        if kind_and_flags or compressed or total > rest or high << 8 | low != PREFIX_BYTES + size:
+            return 0
+        stream = self._told.stream(number & LARGEST_WINDOW)
+        if stream is None or not stream.take_whole(self._view[start + _MESSAGE.size : start + total]):
+            return 0
+        self._told.count(PREFIX_BYTES + size)
+        return total
 
     def _begin_data(self, stream: Stream | None, length: int, flags: int) -> None:
         if stream is not None and stream.half_closed:

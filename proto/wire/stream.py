@@ -86,6 +86,10 @@ class Stream:
         self.closed = True
         self._connection.end(self, trailers)
 
+    def sent_from(self) -> int:
+        """On loopback, the processor that the other side ran on when it sent its latest bytes; -1: not known."""
+        return self._connection.sent_from()
+
     def cancel(self) -> None:
         """Wants nothing of this call any more."""
         if self.failure is None:
@@ -112,12 +116,14 @@ class Stream:
             self._deliver(message)
 
     def take_whole(self, data: memoryview) -> bool:
-        """Takes a DATA frame that is one message; says whether it was that, and one that was waited for."""
-        message = self._assembler.whole(data)
-        if message is None or self.ended or len(data) > self._window:
+        """Takes a message that came as one DATA frame; says whether that was what could come here now."""
+        length = len(data)
+        if not self._assembler.between or self.ended or length > self._assembler.max_bytes:
             return False
-        self._window -= len(data)
-        self._deliver(message)
+        if length + PREFIX_BYTES > self._window:
+            return False
+        self._window -= length + PREFIX_BYTES
+        self._deliver(bytes(data))
         return True
 
     def feed(self, data: memoryview) -> None:

@@ -39,29 +39,25 @@ class _Direct(ssl.SSLObject):
     SSLObject's own methods only pass their arguments on, which takes as long as everything else in Python about them.
     """
 
-    _incoming: ssl.MemoryBIO
-    _sslobj: Any
-
-    write = property(lambda self: self._sslobj.write)
-    pending = property(lambda self: self._sslobj.pending)
+    read: Callable[..., Any]
+    write: Callable[..., Any]
+    pending: Callable[..., Any]
 
     @classmethod
     def _create(cls, incoming: ssl.MemoryBIO, *arguments: Any, **named: Any) -> "_Direct":
         made: _Direct = super()._create(incoming, *arguments, **named)  # type: ignore[misc]
-        made._incoming = incoming
-        return made
-
-    @property
-    def read(self) -> Callable[..., Any]:
-        """As SSLObject's. A loop reads until nothing is left, which OpenSSL takes longer to say than a message."""
-        incoming, read, pending = self._incoming, self._sslobj.read, self._sslobj.pending
+        binding: Any = made._sslobj  # type: ignore[attr-defined]
+        read, pending = binding.read, binding.pending
 
         def read_some(*arguments: Any) -> Any:
             if incoming.pending or incoming.eof or pending():
                 return read(*arguments)
             raise ssl.SSLWantReadError
 
-        return read_some
+        # As SSLObject's. A loop reads until nothing is left, which OpenSSL takes longer to say than a message.
+        made.read = read_some
+        made.write, made.pending = binding.write, pending
+        return made
 
 
 @lru_cache(maxsize=2)  # it takes 2 ms of the event loop, a third of what a connection does

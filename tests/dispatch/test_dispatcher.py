@@ -38,6 +38,7 @@ class FakeLink:
     """A node in memory: the real messages, the real kernels, no socket. Of a `full` link no layer is a flight."""
 
     full = False
+    waits = False
 
     def __init__(self, node: str, change: Callable[[pb.ComputeReply], None] = lambda reply: None) -> None:
         self.node = NodeName(node)

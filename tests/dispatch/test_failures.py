@@ -45,6 +45,7 @@ class FakeLink:
     """
 
     full = False
+    waits = False
 
     def __init__(self, node: NodeName, behave: Behave = lambda reply: None) -> None:
         self.node = node

@@ -2,7 +2,7 @@
 
 import asyncio
 import ctypes
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moehive.coordinator.dispatch import flights
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.flights import Flight
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
@@ -31,6 +32,8 @@ class Quiet:
     def __init__(self, node: str) -> None:
         self.node = NodeName(node)
         self.speed = LinkSpeed(loopback=True)
+        self.waits = False
+        self.ran_on = -1
         self.peer = Peer(next_id=ord(node))
         self.peer_at = ctypes.addressof(self.peer)
         self.flights: Any = None
@@ -38,6 +41,12 @@ class Quiet:
 
     def send_flight(self, message: bytes) -> None:
         self.asked.append(message)
+        self.order.append(self.node)
+
+    order: ClassVar[list[str]] = []  # in which all were asked
+
+    def processor(self) -> int:
+        return self.ran_on
 
 
 def dispatcher(owners: list[str], reduction: Reduction) -> tuple[Dispatcher, dict[str, Quiet]]:
@@ -50,8 +59,8 @@ def dispatcher(owners: list[str], reduction: Reduction) -> tuple[Dispatcher, dic
     return made, links
 
 
-def sent(hidden: torch.Tensor, ids: Any) -> Sent:
-    return Sent(0, hidden, ids, np.ones(ids.shape, np.float32), None, lambda part: None, 1)
+def sent(hidden: torch.Tensor, ids: Any, step: int = 1) -> Sent:
+    return Sent(0, hidden, ids, np.ones(ids.shape, np.float32), None, lambda part: None, step)
 
 
 def begin(made: Dispatcher, tokens: int, dtype: torch.dtype, ids: Any = None) -> Flight:
@@ -197,5 +206,62 @@ def test_a_link_takes_so_many_flights_and_no_more(tokens: int) -> None:
             made._flights.release(flight)
         assert links["a"].peer.flying == 0
         made._flights.release(begin(made, tokens, torch.float32))
+
+    asyncio.run(main())
+
+
+def test_who_has_this_processor_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        made, links = dispatcher(["a", "b", "a", "b"], Reduction.PARTIAL_SUM)
+        monkeypatch.setattr(flights, "current_processor", lambda: 3)
+        for ran_on, wanted in (((3, 0), "ba"), ((0, 3), "ab"), ((-1, -1), "ab"), ((3, 3), "ab")):
+            links["a"].ran_on, links["b"].ran_on = ran_on
+            for step in range(1, flights._LOOK_EVERY + 2):  # it does not look at each layer
+                Quiet.order.clear()
+                hidden = torch.ones(1, HIDDEN)
+                flight = made._flights.begin(sent(hidden, np.arange(TOP_K).reshape(1, TOP_K), step))
+                assert flight is not None
+                made._flights.release(flight)
+            assert Quiet.order == list(wanted)
+
+    asyncio.run(main())
+
+
+def test_memory_that_is_asked_with_again_is_read_again() -> None:
+    async def main() -> None:
+        made, links = dispatcher(["a"] * 4, Reduction.PARTIAL_SUM)
+        hidden, ids = torch.ones(1, HIDDEN), np.zeros((1, TOP_K), np.int64)
+        one = sent(hidden, ids)
+        for expert in range(3):
+            hidden[:] = expert
+            ids[0] = expert, 3, 3
+            flight = made._flights.begin(one)
+            assert flight is not None
+            got, routing = read_request(parse_request(links["a"].asked[-1]))
+            assert torch.equal(got, hidden) and routing.experts.tolist() == [expert, 3, 3]
+            made._flights.release(flight)
+
+    asyncio.run(main())
+
+
+def test_only_a_sum_that_was_given_back_is_written_over() -> None:
+    async def main() -> None:
+        made, links = dispatcher(["a"] * 4, Reduction.PARTIAL_SUM)
+
+        def next_sum(value: float) -> torch.Tensor:
+            flight = begin(made, 1, torch.float32)
+            assert made._flights.take(
+                cast(Link, links["a"]), answer(links["a"].asked[-1], torch.full((1, HIDDEN), value))
+            )
+            total, _ = made._flights.sum(flight)
+            made._flights.release(flight)
+            return total
+
+        sums = [next_sum(float(number)) for number in range(2 * flights._MAX_LENT)]
+        assert [float(total[0, 0]) for total in sums] == list(range(2 * flights._MAX_LENT))
+        made.take_back(sums[-1])
+        assert next_sum(-1.0) is sums[-1]
+        made.take_back(torch.ones(1, HIDDEN))  # nobody's
+        assert all(next_sum(-2.0) is not total for total in sums)
 
     asyncio.run(main())

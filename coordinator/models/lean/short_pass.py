@@ -10,7 +10,7 @@ from moehive.kernels.layer import DecoderLayer, Step
 from moehive.kernels.trunk_ops import RouterLayer
 
 from ... import timeline
-from ..base import ExpertBackend, tiers_of
+from ..base import ExpertBackend, take_back_of, tiers_of
 from .batch import Batch, Ops
 from .foresight import FEW_TOKENS as FORESEEN_TOKENS
 from .foresight import LAYERS as FORESEEN_LAYERS
@@ -46,7 +46,7 @@ class ShortPasses:
 
     async def forward(self, run: Batch, experts: ExpertBackend) -> torch.Tensor:
         """f32 logits [len(run.wanted), vocab] of a pass of at most FEW_TOKENS tokens."""
-        tiers = tiers_of(experts)
+        tiers, take_back = tiers_of(experts), take_back_of(experts)
         step = self._free.pop() if self._free else self._new_step()
         step.begin(run.tokens, run.sequences, run.tables, run.states, run.cos, run.sin)
         step.hidden.copy_(self._parts.embedding.rows(run.ids))
@@ -54,6 +54,8 @@ class ShortPasses:
         for native, layer, later in self._layers:
             with timeline.current.span("attention"):
                 native.mix(step, add)
+            if add is not None and take_back is not None:
+                take_back(add)
             if tiers is not None and later and run.tokens <= FORESEEN_TOKENS:
                 with timeline.current.span("foresee"):
                     tiers.expect([self._likely(one, step.hidden) for one in later])
@@ -72,6 +74,8 @@ class ShortPasses:
                 add = None
         with timeline.current.span("lm head"):
             logits = self._layers[-1][0].logits(step, add, self._parts.norm, self._parts.head, run.wanted)
+        if add is not None and take_back is not None:
+            take_back(add)
         self._free.append(step)  # not after an error: a message that nobody waits for may still be leaving from it
         return logits
 
