@@ -46,6 +46,30 @@ def test_exposure(name: str) -> None:
     assert float(level[1]) <= MAX_EXPOSURE, found.stdout
 
 
+@needs_systemd
+@pytest.mark.parametrize("name", UNITS)
+def test_threads_may_be_bound_and_a_node_may_wait_for_its_turn(name: str) -> None:
+    allowed: set[str] = set()
+    for line in (DEPLOY / name).read_text().splitlines():  # one after the other, as systemd takes them
+        if not line.startswith("SystemCallFilter="):
+            continue
+        words = line.removeprefix("SystemCallFilter=")
+        calls = {call for word in words.lstrip("~").split() for call in system_calls(word)}
+        allowed = allowed - calls if words.startswith("~") else allowed | calls
+    wanted = {"sched_setaffinity"} | ({"sched_setscheduler"} if "node" in name else set())
+    assert allowed & system_calls("@resources") == wanted
+    assert {"read", "sched_yield", "futex"} <= allowed and "mount" not in allowed
+
+
+def system_calls(word: str) -> set[str]:
+    """What a word of a filter stands for; groups name other groups."""
+    if not word.startswith("@"):
+        return {word}
+    listed = analyze("syscall-filter", word).stdout.splitlines()[1:]
+    words = [line.strip() for line in listed if line.startswith(" ") and not line.strip().startswith("#")]
+    return {call for one in words for call in system_calls(one)}
+
+
 @pytest.mark.parametrize("name", UNITS)
 def test_what_a_supervised_service_needs(name: str) -> None:
     parser = configparser.ConfigParser(strict=False, interpolation=None)
