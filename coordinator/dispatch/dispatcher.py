@@ -26,7 +26,8 @@ from ..types import NodeName, NodeUnavailable, Plan
 from . import watch
 from .chain import Chains
 from .fallback import Fallback
-from .flights import Flight, Flights
+from .flight import Flight
+from .flights import Flights
 from .link import Link
 from .local import LocalExperts
 from .parts import Part, Sent

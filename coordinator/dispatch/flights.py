@@ -9,10 +9,9 @@ import asyncio
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from moehive.kernels.geometry import Manifest
@@ -24,119 +23,18 @@ from moehive.proto.wire.messages import Buffer
 from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable
 from . import watch
+from .flight import ASKED, TAKEN, Flight, Memory, View, Way
 from .link import ID_STEP, Link, Peer
 from .native import address, current_processor, library
 from .parts import WIRE_REDUCTION, Part, Sent
 from .replies import Replies
 from .routes import Routes
-from .routing import Share, block_size, shares_of
+from .routing import Share
 from .rows import Rows
-from .speeds import FEW_TOKENS
+from .sums import Sums
 from .watch import Watch
 
-_MAX_SHARES = 64
-_MAX_LENT = 8
 _LOOK_EVERY = 4  # layers: a kernel seldom moves a thread
-_Kind: TypeAlias = tuple[int, bool]  # of a sum: its tokens, and whether it is bf16
-_ASKED, _HERE, _TAKEN, _FAILED = range(4)  # a share's states
-
-
-class _View(ctypes.Structure):
-    """View of cpp/flight.h, field for field."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
-        ("expected_s", ctypes.c_double),
-        ("block", ctypes.c_void_p),
-        *((name, ctypes.c_int64 * _MAX_SHARES) for name in ("state", "node", "message", "size")),
-    )
-
-    shares: int
-    waiting: int
-    here: int
-    unknown: int
-    expected_s: float
-    block: int
-    state: "ctypes.Array[ctypes.c_int64]"
-    node: "ctypes.Array[ctypes.c_int64]"
-    message: "ctypes.Array[ctypes.c_int64]"
-    size: "ctypes.Array[ctypes.c_int64]"
-
-
-class _Way(ctypes.Structure):
-    """Way of cpp/flight.h, field for field."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("holders", "first", "peers")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("experts", "most", "nodes", "local", "k", "hidden_size", "expert_bytes")
-        ),
-        *((name, ctypes.c_uint64) for name in ("epoch", "id_step")),
-        *((name, ctypes.c_uint32) for name in ("layer", "reduction", "has_choice")),
-    )
-
-    experts: int
-    k: int
-    hidden_size: int
-    kept: tuple[Any, ...]  # whose memory it names
-
-
-class _Memory:
-    """What a layer is asked with, as native code sees it. A trunk asks for layer after layer from the same."""
-
-    __slots__ = ("bf16", "hidden", "ids", "k", "places", "tokens", "weights", "width")
-
-    def __init__(self, hidden: torch.Tensor, ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
-        self.hidden, self.ids, self.weights = hidden, ids, weights
-        (self.tokens, self.k), self.width = ids.shape, hidden.shape[1]
-        self.bf16 = hidden.dtype is torch.bfloat16
-        self.places: tuple[int, int, int] | None = None  # of hidden, ids, weights; None: not for native code
-        if self.tokens > FEW_TOKENS or not (self.bf16 or hidden.dtype is torch.float32):
-            return
-        if not (hidden.is_contiguous() and ids.flags.c_contiguous and weights.flags.c_contiguous):
-            return
-        self.places = hidden.data_ptr(), address(ids), address(weights)
-
-    def is_of(self, sent: Sent) -> bool:
-        """Whether it is what is asked with now; its numbers may have changed since."""
-        return self.hidden is sent.hidden and self.ids is sent.ids and self.weights is sent.weights
-
-
-class Flight:
-    """One layer on its way."""
-
-    __slots__ = (
-        "done", "due", "errors", "experts", "kind", "links", "number", "replies", "sent", "strange", "view",
-    )  # fmt: skip
-
-    def __init__(self, number: int, view: _View, experts: int, sent: Sent, memory: _Memory) -> None:
-        """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`."""
-        self.number, self.view, self.experts, self.sent = number, view, experts, sent
-        self.kind: _Kind = memory.tokens, memory.bf16
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
-        self.due = 0.0  # seconds of the loop's clock
-        self.links: list[Link | None] = []  # of each share who was asked
-        self.errors: dict[int, NodeUnavailable] = {}  # by share
-        self.strange: dict[int, Rows] = {}  # answers that native code has left to Python
-        self.replies: dict[int, asyncio.Future[Reply]] = {}  # while a timeline is recorded
-
-    @property
-    def plain(self) -> bool:
-        """Whether native code has all answers."""
-        return not self.errors and not self.strange
-
-    def shares(self) -> list[Share]:
-        """What each was asked for, as larger layers have it; not once the flight is released."""
-        count = self.sent.ids.size
-        size = block_size(count, self.experts)
-        block = np.ctypeslib.as_array((ctypes.c_int64 * size).from_address(self.view.block)).copy()
-        return list(shares_of(block, count, self.experts, self.view.shares).values())
-
-    def node(self, share: int) -> NodeName:
-        """Who was asked for a share."""
-        link = self.links[share]
-        return LOCAL if link is None else link.node
 
 
 class Flights:
@@ -165,15 +63,14 @@ class Flights:
         if not self._handle:
             raise MemoryError("There is no memory left to dispatch layers.")
         weakref.finalize(self, self._native.moehive_flights_end, self._handle)
-        self._views: list[_View] = []
+        self._views: list[View] = []
         self._flights: list[Flight | None] = []
-        self._ways: list[_Way | None] = [None] * len(manifest.layers)
+        self._ways: list[Way | None] = [None] * len(manifest.layers)
         self._peers: ctypes.Array[ctypes.c_void_p] | None = None  # of the nodes of the plan in force
         self._links: list[Link | None] = []  # to those
         self._local = Peer()
-        self._memory: _Memory | None = None  # of the latest layer
-        self._lent: dict[int, tuple[_Kind, torch.Tensor]] = {}  # sums, by id
-        self._spare: dict[_Kind, torch.Tensor] = {}  # that were given back
+        self._memory: Memory | None = None  # of the latest layer
+        self._sums = Sums()
 
     def routes_changed(self) -> None:
         """Somebody can be asked again or no more, or a plan came into force."""
@@ -184,7 +81,7 @@ class Flights:
         """Asks for a layer; None when it is not one for here. Raises NotReady before the first plan."""
         memory = self._memory
         if memory is None or not memory.is_of(sent):
-            memory = _Memory(sent.hidden, sent.ids, sent.weights)
+            memory = Memory(sent.hidden, sent.ids, sent.weights)
             self._memory = None if memory.places is None else memory  # a long prompt's is not kept
         way = self._ways[sent.layer] or self._way(sent.layer)
         if memory.places is None or memory.k != way.k or memory.width != way.hidden_size:
@@ -193,7 +90,7 @@ class Flights:
         if number < 0:
             return None
         if number == len(self._views):
-            self._views.append(_View.from_address(self._native.moehive_flight_view(self._handle, number)))
+            self._views.append(View.from_address(self._native.moehive_flight_view(self._handle, number)))
             self._flights.append(None)
         view = self._views[number]
         flight = self._flights[number] = Flight(number, view, way.experts, sent, memory)
@@ -264,7 +161,7 @@ class Flights:
         now = asyncio.get_running_loop().time()
         shares = flight.shares()
         for number in range(flight.view.shares):
-            if flight.view.state[number] != _ASKED:
+            if flight.view.state[number] != ASKED:
                 continue
             node, experts = flight.node(number), shares[number].routing.experts
             elsewhere = self._routes.placed.held_without(flight.sent.layer, experts, (node,))
@@ -280,28 +177,15 @@ class Flights:
 
     def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
         """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
-        total = self._total(flight)
+        total = self._sums.room(flight.kind, flight.sent.hidden)
         finite = self._native.moehive_flight_sum(self._handle, flight.number, total.data_ptr())
         if finite < 0:
             raise MemoryError("There is no memory left to add up a layer.")
         return total, bool(finite)
 
     def take_back(self, total: torch.Tensor) -> None:
-        """A sum that nobody uses any more: the next one may lie there. To make a tensor takes 50 µs in a step."""
-        kind_and_total = self._lent.pop(id(total), None)
-        if kind_and_total is not None:
-            self._spare[kind_and_total[0]] = total
-
-    def _total(self, flight: Flight) -> torch.Tensor:
-        """Memory for a sum."""
-        kind = flight.kind
-        total = self._spare.pop(kind, None)
-        if total is None:
-            total = torch.empty_like(flight.sent.hidden)
-            if len(self._lent) == _MAX_LENT:  # to who gives nothing back
-                del self._lent[next(iter(self._lent))]
-        self._lent[id(total)] = kind, total
-        return total
+        """See Sums."""
+        self._sums.take_back(total)
 
     def apart(self, flight: Flight) -> tuple[list[Rows], list[Share]]:
         """What was answered and what failed, of a flight that is over, as a larger layer has it."""
@@ -310,7 +194,7 @@ class Flights:
         for number, share in enumerate(flight.shares()):
             if number in flight.strange:
                 parts.append(flight.strange[number])
-            elif flight.view.state[number] == _TAKEN:
+            elif flight.view.state[number] == TAKEN:
                 rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
                 where = self._native.moehive_flight_rows(self._handle, flight.number, number)
                 raw = ctypes.string_at(where, rows * size * dtype.itemsize)
@@ -363,7 +247,7 @@ class Flights:
             if link is not None and link.speed.loopback:
                 link.waits = link.processor() == here
 
-    def _way(self, layer: int) -> _Way:
+    def _way(self, layer: int) -> Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""
         placed = self._routes.placed
         if self._peers is None:
@@ -372,7 +256,7 @@ class Flights:
         geometry, has_choice = self._manifest.layers[layer], placed.has_choice[layer]
         holders = placed.holders(layer).array if has_choice else None
         first = placed.owners[layer]
-        way = self._ways[layer] = _Way(
+        way = self._ways[layer] = Way(
             holders=None if holders is None else address(holders),
             first=address(first),
             peers=ctypes.addressof(self._peers),

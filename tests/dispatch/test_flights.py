@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moehive.coordinator.dispatch import flights
+from moehive.coordinator.dispatch import flights, sums
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
-from moehive.coordinator.dispatch.flights import Flight
+from moehive.coordinator.dispatch.flight import Flight
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
 from moehive.coordinator.dispatch.parts import Sent
 from moehive.coordinator.dispatch.rows import Rows, add_up
@@ -257,11 +257,11 @@ def test_only_a_sum_that_was_given_back_is_written_over() -> None:
             made._flights.release(flight)
             return total
 
-        sums = [next_sum(float(number)) for number in range(2 * flights._MAX_LENT)]
-        assert [float(total[0, 0]) for total in sums] == list(range(2 * flights._MAX_LENT))
-        made.take_back(sums[-1])
-        assert next_sum(-1.0) is sums[-1]
+        found = [next_sum(float(number)) for number in range(2 * sums.MAX_LENT)]
+        assert [float(total[0, 0]) for total in found] == list(range(2 * sums.MAX_LENT))
+        made.take_back(found[-1])
+        assert next_sum(-1.0) is found[-1]
         made.take_back(torch.ones(1, HIDDEN))  # nobody's
-        assert all(next_sum(-2.0) is not total for total in sums)
+        assert all(next_sum(-2.0) is not total for total in found)
 
     asyncio.run(main())

@@ -31,7 +31,7 @@ struct Peer {
   int32_t flying;  // those that are
 };
 
-// How one layer is asked for until somebody comes or goes; flights.py has the same, field for field.
+// How one layer is asked for until somebody comes or goes; flight.py has the same, field for field.
 struct Way {
   const int32_t* holders;  // [experts, most]: who can be asked, then -1
   const int64_t* first;    // [experts]: the first of each
