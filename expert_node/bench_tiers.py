@@ -23,6 +23,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 from moehive.proto.tensors import Routing
 
+from .courtesy import give_way
 from .executor import Executor
 from .store import ExpertStore
 from .tiers.arena import padded
@@ -162,6 +163,7 @@ def main() -> None:
     """The process."""
     config = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    give_way("127.0.0.1:1")  # as a node on the coordinator's machine
     bench = Bench(config)
     bench.computed_alone(1)
     alone = bench.computed_alone(8)

@@ -1,6 +1,7 @@
 """The native threads that read experts' files."""
 
 import os
+import threading
 from collections import deque
 
 import numpy as np
@@ -137,3 +138,26 @@ def test_how_busy_the_disk_is(tmp_path):
         assert 0.0 <= reader.busy() <= 1.0
     assert reader.busy() > 0.0
     reader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
+def test_a_node_that_waits_for_its_turn_reads_at_once(tmp_path):
+    policies = set()
+
+    def node():
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # as expert_node/courtesy.py does
+        before = set(os.listdir("/proc/self/task"))
+        inbox, path = deque(), tmp_path / "expert"
+        path.write_bytes(bytes(64 << 10))
+        reader = DiskReader(2)
+        reader.read(job_for(path, inbox), NOW)
+        wait_for(reader, inbox, 1)
+        # Those that have read; one that has not begun yet may still be as it was made.
+        readers = set(os.listdir("/proc/self/task")) - before
+        policies.update(os.sched_getscheduler(int(task)) for task in readers)
+        reader.close()
+
+    thread = threading.Thread(target=node)
+    thread.start()
+    thread.join()
+    assert os.SCHED_OTHER in policies
