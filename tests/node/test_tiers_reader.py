@@ -5,6 +5,7 @@ import threading
 from collections import deque
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,17 +145,19 @@ def test_how_busy_the_disk_is(tmp_path):
 def test_a_node_that_waits_for_its_turn_reads_at_once(tmp_path):
     policies = set()
 
+    def tasks():
+        return {thread.id for thread in psutil.Process().threads()}
+
     def node():
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # as expert_node/courtesy.py does
-        before = set(os.listdir("/proc/self/task"))
+        before = tasks()
         inbox, path = deque(), tmp_path / "expert"
         path.write_bytes(bytes(64 << 10))
         reader = DiskReader(2)
         reader.read(job_for(path, inbox), NOW)
         wait_for(reader, inbox, 1)
         # Those that have read; one that has not begun yet may still be as it was made.
-        readers = set(os.listdir("/proc/self/task")) - before
-        policies.update(os.sched_getscheduler(int(task)) for task in readers)
+        policies.update(os.sched_getscheduler(task) for task in tasks() - before)
         reader.close()
 
     thread = threading.Thread(target=node)
