@@ -67,12 +67,13 @@ class Way(ctypes.Structure):
 class Memory:
     """What a layer is asked with, as native code sees it. A trunk asks for layer after layer from the same."""
 
-    __slots__ = ("bf16", "hidden", "ids", "k", "places", "tokens", "weights", "width")
+    __slots__ = ("bf16", "hidden", "ids", "k", "kind", "places", "tokens", "weights", "width")
 
     def __init__(self, hidden: torch.Tensor, ids: npt.NDArray[np.int64], weights: npt.NDArray[np.float32]) -> None:
         self.hidden, self.ids, self.weights = hidden, ids, weights
         (self.tokens, self.k), self.width = ids.shape, hidden.shape[1]
         self.bf16 = hidden.dtype is torch.bfloat16
+        self.kind: Kind = self.tokens, self.width, self.bf16
         self.places: tuple[int, int, int] | None = None  # of hidden, ids, weights; None: not for native code
         if self.tokens > FEW_TOKENS or not (self.bf16 or hidden.dtype is torch.float32):
             return
@@ -95,7 +96,7 @@ class Flight:
     def __init__(self, number: int, view: View, experts: int, sent: Sent, memory: Memory) -> None:
         """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`."""
         self.number, self.view, self.experts, self.sent = number, view, experts, sent
-        self.kind: Kind = memory.tokens, memory.bf16
+        self.kind = memory.kind
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
         self.due = 0.0  # seconds of the loop's clock
         self.links: list[Link | None] = []  # of each share who was asked

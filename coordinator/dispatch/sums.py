@@ -1,15 +1,15 @@
-"""Memory for layers' sums, used again: in the middle of a step it takes 50 µs to make a tensor, elsewhere five."""
+"""Memory for layers' sums, used again: in the middle of a step it takes some 40 µs to make a tensor, elsewhere 1.6."""
 
 from typing import TypeAlias
 
 import torch
 
 MAX_LENT = 8
-Kind: TypeAlias = tuple[int, bool]  # of a sum: its tokens, and whether it is bf16
+Kind: TypeAlias = tuple[int, int, bool]  # of a sum: its tokens and width, and whether it is bf16, else f32
 
 
 class Sums:
-    """Of one width."""
+    """A dispatcher's."""
 
     def __init__(self) -> None:
         self._lent: dict[int, tuple[Kind, torch.Tensor]] = {}  # by id
