@@ -1,4 +1,4 @@
-"""Memory for layers' sums, used again: in the middle of a step it takes some 40 µs to make a tensor, elsewhere 1.6."""
+"""Memory for layers' sums, used again: within a step making a tensor takes some 40 µs, elsewhere 1.6."""
 
 from typing import TypeAlias
 
