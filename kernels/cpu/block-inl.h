@@ -10,6 +10,8 @@
 //                              even(factor, n) = factor * 2n, pairs(a, n, b, m) = a * n + b * m for bytes a and b;
 //                              |n| and |m| < 2^15
 //     kNarrow                  whether Wide holds 16 bits, so that it must be flushed before it overflows
+// and how it reads the weights of one token: kStreams parts of the rows in turns, kScaledStreams of formats with
+// sub-block scales, and kBlockBytesAhead of each fetched ahead.
 // Integers are exact, and floats are added block by block in a fixed order: the bits are the same everywhere, for any
 // number of tokens, rows and threads. The activations' 8 bits are what ggml uses for these formats too.
 #pragma once
@@ -95,7 +97,8 @@ struct SubScales {
   alignas(32) uint8_t first[kCount], second[kCount];
   const uint8_t* whole;
 
-  explicit inline SubScales(const uint8_t* block) : whole(block + 32) {
+  inline void take_apart(const uint8_t* block) {
+    whole = block + 32;
     constexpr Words shift{4, 4, 4, 4, 0, 0, 0, 0};
     const uint8_t* at = block + 32 + (kLayout.minimum ? 32 : 0);
     if constexpr (kLayout.scales == Scales::nibbles) {
@@ -235,73 +238,86 @@ inline void plain_block(const uint8_t* block, const uint8_t* ahead, const Quanti
   }
 }
 
-// A block of 256 columns with whole numbers as scales within: adds to `sums`.
+// Subtracts what a block's minimums make of the sums of x.
 template <Format F, int T>
-inline void scaled_block(const uint8_t* block, const uint8_t* ahead, const Quantized* const* tokens, int64_t at,
-                         Vec* sums) {
+inline void take_minimums(const uint8_t* block, const SubScales<F>& scales, const Quantized* const* tokens, int64_t at,
+                          Vec* sums) {
   constexpr Layout layout = layout_of(F);
-  using N = Numbers<F>;
-  const SubScales<F> scales(block);
-  const uint8_t* unit = block + layout.head();
   Vec inner[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) inner[t] = Vec::zero();
 #pragma GCC unroll 1
-  for (int u = 0; u < layout.units; ++u, unit += layout.unit_bytes(), ahead += layout.bytes() / layout.units) {
-    fetch<layout.bytes() / layout.units>(ahead);
-    Int8::Sums dots[T];
-    const auto half = [&](auto number) {
-      constexpr int h = decltype(number)::value;
-      const Int8::Factor factor = Int8::factor<SubScales<F>::kSigned>(octets(scales.scale(u, h)));
+  for (int u = 0; u < layout.units; ++u) {
+    if constexpr (Numbers<F>::kHalves == 2) {
+      const Octets first = octets(scales.second + 32 * u), second = octets(scales.second + 32 * u + 16);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {
-        if constexpr (N::kOffset != 0) {
-          const Int8::Sums off = Int8::even(factor, -N::kOffset / 2 * tokens[t]->s[2 * (at + u) + h]);
-          dots[t] = h ? Int8::add(dots[t], off) : off;
-        } else if (h == 0) {
-          dots[t] = Int8::splat(0);
-        }
+        const int32_t* s = tokens[t]->s + 2 * (at + u);
+        const Vec both = Vec::from_ints(Int8::pairs(first, s[0], second, s[1]));
+        inner[t] = Vec::fma(both, Vec::splat(-tokens[t]->d[at + u]), inner[t]);
       }
-      half_unit<F, T, h>(unit, tokens, at + u, factor, dots);
-    };
-    half(Number<0>{});
-    if constexpr (N::kHalves == 2) half(Number<1>{});
+    } else {
+      const Vec minimum = Vec::from_u8(octets(scales.second + 16 * u));
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t)
-      inner[t] = Vec::fma(Vec::from_ints(dots[t]), Vec::splat(tokens[t]->d[at + u]), inner[t]);
-  }
-  const Vec d = Vec::load_f16(reinterpret_cast<const uint16_t*>(block));
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) {
-    sums[t] = Vec::fma(inner[t], d, sums[t]);
-    inner[t] = Vec::zero();
-  }
-  if constexpr (layout.minimum) {
-#pragma GCC unroll 1
-    for (int u = 0; u < layout.units; ++u) {
-      if constexpr (N::kHalves == 2) {
-        const Octets first = octets(scales.second + 32 * u), second = octets(scales.second + 32 * u + 16);
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) {
-          const int32_t* s = tokens[t]->s + 2 * (at + u);
-          const Vec both = Vec::from_ints(Int8::pairs(first, s[0], second, s[1]));
-          inner[t] = Vec::fma(both, Vec::splat(-tokens[t]->d[at + u]), inner[t]);
-        }
-      } else {
-        const Vec minimum = Vec::from_u8(octets(scales.second + 16 * u));
-#pragma GCC unroll 8
-        for (int t = 0; t < T; ++t) inner[t] = Vec::fma(minimum, Vec::splat(-tokens[t]->m[at + u]), inner[t]);
-      }
+      for (int t = 0; t < T; ++t) inner[t] = Vec::fma(minimum, Vec::splat(-tokens[t]->m[at + u]), inner[t]);
     }
-    const Vec of_minimums = Vec::load_f16(reinterpret_cast<const uint16_t*>(block + 32));
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) sums[t] = Vec::fma(inner[t], of_minimums, sums[t]);
   }
+  const Vec of_minimums = Vec::load_f16(reinterpret_cast<const uint16_t*>(block + 32));
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) sums[t] = Vec::fma(inner[t], of_minimums, sums[t]);
 }
 
-// Of one stream through contiguous memory, for the processor's own prefetcher stops at each page. Two or four streams,
-// each a part of the rows, were no faster on a Zen 3 core.
-constexpr int64_t kBlockBytesAhead = 4 << 10;
+// Blocks of 256 columns with whole numbers as scales within, of S streams that are `apart` bytes from each other: adds
+// to `sums`. Streams take turns unit by unit: block by block a core would read one after the other.
+template <Format F, int T, int S>
+inline void scaled_blocks(const uint8_t* block, const uint8_t* ahead, int64_t apart, const Quantized* const* tokens,
+                          int64_t at, Vec (*sums)[T]) {
+  constexpr Layout layout = layout_of(F);
+  using N = Numbers<F>;
+  SubScales<F> scales[S];
+  Vec inner[S][T];
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    scales[s].take_apart(block + s * apart);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) inner[s][t] = Vec::zero();
+  }
+  const uint8_t* units = block + layout.head();
+#pragma GCC unroll 1
+  for (int u = 0; u < layout.units; ++u, units += layout.unit_bytes(), ahead += layout.bytes() / layout.units) {
+#pragma GCC unroll 8
+    for (int s = 0; s < S; ++s) {
+      fetch<layout.bytes() / layout.units>(ahead + s * apart);
+      Int8::Sums dots[T];
+      const auto half = [&](auto number) {
+        constexpr int h = decltype(number)::value;
+        const Int8::Factor factor = Int8::factor<SubScales<F>::kSigned>(octets(scales[s].scale(u, h)));
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          if constexpr (N::kOffset != 0) {
+            const Int8::Sums off = Int8::even(factor, -N::kOffset / 2 * tokens[t]->s[2 * (at + u) + h]);
+            dots[t] = h ? Int8::add(dots[t], off) : off;
+          } else if (h == 0) {
+            dots[t] = Int8::splat(0);
+          }
+        }
+        half_unit<F, T, h>(units + s * apart, tokens, at + u, factor, dots);
+      };
+      half(Number<0>{});
+      if constexpr (N::kHalves == 2) half(Number<1>{});
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t)
+        inner[s][t] = Vec::fma(Vec::from_ints(dots[t]), Vec::splat(tokens[t]->d[at + u]), inner[s][t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < S; ++s) {
+    const Vec d = Vec::load_f16(reinterpret_cast<const uint16_t*>(block + s * apart));
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[s][t] = Vec::fma(inner[s][t], d, sums[s][t]);
+    if constexpr (layout.minimum) take_minimums<F, T>(block + s * apart, scales[s], tokens, at, sums[s]);
+  }
+}
 
 // The front of what is fetched ahead: it runs through a product's blocks and then on through what is wanted next.
 class Ahead {
@@ -322,42 +338,62 @@ class Ahead {
   const uint8_t* next_;
 };
 
-// 16 rows with T tokens.
-template <Format F, int T>
-__attribute__((noinline)) void group(const uint8_t* weights, int64_t blocks, Ahead* ahead_of_all,
-                                     const Quantized* const* tokens, float (*out)[kGroupRows]) {
+// 16 rows with T tokens, of S streams that are `apart` bytes from each other.
+template <Format F, int T, int S>
+__attribute__((noinline)) void group(const uint8_t* weights, int64_t apart, int64_t blocks, Ahead* ahead_of_all,
+                                     const Quantized* const* tokens, float (*out)[T][kGroupRows]) {
   constexpr Layout layout = layout_of(F);
   Ahead ahead = *ahead_of_all;
-  Vec sums[T];
+  Vec sums[S][T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) sums[t] = Vec::zero();
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) sums[s][t] = Vec::zero();
   for (int64_t b = 0; b < blocks; ++b, weights += layout.bytes(), ahead.step(layout.bytes())) {
     if constexpr (has_sub_scales<F>()) {
-      scaled_block<F, T>(weights, ahead.at, tokens, b * layout.units, sums);
+      scaled_blocks<F, T, S>(weights, ahead.at, apart, tokens, b * layout.units, sums);
     } else {
-      plain_block<F, T>(weights, ahead.at, tokens, b * layout.units, sums);
+#pragma GCC unroll 8
+      for (int s = 0; s < S; ++s)
+        plain_block<F, T>(weights + s * apart, ahead.at + s * apart, tokens, b * layout.units, sums[s]);
     }
   }
   *ahead_of_all = ahead;
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) Vec::store(out[t], sums[t]);
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) Vec::store(out[s][t], sums[s][t]);
+}
+
+// S times `groups` groups of 16 rows, from row `first` on.
+template <Format F, int T, int S>
+inline void block_streams(const Product& p, int64_t token, int64_t first, int64_t groups) {
+  constexpr Layout layout = layout_of(F);
+  const int64_t blocks = (p.columns + layout.columns() - 1) / layout.columns(), group_bytes = blocks * layout.bytes();
+  const int64_t apart = groups * group_bytes;
+  const uint8_t* weights = static_cast<const uint8_t*>(p.weights) + first / kGroupRows * group_bytes;
+  const Quantized* tokens[T];
+  for (int t = 0; t < T; ++t) tokens[t] = static_cast<const Quantized*>(p.x[token + t]);
+  Ahead ahead(weights, apart, layout.bytes(), token + T < p.tokens ? p.weights : p.next);
+  for (int64_t g = 0; g < groups; ++g, weights += group_bytes) {
+    alignas(64) float out[S][T][kGroupRows];
+    group<F, T, S>(weights, apart, blocks, &ahead, tokens, out);
+    for (int s = 0; s < S; ++s) {
+      const int64_t row = first + (s * groups + g) * kGroupRows;
+      const int64_t count = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
+      for (int64_t r = 0; r < count; ++r)
+        for (int t = 0; t < T; ++t) p.out[(row + r) * p.out_stride + token + t] = out[s][t][r];
+    }
+  }
 }
 
 template <Format F, int T>
 inline void block_rows(const Product& p, int64_t token) {
-  constexpr Layout layout = layout_of(F);
-  const int64_t blocks = (p.columns + layout.columns() - 1) / layout.columns();
-  const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
-  const Quantized* tokens[T];
-  for (int t = 0; t < T; ++t) tokens[t] = static_cast<const Quantized*>(p.x[token + t]);
-  Ahead ahead(weights, rows_bytes(F, p.rows, p.columns), layout.bytes(), token + T < p.tokens ? p.weights : p.next);
-  for (int64_t row = 0; row < p.rows; row += kGroupRows, weights += blocks * layout.bytes()) {
-    alignas(64) float out[T][kGroupRows];
-    group<F, T>(weights, blocks, &ahead, tokens, out);
-    const int64_t count = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
-    for (int64_t r = 0; r < count; ++r)
-      for (int t = 0; t < T; ++t) p.out[(row + r) * p.out_stride + token + t] = out[t][r];
-  }
+  // For more tokens the weights come from the second cache.
+  constexpr int S = T > 1 ? 1 : has_sub_scales<F>() ? kScaledStreams : kStreams;
+  const int64_t groups = (p.rows + kGroupRows - 1) / kGroupRows, each = groups / S;
+  if (each) block_streams<F, T, S>(p, token, 0, each);
+  if (S > 1 && each * S < groups) block_streams<F, T, 1>(p, token, each * S * kGroupRows, groups - each * S);
 }
 
 template <Format F>

@@ -12,12 +12,11 @@
 namespace moehive {
 namespace {
 
-// A thread takes rows of an expert in pieces of about this many bytes of weights: large enough that taking them
-// costs nothing, small enough that the threads end together and that a piece stays in the second cache while
-// several groups of tokens pass over it.
-constexpr int64_t kPieceBytes = 64 << 10;
-constexpr int64_t kMaxRows = 64;    // of a piece; and pieces are multiples of 16 rows, so no two threads share a line
-constexpr int64_t kMaxTokens = 48;  // of a group within a piece
+// A thread takes rows of an expert in pieces of about this many bytes of weights. With several tokens a piece stays in
+// the second cache while groups of them pass over it. With one it is read once, as long streams (block-inl.h), but
+// small enough that the threads end together. Pieces are multiples of 16 rows, so no two threads share a line.
+constexpr int64_t kPieceBytes = 64 << 10, kPieceBytesForOne = 256 << 10;
+constexpr int64_t kMaxRows = 64, kMaxTokens = 48;  // of a piece and of a group within it; with one token their product
 
 struct Pair {
   uint64_t blob;
@@ -30,41 +29,34 @@ struct Group {
   int64_t first, last;
 };
 
-int64_t piece_rows(Format format, int64_t columns) {
+// Rows of a piece with several tokens (`threads` 0), or with one token for each of `experts` that `threads` share.
+int64_t piece_rows(Format format, int64_t columns, int64_t rows, int64_t experts, int threads) {
   const int64_t row = std::max<int64_t>(1, rows_bytes(format, kGroupRows, columns) / kGroupRows);
-  return std::clamp(kPieceBytes / row / 16 * 16, int64_t{16}, kMaxRows);
+  if (threads == 0) return std::clamp(kPieceBytes / row / 16 * 16, int64_t{16}, kMaxRows);
+  const int64_t step = std::min({kPieceBytesForOne / row, rows * experts / (8 * threads), kMaxRows * kMaxTokens});
+  return step >= 64 ? step / 64 * 64 : std::max<int64_t>(16, step / 16 * 16);
 }
 
 const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
 
-// The pieces of a projection of all experts. An item, which one thread takes, is `run` pieces that follow each other in
-// one expert's memory: then what a thread fetches ahead is its own. Two threads read the same way of a linear layer
-// went from 22 to 27 GB/s; here it was not measured by itself. With several tokens pieces come from the second cache,
-// and a thread takes them one by one. `threads` share one-token products; 0 stands for products with several tokens.
+// The pieces of a projection of all experts, which threads take one by one.
 struct Pieces {
-  int64_t step;  // rows of a piece
-  int64_t end;   // rows of an expert
-  int64_t run, runs;  // pieces of an item, items of an expert
+  int64_t step, end;  // rows of a piece, of an expert
+  int64_t of_expert;  // pieces
 
   Pieces(Format format, int64_t columns, int64_t rows, int64_t experts, int threads)
-      : step(piece_rows(format, columns)), end(rows) {
-    const int64_t count = (rows + step - 1) / step;
-    run = threads == 0 ? 1 : std::clamp<int64_t>(count * experts / (8 * threads), 1, 4);
-    runs = (count + run - 1) / run;
-  }
+      : step(piece_rows(format, columns, rows, experts, threads)), end(rows), of_expert((rows + step - 1) / step) {}
 
-  int64_t first_row(int64_t item) const { return item % runs * run * step; }
+  int64_t expert(int64_t piece) const { return piece / of_expert; }
+  int64_t first_row(int64_t piece) const { return piece % of_expert * step; }
 
-  // Walks one item: rows [row, row + rows) of one expert, its tokens in groups of at most kMaxTokens; `last` is true for
-  // the item's last rows.
+  // Walks one piece: its rows, and its expert's tokens in groups of at most kMaxTokens.
   template <class Work>
-  void walk(const std::vector<Group>& groups, int64_t item, Work&& work) const {
-    const Group& group = groups[item / runs];
-    const int64_t begin = first_row(item), until = std::min(begin + run * step, end);
-    for (int64_t row = begin; row < until; row += step)
-      for (int64_t first = group.first; first < group.last; first += kMaxTokens)
-        work(group.blob, row, std::min(step, end - row), first, std::min(kMaxTokens, group.last - first),
-             row + step >= until);
+  void walk(const std::vector<Group>& groups, int64_t piece, Work&& work) const {
+    const Group& group = groups[expert(piece)];
+    const int64_t row = first_row(piece);
+    for (int64_t first = group.first; first < group.last; first += kMaxTokens)
+      work(group.blob, row, std::min(step, end - row), first, std::min(kMaxTokens, group.last - first));
   }
 };
 
@@ -258,33 +250,33 @@ void Experts::run_alone(const Layer& layer) {
   const int64_t experts = static_cast<int64_t>(groups.size());
   const int sharing = count == experts ? pool_->threads() : 0;
   const Pieces ups(up_format, hidden, middle, experts, sharing), downs(down_format, middle, hidden, experts, sharing);
-  const int64_t up_items = experts * ups.runs, down_items = experts * downs.runs;
+  const int64_t up_pieces = experts * ups.of_expert, down_pieces = experts * downs.of_expert;
   const auto up_at = [&](const char* blob, int matrix, int64_t row) {  // gate and up, where the expert is gated
     return blob + spec.up + matrix * rows_bytes(up_format, middle, hidden) + rows_bytes(up_format, row, hidden);
   };
   const auto down_at = [&](const char* blob, int64_t row) {
     return blob + spec.down + rows_bytes(down_format, row, middle);
   };
-  // What a thread probably takes after an item, fetched while that one ends.
-  const auto down_item_at = [&](int64_t item) {
-    item = std::min(item, down_items - 1);
-    return down_at(groups[item / downs.runs].blob, downs.first_row(item));
+  // What a thread probably takes after a piece, fetched while that one ends.
+  const auto down_piece_at = [&](int64_t piece) {
+    piece = std::min(piece, down_pieces - 1);
+    return down_at(groups[downs.expert(piece)].blob, downs.first_row(piece));
   };
-  const auto item_at = [&](int64_t item) {
-    if (item >= up_items) return down_item_at(item - up_items);
-    return up_at(groups[item / ups.runs].blob, 0, ups.first_row(item));
+  const auto up_piece_at = [&](int64_t piece) {
+    if (piece >= up_pieces) return down_piece_at(piece - up_pieces);
+    return up_at(groups[ups.expert(piece)].blob, 0, ups.first_row(piece));
   };
 
   // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
-  pool_->run(up_items, [&](uint32_t item) {
-    ups.walk(groups, item, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens, bool last) {
+  pool_->run(up_pieces, [&](uint32_t piece) {
+    ups.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
       alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
       const auto project = [&](int matrix, float* out, const char* next) {
         kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
                           next});
         if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
       };
-      const char* next = last ? item_at(item + pool_->threads()) : up_at(blob, 0, row + rows);
+      const char* next = up_piece_at(piece + pool_->threads());
       project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
       if (spec.gated) {
         project(1, up, next);
@@ -304,11 +296,10 @@ void Experts::run_alone(const Layer& layer) {
   }
 
   // intermediate → hidden
-  pool_->run(down_items, [&](uint32_t item) {
-    downs.walk(groups, item,
-               [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens, bool last) {
+  pool_->run(down_pieces, [&](uint32_t piece) {
+    downs.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
       alignas(64) float out[kMaxRows * kMaxTokens];
-      const char* next = last ? down_item_at(item + pool_->threads()) : down_at(blob, row + rows);
+      const char* next = down_piece_at(piece + pool_->threads());
       kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, out, tokens, next});
       if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
       for (int64_t t = 0; t < tokens; ++t) {

@@ -1,4 +1,5 @@
 // Linear layers, for ctypes (kernels/linear.py): the experts' products.
+#include <algorithm>
 #include <cstring>
 #include <exception>
 #include <new>
@@ -12,13 +13,16 @@ namespace {
 
 using namespace moehive;
 
-constexpr int64_t kPieceBytes = 64 << 10;  // as in expert_mlp.cc
+constexpr int64_t kPieceBytes = 64 << 10, kPieceBytesForOne = 256 << 10;  // as in expert_mlp.cc
 constexpr int64_t kMaxRows = 64, kMaxTokens = 32, kMaxMatrices = 16;
 
-int64_t piece_rows(const MoehiveMatrix& m) {
+// Rows of a piece with several tokens, or with one, of `all` rows that threads share.
+int64_t piece_rows(const MoehiveMatrix& m, int64_t tokens, int64_t all, int threads) {
   const int64_t group = rows_bytes(static_cast<Format>(m.format), kGroupRows, m.columns);
-  const int64_t rows = kPieceBytes / group * kGroupRows;
-  return rows < 16 ? 16 : rows > kMaxRows ? kMaxRows : rows;
+  const auto rows = [&](int64_t bytes) { return bytes / group * kGroupRows; };
+  if (tokens > 1) return std::clamp(rows(kPieceBytes), int64_t{16}, kMaxRows);
+  const int64_t step = std::min(rows(kPieceBytesForOne), all / (8 * threads));
+  return step >= 64 ? step / 64 * 64 : std::max<int64_t>(16, step / 16 * 16);
 }
 
 // A matrix, and the pieces of it that threads take: divisions that would be many for each piece.
@@ -91,39 +95,32 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
                        float* out) {
   if (!trunk || tokens < 0 || count < 1 || count > kMaxMatrices) return 1;
   const int64_t columns = matrices[0].columns;
-  Pieces parts[kMaxMatrices];
-  int64_t all_rows = 0, pieces = 0;
+  int64_t all_rows = 0;
   bool floats = false, quantized = false;
   for (int64_t m = 0; m < count; ++m) {
     const int32_t format = matrices[m].format;
     if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::fp8_block))
       return 1;
     (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
-    const int64_t rows = piece_rows(matrices[m]);
-    parts[m] = {&matrices[m], rows, (matrices[m].rows + rows - 1) / rows, all_rows};
     all_rows += matrices[m].rows;
-    pieces += parts[m].count;
   }
   try {
     Trunk& self = *static_cast<Trunk*>(trunk);
     static const Kernel& kernel = *usable_kernel(0);
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
-      const Inputs inputs(kernel, x, tokens < kMaxTokens ? tokens : kMaxTokens, columns, floats, quantized);
-      // One token: a thread takes pieces that follow each other, so that what it fetches ahead is its own.
-      const int64_t runs = pieces / (8 * self.threads());
-      const int64_t run = inputs.tokens() > 1 || runs < 1 ? 1 : runs < 4 ? runs : 4;
-      self.each((pieces + run - 1) / run, inputs.tokens() * all_rows * columns, [&](int64_t item) {
+      const Inputs inputs(kernel, x, std::min(tokens, kMaxTokens), columns, floats, quantized);
+      Pieces parts[kMaxMatrices];
+      int64_t row = 0, pieces = 0;
+      for (int64_t m = 0; m < count; ++m) {
+        const int64_t rows = piece_rows(matrices[m], inputs.tokens(), all_rows, self.threads());
+        parts[m] = {&matrices[m], rows, (matrices[m].rows + rows - 1) / rows, row};
+        row += matrices[m].rows;
+        pieces += parts[m].count;
+      }
+      self.each(pieces, inputs.tokens() * all_rows * columns, [&](int64_t piece) {
         const Pieces* of = parts;
-        int64_t piece = item * run;
         for (; piece >= of->count; ++of) piece -= of->count;
-        for (int64_t end = piece + (run < pieces - item * run ? run : pieces - item * run); piece < end; ++piece) {
-          while (piece == of->count) {  // on with the next matrix
-            end -= piece;
-            piece = 0;
-            ++of;
-          }
-          multiply_piece(kernel, *of, piece, inputs, out, all_rows);
-        }
+        multiply_piece(kernel, *of, piece, inputs, out, all_rows);
       });
     }
   } catch (const std::exception&) {
