@@ -1,31 +1,34 @@
 """`moehive bench experts`: the expert MLP of every format beside the machine's own limits, measured in one run.
 
-One token goes to eight experts, as in a node's part of a layer; more tokens go to one. Call after call walks over a
-set of experts far larger than the caches. Alternating with the calls, as many threads read memory. Before, torch
-multiplies the same tokens with bf16 weights of the same shape: not in turns with them, since its threads go on
-spinning for some time after their work.
+One token goes to eight experts, as in a node's part of a layer, from a request's bytes to its reply's as a node
+answers it; more tokens go to one. Call after call walks over a set of experts far larger than the caches. Alternating
+with the calls, as many threads read memory. Before, torch multiplies the same tokens with bf16 weights of the same
+shape: not in turns with them, since its threads go on spinning for some time after their work.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import cycle
 from typing import NamedTuple, get_args
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from moehive.kernels.answer import Answerer, LayerTable
 from moehive.kernels.blob import empty_blob, encode_tensor
 from moehive.kernels.formats.blocks import BLOCK_FORMATS
 from moehive.kernels.formats.file_rows import pack_file_rows
 from moehive.kernels.geometry import ExpertSpec, Format
+from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.machine import cores
 from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
+from moehive.proto import experts_pb2 as pb
+from moehive.proto.tensors import Routing, write_head, write_routing
 
 from ..estimate.geometries import TensorShape
 from .random_model import write_tensor
@@ -104,15 +107,7 @@ def _measure(
     repeats: int,
 ) -> ExpertsRow:
     used = _TOP_K if batch == 1 else 1
-    hidden = torch.randn(batch, spec.hidden_size)
-    offsets = np.arange(batch + 1, dtype=np.uint32) * np.uint32(used)
-    weights = np.full(batch * used, 1 / used, dtype=np.float32)
-    numbers = _walk(len(experts), used, batch)
-    held = dict(enumerate(experts))
-
-    def call() -> None:
-        ops.moe_layer(spec, held, hidden, offsets, next(numbers), weights, Reduction.PARTIAL_SUM)
-
+    call = (_answers if batch == 1 else _layers)(ops, spec, experts, batch, used)
     products = _torch_products(spec, batch, used)
     # At batch 1 the whole set is walked once in each repetition, so that one is long enough to compare with a read.
     calls = max(1, len(experts) // used) if batch == 1 else 1
@@ -144,10 +139,48 @@ def _measure(
     )
 
 
-def _walk(experts: int, used: int, batch: int) -> Iterator[npt.NDArray[np.uint32]]:
-    """The pairs' experts of call after call, each in turn, so that an expert comes again only after all others."""
+def _answers(
+    ops: ExpertOps, spec: ExpertSpec, experts: list[ExpertWeights], batch: int, used: int
+) -> Callable[[], object]:
+    """Answers the next of some requests, as a node does."""
+    if ops.native is None:
+        raise NativeLibraryError("Without the native library there is nothing to measure; see the log.")
+    answerer, table = Answerer(ops.native), LayerTable(spec, dict(enumerate(experts)), len(experts))
+    request = pb.ComputeRequest(id=1, reduction=pb.REDUCTION_PARTIAL_SUM)
+    request.hidden_states = bytes(write_head(request, torch.randn(batch, spec.hidden_size)))
+    messages = []
+    for routing in _walk(len(experts), used, batch):
+        write_routing(request, routing)
+        messages.append(request.SerializeToString())
+    following = cycle(messages)
+
+    def answer() -> None:
+        message = next(following)
+        if not answerer.read(message) or answerer.answer(message, table) is None:
+            raise AssertionError("a request is not answered")
+
+    return answer
+
+
+def _layers(
+    ops: ExpertOps, spec: ExpertSpec, experts: list[ExpertWeights], batch: int, used: int
+) -> Callable[[], object]:
+    """Computes the next of some layers' pairs."""
+    hidden, held = torch.randn(batch, spec.hidden_size), dict(enumerate(experts))
+    following = cycle(_walk(len(experts), used, batch))
+
+    def layer() -> torch.Tensor:
+        return ops.moe_layer(spec, held, hidden, *next(following), Reduction.PARTIAL_SUM)
+
+    return layer
+
+
+def _walk(experts: int, used: int, batch: int) -> list[Routing]:
+    """The pairs of call after call, each in turn, so that an expert comes again only after all others."""
+    offsets = np.arange(batch + 1, dtype=np.uint32) * np.uint32(used)
+    weights = np.full(batch * used, 1 / used, dtype=np.float32)
     starts = range(0, experts - used + 1, used)
-    return cycle([np.tile(np.arange(at, at + used, dtype=np.uint32), batch) for at in starts])
+    return [Routing(offsets, np.tile(np.arange(at, at + used, dtype=np.uint32), batch), weights) for at in starts]
 
 
 def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], None]:
