@@ -124,7 +124,6 @@ struct Vec {
 // 32 registers: 16 for sums, 4 for four rows' weights, 4 for the vectors.
 constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4, kBlockTokens = 4;
 constexpr int kStreams = 1, kScaledStreams = 1;
-constexpr int64_t kBlockBytesAhead = 4 << 10;
 
 }  // namespace
 }  // namespace moehive

@@ -11,7 +11,7 @@
 //                              |n| and |m| < 2^15
 //     kNarrow                  whether Wide holds 16 bits, so that it must be flushed before it overflows
 // and how it reads the weights of one token: kStreams parts of the rows in turns, kScaledStreams of formats with
-// sub-block scales, and kBlockBytesAhead of each fetched ahead.
+// sub-block scales.
 // Integers are exact, and floats are added block by block in a fixed order: the bits are the same everywhere, for any
 // number of tokens, rows and threads. The activations' 8 bits are what ggml uses for these formats too.
 #pragma once
@@ -319,12 +319,15 @@ inline void scaled_blocks(const uint8_t* block, const uint8_t* ahead, int64_t ap
   }
 }
 
-// The front of what is fetched ahead: it runs through a product's blocks and then on through what is wanted next.
+constexpr int64_t kBlockBytesAhead = 4 << 10;  // of all streams together
+
+// The front of what is fetched ahead of one of `streams`: it runs through a product's blocks and then on through what
+// is wanted next.
 class Ahead {
  public:
-  Ahead(const uint8_t* weights, int64_t bytes, int64_t block_bytes, const void* next)
+  Ahead(const uint8_t* weights, int64_t bytes, int64_t block_bytes, const void* next, int64_t streams)
       : end_(weights + bytes), next_(static_cast<const uint8_t*>(next)) {
-    const int64_t distance = (kBlockBytesAhead + block_bytes - 1) / block_bytes * block_bytes;
+    const int64_t distance = (kBlockBytesAhead / streams + block_bytes - 1) / block_bytes * block_bytes;
     at = distance < bytes ? weights + distance : next_ + (distance - bytes);
   }
   void step(int64_t block_bytes) {
@@ -374,7 +377,7 @@ inline void block_streams(const Product& p, int64_t token, int64_t first, int64_
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights) + first / kGroupRows * group_bytes;
   const Quantized* tokens[T];
   for (int t = 0; t < T; ++t) tokens[t] = static_cast<const Quantized*>(p.x[token + t]);
-  Ahead ahead(weights, apart, layout.bytes(), token + T < p.tokens ? p.weights : p.next);
+  Ahead ahead(weights, apart, layout.bytes(), token + T < p.tokens ? p.weights : p.next, S);
   for (int64_t g = 0; g < groups; ++g, weights += group_bytes) {
     alignas(64) float out[S][T][kGroupRows];
     group<F, T, S>(weights, apart, blocks, &ahead, tokens, out);
@@ -389,7 +392,7 @@ inline void block_streams(const Product& p, int64_t token, int64_t first, int64_
 
 template <Format F, int T>
 inline void block_rows(const Product& p, int64_t token) {
-  // For more tokens the weights come from the second cache.
+  // With more tokens arithmetic takes longer than reading.
   constexpr int S = T > 1 ? 1 : has_sub_scales<F>() ? kScaledStreams : kStreams;
   const int64_t groups = (p.rows + kGroupRows - 1) / kGroupRows, each = groups / S;
   if (each) block_streams<F, T, S>(p, token, 0, each);

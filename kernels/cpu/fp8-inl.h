@@ -126,7 +126,7 @@ void multiply_fp8(const Product& p) {
   constexpr int64_t kMost = 48;  // tokens whose sums wait in memory: 3 KiB
   const int64_t row_bytes = (p.columns + kFp8Columns - 1) / kFp8Columns * kFp8Bytes;
   const uint8_t* weights = static_cast<const uint8_t*>(p.weights);
-  Ahead ahead(weights, rows_bytes(Format::fp8_block, p.rows, p.columns), kFp8Bytes, p.next);
+  Ahead ahead(weights, rows_bytes(Format::fp8_block, p.rows, p.columns), kFp8Bytes, p.next, 1);
   alignas(64) float out[kMost][kGroupRows];
   for (int64_t row = 0; row < p.rows; row += kGroupRows, weights += row_bytes) {
     const int64_t rows = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;

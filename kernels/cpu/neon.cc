@@ -155,7 +155,6 @@ struct Vec {
 // 32 registers: 24 for sums, the rest for weights and vectors.
 constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3, kBlockTokens = 3;
 constexpr int kStreams = 1, kScaledStreams = 1;
-constexpr int64_t kBlockBytesAhead = 4 << 10;
 
 }  // namespace
 }  // namespace moehive

@@ -152,7 +152,6 @@ struct Vec {
 
 constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2, kBlockTokens = 2;
 constexpr int kStreams = 1, kScaledStreams = 1;
-constexpr int64_t kBlockBytesAhead = 4 << 10;
 
 }  // namespace
 }  // namespace moehive
