@@ -3,7 +3,8 @@
 `python -m moehive.expert_node.bench_tiers CONFIG`, with CONFIG in JSON: `folder` (of expert files and trace.npz),
 `spec` (an ExpertSpec's fields), `layers`, `experts`, `top_k`, `ram_bytes`, `threads`, and `group`: a control group to
 enter, or null. Prints the seconds that a token's experts take in RAM, then answers each line of JSON with one:
-`{"disk": "buffered"}` or "mmap" with bytes a second of reading so, and
+`{"disk": "buffered"}` or "mmap" with bytes a second of reading so, `{"transitions": FILE}` with how often counts of
+what followed what are right, and
 `{"ways": [[PREFETCH, MARGIN], …], "trunk_s": FLOAT, "tokens": N, "first": WAY}` with the figures of each turn, `way`
 among them.
 """
@@ -29,6 +30,7 @@ from .store import ExpertStore
 from .tiers.arena import padded
 from .tiers.mapped import mapped_rate
 from .tiers.reader import sample_rate
+from .tiers.use import LAGS, Transitions
 
 DISK_BYTES = 160 << 20  # of a measurement of the disk: in less it does not reach its speed
 BLOCK = 4  # tokens of a way's turn: a disk that others use, too, is the same for the next way's
@@ -41,7 +43,8 @@ class Bench:
         self._folder = Path(config["folder"])
         self._spec = ExpertSpec(**config["spec"])
         self._ram_bytes: int = config["ram_bytes"]
-        layer = LayerGeometry(config["experts"], config["top_k"], self._spec)
+        self._experts: int = config["experts"]
+        layer = LayerGeometry(self._experts, config["top_k"], self._spec)
         self._manifest = Manifest("bench", "0" * 64, (layer,) * config["layers"])
         trace = np.load(self._folder / "trace.npz")
         self._scores = trace["scores"]  # [tokens, layers, experts], positive
@@ -79,6 +82,26 @@ class Bench:
         """Bytes a second of reading files through the page cache, "buffered" or as "mmap"."""
         files = self._some_files()
         return mapped_rate(files) if way == "mmap" else sample_rate(files, direct=False)
+
+    def transitions(self, name: str) -> list[tuple[float, float]]:
+        """How often counts of transitions are right about the second half of the experts in file `name`.
+
+        For each distance in layers the share of a layer's experts that they name, and the share of those named that
+        were asked for. The file holds [tokens, layers, top_k].
+        """
+        chosen = np.load(self._folder / name)
+        tokens, layers, _ = chosen.shape
+        counts = Transitions([self._experts] * layers)
+        asked, named, both = np.zeros(LAGS), np.zeros(LAGS), np.zeros(LAGS)
+        for token, layer in itertools.product(range(tokens), range(layers)):
+            counts.note(layer, chosen[token, layer].tolist())
+            for lag in range(1, LAGS + 1) if 2 * token >= tokens else ():
+                if layer + lag < layers:
+                    guess, came = set(counts.likely(layer, lag)), set(chosen[token, layer + lag].tolist())
+                    asked[lag - 1] += len(came)
+                    named[lag - 1] += len(guess)
+                    both[lag - 1] += len(guess & came)
+        return list(zip((both / asked).tolist(), (both / np.maximum(named, 1)).tolist(), strict=True))
 
     def _tokens(self, tokens: range, prefetch: bool, margin: float, trunk_s: float) -> None:
         tier, layers, top_k = self._tier, len(self._manifest.layers), self._manifest.layers[0].top_k
@@ -174,7 +197,12 @@ def main() -> None:
     for line in sys.stdin:
         question = json.loads(line)
         answer: Any
-        answer = bench.disk(question["disk"]) if "disk" in question else bench.run(**question)
+        if "disk" in question:
+            answer = bench.disk(question["disk"])
+        elif "transitions" in question:
+            answer = bench.transitions(question["transitions"])
+        else:
+            answer = bench.run(**question)
         print(json.dumps(answer), flush=True)
 
 

@@ -9,14 +9,15 @@ with the experts that it started with.
 """
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec, Manifest
-from moehive.kernels.ops import ExpertWeights
+from moehive.kernels.ops import ExpertWeights, load_expert
 
+from .cache import mapped
 from .tiers.arena import padded
 from .tiers.ram import LEAST_EXPERTS, RamTier
 from .tiers.reader import DiskReader
@@ -156,15 +157,31 @@ class ExpertStore:
         tier = self.tier
         if tier is not None and self._reader is not None:
             self._reader.choose(list(self._files.values()))
+        if self.gpu is not None:
+            for weights in self._one_of_each_kind():
+                self.gpu.measure_break_even(weights)
+        if tier is not None:
             tier.fill()
-        staying = next((weights for held in self._layers.values() for weights in held.values()), None)
-        if self.gpu is not None and staying is not None:
-            self.gpu.measure_break_even(staying)
 
     def close(self) -> None:
         """Ends the reading from disk; nothing may be computing any more."""
         if self._reader is not None:
             self._reader.close()
+
+    def _one_of_each_kind(self) -> Iterator[ExpertWeights]:
+        """An expert of each spec, of those on disk one that is mapped for the moment. Raises CacheError."""
+        seen: set[ExpertSpec] = set()
+        for held in list(self._layers.values()):
+            for weights in held.values():
+                if weights.spec not in seen:
+                    seen.add(weights.spec)
+                    yield weights
+        for expert, path in list(self._files.items()):
+            assert self.manifest is not None
+            spec = self.manifest.layers[expert.layer].spec_of(expert.expert)
+            if spec not in seen:
+                seen.add(spec)
+                yield load_expert(spec, mapped(path, spec.nbytes))
 
     def _staying_bytes(self) -> int:
         return sum(weights.spec.nbytes for held in self._layers.values() for weights in held.values())

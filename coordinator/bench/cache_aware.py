@@ -22,10 +22,11 @@ from moehive.kernels.ops import Reduction
 from moehive.proto.tensors import Routing
 
 from ..app import text_of
-from ..checkpoints.opening import open_model
+from ..checkpoints.opening import ModelSource, open_model
 from ..dispatch.local import LocalExperts
 from ..models.base import SequenceInput, Trunk
 from ..trunk import load_trunk
+from .trained_like import CONFIGS, save_trained_like, texts
 
 
 class Divergence(NamedTuple):
@@ -88,16 +89,33 @@ class _HalfInMemory:
         return self._done(self.local.compute(layer, hidden, routing, Reduction.PARTIAL_SUM))
 
 
-def divergences(model: Path, margins: Sequence[float], tokens: int) -> list[Divergence]:
-    """For each margin, over `tokens` tokens of the calibration text. Raises CoordinatorError."""
+def measure_divergences(
+    model: Path | None, margins: Sequence[float], tokens: int, folder: Path
+) -> dict[str, list[Divergence]]:
+    """By model, for each margin: of the trained-like models, which are made in `folder`, and of `model`.
+
+    Raises CoordinatorError for a model that can't be read.
+    """
+    found = {}
+    for name, config in CONFIGS.items():
+        save_trained_like(config, folder / name)
+        ids: Sequence[int] = texts((tokens, 0))[0][0].tolist()
+        found[name] = divergences(open_model(str(folder / name)), ids, margins)
+    if model is not None:
+        source = open_model(str(model))
+        text = (files("moehive.coordinator.precision") / "calibration.txt").read_text(encoding="utf-8")
+        ids = asyncio.run(text_of(source).encode(text[: 16 * tokens]))[:tokens]
+        found[source.manifest.name] = divergences(source, ids, margins)
+    return found
+
+
+def divergences(source: ModelSource, ids: Sequence[int], margins: Sequence[float]) -> list[Divergence]:
+    """For each margin, over a text's tokens."""
     torch.set_grad_enabled(False)
-    source = open_model(str(model))
     trunk, manifest = load_trunk(source, cores()), source.manifest
     local = LocalExperts(manifest, cores())
     every = (ExpertId(n, expert) for n, layer in enumerate(manifest.layers) for expert in range(layer.experts))
     local.hold(every, source.expert_blob)
-    text = (files("moehive.coordinator.precision") / "calibration.txt").read_text(encoding="utf-8")
-    ids = asyncio.run(text_of(source).encode(text[: 16 * tokens]))[:tokens]
     own = _log_probabilities(trunk, _HalfInMemory(manifest, local, 0.0), ids)
     found = []
     for margin in margins:

@@ -36,7 +36,6 @@ from .timing import seconds_of, torch_threads
 
 _TOP_K = 8
 _TORCH_SPINS = 0.1  # seconds after its work, at most
-_READ_BYTES = 512 << 20  # of plain memory; the largest last-level caches have about as much
 
 
 class Shape(NamedTuple):
@@ -47,7 +46,21 @@ class Shape(NamedTuple):
     intermediate: int
 
 
-SHAPES = (Shape("qwen3.5-35b", 2048, 512), Shape("qwen3.5-397b", 4096, 1024))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extent:
+    """How much is measured."""
+
+    shapes: tuple[Shape, ...]
+    batches: tuple[int, ...]  # tokens in a call
+    set_bytes: int  # of the experts of one shape and format
+    read_bytes: int  # of the plain memory that is read beside them
+    repeats: int
+
+
+_SHAPES = (Shape("qwen3.5-35b", 2048, 512), Shape("qwen3.5-397b", 4096, 1024))
+_READ_BYTES = 512 << 20  # the largest last-level caches have about as much
+FULL = Extent(shapes=_SHAPES, batches=(1, 8, 64, 512), set_bytes=512 << 20, read_bytes=_READ_BYTES, repeats=7)
+QUICK = Extent(shapes=_SHAPES[:1], batches=(1, 64), set_bytes=128 << 20, read_bytes=_READ_BYTES, repeats=3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,26 +85,22 @@ class ExpertsRow:
     torch_seconds: float
 
 
-def measure_experts(quick: bool) -> list[dict[str, object]]:
-    """All formats and shapes, one thread and all; with `quick` the smaller shape, fewer batches and repetitions.
-
-    Raises NativeLibraryError without the native library.
-    """
+def measure_experts(extent: Extent) -> list[dict[str, object]]:
+    """All formats, one thread and all. Raises NativeLibraryError without the native library."""
     threads = (1, cores()) if cores() > 1 else (1,)
-    batches, set_bytes, repeats = ((1, 64), 128 << 20, 3) if quick else ((1, 8, 64, 512), 512 << 20, 7)
-    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
+    memory = torch.ones(extent.read_bytes, dtype=torch.uint8)
     rows: list[ExpertsRow] = []
-    for shape in SHAPES[:1] if quick else SHAPES:
+    for shape in extent.shapes:
         for fmt in get_args(Format):
             spec = ExpertSpec(
                 hidden_size=shape.hidden, intermediate_size=shape.intermediate, activation="silu", format=fmt
             )
-            experts = _random_experts(spec, max(2 * _TOP_K, set_bytes // spec.nbytes))
+            experts = _random_experts(spec, max(2 * _TOP_K, extent.set_bytes // spec.nbytes))
             for count in threads:
                 with torch_threads(count):
                     ops = ExpertOps(count)
-                    for batch in batches:
-                        rows.append(_measure(ops, spec, experts, memory, shape.name, batch, count, repeats))
+                    for batch in extent.batches:
+                        rows.append(_measure(ops, spec, experts, memory, shape.name, batch, count, extent.repeats))
             del experts
     return [asdict(row) for row in rows]
 
@@ -117,7 +126,7 @@ def _measure(
     torch_seconds = statistics.median(seconds_of(products, 1) for _ in range(repeats if batch < 64 else 3))
     time.sleep(_TORCH_SPINS)
     call()
-    slice_bytes = min(_READ_BYTES, max(64 << 20, calls * used * spec.nbytes))
+    slice_bytes = min(len(memory), max(64 << 20, calls * used * spec.nbytes))
     for _ in range(repeats):
         times[0].append(seconds_of(call, calls))
         times[1].append(seconds_of(lambda: read_memory(memory[:slice_bytes], threads), 1))

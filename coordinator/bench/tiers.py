@@ -24,7 +24,7 @@ from moehive.kernels.geometry import ExpertSpec
 from moehive.kernels.machine import cores
 
 from ..types import CoordinatorError
-from .cache_aware import Divergence, divergences
+from .cache_aware import Divergence, measure_divergences
 from .memory_group import MemoryGroup, memory_group
 from .peers import Peer
 from .tiers_trace import Trace, policy_hit_rates, routing_trace
@@ -38,6 +38,7 @@ PROCESS_BYTES = (
 )  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
 MARGINS = (0.1, 0.3)
 KL_TOKENS = 128
+LEARNED_TOKENS = 1024  # of the trace that counts of transitions learn from and are judged on
 MODULE = "moehive.expert_node.bench_tiers"
 
 
@@ -78,14 +79,17 @@ class TiersReport:
     recall: list[float]  # of a layer's experts: named by the guess of the layer before, and of the one before that
     reuse: float  # of a layer's experts: asked for by the token before, too
     disk: dict[str, float]  # bytes a second of each way to read
-    divergence: dict[str, Divergence]  # of a model's output, by way: what cache-aware routing costs
+    divergence: dict[str, dict[str, Divergence]]  # of models' outputs, by way: what cache-aware routing costs
+    # Of what followed what, one and two layers later, on a longer trace: the share of a layer's experts that counts
+    # of it name, and the share of those named that were asked for.
+    transitions: list[list[float]]
     policies: dict[str, float]  # hit rates of ways to choose who makes room, on the same trace, without prefetch
 
 
 def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -> TiersReport:
     """Measures, with experts below `folder` (None: the folder for temporary files). Raises CoordinatorError.
 
-    `model`: whose answers cache-aware routing changes; None: that is left out.
+    `model`: whose answers cache-aware routing changes, beside the trained-like models'.
     """
     layers, tokens = (6, 24) if quick else (12, 48)
     size = layers * EXPERTS * SPEC.nbytes
@@ -97,13 +101,14 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
             )
         trace = routing_trace(2 * tokens, layers, EXPERTS, TOP_K, np.random.default_rng(0))
         _write(place, layers, trace)
+        long = routing_trace(LEARNED_TOKENS, layers, EXPERTS, TOP_K, np.random.default_rng(0))
+        np.save(place / "chosen.npy", long.chosen())
         with memory_group(size // 2 + PROCESS_BYTES) as group:
             report = _measure(place, layers, tokens, size // 2, group, trace)
-    if model is None:
-        return report
-    margins = [row.margin for row in report.rows[1:]]
-    ways = zip(report.rows[1:], divergences(model, margins, KL_TOKENS), strict=True)
-    return replace(report, divergence={row.way: found for row, found in ways})
+        rows = [row for row in report.rows if row.margin]
+        found = measure_divergences(model, [row.margin for row in rows], KL_TOKENS, place)
+    ways = {row.way: {name: kinds[n] for name, kinds in found.items()} for n, row in enumerate(rows)}
+    return replace(report, divergence=ways)
 
 
 def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup | None, trace: Trace) -> TiersReport:
@@ -137,6 +142,7 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
                     found[list(ways)[turn["way"]]].append(turn)
                 if len(ways) == 2:
                     gains += [_gain(*pair) for pair in zip(turns[::2], turns[1::2], strict=False)]
+        transitions = peer.ask({"transitions": "chosen.npy"})
     finally:
         peer.end()
     margins = {way: margin for ways in sets for way, (_, margin) in ways.items()}
@@ -149,6 +155,7 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
         reuse=trace.reuse(),
         disk={"direct": direct, **{way: statistics.median(rates) for way, rates in disk.items()}},
         divergence={},
+        transitions=transitions,
         policies=policy_hit_rates(trace, ram // SPEC.nbytes),
     )
 

@@ -19,6 +19,10 @@ class Trace:
     ahead: npt.NDArray[np.float32]
     top_k: int
 
+    def chosen(self) -> npt.NDArray[np.int64]:
+        """Each token's experts in each layer, best first, [tokens, layers, top_k]."""
+        return np.argsort(-self.scores, axis=-1)[..., : self.top_k]
+
     def recall(self) -> list[float]:
         """For each distance the share of a layer's experts that as many foreseen ones had among them."""
         chosen = _best(self.scores, self.top_k)
@@ -77,7 +81,7 @@ def policy_hit_rates(trace: Trace, room: int) -> dict[str, float]:
 
 def _hit_rate(trace: Trace, room: int, half_life: float) -> float:
     tokens, layers, _ = trace.scores.shape
-    chosen = np.argsort(-trace.scores, axis=2)[:, :, : trace.top_k]
+    chosen = trace.chosen()
     counts: dict[tuple[int, int], tuple[float, float]] = {}  # the count, and when it was that
     held: set[tuple[int, int]] = set()
     hits: int = 0

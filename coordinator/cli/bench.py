@@ -109,9 +109,9 @@ def experts(
     as_json: Json = False,
 ) -> None:
     """The expert MLP in every format: its share of the memory's bandwidth, and torch's bf16 beside it."""
-    from ..bench.experts import measure_experts
+    from ..bench.experts import FULL, QUICK, measure_experts
 
-    rows = measure_experts(quick)
+    rows = measure_experts(QUICK if quick else FULL)
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
         return

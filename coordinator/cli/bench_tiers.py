@@ -1,6 +1,7 @@
 """`moehive bench tiers`."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,10 @@ def tiers(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layers, tokens and rounds.")] = False,
     model: Annotated[
         Path | None,
-        typer.Option(help="Model whose answers cache-aware routing changes (default: the demo's, once it is built)."),
+        typer.Option(
+            help="One more model whose answers cache-aware routing changes.",
+            show_default="the demo's, once it is built",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -32,14 +36,27 @@ def tiers(
     from rich.table import Table
 
     out = console()
+    models = list(next(iter(report.divergence.values())))
     table = Table(
-        "way", "tokens/s", "KL nats/token", "of limit", "hit rate", "foreseen", "late", "unused", "disk GB/s", "busy"
+        "way",
+        "tokens/s",
+        *(f"KL, {model}" for model in models),
+        "of limit",
+        "hit rate",
+        "foreseen",
+        "late",
+        "unused",
+        "disk GB/s",
+        "busy",
     )
     for row in report.rows:
         table.add_row(
             row.way,
             f"{row.decode_tokens_per_s:.1f}",
-            f"{report.divergence[row.way].kl:.4f}" if row.way in report.divergence else "",
+            *(
+                f"{report.divergence[row.way][name].kl:.4f}" if row.way in report.divergence else ""
+                for name in models
+            ),
             f"{row.limit_share:.2f}",
             *(f"{share:.0%}" for share in (row.hit_rate, row.foreseen_rate, row.late_rate, row.unused_share)),
             f"{row.disk_Bps / 1e9:.2f}",
@@ -52,12 +69,18 @@ def tiers(
         f"{500 / last.experts_alone_ms:.1f} tokens/s.",
         highlight=False,
     )
-    named = " and ".join(f"{share:.0%}" for share in report.recall)
     out.print(
-        f"A router names {named} of a layer's experts from one and two layers before; {report.reuse:.0%} of them "
-        "were asked for by the token before.",
+        f"A router names {_shares(report.recall)} of a layer's experts from one and two layers before; "
+        f"{report.reuse:.0%} of them were asked for by the token before.",
         highlight=False,
     )
+    named, came = zip(*report.transitions, strict=True)
+    out.print(
+        f"What followed before names {_shares(named)} of them one and two layers before; of what it names, "
+        f"{_shares(came)} are asked for.",
+        highlight=False,
+    )
+    out.print("KL: nats a token, with half of the experts in memory.", highlight=False)
     out.print("Disk: " + ", ".join(f"{way} {rate / 1e9:.2f} GB/s" for way, rate in report.disk.items()))
     out.print("Hit rates: " + ", ".join(f"{name} {rate:.1%}" for name, rate in report.policies.items()))
     most = max(row.most_ram_bytes for row in report.rows)
@@ -70,3 +93,7 @@ def tiers(
         )
     else:
         out.print("No control group could be made here: the process had no limit.")
+
+
+def _shares(shares: Iterable[float]) -> str:
+    return " and ".join(f"{share:.0%}" for share in shares)

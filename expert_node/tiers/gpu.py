@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 HEAD_ROOM_SHARE = 0.1  # of what is free on the GPU: for intermediate results and whoever else uses it
 TRIED_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+NEVER = 1 << 30  # more tokens than a request has
 HYSTERESIS = 1.0  # doublings by which an expert must be used more than the one whose place it takes
 LOOK_EVERY = 32  # requests, for one that might make room: it takes a look at all
 _NONE: Mapping[int, GpuExpert] = MappingProxyType({})
@@ -50,7 +51,7 @@ class GpuTier:
         self.capacity_bytes = capacity_bytes
         self.bytes_held = 0
         self.pinned: frozenset[ExpertId] = frozenset()  # come at their first use, and stay
-        self.break_even = 1 << 30  # tokens of one expert from which it is copied for a request
+        self.break_even: dict[ExpertSpec, int] = {}  # tokens of one expert from which it is copied for a request
         self._gpu = GpuExperts(device)
         self._held: dict[int, dict[int, GpuExpert]] = {}
         self._counts: dict[ExpertId, float] = {}
@@ -73,32 +74,42 @@ class GpuTier:
                 self.bytes_held -= gone.memory.numel()
 
     def measure_break_even(self, weights: ExpertWeights) -> None:
-        """Finds from how many tokens on copying an expert and computing it here beats the CPU."""
+        """Finds from how many tokens on copying an expert like this and computing it here beats the CPU.
+
+        Once for each kind of expert; takes seconds, for which no request is computed.
+        """
         spec = weights.spec
-        if not self._computes(spec):
-            return
-        try:
-            self._gpu.load_blob(spec, weights.blob)
-        except PlanesError as error:
-            self._refuse(spec, error)
-            return
-        for tokens in TRIED_TOKENS:
-            hidden = torch.zeros(tokens, spec.hidden_size)
-            offsets = np.arange(tokens + 1, dtype=np.uint32)
-            experts, factors = np.zeros(tokens, dtype=np.uint32), np.ones(tokens, dtype=np.float32)
-            best = {"cpu": float("inf"), "gpu": float("inf")}
-            for _ in range(3):  # the first call compiles
-                start = perf_counter()
-                self._cpu.moe_layer(spec, {0: weights}, hidden, offsets, experts, factors, Reduction.PER_EXPERT)
-                middle = perf_counter()
-                held = {0: self._gpu.load_blob(spec, weights.blob)}
-                self._gpu.moe_layer(spec, held, hidden, offsets, experts, factors, Reduction.PER_EXPERT).cpu()
-                best["cpu"] = min(best["cpu"], middle - start)
-                best["gpu"] = min(best["gpu"], perf_counter() - middle)
-            if best["gpu"] < best["cpu"]:
-                self.break_even = tokens
-                break
-        log.info("An expert in RAM is copied to the GPU for %d tokens or more.", self.break_even)
+        with self.lock:
+            if spec in self.break_even or not self._computes(spec):
+                return
+            try:
+                self._gpu.load_blob(spec, weights.blob)
+            except PlanesError as error:
+                self._refuse(spec, error)
+                return
+            self.break_even[spec] = next((n for n in TRIED_TOKENS if self._copying_pays(weights, n)), NEVER)
+        if self.break_even[spec] == NEVER:
+            log.info("An expert in %s in RAM is not copied to the GPU for a request: it never paid.", spec.format)
+        else:
+            tokens = self.break_even[spec]
+            log.info("An expert in %s in RAM is copied to the GPU for %d tokens or more.", spec.format, tokens)
+
+    def _copying_pays(self, weights: ExpertWeights, tokens: int) -> bool:
+        """Whether copying an expert and computing `tokens` here is quicker than the CPU; the best of three each."""
+        spec = weights.spec
+        hidden = torch.zeros(tokens, spec.hidden_size)
+        offsets = np.arange(tokens + 1, dtype=np.uint32)
+        experts, factors = np.zeros(tokens, dtype=np.uint32), np.ones(tokens, dtype=np.float32)
+        cpu = gpu = float("inf")
+        for _ in range(3):  # the first call compiles
+            start = perf_counter()
+            self._cpu.moe_layer(spec, {0: weights}, hidden, offsets, experts, factors, Reduction.PER_EXPERT)
+            middle = perf_counter()
+            held = {0: self._gpu.load_blob(spec, weights.blob)}
+            self._gpu.moe_layer(spec, held, hidden, offsets, experts, factors, Reduction.PER_EXPERT).cpu()
+            end = perf_counter()
+            cpu, gpu = min(cpu, middle - start), min(gpu, end - middle)
+        return gpu < cpu
 
     def compute(
         self,
@@ -114,9 +125,10 @@ class GpuTier:
         """
         numbers, tokens = np.unique(routing.experts, return_counts=True)
         held = dict(self.layer(layer))
-        if self._computes(spec):
+        break_even = self.break_even.get(spec, NEVER)
+        if break_even < NEVER:
             for number, count in zip(numbers.tolist(), tokens.tolist(), strict=True):
-                if number not in held and count >= self.break_even and in_ram[number].spec == spec:
+                if number not in held and count >= break_even and in_ram[number].spec == spec:
                     held[number] = self._gpu.load_blob(spec, in_ram[number].blob)
         here = np.isin(routing.experts, list(held))
         rows = torch.empty(len(routing.experts), spec.hidden_size)

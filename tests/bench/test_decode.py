@@ -3,7 +3,10 @@
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
+
+import pytest
 
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
@@ -28,6 +31,36 @@ def test_a_link_costs_and_the_rest_adds_up(tmp_path):
     assert row["limit_share"] == row["decode_tokens_per_s"] / row["limit_tokens_per_s"]
     events = json.loads(trace.read_text())["traceEvents"]
     assert {"wait", "round trip"} <= {event["name"] for event in events}
+
+
+def test_a_file_of_llama_cpp_is_measured(tmp_path):
+    """A Mixtral of 2.3 MB that llama.cpp wrote and quantized, its experts in two formats."""
+    archive = Path(__file__).parents[1] / "checkpoints" / "llama_cpp" / "mixtral.tar.xz"
+    with tarfile.open(archive) as packed:
+        packed.extract("Q4_K_M.gguf", tmp_path, filter="data")
+    file = tmp_path / "Q4_K_M.gguf"
+    short = ["--nodes", "3", "--prompt", "5", "--tokens", "3", "--rounds", "1"]
+    done = run(tmp_path / "state", "--model", str(file), *short, "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["model"], row["nodes"], row["link"]) == ("Q4_K_M", 3, "loopback")
+    assert (row["prompt_tokens"], row["tokens"]) == (5, 3)
+    assert min(row["prefill_tokens_per_s"], row["decode_tokens_per_s"], row["experts_ms"]) > 0
+    assert row["expert_bytes"] + row["trunk_bytes"] < file.stat().st_size  # not all experts are read for a token
+    limit = row["read_bandwidth"] / (row["expert_bytes"] + row["trunk_bytes"])
+    assert row["limit_tokens_per_s"] == pytest.approx(limit)
+
+
+def test_a_layer_of_each_kind_of_qwen3_5(tmp_path):
+    """Three layers with a recurrent state and one with attention, in the width of the 35B."""
+    model = ["--geometry", "qwen3.5-35b", "--layers", "4", "--experts", "8", "--format", "q4_0"]
+    done = run(tmp_path, *model, "--prompt", "4", "--tokens", "3", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["expert_bytes"] >= 4 * 8 * 3 * 512 * 2048 * 18 // 32
+    # All of a token's time, and once more what nodes compute while the coordinator does.
+    assert row["trunk_share"] + row["experts_share"] + row["hop_share"] > 0.999
+    assert 0 < row["waiting_share"] < 1
 
 
 def test_wrong_options_are_sentences(tmp_path):

@@ -1,8 +1,20 @@
 """`moehive bench tiers` on a tiny model: its figures hang together, and the memory limit holds."""
 
-from moehive.coordinator.bench import tiers
+import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from moehive.coordinator.bench import cache_aware, tiers
 from moehive.coordinator.bench.memory_group import memory_group
-from moehive.kernels.geometry import ExpertSpec
+from moehive.coordinator.bench.trained_like import save_trained_like, texts
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.dispatch.local import LocalExperts
+from moehive.coordinator.trunk import load_trunk
+from moehive.kernels.geometry import ExpertId, ExpertSpec
+
+SMALL = MixtralConfig(
+    vocab_size=1024, hidden_size=128, intermediate_size=128, num_hidden_layers=2, num_local_experts=8,
+    num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1, head_dim=64,
+)  # fmt: skip
 
 
 def test_a_tiny_run_stays_within_its_memory(tmp_path, monkeypatch):
@@ -12,6 +24,8 @@ def test_a_tiny_run_stays_within_its_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(tiers, "EXPERTS", 16)
     monkeypatch.setattr(tiers, "TOP_K", 2)
     monkeypatch.setattr(tiers, "MARGINS", (0.3,))
+    monkeypatch.setattr(tiers, "KL_TOKENS", 16)
+    monkeypatch.setattr(cache_aware, "CONFIGS", {"small": SMALL})
     report = tiers.measure_tiers(quick=True, model=None, folder=tmp_path)
     assert [row.way for row in report.rows] == ["no prefetch", "prefetch", "prefetch, cache-aware 0.3"]
     for row in report.rows:
@@ -21,7 +35,28 @@ def test_a_tiny_run_stays_within_its_memory(tmp_path, monkeypatch):
     assert report.rows[0].foreseen_rate == 0 < report.rows[1].foreseen_rate
     assert report.rows[2].hit_rate > report.rows[1].hit_rate - 0.02
     assert all(0 < rate < 1 for rate in report.policies.values())
+    assert list(report.divergence) == ["prefetch, cache-aware 0.3"]
+    assert list(report.divergence["prefetch, cache-aware 0.3"]) == ["small"]
+    for named, came in report.transitions:  # chance would name an eighth, of which an eighth came
+        assert 1 / 8 < came <= 1 and 0 < named < 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cache_aware_routing_costs(tmp_path):
+    """Nothing without a margin; the rest against transformers' own numbers for the model's own routing."""
+    save_trained_like(SMALL, tmp_path)
+    source, ids = open_model(str(tmp_path)), texts((24, 0))[0][0].tolist()
+    none, some, much = cache_aware.divergences(source, ids, (0.0, 0.3, 10.0))
+    assert abs(none.kl) < 1e-6 < some.kl < much.kl
+    assert 0 < none.hit_rate < some.hit_rate < much.hit_rate
+    local = LocalExperts(source.manifest, 1)
+    local.hold((ExpertId(n, e) for n in range(2) for e in range(8)), source.expert_blob)
+    backend = cache_aware._HalfInMemory(source.manifest, local, 0.0)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        theirs = model(torch.tensor([ids])).logits[0].log_softmax(1)
+        ours = cache_aware._log_probabilities(load_trunk(source, 1), backend, ids)
+    assert (theirs.exp() * (theirs - ours)).sum(1).abs().max() < 1e-4
 
 
 def test_a_group_is_gone_afterwards():

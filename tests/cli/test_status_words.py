@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from moehive.coordinator.cli.loading import load_sentences
 from moehive.coordinator.cli.status_words import in_words
 
 
@@ -10,6 +11,7 @@ def node(**figures):
     usual = {
         "name": "near", "state": "ready", "experts_held": 60, "ram_bytes": 3 << 30, "read_bandwidth": 30e9,
         "expert_calls": 6000, "compute_ns": 60_000_000, "round_trip_s": 1e-5,
+        "load_bytes": 0, "load_total_bytes": 0, "load_bytes_per_s": 0.0, "source_fault": "",
     }  # fmt: skip
     return SimpleNamespace(**(usual | figures))
 
@@ -41,3 +43,20 @@ def test_it_says_who_was_drained_and_how_that_ends():
     words = in_words([NEAR, node(name="leaver", state="draining"), idle])
     assert words[0] == "leaver is being drained: the others load its experts."
     assert words[1] == "idle is drained; `moehive node readmit idle` gives it experts again."
+
+
+def test_it_says_what_is_loaded_and_how_long_that_takes():
+    loading = {"state": "loading", "load_bytes": 3 * 10**9, "load_total_bytes": 9 * 10**9}
+    nodes = [NEAR, node(name="new", **loading, load_bytes_per_s=200e6), node(name="slow", **loading)]
+    assert list(load_sentences(nodes)) == [
+        "new has loaded 3.00 of 9.00 GB, 200 MB/s, 30 s left.",
+        "slow has loaded 3.00 of 9.00 GB.",  # at which rate is not known yet
+    ]
+    assert list(load_sentences([node(**loading | {"state": "ready"})])) == []  # the end of a slice that is there
+
+
+def test_it_names_who_gave_wrong_bytes():
+    liar = node(name="liar", source_fault="gave near wrong bytes of expert 3 of layer 1")
+    assert list(load_sentences([NEAR, liar])) == [
+        "liar gave near wrong bytes of expert 3 of layer 1; they were fetched again from elsewhere."
+    ]

@@ -40,9 +40,9 @@ def _load_families() -> ModuleType:
 class NodeProcess:
     """One `python -m moehive.expert_node`."""
 
-    def __init__(self, name: str, state: Path, token: str | None) -> None:
+    def __init__(self, name: str, state: Path, token: str | None, memory: str) -> None:
         arguments = ["--name", name, "--listen", "127.0.0.1:0", "--state-dir", str(state)]
-        arguments += ["--memory", "1GiB", "--threads", "1"]
+        arguments += ["--memory", memory, "--threads", "1"]
         if token is not None:
             arguments += ["--token", token]
         self.log_path = state.with_suffix(".log")
@@ -68,7 +68,9 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, memory: str = "1GiB") -> None:
+        """`memory` that each node gives to experts."""
+        self.memory = memory
         self.state = folder / "coordinator"
         self.state.mkdir(parents=True)
         self.authority = Authority.create(self.state / "ca")
@@ -106,7 +108,7 @@ class TestCluster:
             return running
         state = self.folder / name
         token = None if state.exists() else self.token()
-        self.nodes[name] = NodeProcess(name, state, token)
+        self.nodes[name] = NodeProcess(name, state, token, self.memory)
         return self.nodes[name]
 
     def token(self) -> str:
@@ -149,8 +151,8 @@ def new_cluster(tmp_path: Path) -> Iterator[Callable[[], TestCluster]]:
     """Makes clusters of a test's own."""
     made: list[TestCluster] = []
 
-    def make() -> TestCluster:
-        made.append(TestCluster(tmp_path / f"cluster-{len(made)}"))
+    def make(memory: str = "1GiB") -> TestCluster:
+        made.append(TestCluster(tmp_path / f"cluster-{len(made)}", memory))
         return made[-1]
 
     try:

@@ -14,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.base import ExpertBackend, SequenceInput
 from moehive.coordinator.models.lean.batch import Batch
+from moehive.coordinator.models.lean.mlp import DenseMlp
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
+from moehive.kernels.layer import DecoderLayer
 from moehive.kernels.library import NativeLibraryError
 
 FAMILIES = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "qwen3_next", "qwen3_5_moe_text", "deepseek_v3")
@@ -84,6 +86,44 @@ def test_the_choice_spares_disks_in_both(
     short, long, own = run(trunk, sparing, True), run(trunk, sparing, False), run(trunk, plain, True)
     assert all(torch.equal(a, b) for a, b in zip(short, long, strict=True))
     assert not torch.equal(short[0], own[0])
+
+
+@pytest.mark.parametrize("short", [True, False])
+@pytest.mark.parametrize("family", ["qwen3_5_moe_text", "qwen3_next", "glm4_moe", "deepseek_v3"])
+def test_the_shared_expert_is_computed_while_nodes_work(
+    family: str,
+    short: bool,
+    tiny_moe: Callable[[str], Path],
+    reference_backend: Callable[[Checkpoint], ExpertBackend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In each layer after the nodes are asked, and before they are waited for."""
+    checkpoint, trunk = opened(tiny_moe(family))
+    plain, done = reference_backend(checkpoint), []
+
+    def noted(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *arguments: (done.append(what), call(*arguments))[1]
+
+    class Waiting:
+        def __init__(self, answer: Any) -> None:
+            self.answer = answer
+
+        def __await__(self) -> Any:
+            done.append("wait")
+            return (yield from self.answer.__await__())
+
+    def submit(*arguments: Any) -> Waiting:
+        done.append("ask")
+        return Waiting(plain.submit(*arguments))
+
+    if short:
+        monkeypatch.setattr(DecoderLayer, "mlp", noted("compute", DecoderLayer.mlp))
+    else:
+        monkeypatch.setattr(DenseMlp, "compute", noted("compute", DenseMlp.compute))
+    run(trunk, SimpleNamespace(submit=submit), short)  # type: ignore[arg-type]
+    moe, layers = len(checkpoint.manifest.layers), len(trunk._parts.layers)
+    of_a_pass = ["compute"] * (layers - moe) + ["ask", "compute", "wait"] * moe  # dense layers come first
+    assert done == of_a_pass * len(CHUNKS)
 
 
 def test_passes_that_take_turns_do_not_share_memory(

@@ -1,6 +1,12 @@
-"""Random experts whose numbers have the size that trained ones have."""
+"""Random experts whose numbers have the size that trained ones have, and the native parts built for aarch64."""
 
+import os
+import platform
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,3 +41,24 @@ def make_expert() -> MakeExpert:
         return load_expert(spec, build_blob(spec, tensors))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def aarch64_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CMake's folder of all native libraries, built for aarch64 with the flags of a wheel."""
+    cross = shutil.which("aarch64-linux-gnu-g++")
+    if platform.machine() != "x86_64" or cross is None:
+        pytest.skip("needs an x86-64 machine with a compiler for aarch64 (Debian: g++-aarch64-linux-gnu)")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
+    assert cmake is not None and ninja is not None, "what builds this package is not there"
+    folder = tmp_path_factory.mktemp("aarch64")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={cross}"]
+    target += ["-DCMAKE_BUILD_TYPE=Release", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+    for command in (
+        [cmake, "-S", str(Path(__file__).parents[2]), "-B", str(folder), *target],
+        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder

@@ -7,6 +7,7 @@ import torch
 from moehive.kernels.blob import build_blob, decode_tensor, pack_blob, tensor_views
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import ExpertSpec
+from moehive.kernels.gpu.decode import DecodeLayer
 from moehive.kernels.gpu.experts import GpuExperts
 from moehive.kernels.gpu.from_blob import expert_sources
 from moehive.kernels.gpu.planes import BLOCK_COLUMNS, PlanesError
@@ -65,6 +66,20 @@ def test_a_blob_on_the_gpu(fmt, tokens):
         # Several tokens go to the tensor cores in bf16, which the interpreter cuts: 2^-7 of each factor, twice.
         bound = 4 * 2.0**-7 if tokens > 1 and fmt != "f32" else 1e-4
         assert (rows[pair] - wanted).abs().max() <= bound * max(1.0, float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("fmt", BLOCK_COLUMNS)
+def test_the_recorded_layer_in_each_format(fmt):
+    size = max(32, BLOCK_COLUMNS[fmt])
+    spec = ExpertSpec(hidden_size=size, intermediate_size=size, activation="relu2", gated=False, format=fmt)
+    gpu = GpuExperts(DEVICE)
+    held = {number: gpu.load_blob(spec, random_blob(spec, number)) for number in range(2)}
+    hidden = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    experts, factors = np.array([1, 0], dtype=np.uint32), np.array([0.3, 0.7], dtype=np.float32)
+    got = DecodeLayer(gpu, spec, 2)(held, hidden, experts, factors, Reduction.PARTIAL_SUM).cpu()
+    offsets = np.array([0, 2], dtype=np.uint32)
+    wanted = gpu.moe_layer(spec, held, hidden, offsets, experts, factors, Reduction.PARTIAL_SUM).cpu()
+    assert got.abs().max() > 0 and torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize("fmt", ["int4_g32", "int4_g128", "mxfp4", "fp8_block"])

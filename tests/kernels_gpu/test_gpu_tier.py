@@ -85,21 +85,56 @@ def test_a_pinned_expert_comes_and_stays(blobs):
     assert both.store.gpu.bytes_held <= both.store.gpu.capacity_bytes
 
 
-def test_many_tokens_are_copied_and_few_are_not(blobs, monkeypatch):
-    both = executor_of(blobs, 1)
-    gpu = both.store.gpu
+class Clock:
+    """Time that only arithmetic takes: the CPU `token_s` for each, a copy to the GPU `copy_s`, the GPU nothing."""
+
+    def __init__(self, monkeypatch, token_s, copy_s):
+        self.now, self.copies = 0.0, 0
+        load, compute = GpuExperts.load_blob, ExpertOps.moe_layer
+
+        def copying(gpu, spec, blob):
+            self.now += copy_s
+            self.copies += 1
+            return load(gpu, spec, blob)
+
+        def computing(ops, spec, held, hidden, *rest):
+            self.now += token_s * len(hidden)
+            return compute(ops, spec, held, hidden, *rest)
+
+        monkeypatch.setattr(GpuExperts, "load_blob", copying)
+        monkeypatch.setattr(ExpertOps, "moe_layer", computing)
+        monkeypatch.setattr("moehive.expert_node.tiers.gpu.perf_counter", lambda: self.now)
+
+
+@pytest.mark.parametrize("disk", [False, True])
+def test_an_expert_is_copied_for_as_many_tokens_as_pay(blobs, tmp_path, monkeypatch, disk):
+    both = executor_of(blobs, 1, tmp_path if disk else None)
+    gpu, spec = both.store.gpu, blobs[0]
     gpu.capacity_bytes = 0  # nothing stays
-    gpu.break_even = 4
-    copied = []
-    load = GpuExperts.load_blob
-    monkeypatch.setattr(
-        GpuExperts, "load_blob", lambda self, spec, blob: (copied.append(1), load(self, spec, blob))[1]
-    )
+    clock = Clock(monkeypatch, token_s=1, copy_s=3)
+    both.store.prepare()
+    assert gpu.break_even == {spec: 4}  # of those tried, the first that takes the CPU more than 3
+    measured = clock.copies
+    both.store.prepare()
+    assert clock.copies == measured  # what is known is not measured again
     hidden, routing = request([0, 1, 0, 2, 0, 1, 0, 3], 4)
     got, _ = both.compute(0, hidden, routing, Reduction.PER_EXPERT)
-    assert len(copied) == 1  # expert 0, which all four tokens want
+    assert clock.copies == measured + 1  # expert 0, which all four tokens want
     wanted, _ = executor_of(blobs, 0).compute(0, hidden, routing, Reduction.PER_EXPERT)
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    both.compute(0, *request([0, 1, 0, 2, 0, 1], 3), Reduction.PER_EXPERT)
+    assert clock.copies == measured + 1
+
+
+def test_where_copying_never_pays_nothing_is_copied(blobs, monkeypatch):
+    both = executor_of(blobs, 1)
+    both.store.gpu.capacity_bytes = 0
+    monkeypatch.setattr("moehive.expert_node.tiers.gpu.TRIED_TOKENS", (1, 4))
+    clock = Clock(monkeypatch, token_s=1, copy_s=5)
+    both.store.prepare()
+    measured = clock.copies
+    both.compute(0, *request([0] * 20, 20), Reduction.PER_EXPERT)
+    assert measured and clock.copies == measured
 
 
 def test_the_recorded_layer_is_the_layer(blobs):
@@ -127,3 +162,4 @@ def test_a_format_without_a_kernel_stays_on_the_cpu(blobs):
     hidden, routing = request([0, 1])
     got, _ = both.compute(0, hidden, routing, Reduction.PARTIAL_SUM)
     assert torch.isfinite(got).all() and both.store.gpu.bytes_held == 0
+    assert not both.store.gpu.break_even

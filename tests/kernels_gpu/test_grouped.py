@@ -80,9 +80,12 @@ def test_linear(fmt: str, tokens: int) -> None:
     assert ((out - (x @ weights.T + bias)).abs() <= bound).all()
 
 
-@settings(max_examples=10, deadline=None)
-@given(st.sampled_from(["f32", "bf16", "fp8_block"]), st.integers(1, 100), st.integers(1, 200), st.integers(1, 20))
+@pytest.mark.parametrize("fmt", BLOCK_COLUMNS)
+@settings(max_examples=4, deadline=None)
+@given(rows=st.integers(1, 100), columns=st.integers(1, 300), tokens=st.integers(1, 20))
 def test_linear_of_odd_sizes(fmt: str, rows: int, columns: int, tokens: int) -> None:
+    step = 1 if fmt == "fp8_block" else BLOCK_COLUMNS[fmt]  # whose last block may be cut
+    columns = -(-columns // step) * step
     source, weights = random_source(fmt, rows, columns, seed=rows)
     x = torch.randn(tokens, columns)
     out = GpuLinear(fmt, rows, columns, source, None, DEVICE)(x.to(DEVICE)).cpu()
@@ -127,7 +130,7 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("routing", ["one token", "uneven"])
+@pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("fmt", [name for name in BLOCK_COLUMNS if name in get_args(Format)])
 def test_experts_in_each_format(fmt: str, routing: str) -> None:
     size = max(64, BLOCK_COLUMNS[fmt])

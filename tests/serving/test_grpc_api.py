@@ -1,10 +1,12 @@
 """The gRPC door over a real socket."""
 
 import asyncio
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
@@ -16,8 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from moehive.coordinator.cli.main import app
 from moehive.coordinator.serving.grpc_api import serve_grpc
+from moehive.coordinator.serving.status import ClusterStatus, NodeStatus, TierStatus
 from moehive.coordinator.types import CoordinatorError, NodeUnavailable
 from moehive.proto import inference_pb2 as pb
 from moehive.proto import inference_pb2_grpc as rpc
@@ -32,6 +37,7 @@ def with_door(
 
     async def run() -> None:
         door = await serve_grpc("127.0.0.1", 0, served.service, **options)
+        served.port = door.port
         async with grpc.aio.insecure_channel(f"127.0.0.1:{door.port}", channel_options) as channel:
             await use(channel, rpc.InferenceStub(channel))
         await door.stop(0)
@@ -263,6 +269,43 @@ def test_status_models_health_reflection(serve: Callable[..., Any]) -> None:
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
     with_door(served, use)
+
+
+def test_what_status_says_arrives_and_is_shown(serve: Callable[..., Any]) -> None:
+    """Every field of every node, through gRPC and the client, to `moehive status`."""
+    served = serve()
+    tiers = TierStatus(
+        ram_bytes=3, disk_bytes=5, vram_bytes=7, hit_rate=0.75, foreseen_rate=0.125, disk_read_bytes=11
+    )
+    loading = NodeStatus(
+        name="new", state="loading", address="host:1", experts_held=2, experts_assigned=9, bytes_held=4,
+        ram_bytes=10**10, read_bandwidth=2e10, expert_calls=21, compute_ns=23, load=0.5, resident_bytes=25,
+        load_progress=0.25, load_bytes=2 * 10**9, load_total_bytes=8 * 10**9, load_bytes_per_s=1.5e8,
+        round_trip_s=0.001, link_bandwidth=1e8, tiers=tiers,
+    )  # fmt: skip
+    fault = "gave new wrong bytes of expert 3 of layer 1"
+    liar = NodeStatus(name="liar", state="ready", source_fault=fault)
+    served.status = ClusterStatus(ready=True, nodes=(loading, liar), cache_margin=0.3)
+    shown: list[str] = []
+
+    async def use(channel: Any, stub: Any) -> None:
+        for options in ([], ["--json"]):
+            command = ["status", "--address", f"127.0.0.1:{served.port}", *options]
+            result = await asyncio.to_thread(CliRunner().invoke, app, command)
+            assert result.exit_code == 0, result.output
+            shown.append(result.stdout)
+
+    with_door(served, use)
+    words = " ".join(shown[0].split())
+    for sentence in (
+        "new has loaded 2.00 of 8.00 GB, 150 MB/s, 40 s left.",
+        f"liar {fault}; they were fetched again from elsewhere.",
+        "new: 5 B of experts on disk, 3 B in memory, 7 B on a GPU; 75% of those asked for were in memory, 12% thanks",
+        "Cache-aware routing is on, margin 0.3",
+    ):
+        assert sentence in words
+    found = json.loads(shown[1])
+    assert found["nodes"] == [asdict(loading), asdict(liar)] and found["cache_margin"] == 0.3
 
 
 def test_reflection(serve: Callable[..., Any]) -> None:
