@@ -27,9 +27,9 @@ from moehive.kernels.geometry import ExpertId
 
 from ..checkpoints.opening import ModelSource, open_model
 from ..checkpoints.pack.convert import KEEP, convert
-from ..checkpoints.pack.journal import NAME as JOURNAL
 from ..checkpoints.pack.journal import Journal
 from ..checkpoints.pack.manifest import identity_of
+from ..checkpoints.pack.unfinished import JOURNAL
 from ..types import CoordinatorError
 from .decode import peak_bytes
 from .random_model import RandomModel, random_model

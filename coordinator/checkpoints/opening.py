@@ -9,7 +9,7 @@ from .gguf.checkpoint import GgufCheckpoint
 from .hub import resolve
 from .outline import Outlines
 from .pack.checkpoint import PackCheckpoint, is_pack
-from .pack.journal import NAME as JOURNAL
+from .pack.unfinished import is_begun
 
 ModelSource: TypeAlias = Checkpoint | GgufCheckpoint | PackCheckpoint
 
@@ -26,7 +26,7 @@ def open_model(model: str, outlines: Outlines | None = None) -> ModelSource:
         return GgufCheckpoint.open(path, name, outlines=outlines)
     if is_pack(path):
         return PackCheckpoint.open(path, outlines)
-    if (path / JOURNAL).exists():
+    if is_begun(path):
         raise CoordinatorError(f"{path} is a pack that is not finished; run the same `moehive convert` again.")
     return Checkpoint.open(path, name, outlines=outlines)
 
