@@ -97,12 +97,13 @@ def convert(
     so many, what is finished is made to last. Raises CoordinatorError, one sentence; what was finished stays, also
     when the disk is full, and a second call goes on.
     """
-    wanted = None if callable(format) else _wanted(source, folder, format)  # what is wrong with it makes no folder
+    # Before there is a folder: what is wrong with a format makes none.
+    wanted = None if callable(format) else wanted_pack(source, folder, format)
     try:
         with _owned(folder):
             check_way(folder, (folder / NAME).exists(), chosen=callable(format))
             if callable(format):
-                wanted = _wanted(source, folder, format(folder))
+                wanted = wanted_pack(source, folder, format(folder))
             assert wanted is not None
             done = _whole(wanted)
             if done is not None:
@@ -117,7 +118,9 @@ def convert(
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
+    """A conversion: of what, where, into what, and its identity (`identity_of`)."""
+
     source: ModelSource
     folder: Path
     target: Manifest
@@ -128,16 +131,17 @@ class _Wanted:
     encode_matrix: EncodeMatrix | None
 
 
-def _wanted(source: ModelSource, folder: Path, format: str | Chosen | None) -> _Wanted:
+def wanted_pack(source: ModelSource, folder: Path, format: str | Chosen | None) -> Wanted:
+    """What `convert` would make. Raises CoordinatorError for a format that can't be made."""
     in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
     target = _target(source.manifest, format)
     matrices, encode_matrix = _matrices(source, format)
     identity = identity_of(source.manifest, target, in_place, matrices)
     encode = format.encode if isinstance(format, Chosen) else partial(_reencode, source.manifest, target)
-    return _Wanted(source, folder, target, identity, in_place, encode, matrices, encode_matrix)
+    return Wanted(source, folder, target, identity, in_place, encode, matrices, encode_matrix)
 
 
-def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
+def _convert(wanted: Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
     source, folder, target, in_place = wanted.source, wanted.folder, wanted.target, wanted.in_place
     started = monotonic()
     with ExitStack() as stack:
@@ -235,7 +239,7 @@ def _owned(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _whole(wanted: _Wanted) -> PackManifest | None:
+def _whole(wanted: Wanted) -> PackManifest | None:
     """The pack if this conversion has been made already. Raises CoordinatorError for that of another."""
     folder = wanted.folder
     if not (folder / NAME).exists():
