@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Timer
 from time import perf_counter
+from traceback import print_exc
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -212,6 +213,8 @@ def _forked(work: Callable[[], str], hooks: _Hooks | None) -> str:
                 hooks.set()
             os.write(writable, work().encode())
             status = 0
+        except Exception:  # a fault of ours, which this process can't raise where it would be seen
+            print_exc()
         finally:
             os._exit(status)
     os.close(writable)

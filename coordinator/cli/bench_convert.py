@@ -1,5 +1,6 @@
 """`moehive bench convert`: how fast, in how much memory, and what kills leave behind."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -25,6 +26,8 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """A conversion beside a plain copy of the file; or conversions that are killed and run into full disks."""
+    if kills:  # processes are forked, and torch's pool of threads does not live on in them
+        os.environ["OMP_NUM_THREADS"] = "1"
     prepare(verbose=False, hop=False)
     from moehive.kernels.machine import cores
 
