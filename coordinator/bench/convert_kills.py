@@ -209,6 +209,7 @@ def _forked(work: Callable[[], str], hooks: _Hooks | None) -> str:
         status = 1
         try:
             os.close(readable)
+            torch.set_num_threads(1)  # makes torch's pool anew, which two workers at once would trip over
             if hooks is not None:
                 hooks.set()
             os.write(writable, work().encode())

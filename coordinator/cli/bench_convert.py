@@ -26,7 +26,7 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """A conversion beside a plain copy of the file; or conversions that are killed and run into full disks."""
-    if kills:  # processes are forked, and torch's pool of threads does not live on in them
+    if kills:  # processes are forked, and OpenMP's threads do not live on in them
         os.environ["OMP_NUM_THREADS"] = "1"
     prepare(verbose=False, hop=False)
     from moehive.kernels.machine import cores
