@@ -76,7 +76,7 @@ class Bench:
             missed = (found["lookups"] - found["here"] + found["foreseen"]) * padded(self._spec.nbytes)
             limit_s = missed / max((last + rate) / 2, found["read_bytes"] / max(found["read_s"], 1e-9))
             turns.append({**found, "way": way, "tokens": len(replayed), "missed_bytes": missed, "limit_s": limit_s})
-        return [{**turn, "most_ram_bytes": self._most} for turn in turns]
+        return [{**turn, "most_ram_bytes": self._most, "anonymous_bytes": _anonymous_bytes()} for turn in turns]
 
     def disk(self, way: str) -> float:
         """Bytes a second of reading files through the page cache, "buffered" or as "mmap"."""
@@ -180,6 +180,12 @@ class Bench:
 
     def _path(self, expert: ExpertId) -> Path:
         return self._folder / f"{expert.layer}-{expert.expert}.expert"
+
+
+def _anonymous_bytes() -> int:
+    """Of this process in RAM, without the pages of files, which the kernel may drop."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon:"))
 
 
 def main() -> None:

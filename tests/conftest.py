@@ -1,6 +1,13 @@
-"""The demo model, built once for all tests of a run, or found in the folder that MOEHIVE_TEST_DEMO_DIR names."""
+"""What tests of all parts share: the demo model, a disk that gets full, and users who may not.
+
+The demo model is built once for all tests of a run, or found in the folder that MOEHIVE_TEST_DEMO_DIR names.
+"""
 
 import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,3 +32,54 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = Path(given) if given else tmp_path_factory.mktemp("demo") / "model"
     build(out)
     return out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A tmpfs of 20 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def fill() -> Callable[[Path, int], Path]:
+    """Writes a file that leaves so many bytes of a folder's disk free."""
+
+    def fill(folder: Path, leave: int) -> Path:
+        ballast = folder / "ballast"
+        with ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
+        return ballast
+
+    return fill
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which this process is no superuser, who may write anywhere."""
+
+    @contextmanager
+    def as_nobody() -> Iterator[None]:
+        root = os.geteuid() == 0
+        if root:
+            os.seteuid(65534)
+        try:
+            yield
+        finally:
+            if root:
+                os.seteuid(0)
+
+    return as_nobody
+
+
+@pytest.fixture
+def unprivileged() -> list[str]:
+    """What a command begins with so that it may read and write only what files' modes say, the superuser's too."""
+    if os.geteuid() != 0:
+        return []
+    return ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--"]

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
@@ -70,10 +71,10 @@ def measure_budgets(model: str | None, folder: Path, threads: int, progress: Pro
         path = folder / name
         if not (path / "config.json").exists():
             save_trained_like(config, path)
-        rows += _measure(open_model(str(path)), _Sample(*texts(_TRAINED_LIKE)), threads, progress)
+        rows += _measure(open_model(str(path)), _Sample(*texts(_TRAINED_LIKE)), folder, threads, progress)
     if model is not None:
         source = open_model(model)
-        rows += _measure(source, asyncio.run(_sample(text_of(source))), threads, progress)
+        rows += _measure(source, asyncio.run(_sample(text_of(source))), folder, threads, progress)
     return rows
 
 
@@ -85,7 +86,7 @@ class _Judge:
         self._ops = exact.ops
         self._sample = sample
         self._text = text_of(source)
-        self._reference = log_probabilities(trunk, exact, sample.held_back)
+        self._reference = list(log_probabilities(trunk, exact, sample.held_back))
         self.exact_text = self._answer(exact)
 
     def of(self, manifest: Manifest, read: Read) -> tuple[float, str]:
@@ -101,7 +102,12 @@ class _Judge:
         return self._text.decode(greedy(self._trunk, experts, self._sample.question, _ANSWER, stops))
 
 
-def _measure(source: ModelSource, sample: _Sample, threads: int, progress: Progress) -> list[BudgetRow]:
+def _measure(source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
+    with TemporaryDirectory(prefix="calibration-", dir=folder) as calibration:
+        return _rows(source, sample, Path(calibration), threads, progress)
+
+
+def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
     manifest, read, trunk = source.manifest, source.expert_blob, load_trunk(source, threads)
     exact = Experts(manifest, read, ExpertOps(threads), _MEMORY)
     judge = _Judge(source, trunk, exact, sample)
@@ -113,7 +119,7 @@ def _measure(source: ModelSource, sample: _Sample, threads: int, progress: Progr
         bits = changed.total_bytes * 8 / weights
         if bits <= max(BITS):
             uniform.append((*judge.of(changed, _reader(manifest, changed, read, None)), fmt, bits))
-    calibrated = calibrate(trunk, exact, sample.calibration, progress)
+    calibrated = calibrate(trunk, exact, sample.calibration, folder, progress)
     measured = measure(manifest, read, calibrated, progress)
     rows = []
     for done, budget in enumerate(BITS):

@@ -97,4 +97,4 @@ async def _measure(model: str) -> Rounding:
         logs.append(logits.log_softmax(-1))
     exact, rounded = logs
     same = (exact.argmax(-1) == rounded.argmax(-1)).float().mean()
-    return Rounding(len(ids), divergence(exact, rounded), float(same))
+    return Rounding(len(ids), divergence([exact], [rounded]), float(same))

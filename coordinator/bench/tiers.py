@@ -65,6 +65,8 @@ class TierRow:
     expert_bytes: int
     ram_bytes: int  # allowance
     most_ram_bytes: int  # of experts, at any time
+    process_bytes: int  # that the process held after its turns, without pages of files
+    process_limit_bytes: int  # the allowance and the process itself
     group_limit_bytes: int  # 0: no control group could be made here
     group_peak_bytes: int
     killed: int  # processes, by the limit
@@ -191,6 +193,8 @@ def _row(
         expert_bytes=SPEC.nbytes,
         ram_bytes=ram,
         most_ram_bytes=int(max(turn["most_ram_bytes"] for turn in turns)),
+        process_bytes=int(max(turn["anonymous_bytes"] for turn in turns)),
+        process_limit_bytes=ram + PROCESS_BYTES,
         group_limit_bytes=0 if group is None else ram + PROCESS_BYTES,
         group_peak_bytes=0 if group is None else group.peak_bytes(),
         killed=0 if group is None else group.killed(),

@@ -8,6 +8,7 @@ from typing import Any
 from ..types import CoordinatorError
 from .hub_files import OWN_LAYOUTS
 from .json_files import INDEX, json_object, read_bytes, read_index
+from .links import refuse_links_out
 from .safetensors_file import StoredTensor, read_header
 
 SINGLE = "model.safetensors"
@@ -66,24 +67,15 @@ def open_directory(path: Path) -> Directory:
 
 
 def _refuse_links_out(path: Path) -> None:
-    """A directory that was downloaded may hold links to whatever else this user can read: none may lead out of it.
-
-    The hub's cache keeps contents in `blobs` beside its snapshots; links there are its own.
-    """
-    inside = [path.resolve()]
+    """The hub's cache keeps contents in `blobs` beside its snapshots; links there are its own."""
+    inside = [path]
     if path.resolve().parent.name == "snapshots":
         inside.append(path.resolve().parents[1] / "blobs")
     try:
         links = sorted(entry for entry in path.iterdir() if entry.is_symlink())
-        for link in links:
-            if not any(link.resolve().is_relative_to(folder) for folder in inside):
-                raise CoordinatorError(
-                    f"{link} is a link that leads out of the model's directory; put the file itself there."
-                )
     except OSError as error:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
-    except RuntimeError as error:  # links in a circle, as older Pythons say it
-        raise CoordinatorError(f"{path} holds links that lead in a circle.") from error
+    refuse_links_out(links, inside, "the model's directory")
 
 
 def _refuse_own_layout(path: Path) -> None:

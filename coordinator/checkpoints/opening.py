@@ -9,7 +9,7 @@ from .gguf.checkpoint import GgufCheckpoint
 from .hub import resolve
 from .outline import Outlines
 from .pack.checkpoint import PackCheckpoint, is_pack
-from .pack.journal import NAME as JOURNAL
+from .pack.unfinished import is_begun
 
 ModelSource: TypeAlias = Checkpoint | GgufCheckpoint | PackCheckpoint
 
@@ -24,9 +24,13 @@ def open_model(model: str, outlines: Outlines | None = None) -> ModelSource:
     name = None if Path(model).expanduser().exists() else model
     if not path.is_dir():
         return GgufCheckpoint.open(path, name, outlines=outlines)
-    if is_pack(path):
+    try:
+        pack, begun = is_pack(path), is_begun(path)
+    except OSError as error:
+        raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
+    if pack:
         return PackCheckpoint.open(path, outlines)
-    if (path / JOURNAL).exists():
+    if begun:
         raise CoordinatorError(f"{path} is a pack that is not finished; run the same `moehive convert` again.")
     return Checkpoint.open(path, name, outlines=outlines)
 

@@ -1,5 +1,6 @@
 """`moehive bench convert`: how fast, in how much memory, and what kills leave behind."""
 
+import os
 from typing import Annotated
 
 import typer
@@ -16,15 +17,22 @@ def convert(
     ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Experts in work at once.")] = None,
     kills: Annotated[
-        int, typer.Option(min=0, help="Instead: so many conversions, each killed twice at random moments.")
+        int,
+        typer.Option(
+            min=0,
+            help="Instead: so many conversions, killed twice at random moments, half of them on a full disk.",
+        ),
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """A conversion that keeps the format, beside a plain copy of the file; or conversions that are killed."""
+    """A conversion beside a plain copy of the file; or conversions that are killed and run into full disks."""
+    if kills:  # processes are forked, and OpenMP's threads do not live on in them
+        os.environ["OMP_NUM_THREADS"] = "1"
     prepare(verbose=False, hop=False)
     from moehive.kernels.machine import cores
 
-    from ..bench.convert import measure_convert, measure_kills
+    from ..bench.convert import measure_convert
+    from ..bench.convert_kills import measure_kills
     from ..bench.random_model import RandomModel, random_model
 
     folder = state_dir / "bench"
@@ -33,6 +41,6 @@ def convert(
         show_rows(measure_convert(folder, workers or cores(), model), as_json)
         return
     if model is None:
-        wanted = RandomModel(geometry="qwen3.5-35b", format="q4_0", layers=4, experts=16)
+        wanted = RandomModel(geometry="qwen3.5-35b", format="q4_0", layers=4, experts=32)
         model = str(random_model(wanted, folder / "models"))
     show_rows(measure_kills(model, folder, kills), as_json)

@@ -92,7 +92,12 @@ def tiers(
             highlight=False,
         )
     else:
-        out.print("No control group could be made here: the process had no limit.")
+        held = max(row.process_bytes for row in report.rows)
+        out.print(
+            f"No control group could be made here: the process had no limit, and held {held / 1e6:,.0f} of "
+            f"{last.process_limit_bytes / 1e6:,.0f} MB.",
+            highlight=False,
+        )
 
 
 def _shares(shares: Iterable[float]) -> str:

@@ -15,7 +15,9 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError):
         if error.errno is None:  # raised by us, with a sentence
             return str(error)
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        if error.filename is None:
+            return f"{error.strerror}."
+        return f"{error.filename} can't be used ({error.strerror}); check who owns it, and the space on its disk."
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("moehive"):
         return f"The package {error.name} is missing here; install it with: pip install 'moehive[coordinator]'"
     return (

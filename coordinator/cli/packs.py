@@ -1,7 +1,6 @@
 """`moehive convert` and `moehive verify`: a model into a pack, and a pack against its hashes."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,7 @@ from .options import Json
 from .process import prepare
 
 if TYPE_CHECKING:
-    from ..checkpoints.opening import ModelSource
-    from ..checkpoints.pack.convert import Chosen
-
-_KEPT_BYTES = 4 << 30  # of experts in memory while a calibration text is run
+    from ..checkpoints.pack.convert import Choose
 
 Pack = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")]
 
@@ -74,16 +70,19 @@ def convert(
     from moehive.kernels.machine import cores
 
     from ..checkpoints.opening import open_model
-    from ..checkpoints.pack.convert import Chosen
     from ..checkpoints.pack.convert import convert as run
 
     torch.set_num_threads(1)  # each worker is one thread
     opened = open_model(source)
     words = "Hashing" if format is None and opened.computed_as_stored else "Converting"
     threads = workers or cores()
-    wanted: str | Chosen | None = format
+    wanted: str | Choose | None = format
     if budget is not None:
-        wanted = _chosen(source, opened, budget_bytes(source, budget, cluster), calibration, threads, as_json)
+        from .budget import BudgetChooser, budget_bytes
+
+        wanted = BudgetChooser(
+            source, opened, budget_bytes(source, budget, cluster), calibration, threads, quiet=as_json
+        )
     with _progress(words, quiet=as_json) as progress:
         made = run(opened, pack, wanted, threads, progress)
     if as_json:
@@ -113,71 +112,6 @@ def convert(
             f"{rate / 1e6:,.0f} MB/s" + (f", {made.resumed:,} experts were there already." if made.resumed else ".")
         )
     typer.echo(f"Run it: moehive up --model {pack}")
-
-
-def budget_bytes(source: str, budget: str, cluster: Path | None) -> int:
-    """Bytes for all weights of `source`; of 'cluster': those that it has room for. Raises CoordinatorError."""
-    from ..estimate.cluster import read_cluster
-    from ..estimate.headers import of_files
-    from ..estimate.holding import room_for_weights
-    from ..estimate.this_machine import this_machine
-    from ..settings import parse_size
-
-    if budget != "cluster":
-        return parse_size(budget)
-    return room_for_weights(of_files(source), this_machine() if cluster is None else read_cluster(cluster))
-
-
-def _chosen(
-    source: str, opened: "ModelSource", budget: int, calibration: Path | None, threads: int, quiet: bool
-) -> "Chosen":
-    """The formats for a budget, and what encodes them."""
-    import asyncio
-
-    from ..app import text_of
-    from ..checkpoints.checkpoint import Checkpoint
-    from ..checkpoints.opening import trunk_of
-    from ..checkpoints.pack.convert import Chosen
-    from ..checkpoints.pack.matrices import TrunkMatrix
-    from ..estimate.headers import of_files
-    from ..precision.choice import choose_formats
-    from ..precision.text import calibration_texts
-    from ..precision.trunk_parts import TrunkMatrices
-    from ..trunk import load_trunk
-    from .progress import stages
-
-    texts = asyncio.run(calibration_texts(text_of(opened), calibration))
-    left = budget - of_files(source).trunk_bytes
-    matrices, files = None, trunk_of(opened)
-    if isinstance(files, Checkpoint):  # a GGUF's trunk keeps the formats that its maker chose
-        config, plain = opened.config.get_text_config(decoder=True), frozenset(files.trunk_tensors().plain_matrices())
-        matrices = TrunkMatrices.of(config, opened.trunk_tensors(), plain, threads)
-    if matrices is not None:
-        left += matrices.own_bytes
-    with stages(quiet) as progress:
-        chosen = choose_formats(
-            opened.manifest,
-            opened.expert_blob,
-            load_trunk(opened, threads) if matrices is None else matrices,
-            texts,
-            left,
-            _KEPT_BYTES,
-            threads,
-            progress,
-        )
-    if not quiet:
-        counts = Counter(fmt for layer in chosen.layers for formats in layer.formats for fmt in formats)
-        named = ", ".join(f"{count:,} {fmt}" for fmt, count in counts.most_common())
-        typer.echo(
-            f"Experts take {chosen.precision.nbytes / 1e9:,.2f} GB; expected divergence "
-            f"{chosen.precision.damage:.3g} nats a token. Projections: {named}."
-        )
-        if chosen.trunk:
-            counts = Counter(one.format for one in chosen.trunk)
-            named = ", ".join(f"{count:,} {fmt}" for fmt, count in counts.most_common())
-            typer.echo(f"Matrices of the trunk that are rounded: {named}.")
-    of_trunk = {TrunkMatrix(one.part.name, one.format, one.part.rows, one.part.columns): one for one in chosen.trunk}
-    return Chosen(chosen.layers, chosen.encode, tuple(of_trunk), lambda matrix: of_trunk[matrix].encode())
 
 
 def verify(pack: Pack, as_json: Json = False) -> None:

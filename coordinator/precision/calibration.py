@@ -1,6 +1,5 @@
 """What each expert is multiplied with: a layer's inputs on calibration text, and what follows for its projections."""
 
-from collections.abc import Awaitable
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +7,6 @@ import torch
 from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.geometry import ExpertSpec
 from moehive.kernels.reference import intermediate
-
-from ..models.base import ExpertBackend
 
 _OTHERS = 128  # tokens of other experts that count a little, so that an expert nobody asked is not left to chance
 _OTHERS_SHARE = 0.05  # how much all of them together count, by the expert's own
@@ -37,33 +34,6 @@ class LayerInputs:
         share = torch.full((len(rest),), _OTHERS_SHARE * total / max(1, len(rest)))
         both = torch.cat([own, rest])
         return self.hidden[both].float(), torch.cat([counts[own], share]) / len(self.hidden)
-
-
-class Recorder:
-    """An ExpertBackend that keeps what another is asked with."""
-
-    def __init__(self, backend: ExpertBackend) -> None:
-        self._backend = backend
-        self._parts: dict[int, list[LayerInputs]] = {}
-
-    def submit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> Awaitable[torch.Tensor]:
-        """See ExpertBackend.submit."""
-        kept = LayerInputs(hidden.detach().bfloat16().clone(), ids.clone().long(), weights.detach().float().clone())
-        self._parts.setdefault(layer, []).append(kept)
-        return self._backend.submit(layer, hidden, ids, weights)
-
-    def inputs(self) -> list[LayerInputs]:
-        """Each layer's, in order."""
-        return [
-            LayerInputs(
-                torch.cat([part.hidden for part in parts]),
-                torch.cat([part.ids for part in parts]),
-                torch.cat([part.weights for part in parts]),
-            )
-            for _, parts in sorted(self._parts.items())
-        ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,19 +1,19 @@
-"""A model within a budget of bytes, from calibration to the blobs."""
+"""A model within a budget of bytes, from calibration to the formats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from moehive.kernels.geometry import ExpertId, Format, LayerGeometry, Manifest
+from moehive.kernels.geometry import Format, Manifest
 from moehive.kernels.ops import ExpertOps
 
 from ..models.base import Trunk
 from ..types import CoordinatorError
-from .calibration import LayerInputs
 from .candidates import Progress
-from .encode import encode
 from .forward import Experts, Read
+from .inputs import KeptInputs
 from .plan import Precision, calibrate, measure, plan, probes_of, smallest
 from .trunk_parts import TrunkMatrices, TrunkPart
 
@@ -24,31 +24,15 @@ class TrunkChoice:
 
     part: TrunkPart
     format: Format
-    matrices: TrunkMatrices
-
-    def encode(self) -> Iterator[torch.Tensor]:
-        """The matrix as kernels compute it, uint8, piece by piece."""
-        return self.matrices.encode(self.part, self.format)
 
 
 @dataclass(frozen=True, slots=True)
 class BudgetChoice:
     """What was chosen, and the inputs that its quantizer works with."""
 
-    manifest: Manifest  # as the source has it
     precision: Precision
-    inputs: list[LayerInputs]
+    inputs: KeptInputs
     trunk: tuple[TrunkChoice, ...]
-
-    @property
-    def layers(self) -> tuple[LayerGeometry, ...]:
-        """The layers as they are to be."""
-        return self.precision.layers
-
-    def encode(self, expert: ExpertId, blob: torch.Tensor) -> torch.Tensor:
-        """An expert's blob, uint8, in its new formats. May be called from several threads."""
-        old, new = (layers[expert.layer].spec_of(expert.expert) for layers in (self.manifest.layers, self.layers))
-        return encode(old, blob, new, (self.inputs[expert.layer], expert.expert))
 
 
 def choose_formats(
@@ -59,12 +43,13 @@ def choose_formats(
     budget: int,
     memory: int,
     threads: int,
+    folder: Path,
     progress: Progress,
 ) -> BudgetChoice:
     """`budget`: bytes of all experts, and of the trunk's matrices that may get another format (of a Trunk: none).
 
-    `memory`: bytes of experts that may be kept while the text is run. Raises CoordinatorError if the smallest formats
-    take more.
+    `memory`: bytes of experts that may be kept while the text is run; `folder`, made here, takes the layers' inputs.
+    Raises CoordinatorError if the smallest formats take more, OSError.
     """
     matrices = trunk if isinstance(trunk, TrunkMatrices) else None
     least = sum(smallest(layer.spec_of(e)) for layer in manifest.layers for e in range(layer.experts))
@@ -76,13 +61,11 @@ def choose_formats(
             f"{max(0, budget) / 1e9:.2f} GB; give a larger budget."
         )
     experts = Experts(manifest, read, ExpertOps(threads), memory)
-    calibrated = calibrate(trunk.trunk if isinstance(trunk, TrunkMatrices) else trunk, experts, texts, progress)
+    run = trunk.trunk if isinstance(trunk, TrunkMatrices) else trunk
+    folder.mkdir()
+    calibrated = calibrate(run, experts, texts, folder, progress)
     parts = [] if matrices is None else matrices.measure(experts, texts, probes_of(texts), progress)
     chosen = plan(measure(manifest, read, calibrated, progress), budget, parts)
     assert chosen is not None
-    other: tuple[TrunkChoice, ...] = ()
-    if matrices is not None:
-        other = tuple(
-            TrunkChoice(part, chosen.trunk[part.name], matrices) for part in parts if part.name in chosen.trunk
-        )
-    return BudgetChoice(manifest, chosen, calibrated.inputs, other)
+    other = tuple(TrunkChoice(part, chosen.trunk[part.name]) for part in parts if part.name in chosen.trunk)
+    return BudgetChoice(chosen, calibrated.inputs, other)

@@ -1,7 +1,7 @@
 """A model's forward pass in this process, for measuring: its experts are read from the source, a layer at a time."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 from ..models.base import ExpertBackend, SequenceInput, Trunk
 
 Read = Callable[[ExpertId], torch.Tensor]  # an expert's blob
+
+_ROWS = 32  # of logits, that are worked on at once
 
 
 class Experts:
@@ -69,9 +71,21 @@ class Ready:
         return self.value
 
 
-def log_probabilities(trunk: Trunk, experts: ExpertBackend, texts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """f32 [tokens of all texts, vocab]: what the model says after each token of each text (int64 [T])."""
-    return torch.log_softmax(torch.cat([asyncio.run(_logits(trunk, experts, text)) for text in texts]), 1)
+def run_through(trunk: Trunk, experts: ExpertBackend, texts: Sequence[torch.Tensor]) -> None:
+    """Asks the experts for all of each text (int64 [T]); what the model says is not wanted."""
+    for _ in _passes(trunk, experts, texts, all_logits=False):
+        pass
+
+
+def log_probabilities(trunk: Trunk, experts: ExpertBackend, texts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What the model says after each token of each text (int64 [T]): f32 [tokens, vocab], a forward pass at a time.
+
+    All of them at once would take gigabytes: 8192 tokens of a vocabulary of 248,000 are 8 GB.
+    """
+    for logits in _passes(trunk, experts, texts, all_logits=True):
+        for rows in logits.split(_ROWS):
+            rows.copy_(torch.log_softmax(rows, 1))
+        yield logits
 
 
 def greedy(
@@ -97,18 +111,28 @@ async def _greedy(
         trunk.free_cache(cache)
 
 
-async def _logits(trunk: Trunk, experts: ExpertBackend, text: torch.Tensor) -> torch.Tensor:
-    cache = trunk.new_cache()
-    try:
-        parts = []
-        for chunk in text.split(trunk.prefill_chunk):
-            (part,) = await trunk.forward([SequenceInput(chunk, cache, all_logits=True)], experts)
-            parts.append(part)
-        return torch.cat(parts)
-    finally:
-        trunk.free_cache(cache)
+def _passes(
+    trunk: Trunk, experts: ExpertBackend, texts: Sequence[torch.Tensor], all_logits: bool
+) -> Iterator[torch.Tensor]:
+    for text in texts:
+        cache = trunk.new_cache()
+        try:
+            for chunk in text.split(trunk.prefill_chunk):
+                (logits,) = asyncio.run(_one(trunk, experts, SequenceInput(chunk, cache, all_logits)))
+                yield logits
+        finally:
+            trunk.free_cache(cache)
 
 
-def divergence(reference: torch.Tensor, other: torch.Tensor) -> float:
-    """Mean KL divergence, nats a token, of two `log_probabilities`."""
-    return float((reference.exp() * (reference - other)).sum(1).mean())
+async def _one(trunk: Trunk, experts: ExpertBackend, one: SequenceInput) -> list[torch.Tensor]:
+    return await trunk.forward([one], experts)
+
+
+def divergence(reference: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> float:
+    """Mean KL divergence, nats a token, of two `log_probabilities`, each of which is gone through once."""
+    total, tokens = 0.0, 0
+    for exact, changed in zip(reference, other, strict=True):
+        for p, q in zip(exact.split(_ROWS), changed.split(_ROWS), strict=True):
+            total += float((p.exp() * (p - q)).sum(1).double().sum())
+        tokens += len(exact)
+    return total / tokens

@@ -18,6 +18,7 @@ columns as in llama.cpp's importance matrix.
 
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -27,10 +28,11 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, Format, LayerGeometry
 from moehive.kernels.quantizers.feedback import Moments, quantize
 
 from ..models.base import Trunk
-from .calibration import LayerInputs, Projection, Recorder, projections
+from .calibration import Projection, projections
 from .candidates import CANDIDATES, PROBE, Progress
 from .encode import encode
-from .forward import Experts, Read, Ready, divergence, log_probabilities
+from .forward import Experts, Read, Ready, divergence, log_probabilities, run_through
+from .inputs import KeptInputs, Recorder
 from .knapsack import Option, choose
 from .trunk_parts import TrunkPart, spread
 
@@ -58,17 +60,26 @@ class Precision:
 class Calibrated:
     """A model's layers on its calibration text, and what a change in each layer does to the output."""
 
-    inputs: list[LayerInputs]
+    inputs: KeptInputs
     gains: list[float]  # KL divergence, nats a token, for a mean square of change in the layer's output
 
 
-def calibrate(trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], progress: Progress) -> Calibrated:
-    """Runs `texts` (int64 [T] each) through the model, as it is and with one layer after the other rounded."""
-    recorder = Recorder(experts)
-    log_probabilities(trunk, recorder, texts)
-    inputs = recorder.inputs()
+def calibrate(
+    trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], folder: Path, progress: Progress
+) -> Calibrated:
+    """Runs `texts` (int64 [T] each) through the model, as it is and with one layer after the other rounded.
+
+    The layers' inputs are kept in files in `folder`. Raises OSError.
+    """
+    progress("Reading the text", 0, len(texts))
+    recorder = Recorder(experts, folder)
+    try:
+        run_through(trunk, recorder, texts)
+        inputs = recorder.finish()
+    finally:
+        recorder.close()
     probes = probes_of(texts)
-    reference = log_probabilities(trunk, experts, probes)
+    reference = list(log_probabilities(trunk, experts, probes))
     layers = len(inputs)
     probed = spread(layers, _PROBED_LAYERS)
     measured = []

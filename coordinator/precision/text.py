@@ -22,20 +22,24 @@ class Encoder(Protocol):
         ...
 
 
-async def calibration_texts(words: Encoder, file: Path | None) -> list[torch.Tensor]:
-    """int64 [up to PIECE] each, of a UTF-8 file; None: of the mixed text that comes with Moehive.
-
-    Raises CoordinatorError for a file that can't be read or is too short.
-    """
+def calibration_text(file: Path | None) -> str:
+    """The text as it is. Raises CoordinatorError for a file that can't be read."""
     try:
-        text = (files("moehive.coordinator.precision") / "calibration.txt" if file is None else file).read_text(
+        return (files("moehive.coordinator.precision") / "calibration.txt" if file is None else file).read_text(
             "utf-8"
         )
     except OSError as error:
         raise CoordinatorError(f"{file} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise CoordinatorError(f"{file} is not text in UTF-8; give a text file to calibrate with.") from error
-    tokens = torch.tensor(list(await words.encode(text))[:MOST], dtype=torch.int64)
+
+
+async def calibration_texts(words: Encoder, file: Path | None) -> list[torch.Tensor]:
+    """int64 [up to PIECE] each, of a UTF-8 file; None: of the mixed text that comes with Moehive.
+
+    Raises CoordinatorError for a file that can't be read or is too short.
+    """
+    tokens = torch.tensor(list(await words.encode(calibration_text(file)))[:MOST], dtype=torch.int64)
     if len(tokens) < LEAST:
         raise CoordinatorError(f"{file} has {len(tokens)} tokens; give a longer text, at least {LEAST} tokens.")
     return [piece for piece in tokens.split(PIECE) if len(piece) > 1]

@@ -108,9 +108,10 @@ class TrunkMatrices:
     ) -> list[TrunkPart]:
         """Runs `texts` (int64 [T] each) for the inputs' sizes, and `probes` once for each matrix that is rounded."""
         self._linear.watching = True
-        log_probabilities(self.trunk, experts, texts[: max(1, _WATCHED_TOKENS // len(texts[0]))])
+        for _ in log_probabilities(self.trunk, experts, texts[: max(1, _WATCHED_TOKENS // len(texts[0]))]):
+            pass  # of all tokens, since the last matrix is watched, too
         self._linear.watching = False
-        reference = log_probabilities(self.trunk, experts, probes)
+        reference = list(log_probabilities(self.trunk, experts, probes))
         kinds: dict[str, list[str]] = {}
         for name in self._matrices:
             kinds.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(name)
@@ -129,15 +130,6 @@ class TrunkMatrices:
             every = np.exp(np.interp(range(len(names)), probed[kind], np.log(gains)))
             parts += [self._part(*each) for each in zip(names, samples, every.tolist(), strict=True)]
         return parts
-
-    def encode(self, part: TrunkPart, format: Format) -> Iterator[torch.Tensor]:
-        """The matrix in `format` as kernels compute it, uint8, piece by piece."""
-        importance = Moments.diagonal(part.inputs.squares)
-        for first in range(0, part.rows, _STEP):
-            numbers = self._matrices[part.name].stored[first : first + _STEP]
-            piece = torch.empty(tensor_bytes(format, *numbers.shape), dtype=torch.uint8)
-            pack_file_rows(format, quantize(format, numbers, importance), part.columns, piece)
-            yield piece
 
     def _part(self, name: str, sample: "_Sample", gain: float) -> TrunkPart:
         weights = self._matrices[name]
@@ -162,10 +154,22 @@ class TrunkMatrices:
         """The trunk with one matrix in another format; it shares all others with this one."""
         weights = self._matrices[name]
         inputs = self._linear.inputs.get(weights) or _looked_up(weights)
-        part = TrunkPart(name, weights.rows, weights.columns, inputs, (), ())
-        blob = torch.cat(list(self.encode(part, format)))
+        blob = torch.cat(list(encode_matrix(weights, format, inputs.squares)))
         changed = Replaced(self._tensors, {name: LinearWeights(format, weights.rows, weights.columns, blob)})
         return families.build(self._config, changed, self._ops)
+
+
+def encode_matrix(weights: LinearWeights, format: Format, squares: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A plain matrix in `format` as kernels compute it, uint8, piece by piece.
+
+    `squares`: the mean ones of its inputs, f32 [columns].
+    """
+    importance = Moments.diagonal(squares)
+    for first in range(0, weights.rows, _STEP):
+        numbers = weights.stored[first : first + _STEP]
+        piece = torch.empty(tensor_bytes(format, *numbers.shape), dtype=torch.uint8)
+        pack_file_rows(format, quantize(format, numbers, importance), weights.columns, piece)
+        yield piece
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -1,5 +1,8 @@
-"""`moehive bench tiers` on a tiny model: its figures hang together, and the memory limit holds."""
+"""`moehive bench tiers` on a small model: its figures hang together, and the memory limit holds."""
 
+from contextlib import nullcontext
+
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
@@ -17,26 +20,36 @@ SMALL = MixtralConfig(
 )  # fmt: skip
 
 
-def test_a_tiny_run_stays_within_its_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        tiers, "SPEC", ExpertSpec(hidden_size=512, intermediate_size=256, activation="silu", format="q8_0")
-    )
+@pytest.mark.parametrize("grouped", [True, False], ids=["in a group if one can be made", "without"])
+def test_a_small_run_stays_within_its_memory(grouped, tmp_path, monkeypatch):
+    spec = ExpertSpec(hidden_size=2048, intermediate_size=1024, activation="silu", format="q8_0")
+    monkeypatch.setattr(tiers, "SPEC", spec)
     monkeypatch.setattr(tiers, "EXPERTS", 16)
     monkeypatch.setattr(tiers, "TOP_K", 2)
-    monkeypatch.setattr(tiers, "MARGINS", (0.3,))
+    monkeypatch.setattr(tiers, "MARGINS", (0.3,) if grouped else ())
     monkeypatch.setattr(tiers, "KL_TOKENS", 16)
     monkeypatch.setattr(cache_aware, "CONFIGS", {"small": SMALL})
+    if not grouped:
+        monkeypatch.setattr(tiers, "memory_group", lambda _: nullcontext(None))
     report = tiers.measure_tiers(quick=True, model=None, folder=tmp_path)
-    assert [row.way for row in report.rows] == ["no prefetch", "prefetch", "prefetch, cache-aware 0.3"]
+    ways = ["no prefetch", "prefetch", "prefetch, cache-aware 0.3"]
+    assert [row.way for row in report.rows] == ways[: len(report.rows)]
     for row in report.rows:
+        # Were all experts in memory, twice the allowance, the process would be beyond its limit, in a group or not.
+        assert row.process_bytes + row.ram_bytes > row.process_limit_bytes
+        assert row.ram_bytes < row.process_bytes <= row.process_limit_bytes
         assert 0 < row.hit_rate < 1 and row.decode_tokens_per_s > 0
         assert row.most_ram_bytes <= row.ram_bytes and row.killed == 0
-        assert row.group_peak_bytes <= row.group_limit_bytes
+        assert row.group_limit_bytes in (0, row.process_limit_bytes)
+        if row.group_limit_bytes:
+            assert row.ram_bytes < row.group_peak_bytes <= row.group_limit_bytes
     assert report.rows[0].foreseen_rate == 0 < report.rows[1].foreseen_rate
-    assert report.rows[2].hit_rate > report.rows[1].hit_rate - 0.02
+    if grouped:
+        assert report.rows[2].hit_rate > report.rows[1].hit_rate - 0.02
     assert all(0 < rate < 1 for rate in report.policies.values())
-    assert list(report.divergence) == ["prefetch, cache-aware 0.3"]
-    assert list(report.divergence["prefetch, cache-aware 0.3"]) == ["small"]
+    if grouped:
+        assert list(report.divergence) == ["prefetch, cache-aware 0.3"]
+        assert list(report.divergence["prefetch, cache-aware 0.3"]) == ["small"]
     for named, came in report.transitions:  # chance would name an eighth, of which an eighth came
         assert 1 / 8 < came <= 1 and 0 < named < 1
     assert list(tmp_path.iterdir()) == []

@@ -5,13 +5,15 @@
         hub.sent["model.safetensors"]    # bytes of its contents that were sent
 
 Files named *.safetensors and *.gguf are large ones, with a SHA-256. `cut_after` ends each reply for such a file after
-so many bytes; `damage` changes a byte in files of that name on the way.
+so many bytes; `damage` changes a byte in files of that name on the way; `before` is called with a file's name before
+its contents are sent.
 """
 
 import hashlib
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -26,6 +28,7 @@ class HubServer:
         self.sent: Counter[str] = Counter()
         self.cut_after: int | None = None
         self.damage: str | None = None
+        self.before: Callable[[str], object] = lambda name: None
         self.replies_until_cut: int | None = None  # then every reply for a large file is empty
         hub = self
 
@@ -103,6 +106,7 @@ class HubServer:
         request.end_headers()
         if not body:
             return
+        self.before(name)
         if name == self.damage:
             data = data[:-1] + bytes([data[-1] ^ 1])
         piece = data[start:]

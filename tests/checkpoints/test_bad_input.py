@@ -61,6 +61,43 @@ def test_links_of_the_hub_s_cache_are_its_own(copy: Path, tmp_path: Path) -> Non
     assert open_directory(tmp_path / "linked").tensors
 
 
+def split_gguf(folder: Path) -> tuple[Path, Path]:
+    parts = []
+    for number, name in ((1, "token_embd.weight"), (2, "output.weight")):
+        parts.append(folder / f"x-{number:05d}-of-00002.gguf")
+        writer = gguf.GGUFWriter(parts[-1], "qwen3moe")
+        writer.add_tensor(name, np.zeros((4, 64), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    return parts[0], parts[1]
+
+
+def test_links_of_a_split_gguf_out_of_its_directory(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    first, second = split_gguf(model)
+    assert len(open_gguf(first).tensors) == 2
+    shutil.move(second, tmp_path / "elsewhere.gguf")
+    second.symlink_to(tmp_path / "elsewhere.gguf")
+    sentence = refusal(lambda: open_gguf(first))
+    assert str(second) in sentence and "leads out of the model's directory" in sentence
+    shutil.move(first, tmp_path / "first.gguf")
+    first.symlink_to(Path("..") / "first.gguf")  # both lie there: whoever names one means that
+    assert len(open_gguf(first).tensors) == 2
+
+
+def test_links_of_a_split_gguf_in_the_hub_s_cache(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    snapshot = tmp_path / "snapshots" / "0123" / "Q4_K_M"
+    snapshot.mkdir(parents=True)
+    for number, part in enumerate(split_gguf(snapshot)):
+        shutil.move(part, tmp_path / "blobs" / str(number))
+        part.symlink_to(Path("../../../blobs") / str(number))
+    assert len(open_gguf(part).tensors) == 2
+
+
 def test_a_config_or_index_as_large_as_weights(copy: Path) -> None:
     with (copy / "config.json").open("r+b") as file:
         file.truncate(10 << 30)  # a hole; nothing of it may be read

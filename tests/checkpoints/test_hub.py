@@ -3,8 +3,10 @@
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -103,6 +105,31 @@ def test_a_cut_download_goes_on_where_it_was_cut(files: dict[str, bytes], tmp_pa
         assert (folder / name).read_bytes() == files[name]
         assert hub.sent[name] == size
     assert not list(tmp_path.glob("**/*.part"))
+
+
+def test_ctrl_c_leaves_what_the_next_run_takes_up(files: dict[str, bytes], tmp_path: Path) -> None:
+    name = "model-00001-of-00002.safetensors"
+    size, asked = len(files[name]), Counter[str]()
+    with hub_server.HubServer({NAME: files}) as hub:
+
+        def interrupt(file: str) -> None:
+            asked[file] += 1
+            if file == name and asked[file] == 2:  # a third of it has come
+                process.send_signal(signal.SIGINT)
+                process.wait(60)
+
+        hub.cut_after, hub.before = size // 3, interrupt
+        command = [sys.executable, "-m", "moehive.coordinator.cli.main", "pull", NAME]
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+            _, said = process.communicate(timeout=120)
+        assert process.returncode == 130 and "Traceback" not in said, said
+    (part,) = tmp_path.glob("**/*.part")
+    have = part.stat().st_size
+    assert size // 3 <= have < size
+    with hub_server.HubServer({NAME: files}) as hub:
+        assert (pulled(tmp_path, hub.url) / name).read_bytes() == files[name]
+        assert hub.sent[name] == size - have
 
 
 def test_a_part_that_was_damaged_on_disk_is_fetched_anew(files: dict[str, bytes], tmp_path: Path) -> None:

@@ -3,10 +3,6 @@
 import asyncio
 import os
 import resource
-import shutil
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,26 +17,6 @@ A = NodeName("a")
 E = ExpertId(3, 17)
 DATA = bytes(range(256)) * 40
 MIB = 1 << 20
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A tmpfs of 20 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-def fill(folder: Path, leave: int) -> Path:
-    """A file that leaves so many bytes of the disk free."""
-    ballast = folder / "ballast"
-    with ballast.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
-    return ballast
 
 
 def read(cache: DiskCache, nbytes: int = len(DATA)) -> bytes | None:
@@ -137,7 +113,7 @@ def test_other_models_make_room_the_oldest_first(small_disk):
     assert names() == ["d"]
 
 
-def test_disk_full_gives_the_part_back(small_disk):
+def test_disk_full_gives_the_part_back(small_disk, fill):
     cache = DiskCache(small_disk, "d" * 64)
     fill(small_disk, 64 << 10)
     part = cache.part(E, MIB)
@@ -161,20 +137,7 @@ def test_a_limit_on_file_sizes_gives_the_part_back(tmp_path):
     assert list((tmp_path / ("d" * 64)).iterdir()) == []
 
 
-@contextmanager
-def as_nobody() -> Iterator[None]:
-    """Root may write anywhere; others may not."""
-    root = os.geteuid() == 0
-    if root:
-        os.seteuid(65534)
-    try:
-        yield
-    finally:
-        if root:
-            os.seteuid(0)
-
-
-def test_no_permission_is_a_sentence(tmp_path):
+def test_no_permission_is_a_sentence(tmp_path, as_nobody):
     for path in (tmp_path, *tmp_path.parents):  # so that it is this folder that refuses
         if path.name.startswith("pytest") or path == tmp_path:
             path.chmod(0o755)
@@ -204,7 +167,7 @@ def test_an_unreadable_file_is_fetched_again(tmp_path):
 
 @pytest.mark.parametrize("spare", [cache_module._SPARE_BYTES, -MIB], ids=["before", "in mid-fetch"])
 def test_disk_full_during_a_fetch(
-    small_disk, tmp_path, coordinator_class, authority, model, node_here, make_request, monkeypatch, spare
+    small_disk, fill, tmp_path, coordinator_class, authority, model, node_here, make_request, monkeypatch, spare
 ):
     """The node says so, lives on, and has its slice once there is room."""
     monkeypatch.setattr(cache_module, "_SPARE_BYTES", spare)

@@ -1,9 +1,12 @@
 """`moehive convert --budget`: a pack whose experts and trunk differ in their formats, and keeps within its bytes."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,15 @@ from moehive.coordinator.checkpoints.inventory import look
 from moehive.coordinator.checkpoints.opening import open_model
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.verify import verify
-from moehive.coordinator.cli.packs import budget_bytes
+from moehive.coordinator.cli import packs
+from moehive.coordinator.cli.budget import budget_bytes
 from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_cluster
 from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
 from moehive.coordinator.estimate.headers import of_files
+from moehive.coordinator.precision.choice import BudgetChoice, choose_formats
 from moehive.coordinator.serving.text import Text
 from moehive.coordinator.trunk import load_trunk
+from moehive.coordinator.types import CoordinatorError
 
 
 def run(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
@@ -26,12 +32,11 @@ def run(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path) -> None:
+def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path, text: Path) -> None:
     source = open_model(str(chat_model))
     size = sum(path.stat().st_size for path in chat_model.glob("*.safetensors"))
     limit = size // 3
-    pack, text = tmp_path / "pack", tmp_path / "text.txt"
-    text.write_text("The harbour lies open to the west, and the fishermen watch the sky. " * 40)
+    pack = tmp_path / "pack"
     done = run("convert", chat_model, pack, "--budget", limit, "--calibration", text, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
@@ -49,6 +54,141 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path) -> N
     assert verify(pack, 1, lambda *_: None).damaged == ()
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """To calibrate with: far less than the text that comes with Moehive."""
+    path = tmp_path / "text.txt"
+    path.write_text("The harbour lies open to the west, and the fishermen watch the sky. " * 5)
+    return path
+
+
+@dataclass
+class Convert:
+    """`moehive convert MODEL PACK --budget …` in this process, and how often it calibrated."""
+
+    model: Path
+    pack: Path
+    text: Path
+    calibrations: int = 0
+
+    def __call__(self, budget: str) -> None:
+        packs.convert(str(self.model), self.pack, budget=budget, calibration=self.text, workers=1)
+
+
+@pytest.fixture
+def convert(chat_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> Convert:
+    convert = Convert(chat_model, tmp_path / "pack", text)
+
+    def counted(*arguments: Any) -> BudgetChoice:
+        convert.calibrations += 1
+        return choose_formats(*arguments)
+
+    monkeypatch.setattr("moehive.coordinator.cli.budget.choose_formats", counted)
+    return convert
+
+
+class Killed(Exception):
+    """In place of a kill."""
+
+
+def _killed(*_: Any) -> None:
+    raise Killed
+
+
+def test_a_choice_is_made_once(
+    convert: Convert,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    free = iter([900_000, 1_000_000, 1_100_000])  # what this machine has room for, from hour to hour
+    monkeypatch.setattr("moehive.coordinator.cli.budget.room_for_weights", lambda *_: next(free))
+    with monkeypatch.context() as patched:
+        patched.setattr("moehive.coordinator.cli.budget.KeptInputs", _killed)  # the choice is made, no expert is
+        with pytest.raises(Killed):
+            convert("cluster")
+    assert {path.name for path in convert.pack.iterdir()} == {"choice.msgpack", "calibration"}
+    with pytest.raises(CoordinatorError, match="not finished; run the same"):
+        open_model(str(convert.pack))
+    with monkeypatch.context() as patched:
+        patched.setattr("moehive.coordinator.checkpoints.pack.convert.write_trunk", _killed)  # all experts are there
+        with pytest.raises(Killed):
+            convert("cluster")
+    assert (convert.pack / "journal").exists()
+    capsys.readouterr()
+    convert("cluster")
+    assert "Formats were chosen before" in capsys.readouterr().out
+    convert("cluster")
+    assert "is whole already" in capsys.readouterr().out
+    assert convert.calibrations == 1
+    assert {path.name for path in convert.pack.iterdir()} == {
+        "choice.msgpack", "experts-00000.bin", "experts-00001.bin", "pack.msgpack", "trunk"
+    }  # fmt: skip
+
+    straight = Convert(convert.model, tmp_path / "straight", convert.text)
+    straight("900KB")
+    for name in ("experts-00000.bin", "experts-00001.bin", "trunk/matrices.bin", "trunk/model.safetensors"):
+        assert (convert.pack / name).read_bytes() == (straight.pack / name).read_bytes(), name
+
+
+def test_a_choice_is_for_one_source_and_its_options(
+    convert: Convert, chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(chat_model, tmp_path / "other", copy_function=shutil.copyfile))
+    text = tmp_path / "more.txt"
+    text.write_text(convert.text.read_text() + "The wind turns.")
+    other_ways = [
+        (Convert(other, convert.pack, convert.text), "900KB"),
+        (Convert(chat_model, convert.pack, convert.text), "901KB"),
+        (Convert(chat_model, convert.pack, text), "900KB"),
+    ]
+    with monkeypatch.context() as patched:
+        patched.setattr("moehive.coordinator.cli.budget.KeptInputs", _killed)
+        with pytest.raises(Killed):
+            convert("900KB")
+    for way, size in other_ways:
+        with pytest.raises(CoordinatorError, match="beginning of another pack; delete that directory"):
+            way(size)
+    with pytest.raises(CoordinatorError, match="beginning of another pack"):
+        packs.convert(str(chat_model), convert.pack, format="q8_0")
+    convert("900KB")
+    for way, size in other_ways:
+        with pytest.raises(CoordinatorError, match="pack of another model or format"):
+            way(size)
+    packs.convert(str(chat_model), tmp_path / "plain", format="q8_0")
+    with pytest.raises(CoordinatorError, match="pack of another model or format"):
+        Convert(chat_model, tmp_path / "plain", convert.text)("900KB")
+    assert convert.calibrations == 1
+
+
+def test_what_is_kept_of_a_choice_is_checked(convert: Convert, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("moehive.coordinator.cli.budget.KeptInputs", _killed)
+        with pytest.raises(Killed):
+            convert("900KB")
+    for name in ("calibration/inputs-00001.bin", "choice.msgpack"):
+        path = convert.pack / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+        with pytest.raises(CoordinatorError, match="damaged"):
+            convert("900KB")
+        path.write_bytes(whole)
+    convert("900KB")
+    assert convert.calibrations == 1 and verify(convert.pack, 1).damaged == ()
+
+
+def test_a_run_that_was_killed_while_it_calibrated_begins_anew(
+    convert: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("moehive.coordinator.cli.budget.keep_choice", _killed)
+        with pytest.raises(Killed):
+            convert("900KB")
+    assert [path.name for path in convert.pack.iterdir()] == ["calibration"]
+    convert("900KB")
+    assert convert.calibrations == 2 and verify(convert.pack, 1).damaged == ()
+
+
 def test_a_cluster_is_a_budget(chat_model: Path, tmp_path: Path) -> None:
     """Its memory, less what the program and the cache take."""
     cache = of_files(str(chat_model)).kv_bytes_a_token * CONTEXT_TOKENS
@@ -56,6 +196,7 @@ def test_a_cluster_is_a_budget(chat_model: Path, tmp_path: Path) -> None:
     write_cluster(tmp_path / "cluster.toml", Cluster(0.0, 1e9, (machine,)))
     assert budget_bytes(str(chat_model), "cluster", tmp_path / "cluster.toml") == 123_456
     assert budget_bytes(str(chat_model), "120GB", None) == 120 * 10**9
+    assert budget_bytes(str(chat_model), "cluster", None) is None  # what is free here when it is chosen
 
 
 def test_the_benchmark_shows_divergence_and_text(
@@ -77,3 +218,4 @@ def test_a_budget_that_is_too_small_is_one_sentence(chat_model: Path, tmp_path: 
     done = run("convert", chat_model, tmp_path / "pack", "--budget", "100KB")
     assert done.returncode == 1
     assert "at least" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "pack").exists()

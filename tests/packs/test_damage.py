@@ -1,9 +1,12 @@
 """What is wrong with a pack is found and named: flipped bits, lying manifests, torn journals."""
 
 import hashlib
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -119,6 +122,47 @@ def test_files_of_another_size_or_that_are_gone_are_refused(whole: Path, tmp_pat
     file.unlink()
     with pytest.raises(CoordinatorError, match="copy the pack again"):
         open_model(str(pack))
+
+
+@pytest.mark.parametrize("which", ["gguf_model", "safetensors_model"])
+def test_links_out_of_a_pack_are_refused(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """Each lies elsewhere with the right bytes; a link within the pack may stay."""
+    pack, elsewhere = tmp_path / "pack", tmp_path / "elsewhere"
+    convert(open_model(str(request.getfixturevalue(which))), pack, "keep", workers=1)
+    trunk = "trunk/trunk.gguf" if which == "gguf_model" else "trunk/model.safetensors"
+    for name in ("experts-00001.bin", trunk, "trunk"):
+        shutil.move(pack / name, elsewhere)
+        (pack / name).symlink_to(elsewhere)
+        for read in (lambda: open_model(str(pack)), lambda: verify(pack, threads=1)):
+            with pytest.raises(CoordinatorError, match="is a link that leads out of the pack; put the file itself"):
+                read()
+        (pack / name).unlink()
+        shutil.move(elsewhere, pack / name)
+    shutil.move(pack / "experts-00001.bin", pack / "other.bin")
+    (pack / "experts-00001.bin").symlink_to("other.bin")
+    assert verify(pack, threads=1).damaged == ()
+
+
+def test_what_verify_says(whole: Path, tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "moehive.coordinator.cli.main", "verify", str(pack), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    done = run()
+    assert done.returncode == 0 and f"{pack} is whole: 18 experts" in " ".join(done.stdout.split())
+    places = offsets(read_manifest(pack).manifest.layers[0])
+    flip(pack / "experts-00002.bin", places[4] + 9, 1)
+    flip(pack / "trunk" / "model.safetensors", 9000, 0)
+    done = run()
+    assert done.returncode == 1 and done.stdout == ""
+    assert " ".join(done.stderr.split()).endswith(
+        f"{pack} is damaged: expert 4 of MoE layer 2, the trunk's model.safetensors; copy or convert the model again."
+    )
+    done = run("--json")
+    assert done.returncode == 1
+    said = json.loads(done.stdout)
+    assert said["damaged"] == [{"layer": 2, "expert": 4}] and said["damaged_files"] == ["model.safetensors"]
 
 
 packed = st.recursive(

@@ -141,6 +141,15 @@ def test_a_flipped_bit_is_found(pack: Path, tmp_path: Path) -> None:
         open_model(str(tmp_path / "copy"))
 
 
+def test_a_link_out_of_the_pack(pack: Path, tmp_path: Path) -> None:
+    convert(open_model(str(pack)), tmp_path / "copy", KEEP, workers=1)
+    file = tmp_path / "copy/trunk" / NAME
+    shutil.move(file, tmp_path / NAME)
+    file.symlink_to(tmp_path / NAME)
+    with pytest.raises(CoordinatorError, match=r"matrices.bin is a link that leads out of the pack"):
+        open_model(str(tmp_path / "copy"))
+
+
 def test_without_a_lean_trunk_it_is_one_sentence(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moehive.coordinator.models.lean.families.unknown", lambda _: "the test says so")
     with pytest.raises(CoordinatorError, match="--budget"):

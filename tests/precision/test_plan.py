@@ -18,7 +18,7 @@ from moehive.coordinator.precision.calibration import projections
 from moehive.coordinator.precision.encode import encode
 from moehive.coordinator.precision.forward import Experts, divergence, greedy, log_probabilities
 from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan, probes_of
-from moehive.coordinator.precision.trunk_parts import TrunkMatrices
+from moehive.coordinator.precision.trunk_parts import TrunkMatrices, encode_matrix
 from moehive.coordinator.trunk import load_trunk
 from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.geometry import ExpertId, Format, Manifest
@@ -55,9 +55,9 @@ def trunk(source: ModelSource) -> Trunk:
 
 
 @pytest.fixture(scope="module")
-def calibrated(source: ModelSource, trunk: Trunk) -> Calibrated:
+def calibrated(source: ModelSource, trunk: Trunk, tmp_path_factory: pytest.TempPathFactory) -> Calibrated:
     experts = Experts(source.manifest, source.expert_blob, OPS, 1 << 30)
-    return calibrate(trunk, experts, texts((1024, 256))[0], lambda *_: None)
+    return calibrate(trunk, experts, texts((1024, 256))[0], tmp_path_factory.mktemp("inputs"), lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_the_trunk_gives_bytes_to_where_they_are_worth_more(
             both.trunk[part.name],
             part.rows,
             part.columns,
-            torch.cat(list(matrices.encode(part, both.trunk[part.name]))),
+            torch.cat(list(encode_matrix(tensors.linear(part.name), both.trunk[part.name], part.inputs.squares))),
         )
         for part in parts
         if part.name in both.trunk

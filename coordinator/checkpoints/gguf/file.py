@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ...types import CoordinatorError
+from ..links import refuse_links_out
 from ..safetensors_file import StoredTensor
 from .formats import TYPES, TensorType
 from .other_types import why_not_read
@@ -92,6 +93,10 @@ def _parts(path: Path) -> list[Path]:
     missing = [part for part in parts if not part.exists()]
     if missing:
         raise CoordinatorError(f"{missing[0]} is missing, one of the model's {count} parts; download it too.")
+    # The one that was named may be a link to anywhere; the others must lie beside it, or beside what it is a link to,
+    # as in the hub's cache.
+    others = (part for part in parts if part != path)
+    refuse_links_out(others, (path.parent, path.resolve().parent), "the model's directory")
     return parts
 
 

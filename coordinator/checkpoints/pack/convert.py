@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,7 +26,6 @@ from ...types import CoordinatorError
 from ..opening import ModelSource, trunk_of
 from .checkpoint import PackCheckpoint
 from .encoding import check_encodable, check_format, reencode, respecified
-from .journal import NAME as JOURNAL
 from .journal import Journal
 from .manifest import (
     NAME,
@@ -42,6 +41,7 @@ from .manifest import (
 from .matrices import Encode as EncodeMatrix
 from .matrices import TrunkMatrix
 from .trunk import hash_trunk, write_trunk
+from .unfinished import another_pack, check_way, finish, is_begun
 
 KEEP = "keep"  # as a format: each tensor's own
 COMMIT_BYTES = 64 << 20  # written between two entries in the journal, about
@@ -65,6 +65,9 @@ class Chosen:
     encode_matrix: EncodeMatrix | None = None
 
 
+Choose = Callable[[Path], Chosen]  # given the pack's folder, which is locked; it may keep what unfinished.py names
+
+
 @dataclass(frozen=True, slots=True)
 class Converted:
     """What a conversion did. `in_place`: nothing was copied; `resumed` experts were there already."""
@@ -81,7 +84,7 @@ class Converted:
 def convert(
     source: ModelSource,
     folder: Path,
-    format: str | Chosen | None,
+    format: str | Chosen | Choose | None,
     workers: int,
     progress: Progress = lambda *_: None,
     commit_bytes: int = COMMIT_BYTES,
@@ -90,21 +93,22 @@ def convert(
 
     `format`: None serves a source in place whose weights are computed as they are stored, and copies another; "keep"
     copies in the formats of the source; else the projections of all experts are encoded in that format, or as was
-    chosen for each. `workers`: threads, each with one expert in work. `commit_bytes`: after so many, what is finished
-    is made to last. Raises CoordinatorError, one sentence; what was finished stays, also when the disk is full, and a
-    second call goes on.
+    chosen for each, before or by a function. `workers`: threads, each with one expert in work. `commit_bytes`: after
+    so many, what is finished is made to last. Raises CoordinatorError, one sentence; what was finished stays, also
+    when the disk is full, and a second call goes on.
     """
-    in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
-    target = _target(source.manifest, format)
-    matrices, encode_matrix = _matrices(source, format)
-    identity = identity_of(source.manifest, target, in_place, matrices)
+    # Before there is a folder: what is wrong with a format makes none.
+    wanted = None if callable(format) else wanted_pack(source, folder, format)
     try:
-        with _owned(folder, identity) as done:
+        with _owned(folder):
+            check_way(folder, (folder / NAME).exists(), chosen=callable(format))
+            if callable(format):
+                wanted = wanted_pack(source, folder, format(folder))
+            assert wanted is not None
+            done = _whole(wanted)
             if done is not None:
-                total = sum(layer.experts for layer in target.layers)
-                return Converted(done.manifest, in_place, total, total, target.total_bytes, 0, 0.0)
-            encode = format.encode if isinstance(format, Chosen) else partial(_reencode, source.manifest, target)
-            wanted = _Wanted(source, folder, target, identity, in_place, encode, matrices, encode_matrix)
+                total = sum(layer.experts for layer in wanted.target.layers)
+                return Converted(done.manifest, wanted.in_place, total, total, wanted.target.total_bytes, 0, 0.0)
             return _convert(wanted, workers, progress, commit_bytes)
     except OSError as error:
         raise CoordinatorError(
@@ -114,7 +118,9 @@ def convert(
 
 
 @dataclass(frozen=True, slots=True)
-class _Wanted:
+class Wanted:
+    """A conversion: of what, where, into what, and its identity (`identity_of`)."""
+
     source: ModelSource
     folder: Path
     target: Manifest
@@ -125,7 +131,17 @@ class _Wanted:
     encode_matrix: EncodeMatrix | None
 
 
-def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
+def wanted_pack(source: ModelSource, folder: Path, format: str | Chosen | None) -> Wanted:
+    """What `convert` would make. Raises CoordinatorError for a format that can't be made."""
+    in_place = format is None and source.computed_as_stored and not isinstance(source, PackCheckpoint)
+    target = _target(source.manifest, format)
+    matrices, encode_matrix = _matrices(source, format)
+    identity = identity_of(source.manifest, target, in_place, matrices)
+    encode = format.encode if isinstance(format, Chosen) else partial(_reencode, source.manifest, target)
+    return Wanted(source, folder, target, identity, in_place, encode, matrices, encode_matrix)
+
+
+def _convert(wanted: Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
     source, folder, target, in_place = wanted.source, wanted.folder, wanted.target, wanted.in_place
     started = monotonic()
     with ExitStack() as stack:
@@ -154,7 +170,7 @@ def _convert(wanted: _Wanted, workers: int, progress: Progress, commit_bytes: in
             matrices=wanted.matrices,
         )
         write_manifest(folder, pack)
-        journal.remove()
+        finish(folder)
     return Converted(
         pack.manifest,
         in_place,
@@ -201,13 +217,13 @@ def _matrices(
 
 
 @contextmanager
-def _owned(folder: Path, identity: bytes) -> Iterator[PackManifest | None]:
-    """The folder, locked; the pack that it is if this conversion has been made already."""
+def _owned(folder: Path) -> Iterator[None]:
+    """The folder, made if need be, and locked. Raises CoordinatorError for one that holds something else."""
     if folder.exists() and not folder.is_dir():
         raise CoordinatorError(f"{folder} is a file; name a directory for the pack.")
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    whole, begun = (folder / NAME).exists(), (folder / JOURNAL).exists()
-    if not whole and not begun and any(folder.iterdir()):
+    if not (folder / NAME).exists() and not is_begun(folder) and any(folder.iterdir()):
         raise CoordinatorError(f"{folder} is not empty and no pack; name another directory.")
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -215,16 +231,24 @@ def _owned(folder: Path, identity: bytes) -> Iterator[PackManifest | None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise CoordinatorError(f"Another `moehive convert` writes {folder}; wait for it.") from error
-        if not whole:
-            yield None
-            return
-        found = read_manifest(folder)
-        if found.identity != identity:
-            raise CoordinatorError(f"{folder} is the pack of another model or format; name another directory.")
-        (folder / JOURNAL).unlink(missing_ok=True)
-        yield found
+        yield
     finally:
         os.close(descriptor)
+        if made:
+            with suppress(OSError):  # nothing was begun in it unless it holds something
+                folder.rmdir()
+
+
+def _whole(wanted: Wanted) -> PackManifest | None:
+    """The pack if this conversion has been made already. Raises CoordinatorError for that of another."""
+    folder = wanted.folder
+    if not (folder / NAME).exists():
+        return None
+    found = read_manifest(folder)
+    if found.identity != wanted.identity:
+        raise another_pack(folder)
+    finish(folder)
+    return found
 
 
 def _check_space(folder: Path, target: Manifest) -> None:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from moehive.kernels.geometry import ExpertId, Manifest
 
-from ...types import CoordinatorError
+from .unfinished import JOURNAL, another_beginning
 
-NAME = "journal"
 _MAGIC = b"MHPACK02"  # 01 had SHA-256
 _HEADER = len(_MAGIC) + 32
 _BODY = struct.Struct("<II32s")
@@ -31,15 +30,13 @@ class Journal:
         `identity`: 32 bytes, see `identity_of`. Raises OSError, and CoordinatorError when `folder` holds the
         journal of another conversion.
         """
-        self._path = folder / NAME
+        self._path = folder / JOURNAL
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             data = self._path.read_bytes()
             header = _MAGIC + identity
             if len(data) >= _HEADER and data[:_HEADER] != header:
-                raise CoordinatorError(
-                    f"{folder} holds the beginning of another pack; delete that directory, or name another."
-                )
+                raise another_beginning(folder)
             if len(data) < _HEADER:  # new, or killed while the header was written
                 os.ftruncate(self._descriptor, 0)
                 _write(self._descriptor, header, 0)
@@ -65,10 +62,6 @@ class Journal:
     def close(self) -> None:
         """Lets go of the file."""
         os.close(self._descriptor)
-
-    def remove(self) -> None:
-        """After the pack is whole. Raises OSError."""
-        self._path.unlink()
 
 
 def _records(data: bytes, manifest: Manifest) -> dict[ExpertId, bytes]:

@@ -24,6 +24,7 @@ from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, LayerG
 from moehive.kernels.manifest import from_bytes, to_bytes
 
 from ...types import CoordinatorError
+from ..links import refuse_links_out
 from . import matrices as own
 
 NAME = "pack.msgpack"
@@ -216,3 +217,4 @@ def _check_files(folder: Path, pack: PackManifest) -> None:
             raise CoordinatorError(f"{path} can't be read ({error.strerror}); copy the pack again.") from error
         if size != nbytes:
             raise CoordinatorError(f"{path} has {size} bytes, but {nbytes} belong into it; copy the pack again.")
+    refuse_links_out(wanted, (folder,), "the pack")
