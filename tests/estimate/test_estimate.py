@@ -177,14 +177,15 @@ def test_bytes_are_conserved_and_no_memory_holds_more_than_it_has(cluster: Clust
     held = sum(holding.expert_bytes for holding in placed.holdings)
     assert held + placed.missing_bytes == pytest.approx(known.expert_bytes, abs=100)
     for holding in placed.holdings:
-        tiers = holding.machine.tiers()
-        for tier, nbytes in holding.experts.items():
-            room = tiers[tier].nbytes
-            if tier == "ram":
-                used = holding.trunk_bytes + holding.kv_bytes + COORDINATOR_BYTES
-                room = max(0, room - (used if holding.machine.coordinator else NODE_BYTES))
-            assert nbytes <= room + 1
-    memory = sum(t.nbytes for m in cluster.machines for k, t in m.tiers().items() if k != "disk")
+        machine = holding.machine
+        beside = holding.trunk_bytes + holding.kv_bytes + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
+        ram = max(0, machine.ram.nbytes - beside) if machine.ram else 0
+        assert holding.ram_bytes <= ram and (ram or not holding.expert_bytes)
+        assert holding.disk_bytes <= (machine.disk.nbytes + ram - holding.ram_bytes if machine.disk else 0)
+        assert holding.vram_bytes == min(holding.expert_bytes, machine.vram.nbytes if machine.vram else 0)
+        assert sum(holding.read_from().values()) == holding.expert_bytes
+        assert holding.read_from().get("ram", 0) <= ram
+    memory = sum(m.ram.nbytes for m in cluster.machines if m.ram)
     if placed.disk_bytes and memory > known.total_bytes + len(cluster.machines) * GB + placed.holdings[0].kv_bytes:
         raise AssertionError("a disk is used though memory is left")
     if held:
@@ -209,11 +210,13 @@ def test_the_best_format_that_memory_holds_is_chosen() -> None:
 
 
 def test_what_a_cluster_leaves_for_weights_is_what_fits() -> None:
-    node = Machine("node", vram=Tier(4 * GB, 9e11), ram=Tier(8 * GB, 6e10))
+    node = Machine("node", vram=Tier(24 * GB, 9e11), ram=Tier(12 * GB, 6e10))
     cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(12 * GB, 5e10)), node))
-    room = room_for_weights(model(), cluster)
-    assert 24 * GB - room == COORDINATOR_BYTES + NODE_BYTES + hold(model(), cluster).holdings[0].kv_bytes
-    found = {(one.total_bytes <= room, hold(one, cluster).fits) for one in in_all_formats(model()).values()}
+    known = model()
+    room = room_for_weights(known, cluster)
+    beside = COORDINATOR_BYTES + NODE_BYTES + hold(known, cluster).holdings[0].kv_bytes
+    assert 24 * GB - room == beside + 2 * known.layers[0].spec.nbytes
+    found = {(one.total_bytes <= room, hold(one, cluster).fits) for one in in_all_formats(known).values()}
     assert found == {(True, True), (False, False)}
 
 

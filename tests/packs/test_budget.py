@@ -50,9 +50,11 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path) -> N
 
 
 def test_a_cluster_is_a_budget(chat_model: Path, tmp_path: Path) -> None:
-    """Its memory, less what the program and the cache take."""
-    cache = of_files(str(chat_model)).kv_bytes_a_token * CONTEXT_TOKENS
-    machine = Machine("one", coordinator=True, ram=Tier(123_456 + cache + COORDINATOR_BYTES, 1e10))
+    """Its RAM, less what the program and the cache take, and one expert; a GPU's memory is no room."""
+    model = of_files(str(chat_model))
+    beside = model.kv_bytes_a_token * CONTEXT_TOKENS + COORDINATOR_BYTES + model.layers[0].spec.nbytes
+    ram = Tier(123_456 + beside, 1e10)
+    machine = Machine("one", coordinator=True, vram=Tier(10**9, 1e12), ram=ram)
     write_cluster(tmp_path / "cluster.toml", Cluster(0.0, 1e9, (machine,)))
     assert budget_bytes(str(chat_model), "cluster", tmp_path / "cluster.toml") == 123_456
     assert budget_bytes(str(chat_model), "120GB", None) == 120 * 10**9
