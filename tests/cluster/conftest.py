@@ -40,9 +40,9 @@ def _load_families() -> ModuleType:
 class NodeProcess:
     """One `python -m moehive.expert_node`."""
 
-    def __init__(self, name: str, state: Path, token: str | None) -> None:
+    def __init__(self, name: str, state: Path, token: str | None, room: list[str]) -> None:
         arguments = ["--name", name, "--listen", "127.0.0.1:0", "--state-dir", str(state)]
-        arguments += ["--memory", "1GiB", "--threads", "1"]
+        arguments += [*room, "--threads", "1"]
         if token is not None:
             arguments += ["--token", token]
         self.log_path = state.with_suffix(".log")
@@ -74,6 +74,7 @@ class TestCluster:
         self.authority = Authority.create(self.state / "ca")
         self.folder = folder
         self.nodes: dict[str, NodeProcess] = {}
+        self.room = ["--memory", "1GiB"]  # of nodes that are started from now on
         self._ports = (0, 0)
 
     @asynccontextmanager
@@ -106,7 +107,7 @@ class TestCluster:
             return running
         state = self.folder / name
         token = None if state.exists() else self.token()
-        self.nodes[name] = NodeProcess(name, state, token)
+        self.nodes[name] = NodeProcess(name, state, token, self.room)
         return self.nodes[name]
 
     def token(self) -> str:
