@@ -46,6 +46,8 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path) -> N
     read = load_trunk(opened, 1)  # in those formats
     assert read.vocab_size == load_trunk(source, 1).vocab_size
     assert look("pack", pack).trunk_bytes == of_files(str(pack)).trunk_bytes < trunk
+    taken = {fmt for pair in formats for fmt in pair}
+    assert set(look("pack", pack).formats) == taken != set(look("source", chat_model).formats)
     assert verify(pack, 1, lambda *_: None).damaged == ()
 
 
