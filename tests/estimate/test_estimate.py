@@ -252,3 +252,29 @@ def test_the_command_needs_no_network(tmp_path: Path) -> None:
     command[-3] = "nobody/no-such-model"
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120, env=offline)
     assert refused.returncode == 1 and refused.stderr.startswith("moehive: nobody/no-such-model is no file")
+
+
+def test_advice_is_ranked_by_what_it_brings() -> None:
+    """What makes it fit comes first, and of what is alike in that the quickest; nothing that does not help."""
+    models = in_all_formats(model("qwen3.5-397b"))
+    far = 0.005
+    slow = Machine("slow", ram=Tier(64 * GB, 3e10))
+    cluster = Cluster(far, 1.25e8, (replace(BIG, ram=Tier(48 * GB, 5e10)), slow))
+    roomy = replace(
+        cluster, machines=(replace(BIG, ram=Tier(100 * GB, 5e10)), replace(slow, ram=Tier(100 * GB, 3e10)))
+    )
+    for found in (estimate(models, cluster), estimate(models, cluster, format="q4_k"), estimate(models, roomy)):
+        assert found.advice
+        order = [(not one.fits, -one.decode_tokens_per_s) for one in found.advice]
+        assert order == sorted(order)
+        assert all(
+            (one.fits and not found.fits) or one.decode_tokens_per_s > found.decode_tokens_per_s
+            for one in found.advice
+        )
+    # Where all fits and 5 ms are waited for in each of 60 layers, cables bring most.
+    assert found.fits and not found.placed.disk_bytes
+    assert found.advice[0].what.startswith("cables")
+    # Where it does not fit, nothing that only makes it quicker comes before what makes it fit.
+    short = estimate({"q2_k": models["q2_k"]}, cluster)
+    assert not short.fits and short.advice[0].fits and "RAM" in short.advice[0].what + short.advice[1].what
+    assert not any(one.fits for one in short.advice if one.what.startswith(("cables", "a GPU")))
