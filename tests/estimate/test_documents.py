@@ -141,3 +141,31 @@ def test_the_formula_has_its_constants() -> None:
     in_prose("chunks of # tokens", MODELS, constants.CHUNK_TOKENS)
     least = min(constants.PRODUCTS_PER_BYTE.values())
     in_prose("come on top, # to # (by format)", MODELS, least, constants.OTHER_PRODUCTS)
+
+
+def test_what_is_assumed_of_unmeasured_tiers_is_as_the_document_says() -> None:
+    disk, vram = constants.DISK_BYTES_PER_S / 1e9, constants.VRAM_BYTES_PER_S / 1e9
+    in_prose("unmeasured disk (# GB/s) and of a GPU's memory (# GB/s) is assumed", MODELS, disk, vram)
+
+
+def test_the_ways_from_a_hub_id_have_the_sizes_of_the_shape() -> None:
+    found = find_shape(NAME)
+    assert found is not None
+    for repository in re.findall(r"\b(?:Qwen|unsloth)/Qwen3\.5-397B[\w.:-]*", MODELS):
+        assert find_shape(repository) == found
+    bf16 = of_shape(NAME, found[1], "bf16")
+    fp8, q4_k = bf16.in_format("fp8_block"), bf16.in_format("q4_k")
+    in_prose("| GGUF in Q4_K | # GB | # GB |", MODELS, q4_k.total_bytes / 1e9, q4_k.expert_bytes / 1e9)
+    in_prose("| FP8 | # GB | # GB |", MODELS, fp8.total_bytes / 1e9, fp8.expert_bytes / 1e9)
+    in_prose(
+        "| bf16, converted to q4_k | # GB, and the pack of # GB | # GB |",
+        MODELS,
+        bf16.total_bytes / 1e9,
+        (bf16.trunk_bytes + q4_k.expert_bytes) / 1e9,
+        q4_k.expert_bytes / 1e9,
+    )
+    in_prose(
+        "# GB for the GGUF in q4_k, # GB for the FP8 release, # GB for bf16",
+        MODELS,
+        *(size / 1e9 for size in (q4_k.total_bytes, fp8.total_bytes, bf16.total_bytes)),
+    )
