@@ -264,6 +264,9 @@ class Coordinator:
             tiers=_tier_status(node.figures.tiers),
             round_trip_s=link.speed.round_trip_s if link is not None else 0.0,
             link_bandwidth=1 / link.speed.s_per_byte if link is not None and link.speed.s_per_byte else 0.0,
+            disk_bytes=node.capacity.disk_bytes if node.capacity else 0,
+            vram_bytes=node.capacity.vram_bytes if node.capacity else 0,
+            disk_bandwidth=node.figures.tiers.disk_bandwidth if node.figures.tiers else 0.0,
         )
 
 

@@ -223,6 +223,7 @@ class Agent:
             beat.tiers.foreseen = tier.totals.foreseen
             beat.tiers.prefetches = tier.totals.prefetches
             beat.tiers.disk_read_bytes = tier.reader.totals.nbytes
+            beat.tiers.disk_bandwidth = tier.reader.bandwidth
         return beat
 
     async def _renew(self) -> None:

@@ -101,6 +101,9 @@ def check_report(report: pb.NodeReport) -> None:
         _finite(beat.load, "load")
         _bytes(beat.bytes_held, "bytes_held")
         _bytes(beat.resident_bytes, "resident_bytes")
+        for name in ("ram_bytes", "disk_bytes", "vram_bytes"):
+            _bytes(getattr(beat.tiers, name), f"{name} of tiers")
+        _finite(beat.tiers.disk_bandwidth, "disk_bandwidth")
     elif kind == "progress":
         _bytes(report.progress.bytes_total, "bytes_total")
         if report.progress.bytes_done > report.progress.bytes_total:

@@ -91,7 +91,7 @@ class Heartbeat(_message.Message):
     def __init__(self, experts_held: _Optional[int] = ..., bytes_held: _Optional[int] = ..., calls: _Optional[int] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., resident_bytes: _Optional[int] = ..., load: _Optional[float] = ..., tiers: _Optional[_Union[Tiers, _Mapping]] = ...) -> None: ...
 
 class Tiers(_message.Message):
-    __slots__ = ("ram_bytes", "disk_bytes", "lookups", "in_ram", "foreseen", "prefetches", "disk_read_bytes", "vram_bytes")
+    __slots__ = ("ram_bytes", "disk_bytes", "lookups", "in_ram", "foreseen", "prefetches", "disk_read_bytes", "vram_bytes", "disk_bandwidth")
     RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     LOOKUPS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class Tiers(_message.Message):
     PREFETCHES_FIELD_NUMBER: _ClassVar[int]
     DISK_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     VRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     ram_bytes: int
     disk_bytes: int
     lookups: int
@@ -108,7 +109,8 @@ class Tiers(_message.Message):
     prefetches: int
     disk_read_bytes: int
     vram_bytes: int
-    def __init__(self, ram_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., lookups: _Optional[int] = ..., in_ram: _Optional[int] = ..., foreseen: _Optional[int] = ..., prefetches: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ...) -> None: ...
+    disk_bandwidth: float
+    def __init__(self, ram_bytes: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., lookups: _Optional[int] = ..., in_ram: _Optional[int] = ..., foreseen: _Optional[int] = ..., prefetches: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., disk_bandwidth: _Optional[float] = ...) -> None: ...
 
 class SliceProgress(_message.Message):
     __slots__ = ("epoch", "bytes_done", "bytes_total")

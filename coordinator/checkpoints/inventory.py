@@ -1,5 +1,6 @@
 """The models that are on this machine: what each needs, read from headers alone."""
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +61,13 @@ def _trunk_bytes(source: ModelSource) -> int:
 
 
 def _formats(source: ModelSource) -> tuple[str, ...]:
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for layer in source.manifest.layers:
-        for place in layer.spec.tensors:
-            if place.name in ("up", "down"):
-                counts[place.format] = counts.get(place.format, 0) + place.nbytes * layer.experts
-    return tuple(sorted(counts, key=lambda name: -counts[name]))
+        for spec, experts in Counter(map(layer.spec_of, range(layer.experts))).items():
+            for place in spec.tensors:
+                if place.name in ("up", "down"):
+                    counts[place.format] += place.nbytes * experts
+    return tuple(name for name, _ in counts.most_common())
 
 
 def _of_the_hub() -> Iterator[tuple[str, Path]]:

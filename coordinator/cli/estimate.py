@@ -98,11 +98,11 @@ def _show(found: "Estimate") -> None:
         if nbytes:
             parts.add_row(part, _size(nbytes))
     console.print(parts)
-    nodes = Table("machine", "trunk and cache", "in VRAM", "in RAM", "on disk", box=SIMPLE_HEAD)
+    nodes = Table("machine", "trunk and cache", "in RAM", "on disk", "of those, on a GPU too", box=SIMPLE_HEAD)
     for holding in found.placed.holdings:
         trunk = holding.trunk_bytes + holding.kv_bytes
-        tiers = [_size(holding.experts.get(tier, 0)) for tier in ("vram", "ram", "disk")]
-        nodes.add_row(holding.machine.name, _size(trunk), *tiers)
+        tiers = holding.ram_bytes, holding.disk_bytes, holding.vram_bytes
+        nodes.add_row(holding.machine.name, _size(trunk), *map(_size, tiers))
     console.print(nodes)
     formats = Table("format", "bytes", "", box=SIMPLE_HEAD)
     for size in found.formats:

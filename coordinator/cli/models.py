@@ -1,7 +1,7 @@
 """`moehive pull` and `moehive models`: models of a hub onto this machine, and what is there."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +12,8 @@ from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
 
 if TYPE_CHECKING:
     from ..checkpoints.inventory import FoundModel
+
+_STAYING = ("joining", "loading", "ready")  # states of nodes that a plan counts on
 
 
 def pull(
@@ -46,7 +48,7 @@ def models(
     ca_file: CaFile = None,
     as_json: Json = False,
 ) -> None:
-    """Lists the models on this machine: size, format, and whether the running cluster has the memory for them.
+    """Lists the models on this machine: size, format, and whether the running cluster has room for them.
 
     Looks into the hub's cache and into each DIR. Without a cluster, this machine's free memory counts.
     """
@@ -55,31 +57,38 @@ def models(
     for folder in folders or ():
         if not folder.exists():
             raise CoordinatorError(f"There is no directory {folder}.")
-    memory, nodes = _memory(address, api_key, ca_file)
+    room = _room(address, api_key, ca_file)
     found = list(inventory(folders or []))
-    fits = [_fits(each, memory, nodes) for each in found]
     if as_json:
-        rows = [asdict(each) | {"path": str(each.path), "fits": fit} for each, fit in zip(found, fits, strict=True)]
-        print(json.dumps({"memory_bytes": memory, "nodes": nodes, "models": rows}))
+        rows = [asdict(each) | {"path": str(each.path), "fits": _fits(each, room)} for each in found]
+        print(json.dumps(asdict(room) | {"models": rows}))
         return
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    where = f"{nodes} nodes of the cluster" if nodes else "this machine, without a cluster"
     table = Table("model", "kind", "size", "experts", "format", "fits", box=SIMPLE_HEAD)
-    for each, fit in zip(found, fits, strict=True):
-        said = each.problem or ("yes" if fit else f"no, {_size(_need(each, nodes) - memory)} more memory is needed")
-        table.add_row(
-            each.name, each.kind, _size(each.file_bytes), _size(each.expert_bytes), ", ".join(each.formats), said
-        )
+    for each in found:
+        sizes = _size(each.file_bytes), _size(each.expert_bytes)
+        table.add_row(each.name, each.kind, *sizes, ", ".join(each.formats), _in_words(each, room))
     console = Console()
     console.print(table if found else "No models yet; get one with: moehive pull ORGANIZATION/NAME")
-    console.print(f"Memory for experts: {_size(memory)} ({where}).", highlight=False)
+    where = f"{room.nodes} nodes of the cluster" if room.nodes else "this machine, without a cluster"
+    disk = f", {_size(room.disk_bytes)} of disk" if room.disk_bytes else ""
+    console.print(f"Room for experts: {_size(room.memory_bytes)} of memory{disk} ({where}).", highlight=False)
 
 
-def _memory(address: str, api_key: str | None, ca_file: Path | None) -> tuple[int, int]:
-    """Bytes for experts, and the nodes that give them; without a running cluster, what is free here and 0."""
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """Bytes for experts, and the nodes that give them; 0 nodes: what is free on this machine."""
+
+    memory_bytes: int
+    disk_bytes: int  # that are used when memory is not enough
+    nodes: int
+
+
+def _room(address: str, api_key: str | None, ca_file: Path | None) -> _Room:
+    """What a running coordinator's nodes give to a plan, else this machine. A GPU's memory is no room."""
     from moehive.client import Client, MoehiveError
     from moehive.kernels.machine import available_memory
 
@@ -87,17 +96,29 @@ def _memory(address: str, api_key: str | None, ca_file: Path | None) -> tuple[in
         with Client(address, api_key=api_key, ca_file=ca_file) as client:
             nodes = client.status().nodes
     except MoehiveError:
-        return available_memory(), 0
-    return sum(node.ram_bytes for node in nodes), len(nodes)
+        return _Room(available_memory(), 0, 0)
+    staying = [node for node in nodes if node.state in _STAYING and node.ram_bytes]
+    return _Room(sum(n.ram_bytes for n in staying), sum(n.disk_bytes for n in staying), len(staying))
 
 
-def _need(model: "FoundModel", nodes: int) -> int:
+def _need(model: "FoundModel", room: _Room) -> int:
     """Bytes that must fit: nodes hold experts; a machine alone also the trunk."""
-    return model.expert_bytes if nodes else model.expert_bytes + model.trunk_bytes
+    return model.expert_bytes if room.nodes else model.expert_bytes + model.trunk_bytes
 
 
-def _fits(model: "FoundModel", memory: int, nodes: int) -> bool:
-    return model.problem is None and _need(model, nodes) <= memory
+def _fits(model: "FoundModel", room: _Room) -> bool:
+    return model.problem is None and _need(model, room) <= room.memory_bytes + room.disk_bytes
+
+
+def _in_words(model: "FoundModel", room: _Room) -> str:
+    if model.problem is not None:
+        return model.problem
+    beyond = _need(model, room) - room.memory_bytes
+    if beyond <= 0:
+        return "yes"
+    if _fits(model, room):
+        return f"yes, {_size(beyond)} of it on disks"
+    return f"no, {_size(beyond - room.disk_bytes)} more memory is needed"
 
 
 def _size(count: float) -> str:

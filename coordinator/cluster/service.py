@@ -261,6 +261,7 @@ def _tiers(tiers: pb.Tiers) -> TierFigures:
         tiers.in_ram,
         tiers.foreseen,
         tiers.disk_read_bytes,
+        tiers.disk_bandwidth,
     )
 
 

@@ -53,6 +53,7 @@ class TierFigures:
     in_ram: int  # of those: were in RAM
     foreseen: int  # of those: only because they were fetched ahead
     disk_read_bytes: int
+    disk_bandwidth: float  # bytes a second, measured; 0: not yet
 
 
 @dataclass(frozen=True, slots=True)

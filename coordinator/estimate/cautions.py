@@ -22,9 +22,8 @@ def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str
         )
     if placed.disk_bytes:
         share = placed.disk_bytes / model.expert_bytes
-        found.append(
-            f"{_gb(placed.disk_bytes)} of experts ({share:.0%}) lie on disks, which are read for each token."
-        )
+        read = "which are read for each token" if placed.read_bytes else "until GPUs have copies of as many"
+        found.append(f"{_gb(placed.disk_bytes)} of experts ({share:.0%}) lie on disks, {read}.")
     remote = [h for h in placed.holdings if h.expert_bytes and not h.machine.coordinator]
     if remote and cluster.rtt_s >= WIFI_RTT_S:
         waiting = len(model.layers) * cluster.rtt_s

@@ -35,4 +35,8 @@ COORDINATOR_BYTES = 700 * 10**6  # Python and its libraries (docs/benchmarks.md)
 NODE_BYTES = 300 * 10**6
 CONTEXT_TOKENS = 8192  # whose keys and values are kept room for
 
+# Assumed of what a node has and has not measured; whoever writes them into a cluster.toml says so.
+DISK_BYTES_PER_S = 0.5e9  # of a SATA SSD
+VRAM_BYTES_PER_S = 360e9  # of a GPU with 12 GB of a few years ago
+
 WIFI_RTT_S = 1.5e-3  # no wired home network has so long a round trip

@@ -18,7 +18,7 @@ from .step import Step, decode_step, load_seconds, prefill_rate
 
 @dataclass(frozen=True, slots=True)
 class FormatSize:
-    """A format that the model could be in: bytes, and whether the cluster's memories, or its disks too, hold it."""
+    """A format that the model could be in: bytes, and whether the cluster's RAM, or its disks too, hold it."""
 
     format: str
     total_bytes: int
@@ -74,7 +74,9 @@ class Estimate:
                     "trunk_bytes": holding.trunk_bytes,
                     "kv_bytes": holding.kv_bytes,
                     "process_bytes": COORDINATOR_BYTES if holding.machine.coordinator else NODE_BYTES,
-                    **{f"{tier}_bytes": holding.experts.get(tier, 0) for tier in ("vram", "ram", "disk")},
+                    "ram_bytes": holding.ram_bytes,
+                    "disk_bytes": holding.disk_bytes,
+                    "vram_bytes": holding.vram_bytes,  # of those in RAM and on disk
                 }
                 for holding in self.placed.holdings
             ],

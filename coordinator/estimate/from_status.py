@@ -5,7 +5,7 @@ from typing import Protocol
 
 from ..types import LOCAL, CoordinatorError
 from .cluster import Cluster, Machine, Tier
-from .constants import PROBE_S
+from .constants import DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
 from .this_machine import BANDWIDTH
 
 
@@ -22,6 +22,12 @@ class MeasuredNode(Protocol):
     def round_trip_s(self) -> float: ...
     @property
     def link_bandwidth(self) -> float: ...
+    @property
+    def disk_bytes(self) -> int: ...
+    @property
+    def disk_bandwidth(self) -> float: ...
+    @property
+    def vram_bytes(self) -> int: ...
 
 
 def of_status(
@@ -41,10 +47,29 @@ def of_status(
     assumed = []
     if not speeds:
         assumed.append("No large message was sent yet, so 1 Gbit/s is assumed; a long prompt measures it.")
-    machines = (
-        Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed), step_factor=own_factor),
-        *(Machine(node.name, ram=Tier(node.ram_bytes, node.read_bandwidth)) for node in remote),
-    )
+    if unread := [node.name for node in remote if node.disk_bytes and not node.disk_bandwidth]:
+        assumed.append(
+            f"The disk of {', '.join(unread)} was not measured, so {DISK_BYTES_PER_S / 1e9:g} GB/s is assumed; a "
+            "node measures it once its experts are more than its memory holds."
+        )
+    if gpus := [node.name for node in remote if node.vram_bytes]:
+        assumed.append(
+            f"How fast the GPU of {', '.join(gpus)} reads its memory is not measured, so "
+            f"{VRAM_BYTES_PER_S / 1e9:g} GB/s is assumed; write its maker's figure as vram_Bps."
+        )
+    own = Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed), step_factor=own_factor)
+    machines = (own, *map(_machine, remote))
     # A measured round trip holds the software's part, which an estimate adds by itself.
     rtt = max(0.0, max(trips) - own_factor * PROBE_S)
     return Cluster(rtt, min(speeds, default=BANDWIDTH), machines), assumed
+
+
+def _machine(node: MeasuredNode) -> Machine:
+    """A node gives its memory to experts; its process comes on top, which an estimate takes off again."""
+    disk, vram = node.disk_bytes, node.vram_bytes
+    return Machine(
+        node.name,
+        vram=Tier(vram, VRAM_BYTES_PER_S) if vram else None,
+        ram=Tier(node.ram_bytes + NODE_BYTES, node.read_bandwidth),
+        disk=Tier(disk, node.disk_bandwidth or DISK_BYTES_PER_S) if disk else None,
+    )

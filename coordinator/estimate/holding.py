@@ -1,9 +1,12 @@
 """Who holds how much, in which memory: the split with which a layer is done soonest.
 
 Each layer's experts are split alike, so a machine is described by its share of every layer. A machine's time for its
-share of one token's experts is what it costs to ask it, and its bytes by the speed of the memory that they lie in;
-the quickest memory is filled first. Shares are such that all machines are done at once, as far as their memories
-reach. Disks get only what no memory holds.
+share of one token's experts is what it costs to ask it, and its bytes by the speed of the memory that they are read
+from. Shares are such that all machines are done at once, as far as their memories reach. Disks get only what no RAM
+holds, and only beside some RAM.
+
+As in the running cluster (coordinator/cluster/policy.py), a GPU's memory is no room: it holds copies of experts that
+lie in RAM or on disk, which it computes. Those need not be in RAM meanwhile, so RAM above a disk keeps others.
 """
 
 from collections.abc import Sequence
@@ -18,17 +21,28 @@ _STEPS = 200  # of bisection
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What one machine holds. `experts` are bytes by tier; `trunk_bytes` of the coordinator, with its cache."""
+    """What one machine holds: bytes of experts in RAM and on disk, and of those the bytes that a GPU has copies of.
+
+    `trunk_bytes` and `kv_bytes` are the coordinator's.
+    """
 
     machine: Machine
-    experts: dict[str, int]
+    ram_bytes: int = 0
+    disk_bytes: int = 0
+    vram_bytes: int = 0
     trunk_bytes: int = 0
     kv_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:
-        """In all its tiers."""
-        return sum(self.experts.values())
+        """All that it holds."""
+        return self.ram_bytes + self.disk_bytes
+
+    def read_from(self) -> dict[str, int]:
+        """Bytes of experts by the tier that they are read from when a token asks for them."""
+        disk = max(0, self.disk_bytes - self.vram_bytes)
+        found = {"vram": self.vram_bytes, "ram": self.expert_bytes - self.vram_bytes - disk, "disk": disk}
+        return {name: nbytes for name, nbytes in found.items() if nbytes}
 
     def seconds(self, nbytes: float, kernel_share: float) -> float:
         """To read and compute `nbytes` of experts, spread over its tiers as its experts are."""
@@ -37,7 +51,7 @@ class Holding:
         tiers = self.machine.tiers()
         return sum(
             nbytes * held / self.expert_bytes / (tiers[name].bytes_per_s * (1.0 if name == "disk" else kernel_share))
-            for name, held in self.experts.items()
+            for name, held in self.read_from().items()
         )
 
 
@@ -57,15 +71,45 @@ class Placed:
     @property
     def disk_bytes(self) -> int:
         """Of experts that lie on disks."""
-        return sum(holding.experts.get("disk", 0) for holding in self.holdings)
+        return sum(holding.disk_bytes for holding in self.holdings)
+
+    @property
+    def read_bytes(self) -> int:
+        """Of experts that are read from disks whenever a token asks for them."""
+        return sum(holding.read_from().get("disk", 0) for holding in self.holdings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """A machine's tiers as steps: bytes that fit, and bytes a second."""
+    """A machine's room for experts, bytes, and how quickly each further byte is read."""
 
     cost: float  # seconds to ask it
-    tiers: tuple[tuple[str, int, float], ...]
+    ram: int
+    disk: int
+    steps: tuple[tuple[int, float], ...]  # bytes, bytes a second; the quickest first
+
+    def slice(self, begin: int, end: int) -> "_Part":
+        """What it takes from `begin` bytes on, up to `end`."""
+        found, before = [], 0
+        for nbytes, speed in self.steps:
+            inside = min(end, before + nbytes) - max(begin, before)
+            if inside > 0:
+                found.append((inside, speed))
+            before += nbytes
+        return _Part(self.cost, tuple(found))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a machine's room, as _Room has it."""
+
+    cost: float
+    steps: tuple[tuple[int, float], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """All of it."""
+        return sum(nbytes for nbytes, _ in self.steps)
 
 
 def kernel_share(model: Model) -> float:
@@ -74,13 +118,15 @@ def kernel_share(model: Model) -> float:
 
 
 def room_for_weights(model: Model, cluster: Cluster) -> int:
-    """Bytes of VRAM and RAM that are left for a model's weights beside the programs and the cache."""
-    room = 0
-    for machine in cluster.machines:
-        beside = CONTEXT_TOKENS * model.kv_bytes_a_token + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
-        room += machine.vram.nbytes if machine.vram else 0
-        room += max(0, machine.ram.nbytes - beside) if machine.ram else 0
-    return room
+    """Bytes of RAM that are left for a model's weights beside the programs and the cache.
+
+    Less one expert a machine, in the model's format: experts are whole, so no memory is full to the last byte.
+    """
+    return sum(
+        max(0, machine.ram.nbytes - _beside(machine, model) - _largest(model))
+        for machine in cluster.machines
+        if machine.ram is not None
+    )
 
 
 def hold(model: Model, cluster: Cluster) -> Placed:
@@ -89,40 +135,68 @@ def hold(model: Model, cluster: Cluster) -> Placed:
     needed = model.trunk_bytes + kv + COORDINATOR_BYTES
     room = cluster.coordinator.ram.nbytes if cluster.coordinator.ram else 0
     share = kernel_share(model)
-    rooms = [_room(machine, cluster, needed, share) for machine in cluster.machines]
+    rooms = [_room(machine, cluster, model, share) for machine in cluster.machines]
     scale = model.active_expert_bytes / len(model.layers) / model.expert_bytes  # of what it holds, read for a layer
-    memory = [_Room(r.cost, tuple(tier for tier in r.tiers if tier[0] != "disk")) for r in rooms]
-    amounts = _split(memory, model.expert_bytes, scale)
-    held = [_fill(r, amount) for r, amount in zip(memory, amounts, strict=True)]
-    rest = model.expert_bytes - sum(map(int, amounts))
+    in_ram = [int(n) for n in _split([r.slice(0, r.ram) for r in rooms], model.expert_bytes, scale)]
+    on_disk = [0] * len(rooms)
+    rest = model.expert_bytes - sum(in_ram)
     if rest > len(rooms):  # more than rounding
-        disks = [_Room(r.cost, tuple(tier for tier in r.tiers if tier[0] == "disk")) for r in rooms]
-        on_disk = _split(disks, rest, scale)
-        for kept, amount in zip(held, on_disk, strict=True):
-            if int(amount):
-                kept["disk"] = int(amount)
-        rest -= sum(map(int, on_disk))
+        disks = [r.slice(r.ram, r.ram + r.disk) for r in rooms]
+        on_disk = [int(n) for n in _split(disks, rest, scale)]
+        rest -= sum(on_disk)
     holdings = tuple(
-        Holding(machine, kept, model.trunk_bytes if machine.coordinator else 0, kv if machine.coordinator else 0)
-        for machine, kept in zip(cluster.machines, held, strict=True)
+        Holding(
+            machine,
+            ram,
+            disk,
+            min(ram + disk, machine.vram.nbytes if machine.vram else 0),
+            model.trunk_bytes if machine.coordinator else 0,
+            kv if machine.coordinator else 0,
+        )
+        for machine, ram, disk in zip(cluster.machines, in_ram, on_disk, strict=True)
     )
     return Placed(holdings, rest if rest > 2 * len(rooms) else 0, max(0, needed - room))
 
 
-def _room(machine: Machine, cluster: Cluster, trunk: int, share: float) -> _Room:
-    tiers = []
-    for name, tier in machine.tiers().items():
-        nbytes = tier.nbytes
-        if name == "ram":
-            nbytes = max(0, nbytes - (trunk if machine.coordinator else NODE_BYTES))
-        tiers.append((name, nbytes, tier.bytes_per_s * (1.0 if name == "disk" else share)))
-    return _Room(0.0 if machine.coordinator else cluster.rtt_s + HOP_S, tuple(tiers))
+def _beside(machine: Machine, model: Model) -> int:
+    """Bytes of RAM that the program takes there, and the cache."""
+    return CONTEXT_TOKENS * model.kv_bytes_a_token + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
 
 
-def _split(rooms: Sequence[_Room], wanted: float, scale: float) -> list[float]:
+def _largest(model: Model) -> int:
+    """Bytes of the model's largest expert."""
+    return max(layer.largest_bytes for layer in model.layers)
+
+
+def _whole(nbytes: int, model: Model) -> int:
+    """Of so many bytes, those that are sure to be filled: experts are not split."""
+    largest = _largest(model)
+    if all(layer.nbytes == layer.experts * largest for layer in model.layers):
+        return nbytes // largest * largest
+    return max(0, nbytes - largest)
+
+
+def _room(machine: Machine, cluster: Cluster, model: Model, share: float) -> _Room:
+    cost = 0.0 if machine.coordinator else cluster.rtt_s + HOP_S
+    beside = _beside(machine, model) + (model.trunk_bytes if machine.coordinator else 0)
+    if machine.ram is None or machine.ram.nbytes <= beside:
+        return _Room(cost, 0, 0, ())
+    left = machine.ram.nbytes - beside
+    ram = _whole(left, model)
+    steps = [(ram, machine.ram.bytes_per_s * share)]
+    if machine.vram is not None:
+        steps.insert(0, (machine.vram.nbytes, machine.vram.bytes_per_s * share))
+    disk = 0
+    if machine.disk is not None:
+        disk = _whole(left + machine.disk.nbytes, model) - ram
+        steps.append((ram + disk, machine.disk.bytes_per_s))
+    return _Room(cost, ram, disk, tuple(steps))
+
+
+def _split(rooms: Sequence[_Part], wanted: float, scale: float) -> list[float]:
     """Bytes for each machine, `wanted` in all if they fit: all are done at the same time, or are full."""
-    if sum(nbytes for room in rooms for _, nbytes, _ in room.tiers) <= wanted:
-        return [float(sum(nbytes for _, nbytes, _ in room.tiers)) for room in rooms]
+    if sum(room.nbytes for room in rooms) <= wanted:
+        return [float(room.nbytes) for room in rooms]
     low, high = 0.0, 1.0
     while sum(_within(room, high, scale) for room in rooms) < wanted:
         high *= 2
@@ -137,24 +211,13 @@ def _split(rooms: Sequence[_Room], wanted: float, scale: float) -> list[float]:
     return [amount * min(1.0, factor) for amount in amounts]
 
 
-def _within(room: _Room, seconds: float, scale: float) -> float:
+def _within(room: _Part, seconds: float, scale: float) -> float:
     """Bytes that a machine can hold and still be done with a layer in time."""
     left, held = seconds - room.cost, 0.0
-    for _, nbytes, speed in room.tiers:
+    for nbytes, speed in room.steps:
         if left <= 0:
             break
         take = min(float(nbytes), left * speed / scale)
         held += take
         left -= take * scale / speed
-    return held
-
-
-def _fill(room: _Room, amount: float) -> dict[str, int]:
-    held: dict[str, int] = {}
-    left = int(amount)
-    for name, nbytes, _ in room.tiers:
-        take = min(left, nbytes)
-        if take:
-            held[name] = take
-            left -= take
     return held

@@ -165,4 +165,4 @@ def _products_s(model: Model, products: float, bytes_per_s: float) -> float:
 
 def _speed(holding: Holding) -> float:
     """Bytes a second of the quickest of its tiers, which computes."""
-    return max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.experts)
+    return max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.read_from())

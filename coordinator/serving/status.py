@@ -51,6 +51,9 @@ class NodeStatus:
     source_fault: str = ""  # the last wrong bytes that it gave to another node, in words
     round_trip_s: float = 0.0  # of the link, measured; 0: not yet
     link_bandwidth: float = 0.0  # bytes a second, measured; 0: not yet
+    disk_bytes: int = 0  # of disk that it gives to experts beyond ram_bytes
+    vram_bytes: int = 0  # of a GPU's memory that it gives to experts
+    disk_bandwidth: float = 0.0  # bytes a second, measured by the node; 0: not yet
     tiers: TierStatus | None = None
 
 

@@ -67,6 +67,7 @@ class DiskReader:
     def __init__(self, threads: int = THREADS, piece_bytes: int = PIECE_BYTES) -> None:
         """Raises NativeLibraryError; MemoryError when there can be no more threads."""
         self.direct = hasattr(os, "O_DIRECT")  # not on macOS
+        self.bandwidth = 0.0  # bytes a second, when `choose` measured it; 0: not yet
         self._library = _library()
         self._handle: int = self._library.moehive_disk_create(threads, piece_bytes)
         if not self._handle:
@@ -147,6 +148,7 @@ class DiskReader:
         if not hasattr(os, "O_DIRECT"):
             return
         rates = {direct: sample_rate(paths[direct::2], direct) for direct in (True, False)}
+        self.bandwidth = max(rates.values())
         if rates[True] and rates[False]:
             self.direct = rates[True] >= rates[False]
             log.info(

@@ -109,6 +109,9 @@ class NodeStatus:
     tiers: TierStatus | None  # None: all of its experts are in RAM
     round_trip_s: float  # of the link to it, measured; 0: not yet
     link_bandwidth: float  # bytes a second, measured; 0: not yet
+    disk_bytes: int  # of disk that it gives to experts beyond ram_bytes
+    vram_bytes: int  # of a GPU's memory that it gives to experts
+    disk_bandwidth: float  # bytes a second, measured by the node; 0: not yet
 
 
 @dataclass(frozen=True, slots=True)

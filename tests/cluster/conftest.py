@@ -40,9 +40,9 @@ def _load_families() -> ModuleType:
 class NodeProcess:
     """One `python -m moehive.expert_node`."""
 
-    def __init__(self, name: str, state: Path, token: str | None, memory: str) -> None:
+    def __init__(self, name: str, state: Path, token: str | None, room: list[str]) -> None:
         arguments = ["--name", name, "--listen", "127.0.0.1:0", "--state-dir", str(state)]
-        arguments += ["--memory", memory, "--threads", "1"]
+        arguments += [*room, "--threads", "1"]
         if token is not None:
             arguments += ["--token", token]
         self.log_path = state.with_suffix(".log")
@@ -70,12 +70,12 @@ class TestCluster:
 
     def __init__(self, folder: Path, memory: str = "1GiB") -> None:
         """`memory` that each node gives to experts."""
-        self.memory = memory
         self.state = folder / "coordinator"
         self.state.mkdir(parents=True)
         self.authority = Authority.create(self.state / "ca")
         self.folder = folder
         self.nodes: dict[str, NodeProcess] = {}
+        self.room = ["--memory", memory]  # of nodes that are started from now on
         self._ports = (0, 0)
 
     @asynccontextmanager
@@ -108,7 +108,7 @@ class TestCluster:
             return running
         state = self.folder / name
         token = None if state.exists() else self.token()
-        self.nodes[name] = NodeProcess(name, state, token, self.memory)
+        self.nodes[name] = NodeProcess(name, state, token, self.room)
         return self.nodes[name]
 
     def token(self) -> str:

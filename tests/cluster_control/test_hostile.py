@@ -72,7 +72,14 @@ WELL_FORMED = {
         st.builds(lambda hello: pb.NodeReport(hello=hello), HELLO),
         st.builds(
             lambda beat: pb.NodeReport(heartbeat=beat),
-            some(pb.Heartbeat, experts_held=UINT32, bytes_held=UINT64, compute_ns=UINT64, load=DOUBLE),
+            some(
+                pb.Heartbeat,
+                experts_held=UINT32,
+                bytes_held=UINT64,
+                compute_ns=UINT64,
+                load=DOUBLE,
+                tiers=some(pb.Tiers, ram_bytes=UINT64, disk_bytes=UINT64, in_ram=UINT64, disk_bandwidth=DOUBLE),
+            ),
         ),
         st.builds(
             lambda x: pb.NodeReport(progress=x),

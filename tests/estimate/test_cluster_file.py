@@ -16,7 +16,7 @@ from moehive.coordinator.estimate.cluster import (
     to_toml,
     write_cluster,
 )
-from moehive.coordinator.estimate.constants import PROBE_S
+from moehive.coordinator.estimate.constants import DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
 from moehive.coordinator.estimate.from_status import of_status
 from moehive.coordinator.types import CoordinatorError
 
@@ -126,6 +126,9 @@ class Node:
     read_bandwidth: float = 2e10
     round_trip_s: float = 0.0
     link_bandwidth: float = 0.0
+    disk_bytes: int = 0
+    disk_bandwidth: float = 0.0
+    vram_bytes: int = 0
 
 
 def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
@@ -136,6 +139,23 @@ def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
     assert [machine.name for machine in cluster.machines] == ["coordinator", "a", "b"]
     assert cluster.coordinator.ram == Tier(8 * 10**9, 3e10)
     assert parse_cluster(to_toml(cluster)) == cluster
+    assert cluster.machines[1].ram == Tier(16 * 10**9 + NODE_BYTES, 2e10)  # an estimate leaves experts 16 GB of it
+    assert cluster.machines[1].disk is None and cluster.machines[1].vram is None
     assert of_status([Node("a", round_trip_s=1e-4)], 1, 1.0, 1.0)[1][0].startswith("No large message")
     with pytest.raises(CoordinatorError, match="send the model a request"):
         of_status([Node("a")], 1, 1.0, 1.0)
+
+
+def test_a_disk_and_a_gpu_are_in_the_file_and_what_is_assumed_of_them_is_said() -> None:
+    link = {"round_trip_s": 1e-3, "link_bandwidth": 1e8}
+    nodes = [
+        Node("read", disk_bytes=10**12, disk_bandwidth=3e9, **link),
+        Node("unread", disk_bytes=2 * 10**12, **link),
+        Node("gpu", vram_bytes=24 * 10**9, **link),
+    ]
+    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10, 1.0)
+    _, read, unread, gpu = cluster.machines
+    assert (read.disk, unread.disk) == (Tier(10**12, 3e9), Tier(2 * 10**12, DISK_BYTES_PER_S))
+    assert (gpu.vram, gpu.disk, read.vram) == (Tier(24 * 10**9, VRAM_BYTES_PER_S), None, None)
+    assert len(assumed) == 2 and "disk of unread was not measured" in assumed[0] and "GPU of gpu" in assumed[1]
+    assert parse_cluster(to_toml(cluster)) == cluster

@@ -177,14 +177,15 @@ def test_bytes_are_conserved_and_no_memory_holds_more_than_it_has(cluster: Clust
     held = sum(holding.expert_bytes for holding in placed.holdings)
     assert held + placed.missing_bytes == pytest.approx(known.expert_bytes, abs=100)
     for holding in placed.holdings:
-        tiers = holding.machine.tiers()
-        for tier, nbytes in holding.experts.items():
-            room = tiers[tier].nbytes
-            if tier == "ram":
-                used = holding.trunk_bytes + holding.kv_bytes + COORDINATOR_BYTES
-                room = max(0, room - (used if holding.machine.coordinator else NODE_BYTES))
-            assert nbytes <= room + 1
-    memory = sum(t.nbytes for m in cluster.machines for k, t in m.tiers().items() if k != "disk")
+        machine = holding.machine
+        beside = holding.trunk_bytes + holding.kv_bytes + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
+        ram = max(0, machine.ram.nbytes - beside) if machine.ram else 0
+        assert holding.ram_bytes <= ram and (ram or not holding.expert_bytes)
+        assert holding.disk_bytes <= (machine.disk.nbytes + ram - holding.ram_bytes if machine.disk else 0)
+        assert holding.vram_bytes == min(holding.expert_bytes, machine.vram.nbytes if machine.vram else 0)
+        assert sum(holding.read_from().values()) == holding.expert_bytes
+        assert holding.read_from().get("ram", 0) <= ram
+    memory = sum(m.ram.nbytes for m in cluster.machines if m.ram)
     if placed.disk_bytes and memory > known.total_bytes + len(cluster.machines) * GB + placed.holdings[0].kv_bytes:
         raise AssertionError("a disk is used though memory is left")
     if held:
@@ -209,11 +210,13 @@ def test_the_best_format_that_memory_holds_is_chosen() -> None:
 
 
 def test_what_a_cluster_leaves_for_weights_is_what_fits() -> None:
-    node = Machine("node", vram=Tier(4 * GB, 9e11), ram=Tier(8 * GB, 6e10))
+    node = Machine("node", vram=Tier(24 * GB, 9e11), ram=Tier(12 * GB, 6e10))
     cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(12 * GB, 5e10)), node))
-    room = room_for_weights(model(), cluster)
-    assert 24 * GB - room == COORDINATOR_BYTES + NODE_BYTES + hold(model(), cluster).holdings[0].kv_bytes
-    found = {(one.total_bytes <= room, hold(one, cluster).fits) for one in in_all_formats(model()).values()}
+    known = model()
+    room = room_for_weights(known, cluster)
+    beside = COORDINATOR_BYTES + NODE_BYTES + hold(known, cluster).holdings[0].kv_bytes
+    assert 24 * GB - room == beside + 2 * known.layers[0].spec.nbytes
+    found = {(one.total_bytes <= room, hold(one, cluster).fits) for one in in_all_formats(known).values()}
     assert found == {(True, True), (False, False)}
 
 
@@ -249,3 +252,29 @@ def test_the_command_needs_no_network(tmp_path: Path) -> None:
     command[-3] = "nobody/no-such-model"
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120, env=offline)
     assert refused.returncode == 1 and refused.stderr.startswith("moehive: nobody/no-such-model is no file")
+
+
+def test_advice_is_ranked_by_what_it_brings() -> None:
+    """What makes it fit comes first, and of what is alike in that the quickest; nothing that does not help."""
+    models = in_all_formats(model("qwen3.5-397b"))
+    far = 0.005
+    slow = Machine("slow", ram=Tier(64 * GB, 3e10))
+    cluster = Cluster(far, 1.25e8, (replace(BIG, ram=Tier(48 * GB, 5e10)), slow))
+    roomy = replace(
+        cluster, machines=(replace(BIG, ram=Tier(100 * GB, 5e10)), replace(slow, ram=Tier(100 * GB, 3e10)))
+    )
+    for found in (estimate(models, cluster), estimate(models, cluster, format="q4_k"), estimate(models, roomy)):
+        assert found.advice
+        order = [(not one.fits, -one.decode_tokens_per_s) for one in found.advice]
+        assert order == sorted(order)
+        assert all(
+            (one.fits and not found.fits) or one.decode_tokens_per_s > found.decode_tokens_per_s
+            for one in found.advice
+        )
+    # Where all fits and 5 ms are waited for in each of 60 layers, cables bring most.
+    assert found.fits and not found.placed.disk_bytes
+    assert found.advice[0].what.startswith("cables")
+    # Where it does not fit, nothing that only makes it quicker comes before what makes it fit.
+    short = estimate({"q2_k": models["q2_k"]}, cluster)
+    assert not short.fits and short.advice[0].fits and "RAM" in short.advice[0].what + short.advice[1].what
+    assert not any(one.fits for one in short.advice if one.what.startswith(("cables", "a GPU")))

@@ -51,6 +51,8 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path, text
     read = load_trunk(opened, 1)  # in those formats
     assert read.vocab_size == load_trunk(source, 1).vocab_size
     assert look("pack", pack).trunk_bytes == of_files(str(pack)).trunk_bytes < trunk
+    taken = {fmt for pair in formats for fmt in pair}
+    assert set(look("pack", pack).formats) == taken != set(look("source", chat_model).formats)
     assert verify(pack, 1, lambda *_: None).damaged == ()
 
 
@@ -190,9 +192,11 @@ def test_a_run_that_was_killed_while_it_calibrated_begins_anew(
 
 
 def test_a_cluster_is_a_budget(chat_model: Path, tmp_path: Path) -> None:
-    """Its memory, less what the program and the cache take."""
-    cache = of_files(str(chat_model)).kv_bytes_a_token * CONTEXT_TOKENS
-    machine = Machine("one", coordinator=True, ram=Tier(123_456 + cache + COORDINATOR_BYTES, 1e10))
+    """Its RAM, less what the program and the cache take, and one expert; a GPU's memory is no room."""
+    model = of_files(str(chat_model))
+    beside = model.kv_bytes_a_token * CONTEXT_TOKENS + COORDINATOR_BYTES + model.layers[0].spec.nbytes
+    ram = Tier(123_456 + beside, 1e10)
+    machine = Machine("one", coordinator=True, vram=Tier(10**9, 1e12), ram=ram)
     write_cluster(tmp_path / "cluster.toml", Cluster(0.0, 1e9, (machine,)))
     assert budget_bytes(str(chat_model), "cluster", tmp_path / "cluster.toml") == 123_456
     assert budget_bytes(str(chat_model), "120GB", None) == 120 * 10**9

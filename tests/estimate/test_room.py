@@ -1,0 +1,86 @@
+"""What an estimate says has room is what the running cluster makes a plan for; a GPU adds speed, not room."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moehive.coordinator.cluster.policy import usable
+from moehive.coordinator.cluster.state import Capacity, ClusterState, Node
+from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier
+from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES, NODE_BYTES
+from moehive.coordinator.estimate.estimate import estimate
+from moehive.coordinator.estimate.geometries import MODELS
+from moehive.coordinator.estimate.holding import hold
+from moehive.coordinator.estimate.model import Model, of_shape
+from moehive.coordinator.estimate.step import decode_step
+from moehive.coordinator.placement.place import place
+from moehive.coordinator.types import CoordinatorError, NodeName
+
+GB = 10**9
+MODEL: Model = of_shape("qwen3-30b", MODELS["qwen3-30b"], "q4_k", layers=6)  # 2 GB of experts
+BESIDE = MODEL.trunk_bytes + CONTEXT_TOKENS * MODEL.kv_bytes_a_token + COORDINATOR_BYTES
+
+
+def capacities(cluster: Cluster) -> dict[str, Capacity]:
+    """What the machines' nodes say when they join, and the coordinator's own memory."""
+    found = {}
+    for machine in cluster.machines:
+        sizes = {name: tier.nbytes for name, tier in machine.tiers().items()}
+        ram = max(0, sizes.get("ram", 0) - (BESIDE if machine.coordinator else NODE_BYTES))
+        found[machine.name] = Capacity("h:1", ram, disk_bytes=sizes.get("disk", 0), vram_bytes=sizes.get("vram", 0))
+    return found
+
+
+def is_planned(cluster: Cluster) -> bool:
+    """Whether the coordinator finds a place for all experts."""
+    nodes = {NodeName(n): Node(NodeName(n), c, present=True) for n, c in capacities(cluster).items()}
+    try:
+        place(usable(ClusterState(nodes=nodes), MODEL.expert_bytes), {}, MODEL.layers, None, 1)
+    except CoordinatorError:
+        return False
+    return True
+
+
+def tier(least: float, most: float, speed: float) -> st.SearchStrategy[Tier | None]:
+    return st.none() | st.builds(Tier, st.integers(int(least * GB), int(most * GB)), st.just(speed))
+
+
+machines = st.builds(Machine, st.just("m"), vram=tier(0.1, 4, 9e11), ram=tier(0.1, 2, 5e10), disk=tier(0.1, 3, 3e9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, GB), tier(0.1, 4, 9e11), st.lists(machines, min_size=1, max_size=4))
+def test_it_fits_where_the_cluster_makes_a_plan(own: int, gpu: Tier | None, others: list[Machine]) -> None:
+    first = Machine("m0", coordinator=True, vram=gpu, ram=Tier(BESIDE + own, 5e10))
+    named = (replace(machine, name=f"m{number}") for number, machine in enumerate(others, 1))
+    cluster = Cluster(3e-4, 1.25e8, (first, *named))
+    # RAM that is enough but for a few experts that don't fill it is a matter of the last byte.
+    ram = sum(capacity.ram_bytes for capacity in capacities(cluster).values())
+    unfilled = 2 * len(cluster.machines) * MODEL.layers[0].spec.nbytes
+    assume(not 0 <= ram - MODEL.expert_bytes <= unfilled)
+    most = sum(c.ram_bytes + c.disk_bytes for c in capacities(cluster).values() if c.ram_bytes)
+    assume(not 0 <= most - MODEL.expert_bytes <= unfilled)
+    assert hold(MODEL, cluster).fits == is_planned(cluster)
+
+
+def test_a_gpu_makes_no_room_and_reads_for_it() -> None:
+    small = Machine("one", coordinator=True, ram=Tier(BESIDE + GB, 5e10))
+    alone = Cluster(3e-4, 1.25e8, (small,))
+    with_gpu = replace(alone, machines=(replace(small, vram=Tier(24 * GB, 9e11)),))
+    assert not hold(MODEL, alone).fits and not hold(MODEL, with_gpu).fits and not is_planned(with_gpu)
+    found = estimate({"q4_k": MODEL}, with_gpu)
+    assert not found.fits and any("It does not fit" in sentence for sentence in found.warnings)
+    assert not any(one.fits and "GPU" in one.what for one in estimate({"q4_k": MODEL}, alone).advice)
+
+    disk = replace(small, disk=Tier(50 * GB, 2e9))
+    steps = []
+    for vram in (None, Tier(GB // 2, 9e11), Tier(24 * GB, 9e11)):
+        cluster = replace(alone, machines=(replace(disk, vram=vram),))
+        placed = hold(MODEL, cluster)
+        assert placed.fits and is_planned(cluster)
+        assert placed.holdings[0].disk_bytes == pytest.approx(MODEL.expert_bytes - GB, rel=0.01)
+        steps.append((placed.read_bytes, decode_step(MODEL, cluster, placed).seconds))
+    assert steps == sorted(steps, reverse=True)  # the larger the GPU, the less is read from the disk
+    assert steps[1][0] == steps[0][0] - GB // 2 and steps[2][0] == 0
