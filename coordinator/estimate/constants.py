@@ -1,14 +1,16 @@
 """What a step costs beside bytes and distance, each constant with where it comes from.
 
-All are of an Intel Xeon at 2.5 GHz (Cascade Lake, AVX-512 VNNI): the kernels' shares of `moehive bench experts`, the
-fixed seconds fitted to `moehive bench estimate`, which shows estimates beside measurements; another machine takes
-`step_factor` (estimate/this_machine.py) times as long.
+The kernels' shares are of `moehive bench experts` on an Intel Xeon at 2.5 GHz (Cascade Lake, AVX-512 VNNI), the
+products of a core with AVX2 (Zen 3), as most machines at home have. The fixed seconds are fitted to `moehive bench
+estimate` on the Xeon, which shows estimates beside measurements; another machine takes `step_factor`
+(estimate/this_machine.py) times as long.
 """
 
-# Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`).
+# Of a kernel's bytes a second with one token, the share of what plain code reads (`moehive bench experts`). K-quants
+# are between the Xeon's 0.88 to 0.93 and the Zen 3's 1.0.
 KERNEL_SHARES = {
     "f32": 1.0, "bf16": 1.0, "f16": 1.0, "q8_0": 1.0, "q4_0": 1.0, "q4_1": 0.97, "q5_0": 0.98, "q5_1": 0.98,
-    "iq4_nl": 0.98, "iq4_xs": 0.86, "q2_k": 0.72, "q3_k": 0.85, "q4_k": 0.88, "q5_k": 0.93, "q6_k": 0.93,
+    "iq4_nl": 0.98, "iq4_xs": 0.86, "q2_k": 0.72, "q3_k": 0.85, "q4_k": 0.95, "q5_k": 0.95, "q6_k": 0.97,
     "int4_g32": 0.91, "int4_g64": 0.87, "int4_g128": 0.88, "mxfp4": 0.89, "fp8_block": 0.81,
 }  # fmt: skip
 OTHER_SHARE = 0.9  # of a mixture of formats
@@ -25,9 +27,10 @@ MESSAGE_S = 0.3e-3  # for each node beyond the first that a layer asks
 # with 128 tokens than with 16. The first token's are hidden behind the reading; the others' are not, for the next
 # weights are not read before all tokens are multiplied with these.
 PRODUCTS_PER_BYTE = {
-    "f32": 3.7, "bf16": 3.0, "f16": 3.0, "fp8_block": 3.3, "q2_k": 4.3, "q3_k": 4.3, "iq4_xs": 4.3, "q6_k": 3.3,
+    "f32": 2.3, "bf16": 1.9, "f16": 2.0, "fp8_block": 1.8, "q8_0": 2.8, "q4_0": 3.7, "q2_k": 2.5, "q3_k": 2.1,
+    "q5_k": 2.7, "q6_k": 2.4, "iq4_nl": 2.6, "iq4_xs": 2.3, "mxfp4": 2.7,
 }  # fmt: skip
-OTHER_PRODUCTS = 5.3  # of all other formats: 4.8 to 5.5
+OTHER_PRODUCTS = 3.1  # of all other formats; the Xeon's AVX-512 does 1.3 to 1.8 times as many
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
 
 # Bytes that are not for weights.
