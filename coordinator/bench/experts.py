@@ -9,7 +9,8 @@ shape: not in turns with them, since its threads go on spinning for some time af
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import cycle
 from typing import NamedTuple, get_args
@@ -34,7 +35,8 @@ from ..estimate.geometries import TensorShape
 from .random_model import write_tensor
 from .timing import seconds_of, torch_threads
 
-_TOP_K = 8
+TOP_K = 8
+_CPU = torch.device("cpu")
 _TORCH_SPINS = 0.1  # seconds after its work, at most
 
 
@@ -67,9 +69,9 @@ QUICK = Extent(shapes=_SHAPES[:1], batches=(1, 64), set_bytes=128 << 20, read_by
 class ExpertsRow:
     """One measurement. `batch` tokens in a call, with eight experts if it is 1, else all with the same one.
 
-    `bytes` of weights that a call reads; `seconds` a call takes; `bandwidth` and `read_bandwidth` in bytes a second,
-    of the call and of a plain read in the same run; `ratio` the first by the second; `torch_seconds` the time of
-    torch's bf16 products with the same number of tokens and experts.
+    `threads` of the CPU, or 0: a GPU (experts_gpu.py). `bytes` of weights that a call reads; `seconds` a call takes;
+    `bandwidth` and `read_bandwidth` in bytes a second, of the call and of a plain read in the same run; `ratio` the
+    first by the second; `torch_seconds` the time of torch's bf16 products with the same number of tokens and experts.
     """
 
     format: str
@@ -85,7 +87,7 @@ class ExpertsRow:
     torch_seconds: float
 
 
-def measure_experts(extent: Extent) -> list[dict[str, object]]:
+def measure_experts(extent: Extent) -> list[ExpertsRow]:
     """All formats, one thread and all. Raises NativeLibraryError without the native library."""
     threads = (1, cores()) if cores() > 1 else (1,)
     memory = torch.ones(extent.read_bytes, dtype=torch.uint8)
@@ -95,14 +97,14 @@ def measure_experts(extent: Extent) -> list[dict[str, object]]:
             spec = ExpertSpec(
                 hidden_size=shape.hidden, intermediate_size=shape.intermediate, activation="silu", format=fmt
             )
-            experts = _random_experts(spec, max(2 * _TOP_K, extent.set_bytes // spec.nbytes))
+            experts = random_experts(spec, max(2 * TOP_K, extent.set_bytes // spec.nbytes))
             for count in threads:
                 with torch_threads(count):
                     ops = ExpertOps(count)
                     for batch in extent.batches:
                         rows.append(_measure(ops, spec, experts, memory, shape.name, batch, count, extent.repeats))
             del experts
-    return [asdict(row) for row in rows]
+    return rows
 
 
 def _measure(
@@ -115,9 +117,9 @@ def _measure(
     threads: int,
     repeats: int,
 ) -> ExpertsRow:
-    used = _TOP_K if batch == 1 else 1
+    used = TOP_K if batch == 1 else 1
     call = (_answers if batch == 1 else _layers)(ops, spec, experts, batch, used)
-    products = _torch_products(spec, batch, used)
+    products = torch_products(spec, batch, used)
     # At batch 1 the whole set is walked once in each repetition, so that one is long enough to compare with a read.
     calls = max(1, len(experts) // used) if batch == 1 else 1
     times: tuple[list[float], list[float]] = ([], [])
@@ -158,7 +160,7 @@ def _answers(
     request = pb.ComputeRequest(id=1, reduction=pb.REDUCTION_PARTIAL_SUM)
     request.hidden_states = bytes(write_head(request, torch.randn(batch, spec.hidden_size)))
     messages = []
-    for routing in _walk(len(experts), used, batch):
+    for routing in walk(len(experts), used, batch):
         write_routing(request, routing)
         messages.append(request.SerializeToString())
     following = cycle(messages)
@@ -176,7 +178,7 @@ def _layers(
 ) -> Callable[[], object]:
     """Computes the next of some layers' pairs."""
     hidden, held = torch.randn(batch, spec.hidden_size), dict(enumerate(experts))
-    following = cycle(_walk(len(experts), used, batch))
+    following = cycle(walk(len(experts), used, batch))
 
     def layer() -> torch.Tensor:
         return ops.moe_layer(spec, held, hidden, *next(following), Reduction.PARTIAL_SUM)
@@ -184,7 +186,7 @@ def _layers(
     return layer
 
 
-def _walk(experts: int, used: int, batch: int) -> list[Routing]:
+def walk(experts: int, used: int, batch: int) -> list[Routing]:
     """The pairs of call after call, each in turn, so that an expert comes again only after all others."""
     offsets = np.arange(batch + 1, dtype=np.uint32) * np.uint32(used)
     weights = np.full(batch * used, 1 / used, dtype=np.float32)
@@ -192,12 +194,13 @@ def _walk(experts: int, used: int, batch: int) -> list[Routing]:
     return [Routing(offsets, np.tile(np.arange(at, at + used, dtype=np.uint32), batch), weights) for at in starts]
 
 
-def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], None]:
+def torch_products(spec: ExpertSpec, batch: int, used: int, device: torch.device = _CPU) -> Callable[[], None]:
     """The same experts in torch, bf16, the products alone; a set that the caches do not hold at batch 1."""
     sets = 1 if batch > 1 else 8
-    up = torch.randn(sets * used, spec.projected_size, spec.hidden_size).bfloat16()
-    down = torch.randn(sets * used, spec.hidden_size, spec.intermediate_size).bfloat16()
-    x = torch.randn(batch, spec.hidden_size).bfloat16()
+    numbers = partial(torch.randn, device=device)
+    up = numbers(sets * used, spec.projected_size, spec.hidden_size).bfloat16()
+    down = numbers(sets * used, spec.hidden_size, spec.intermediate_size).bfloat16()
+    x = numbers(batch, spec.hidden_size).bfloat16()
     at = 0
 
     def run() -> None:
@@ -210,7 +213,7 @@ def _torch_products(spec: ExpertSpec, batch: int, used: int) -> Callable[[], Non
     return run
 
 
-def _random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
+def random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
     """Experts of random weights: one is made, the others copy it."""
     blob = empty_blob(spec.nbytes).zero_()
     for place in spec.tensors:

@@ -11,7 +11,7 @@ def experts_table(rows: Sequence[dict[str, Any]]) -> Table:
     """`rows` as `measure_experts` returns them."""
     table = Table("format", "batch", "ms", "GB/s", "read", "share", "torch ms", "kernel")
     for (shape, threads), group in groupby(rows, key=lambda row: (row["shape"], row["threads"])):
-        table.add_row(f"[bold]{shape}[/]", *[""] * 6, f"[bold]{threads} thread{'s' * (threads > 1)}[/]")
+        table.add_row(f"[bold]{shape}[/]", *[""] * 6, f"[bold]{_device(threads)}[/]")
         for fmt, batches in groupby(group, key=lambda row: row["format"]):
             for place, row in enumerate(batches):
                 table.add_row(
@@ -26,3 +26,7 @@ def experts_table(rows: Sequence[dict[str, Any]]) -> Table:
                 )
         table.add_section()
     return table
+
+
+def _device(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}" if threads else "GPU"

@@ -1,6 +1,7 @@
 """`moehive bench …`: measurements as commands, each a table, or one JSON object with --json."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,10 +109,21 @@ def experts(
     quick: Annotated[bool, typer.Option("--quick", help="One shape, fewer batches and repetitions.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The expert MLP in every format: its share of the memory's bandwidth, and torch's bf16 beside it."""
+    """The expert MLP in every format: its share of the memory's bandwidth, and torch's bf16 beside it.
+
+    On the CPU, and on a GPU if torch has one.
+    """
+    import torch
+
     from ..bench.experts import FULL, QUICK, measure_experts
 
-    rows = measure_experts(QUICK if quick else FULL)
+    extent = QUICK if quick else FULL
+    measured = measure_experts(extent)
+    if torch.cuda.is_available():
+        from ..bench.experts_gpu import measure_gpu_experts
+
+        measured += measure_gpu_experts(extent, torch.device("cuda"))
+    rows = [asdict(row) for row in measured]
     if as_json:
         typer.echo(json.dumps({"rows": rows}))
         return

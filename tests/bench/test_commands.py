@@ -49,7 +49,7 @@ def test_experts_has_a_row_for_each_format_batch_and_number_of_threads(monkeypat
         assert min(row["seconds"], row["torch_seconds"], row["read_bandwidth"]) > 0
         assert row["bandwidth"] == pytest.approx(row["bytes"] / row["seconds"])
         assert row["ratio"] == pytest.approx(row["bandwidth"] / row["read_bandwidth"])
-    monkeypatch.setattr(experts, "measure_experts", lambda _: rows)
+    monkeypatch.setattr(experts, "measure_experts", lambda _: [experts.ExpertsRow(**row) for row in rows])
     table = printed("experts", "--quick")
     assert all(name in table for name in get_args(Format))
 
