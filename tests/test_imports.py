@@ -86,6 +86,7 @@ MUST_NOT_IMPORT = {
 # The only modules that touch generated protobuf classes: what lies behind them uses our own types.
 TOUCH_MESSAGES = {
     "proto/wire/methods.py",
+    "coordinator/bench/experts.py",
     "coordinator/bench/rounding.py",
     "coordinator/checkpoints/slices.py",
     "coordinator/cluster/server.py",
