@@ -107,6 +107,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(files: dict[str, bytes], tmp_pa
     assert not list(tmp_path.glob("**/*.part"))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_leaves_what_the_next_run_takes_up(files: dict[str, bytes], tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
     size, asked = len(files[name]), Counter[str]()

@@ -255,6 +255,7 @@ main()
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_is_an_interruption(many_experts: Path, tmp_path: Path, blobs: Blobs) -> None:
     pack = tmp_path / "pack"
     command = [sys.executable, "-c", _INTERRUPTED, "convert", str(many_experts), str(pack), "--format", "keep"]
