@@ -4,15 +4,15 @@ The demo model is built once for all tests of a run, or found in the folder that
 """
 
 import os
-import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
+from moehive.coordinator.bench.small_disk import fill as fill_disk
+from moehive.coordinator.bench.small_disk import small_disk as mount_small_disk
 from moehive.coordinator.demo.build import build
 
 # Without a GPU its kernels are interpreted. Triton reads this when it is imported, which other tests may cause.
@@ -40,11 +40,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 20 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    with mount_small_disk(folder, 20 << 20) as mounted:
+        if not mounted:
+            pytest.skip("mounting a tmpfs is not permitted here")
+        yield folder
 
 
 @pytest.fixture
@@ -53,8 +52,7 @@ def fill() -> Callable[[Path, int], Path]:
 
     def fill(folder: Path, leave: int) -> Path:
         ballast = folder / "ballast"
-        with ballast.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free - leave)
+        fill_disk(ballast, leave)
         return ballast
 
     return fill

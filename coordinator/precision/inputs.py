@@ -27,9 +27,8 @@ _IN_MEMORY = 2  # layers: workers go through them in order
 
 @dataclass(frozen=True, slots=True)
 class InputsFile:
-    """One layer's file: its name, the numbers of a vector, experts of a token, tokens, and the hash of it all."""
+    """One layer's file: the numbers of a vector, experts of a token, tokens, and the hash of it all."""
 
-    name: str
     hidden: int
     top_k: int
     tokens: int
@@ -55,7 +54,7 @@ class KeptInputs:
             if layer not in self._read:
                 while len(self._read) >= _IN_MEMORY:
                     self._read.popitem(last=False)
-                self._read[layer] = _read(self._folder / self.files[layer].name, self.files[layer])
+                self._read[layer] = _read(_place(self._folder, layer), self.files[layer])
             self._read.move_to_end(layer)
             return self._read[layer]
 
@@ -77,7 +76,7 @@ class Recorder:
         records["ids"] = ids.cpu().numpy()
         records["weights"] = weights.detach().float().cpu().numpy()
         if layer not in self._layers:
-            self._layers[layer] = _Written(self._folder / f"inputs-{layer:05d}.bin", hidden.shape[1], ids.shape[1])
+            self._layers[layer] = _Written(_place(self._folder, layer), hidden.shape[1], ids.shape[1])
         self._layers[layer].append(records)
         return self._backend.submit(layer, hidden, ids, weights)
 
@@ -96,7 +95,6 @@ class _Written:
 
     def __init__(self, path: Path, hidden: int, top_k: int) -> None:
         self.file: BinaryIO = path.open("wb")
-        self._name = path.name
         self._hidden, self._top_k = hidden, top_k
         self._tokens = 0
         self._digest: Digest = new_digest()
@@ -110,7 +108,11 @@ class _Written:
     def finish(self) -> InputsFile:
         self.file.flush()
         os.fsync(self.file.fileno())
-        return InputsFile(self._name, self._hidden, self._top_k, self._tokens, self._digest.digest())
+        return InputsFile(self._hidden, self._top_k, self._tokens, self._digest.digest())
+
+
+def _place(folder: Path, layer: int) -> Path:
+    return folder / f"inputs-{layer:05d}.bin"
 
 
 def _record(hidden: int, top_k: int) -> "np.dtype[Any]":
