@@ -8,15 +8,13 @@
 
 #include "activation.h"
 #include "bf16.h"
+#include "pieces.h"
 
 namespace moehive {
 namespace {
 
-// A thread takes rows of an expert in pieces of about this many bytes of weights. With several tokens a piece stays in
-// the second cache while groups of them pass over it. With one it is read once, as long streams (block-inl.h), but
-// small enough that the threads end together. Pieces are multiples of 16 rows, so no two threads share a line.
-constexpr int64_t kPieceBytes = 64 << 10, kPieceBytesForOne = 256 << 10;
-constexpr int64_t kMaxRows = 64, kMaxTokens = 48;  // of a piece and of a group within it; with one token their product
+constexpr int64_t kMaxTokens = 48;                       // of a group within a piece
+constexpr int64_t kMaxProducts = kPieceRows * kMaxTokens;  // of a group's, and rows of a piece with one token
 
 struct Pair {
   uint64_t blob;
@@ -29,14 +27,6 @@ struct Group {
   int64_t first, last;
 };
 
-// Rows of a piece with several tokens (`threads` 0), or with one token for each of `experts` that `threads` share.
-int64_t piece_rows(Format format, int64_t columns, int64_t rows, int64_t experts, int threads) {
-  const int64_t row = std::max<int64_t>(1, rows_bytes(format, kGroupRows, columns) / kGroupRows);
-  if (threads == 0) return std::clamp(kPieceBytes / row / 16 * 16, int64_t{16}, kMaxRows);
-  const int64_t step = std::min({kPieceBytesForOne / row, rows * experts / (8 * threads), kMaxRows * kMaxTokens});
-  return step >= 64 ? step / 64 * 64 : std::max<int64_t>(16, step / 16 * 16);
-}
-
 const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
 
 // The pieces of a projection of all experts, which threads take one by one.
@@ -44,8 +34,12 @@ struct Pieces {
   int64_t step, end;  // rows of a piece, of an expert
   int64_t of_expert;  // pieces
 
+  // `threads` share one token of each expert; 0: there are several.
   Pieces(Format format, int64_t columns, int64_t rows, int64_t experts, int threads)
-      : step(piece_rows(format, columns, rows, experts, threads)), end(rows), of_expert((rows + step - 1) / step) {}
+      : step(threads ? std::min(piece_rows_for_one(format, columns, rows * experts, threads), kMaxProducts)
+                     : piece_rows(format, columns)),
+        end(rows),
+        of_expert((rows + step - 1) / step) {}
 
   int64_t expert(int64_t piece) const { return piece / of_expert; }
   int64_t first_row(int64_t piece) const { return piece % of_expert * step; }
@@ -270,7 +264,7 @@ void Experts::run_alone(const Layer& layer) {
   // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
   pool_->run(up_pieces, [&](uint32_t piece) {
     ups.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-      alignas(64) float gate[kMaxRows * kMaxTokens], up[kMaxRows * kMaxTokens];
+      alignas(64) float gate[kMaxProducts], up[kMaxProducts];
       const auto project = [&](int matrix, float* out, const char* next) {
         kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
                           next});
@@ -298,7 +292,7 @@ void Experts::run_alone(const Layer& layer) {
   // intermediate → hidden
   pool_->run(down_pieces, [&](uint32_t piece) {
     downs.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-      alignas(64) float out[kMaxRows * kMaxTokens];
+      alignas(64) float out[kMaxProducts];
       const char* next = down_piece_at(piece + pool_->threads());
       kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, out, tokens, next});
       if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);

@@ -7,23 +7,14 @@
 #include "expert_mlp.h"
 #include "kernel.h"
 #include "linear.h"
+#include "pieces.h"
 #include "trunk_threads.h"
 
 namespace {
 
 using namespace moehive;
 
-constexpr int64_t kPieceBytes = 64 << 10, kPieceBytesForOne = 256 << 10;  // as in expert_mlp.cc
-constexpr int64_t kMaxRows = 64, kMaxTokens = 32, kMaxMatrices = 16;
-
-// Rows of a piece with several tokens, or with one, of `all` rows that threads share.
-int64_t piece_rows(const MoehiveMatrix& m, int64_t tokens, int64_t all, int threads) {
-  const int64_t group = rows_bytes(static_cast<Format>(m.format), kGroupRows, m.columns);
-  const auto rows = [&](int64_t bytes) { return bytes / group * kGroupRows; };
-  if (tokens > 1) return std::clamp(rows(kPieceBytes), int64_t{16}, kMaxRows);
-  const int64_t step = std::min(rows(kPieceBytesForOne), all / (8 * threads));
-  return step >= 64 ? step / 64 * 64 : std::max<int64_t>(16, step / 16 * 16);
-}
+constexpr int64_t kMaxTokens = 32, kMaxMatrices = 16;
 
 // A matrix, and the pieces of it that threads take: divisions that would be many for each piece.
 struct Pieces {
@@ -77,7 +68,7 @@ void multiply_piece(const Kernel& kernel, const Pieces& of, int64_t piece, const
   const Format format = static_cast<Format>(m.format);
   const char* weights = static_cast<const char*>(m.weights) + rows_bytes(format, row, m.columns);
   float* to = out + of.first + row;
-  alignas(64) float buffer[kMaxRows * kMaxTokens];
+  alignas(64) float buffer[kPieceRows * kMaxTokens];
   float* products = tokens == 1 ? to : buffer;
   kernel.multiply({format, weights, rows, m.columns, inputs.of(format), tokens, products, tokens,
                    weights + rows_bytes(format, rows, m.columns)});
@@ -112,7 +103,9 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
       Pieces parts[kMaxMatrices];
       int64_t row = 0, pieces = 0;
       for (int64_t m = 0; m < count; ++m) {
-        const int64_t rows = piece_rows(matrices[m], inputs.tokens(), all_rows, self.threads());
+        const Format format = static_cast<Format>(matrices[m].format);
+        const int64_t rows = inputs.tokens() > 1 ? piece_rows(format, columns)
+                                                 : piece_rows_for_one(format, columns, all_rows, self.threads());
         parts[m] = {&matrices[m], rows, (matrices[m].rows + rows - 1) / rows, row};
         row += matrices[m].rows;
         pieces += parts[m].count;
