@@ -93,10 +93,10 @@ class Executor:
         self.note(len(routing.experts), elapsed)
         return rows, elapsed
 
-    def note(self, pairs: int, elapsed: int) -> None:
-        """A request of so many pairs was computed within `elapsed` nanoseconds."""
+    def note(self, pairs: int, elapsed: int, calls: int = 1) -> None:
+        """Requests of so many pairs together were computed within `elapsed` nanoseconds."""
         with self._lock:
-            self.totals.calls += 1
+            self.totals.calls += calls
             self.totals.expert_calls += pairs
             self.totals.compute_ns += elapsed
 

@@ -49,7 +49,6 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 8
 # Requests of one stream that wait for the rest of their chain; each holds at most MAX_CHAIN_BYTES of hidden states.
 MAX_CHAINED = 32
-MAX_PLAIN_BYTES = 256 << 10
 MAX_PASSING_ON = 64  # streams of other nodes at once
 BUSY_SECONDS = 0.5  # after a request, copies to other nodes are still paced
 
@@ -70,6 +69,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._executor = executor
         self._plain = PlainRequests(executor)
         self._lookout = Lookout()  # for the next request
+        self._expected = False  # whether one was, before the last reading
         self._in_worker = 0  # requests that the worker has or is yet to take, of all streams
         # One: the kernels spread each request over their own threads.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
@@ -104,6 +104,8 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         room, chained = asyncio.Semaphore(MAX_WAITING), asyncio.Semaphore(MAX_CHAINED)
         tasks: set[asyncio.Task[None]] = set()
         context.answer_at_once(self._at_once)
+        if self._plain.function:
+            context.take_natively(self)
         try:
             while (message := await context.read_message()) is not None:
                 self._asked_at = monotonic()
@@ -133,19 +135,39 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 task.cancel()
 
     def _at_once(self, message: Buffer) -> tuple[bytes] | None:
-        """The reply to a plain request, unless a worker has the kernels or this node is leaving."""
-        self._lookout.came()
-        if self._in_worker or self.draining or len(message) > MAX_PLAIN_BYTES:
+        """The reply to a plain request that came in pieces; None while a worker computes, or this node leaves."""
+        if not self.ready():
             return None
-        self._asked_at = monotonic()
-        try:
-            reply = self._plain.answer(message)
-        except MemoryError:
-            return None  # whoever tries again says it
+        reply = self._plain.answer(message)
         if reply is None:
             return None
+        self._asked_at = monotonic()
         self._lookout.expect()
         return (reply,)
+
+    @property
+    def function(self) -> int:
+        """See Taker."""
+        return self._plain.function
+
+    @property
+    def context(self) -> int:
+        """See Taker."""
+        return self._plain.context
+
+    def ready(self) -> bool:
+        """See Taker."""
+        self._expected = self._lookout.expected > 0
+        self._lookout.came()
+        return not self._in_worker and not self.draining and self._plain.ready()
+
+    def took(self, messages: int) -> None:
+        """See Taker."""
+        if messages:
+            self._asked_at = monotonic()
+            self._plain.answered()
+        if messages or self._expected:
+            self._lookout.expect()
 
     @property
     def busy(self) -> bool:

@@ -47,6 +47,7 @@ class ExpertStore:
         self.experts_held = 0
         self.manifest: Manifest | None = None
         self.first_epoch = 0  # requests of an older epoch mean another model
+        self.changed: set[int] = set()  # layers whose mapping was replaced, for who follows that and empties it
         self.tier: RamTier | None = None  # while the experts are more than RAM holds
         self._reader: DiskReader | None = None
         self._layers: dict[int, Mapping[int, ExpertWeights]] = {}  # those that stay in RAM
@@ -116,6 +117,7 @@ class ExpertStore:
             self.tier.add(expert, weights.spec, path)
         else:
             self._layers[expert.layer] = {**self.layer(expert.layer), expert.expert: weights}
+            self.changed.add(expert.layer)
         self.bytes_held += self.manifest.nbytes(expert)
         self.experts_held += 1
 
@@ -130,6 +132,7 @@ class ExpertStore:
         for layer in {expert.layer for expert in gone}:
             held = self._layers[layer]
             self._layers[layer] = {number: weights for number, weights in held.items() if (layer, number) in experts}
+            self.changed.add(layer)
         if self.tier is not None:
             below = [expert for expert in self.tier.experts() if expert not in experts]
             for expert in below:
@@ -218,6 +221,7 @@ class ExpertStore:
         for expert, spec in below.items():
             tier.add(expert, spec, self._files[expert])
         tier.pin(self._in_ram)
+        self.changed.update(self._layers)
         self._layers = stay
         self.tier = tier
         log.info("The experts are more than the memory for them: %.2f GB hold what is used most.", room / 1e9)

@@ -14,7 +14,7 @@ import torch
 from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
 
-_ABI = 6
+_ABI = 7
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -70,10 +70,7 @@ def library() -> ctypes.CDLL:
         pointer, pointer, pointer, flag, size, pointer, ctypes.c_char_p, pointer, flag, pointer
     )  # fmt: skip
     loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
-    message = ctypes.c_char_p
-    loaded.moehive_read_request.argtypes = (message, size, pointer)
-    loaded.moehive_answer.argtypes = (pointer, pointer, pointer, size, message, pointer, pointer, size)
-    loaded.moehive_answer.restype = size
+    loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer)
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
     return loaded

@@ -4,7 +4,7 @@ import ctypes
 import functools
 from importlib.resources import files
 
-_ABI = 3
+_ABI = 4
 
 
 @functools.cache
@@ -23,4 +23,23 @@ def library() -> ctypes.CDLL:
     loaded.moehive_round.restype = None
     loaded.moehive_unround.argtypes = (pointer, pointer, size, size, pointer)
     loaded.moehive_look.argtypes = (flag, flag, size, size)
+    text = ctypes.c_char_p
+    for name, result, arguments in (
+        ("tls_there", flag, ()),
+        ("tls_context", pointer, (flag, text, text, text, pointer)),
+        ("tls_context_end", None, (pointer,)),
+        ("socket", pointer, (flag, pointer, text)),
+        ("socket_end", None, (pointer,)),
+        ("socket_shake_hands", size, (pointer,)),
+        ("socket_read", size, (pointer, pointer, size)),
+        ("socket_write", size, (pointer, pointer, size, flag)),
+        ("socket_say_end", None, (pointer,)),
+        ("socket_error", text, (pointer,)),
+        ("socket_certificate", size, (pointer, pointer, size)),
+        ("socket_speaks_http2", flag, (pointer,)),
+        ("serve", size, (*(pointer,) * 6, size, size, pointer)),
+        ("send", size, (*(pointer,) * 4, size)),
+    ):
+        function = getattr(loaded, f"moehive_{name}")
+        function.restype, function.argtypes = result, arguments
     return loaded

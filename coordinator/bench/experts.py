@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from moehive.kernels.answer import Answerer, LayerTable
+from moehive.kernels.answer import Answerer
 from moehive.kernels.blob import empty_blob, encode_tensor
 from moehive.kernels.formats.blocks import BLOCK_FORMATS
 from moehive.kernels.formats.file_rows import pack_file_rows
@@ -156,7 +156,9 @@ def _answers(
     """Answers the next of some requests, as a node does."""
     if ops.native is None:
         raise NativeLibraryError("Without the native library there is nothing to measure; see the log.")
-    answerer, table = Answerer(ops.native), LayerTable(spec, dict(enumerate(experts)), len(experts))
+    answerer = Answerer(ops.native, most_bytes=1 << 30, most_pairs=1 << 20, most_work=1 << 60)
+    answerer.begin(1, 0)
+    answerer.use(0, spec, dict(enumerate(experts)), len(experts))
     request = pb.ComputeRequest(id=1, reduction=pb.REDUCTION_PARTIAL_SUM)
     request.hidden_states = bytes(write_head(request, torch.randn(batch, spec.hidden_size)))
     messages = []
@@ -166,8 +168,7 @@ def _answers(
     following = cycle(messages)
 
     def answer() -> None:
-        message = next(following)
-        if not answerer.read(message) or answerer.answer(message, table) is None:
+        if answerer.answer(next(following)) is None:
             raise AssertionError("a request is not answered")
 
     return answer

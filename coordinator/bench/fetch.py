@@ -74,7 +74,7 @@ async def _measure(folder: Path, experts: int) -> list[dict[str, Any]]:
         loopback |= {"tcp_copy_bytes_per_s": copy, "ratio": rate / copy}
         loopback |= {**cluster.work_s_per_gb(), **cluster.peak()}
         work = {"tcp_copy_s_per_gb": (before.cpu_s_per_gb + after.cpu_s_per_gb) / 2}
-        work |= await asyncio.to_thread(unavoidable_work, folder, cluster.authority)
+        work |= await asyncio.to_thread(unavoidable_work, folder)
         total = sum(work.values()) + work["hash_s_per_gb"]  # the sender hashes what it reads, too
         limit = {"row": "limit", "cores": cores(), **work, "sum_s_per_gb": total}
         most = min(cores() / total * 1e9, copy)

@@ -8,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moehive.proto.tensors import Reply
-
 from ..types import LOCAL, NodeName, NodeUnavailable
 from .link import Link
 from .native import address
@@ -30,7 +28,7 @@ class View(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
         ("expected_s", ctypes.c_double),
         ("block", ctypes.c_void_p),
-        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size")),
+        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "compute_ns")),
     )
 
     shares: int
@@ -43,6 +41,7 @@ class View(ctypes.Structure):
     node: "ctypes.Array[ctypes.c_int64]"
     message: "ctypes.Array[ctypes.c_int64]"
     size: "ctypes.Array[ctypes.c_int64]"
+    compute_ns: "ctypes.Array[ctypes.c_int64]"
 
 
 class Way(ctypes.Structure):
@@ -102,7 +101,7 @@ class Flight:
         self.links: list[Link | None] = []  # of each share who was asked
         self.errors: dict[int, NodeUnavailable] = {}  # by share
         self.strange: dict[int, Rows] = {}  # answers that native code has left to Python
-        self.replies: dict[int, asyncio.Future[Reply]] = {}  # while a timeline is recorded
+        self.replies: dict[int, asyncio.Future[int]] = {}  # a node's own nanoseconds, while a timeline is recorded
 
     @property
     def plain(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from moehive.kernels.geometry import Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto.lookout import Lookout
-from moehive.proto.tensors import Reply, parse_reply, rows_tensor
+from moehive.proto.tensors import Reply, rows_tensor
 from moehive.proto.wire.messages import Buffer
 
 from .. import timeline
@@ -59,10 +59,10 @@ class Flights:
         self._lookout = Lookout()  # for the last answer to a flight
         self._native = library()
         self._ask, self._reply = self._native.moehive_flight_ask, self._native.moehive_flight_reply
-        self._handle = self._native.moehive_flights()
-        if not self._handle:
+        self.handle: int = self._native.moehive_flights()
+        if not self.handle:
             raise MemoryError("There is no memory left to dispatch layers.")
-        weakref.finalize(self, self._native.moehive_flights_end, self._handle)
+        weakref.finalize(self, self._native.moehive_flights_end, self.handle)
         self._views: list[View] = []
         self._flights: list[Flight | None] = []
         self._ways: list[Way | None] = [None] * len(manifest.layers)
@@ -86,11 +86,19 @@ class Flights:
         way = self._ways[sent.layer] or self._way(sent.layer)
         if memory.places is None or memory.k != way.k or memory.width != way.hidden_size:
             return None
-        number = self._ask(self._handle, ctypes.addressof(way), sent.step, *memory.places, memory.tokens, memory.bf16)
+        number = self._ask(
+            self.handle,
+            ctypes.addressof(way),
+            sent.step,
+            *memory.places,
+            memory.tokens,
+            memory.bf16,
+            self._routes.speeds.layers,
+        )
         if number < 0:
             return None
         if number == len(self._views):
-            self._views.append(View.from_address(self._native.moehive_flight_view(self._handle, number)))
+            self._views.append(View.from_address(self._native.moehive_flight_view(self.handle, number)))
             self._flights.append(None)
         view = self._views[number]
         flight = self._flights[number] = Flight(number, view, way.experts, sent, memory)
@@ -117,26 +125,32 @@ class Flights:
         return flight
 
     def _send(self, flight: Flight, share: int, link: Link) -> None:
-        link.send_flight(ctypes.string_at(flight.view.message[share], flight.view.size[share]))
+        link.send_flight(flight.view.message[share], flight.view.size[share])
         if timeline.current.on:
             reply = flight.replies[share] = asyncio.get_running_loop().create_future()
-            timeline.current.hop(link.node, reply, lambda reply: reply.head.compute_ns)
+            timeline.current.hop(link.node, reply, lambda nanoseconds: nanoseconds)
 
     def take(self, link: Link, message: Buffer) -> bool:
         """Takes a node's reply; False when it answers no flight, or not as usual."""
         where: Any = message if type(message) is bytes else np.frombuffer(message, np.uint8).ctypes.data
-        found = self._reply(self._handle, link.peer_at, where, len(message), self._routes.speeds.layers)
-        if found < 0:
+        if self._reply(self.handle, link.peer_at, where, len(message)) < 0:
             return False
-        flight = self._flight(found)
-        if flight.replies:
-            flight.replies[found & 127].set_result(parse_reply(message))
-        self._settled(flight)
+        self.arrived()
         return True
+
+    def arrived(self) -> None:
+        """Replies were taken, here or as they were read."""
+        for flight in self._flights:
+            if flight is None or flight.done.done():
+                continue
+            for share, reply in flight.replies.items():
+                if flight.view.state[share] == TAKEN and not reply.done():
+                    reply.set_result(flight.view.compute_ns[share])
+            self._settled(flight)
 
     def take_strange(self, link: Link, reply: Reply) -> bool:
         """Takes a reply that `take` did not; False when it answers no flight."""
-        found = self._native.moehive_flight_find(self._handle, link.peer_at, reply.head.id)
+        found = self._native.moehive_flight_find(self.handle, link.peer_at, reply.head.id)
         if found < 0:
             return False
         flight, share = self._flight(found), found & 127
@@ -151,7 +165,7 @@ class Flights:
 
     def lost(self, link: Link, error: NodeUnavailable) -> None:
         """Nothing will come of a link any more."""
-        while (found := self._native.moehive_flight_any(self._handle, link.peer_at)) >= 0:
+        while (found := self._native.moehive_flight_any(self.handle, link.peer_at)) >= 0:
             flight = self._flight(found)
             flight.errors[found & 127] = error
             self._settle(flight, found & 127)
@@ -172,13 +186,13 @@ class Flights:
     def put(self, flight: Flight, rows: torch.Tensor) -> None:
         """Takes the rows that this process has computed of its own share, in the hidden states' type."""
         rows = rows.contiguous()
-        self._native.moehive_flight_put(self._handle, flight.number, flight.view.here, rows.data_ptr())
+        self._native.moehive_flight_put(self.handle, flight.number, flight.view.here, rows.data_ptr())
         self._settled(flight)
 
     def sum(self, flight: Flight) -> tuple[torch.Tensor, bool]:
         """All rows of a plain flight, added up as rows.py's `add_up` does, and whether all are numbers."""
         total = self._sums.room(flight.kind, flight.sent.hidden)
-        finite = self._native.moehive_flight_sum(self._handle, flight.number, total.data_ptr())
+        finite = self._native.moehive_flight_sum(self.handle, flight.number, total.data_ptr())
         if finite < 0:
             raise MemoryError("There is no memory left to add up a layer.")
         return total, bool(finite)
@@ -196,7 +210,7 @@ class Flights:
                 parts.append(flight.strange[number])
             elif flight.view.state[number] == TAKEN:
                 rows = len(share.pairs) if self._reduction is Reduction.PER_EXPERT else len(share.tokens)
-                where = self._native.moehive_flight_rows(self._handle, flight.number, number)
+                where = self._native.moehive_flight_rows(self.handle, flight.number, number)
                 raw = ctypes.string_at(where, rows * size * dtype.itemsize)
                 link = flight.links[number]
                 if link is None:
@@ -214,7 +228,7 @@ class Flights:
             self._watch.remove(flight)
             if not flight.done.done():
                 self._lookout.came()
-            self._native.moehive_flight_release(self._handle, flight.number)
+            self._native.moehive_flight_release(self.handle, flight.number)
             for reply in flight.replies.values():
                 reply.cancel()
 
@@ -225,7 +239,7 @@ class Flights:
 
     def _settle(self, flight: Flight, share: int) -> None:
         """A share is over without an answer that native code has taken."""
-        self._native.moehive_flight_settle(self._handle, flight.number, share)
+        self._native.moehive_flight_settle(self.handle, flight.number, share)
         if share in flight.errors:
             self._on_failed(flight.errors[share])
         self._settled(flight)

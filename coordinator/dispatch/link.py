@@ -27,6 +27,7 @@ from moehive.proto.wire.methods import COMPUTE
 from moehive.proto.wire.stream import Stream
 
 from ..types import NodeName, NodeUnavailable
+from .native import take_function
 from .speed import LinkSpeed, is_loopback
 
 log = logging.getLogger(__name__)
@@ -56,8 +57,21 @@ class Peer(ctypes.Structure):
     flying: int  # those that are
 
 
+class Landing(ctypes.Structure):
+    """Who takes a node's replies as they are read; Landing of cpp/flight.h, field for field."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("flights", "peer"))
+
+    flights: int
+
+
 class Flying(Protocol):
     """Who asks for layers of few tokens: flights.py."""
+
+    handle: int  # of the native side
+
+    def arrived(self) -> None:
+        """Nodes' replies were taken natively."""
 
     def take(self, link: "Link", message: Buffer) -> bool:
         """Takes a node's reply; False when it answers no flight, or not as usual."""
@@ -93,7 +107,10 @@ class Link:
         self._line: deque[tuple[int, tuple[Buffer, ...]]] = deque()  # those that were not, by id
         self.peer = Peer(next_id=FIRST_ID)
         self.peer_at = ctypes.addressof(self.peer)
-        self.flights: Flying | None = None
+        self._flights: Flying | None = None
+        self._landing = Landing(peer=self.peer_at)
+        self.function = take_function()  # see Taker
+        self.context = ctypes.addressof(self._landing)
         self._stream: Stream | None = None
         self._watching: asyncio.Task[None] | None = None
         self._failure: str | None = None
@@ -113,6 +130,7 @@ class Link:
             ) from None
         stream.on_message = self._take
         stream.on_end = self._ended
+        stream.take_natively(self)
         self._watching = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -148,12 +166,36 @@ class Link:
         self._write()
         return future
 
-    def send_flight(self, message: bytes) -> None:
-        """Sends a request of a flight, which has its id. `flights` gets the reply, or hears that the node is gone."""
+    @property
+    def flights(self) -> Flying | None:
+        """Who gets the replies to requests of flights."""
+        return self._flights
+
+    @flights.setter
+    def flights(self, flights: Flying) -> None:
+        self._flights = flights
+        self._landing.flights = flights.handle
+
+    def ready(self) -> bool:
+        """See Taker."""
+        return self._flights is not None
+
+    def took(self, messages: int) -> None:
+        """See Taker."""
+        if messages and self._flights is not None:
+            self._flights.arrived()
+            if self._line:
+                self._write()
+
+    def send_flight(self, where: int, size: int) -> None:
+        """Sends a request of a flight, which lies at an address behind room for its head (Stream.send_at).
+
+        `flights` gets the reply, or hears that the node is gone.
+        """
         if self._stream is None or self._failure is not None:
             self._lose_flights(self._failure or f"Node {self.node} is not connected.")
         else:
-            self._stream.send((message,))
+            self._stream.send_at(where, size)
 
     def processor(self) -> int:
         """Of a node on this machine, the processor that it ran on when it sent its latest bytes; -1: not known."""
@@ -170,7 +212,7 @@ class Link:
 
     def _take(self, message: Buffer) -> bool:
         """A reply has come."""
-        flights = self.flights
+        flights = self._flights
         if flights is not None and flights.take(self, message):
             if self._line:
                 self._write()
@@ -253,8 +295,8 @@ class Link:
         self._on_close()
 
     def _lose_flights(self, sentence: str) -> None:
-        if self.flights is not None:
-            self.flights.lost(self, NodeUnavailable(self.node, sentence))
+        if self._flights is not None:
+            self._flights.lost(self, NodeUnavailable(self.node, sentence))
 
 
 def probe(tokens: int) -> tuple[tuple[Buffer, ...], int]:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moehive.kernels.library import load
 
-_ABI = 3
+_ABI = 4
 
 
 @functools.cache
@@ -28,9 +28,10 @@ def library() -> ctypes.CDLL:
         ("note_link", None, (pointer, size, size, real)),
         ("flights", pointer, ()),
         ("flights_end", None, (pointer,)),
-        ("flight_ask", size, (pointer, pointer, number, pointer, pointer, pointer, size, flag)),
+        ("flight_ask", size, (pointer, pointer, number, pointer, pointer, pointer, size, flag, size)),
         ("flight_view", pointer, (pointer, size)),
-        ("flight_reply", size, (pointer, pointer, pointer, size, size)),
+        ("flight_reply", size, (pointer, pointer, pointer, size)),
+        ("flight_take", flag, (pointer, pointer, size, pointer, pointer)),
         ("flight_any", size, (pointer, pointer)),
         ("flight_find", size, (pointer, pointer, number)),
         ("flight_put", None, (pointer, size, size, pointer)),
@@ -42,6 +43,12 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"moehive_{name}")
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+@functools.cache
+def take_function() -> int:
+    """The address of what takes a node's replies as a connection reads them."""
+    return ctypes.cast(library().moehive_flight_take, ctypes.c_void_p).value or 0
 
 
 def current_processor() -> int:

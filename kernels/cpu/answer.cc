@@ -11,14 +11,32 @@
 
 #define MOEHIVE_API extern "C" __attribute__((visibility("default")))
 
-// Field for field as kernels/answer.py has it. Places are bytes from the start of the message.
+// Field for field as kernels/answer.py has them.
+struct MoehiveTable {
+  const MoehiveSpec* spec;  // that lays out all experts of the layer; null: it is not known
+  const uint64_t* blobs;    // [count]: the address of each expert by its number, or 0
+  int64_t count, work;      // multiply-adds of a pair
+};
+
+struct MoehiveAnswering {
+  void* experts;
+  const MoehiveTable* tables;  // [layers]
+  int64_t layers;
+  uint64_t first_epoch;                       // requests of older ones mean another model
+  int64_t most_bytes, most_pairs, most_work;  // of a request
+  uint8_t* reply;                             // `room` bytes, and before them what a message's head takes
+  int64_t room;
+  int64_t calls, pairs, nanoseconds;  // of all requests that were answered
+};
+
+namespace {
+
+// Places are bytes from the start of the message.
 struct MoehiveRequest {
   uint64_t id, epoch;
   uint32_t layer, tokens, hidden_size, dtype, reduction, pairs;
   uint32_t hidden_at, offsets_at, experts_at, weights_at;
 };
-
-namespace {
 
 using namespace moehive;
 
@@ -137,54 +155,66 @@ std::vector<Number> numbers_at(const uint8_t* message, uint32_t place, uint32_t 
 
 }  // namespace
 
-// Reads a message of `size` bytes. Returns 0; 1 for one that is not plain, or not sound.
-MOEHIVE_API int32_t moehive_read_request(const uint8_t* message, int64_t size, MoehiveRequest* request) {
-  return message && request && size < (int64_t{1} << 31) && read(message, size, *request) ? 0 : 1;
-}
-
-// Computes a request that moehive_read_request has read out of `message`, and writes its reply's bytes.
-//
-// blobs [count]: the address of each expert of the layer by its number, or 0; `spec` lays them all out. `room` bytes are
-// at `reply`. Returns how many were written; -1 when an expert is not there or the request does not fit `spec` or the
-// room; -2 without memory.
-MOEHIVE_API int64_t moehive_answer(void* experts, const MoehiveSpec* spec, const uint64_t* blobs, int64_t count,
-                                   const uint8_t* message, const MoehiveRequest* request, uint8_t* reply,
-                                   int64_t room) {
+// Computes a request that was read out of `message`, and writes its reply's bytes. Returns how many were written, or 0
+// when an expert is not there, the request does not fit, or there is no memory: then somebody else says what is wrong.
+static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& table, const uint8_t* message,
+                       const MoehiveRequest& r, int64_t* nanoseconds) {
   const auto start = std::chrono::steady_clock::now();
-  const MoehiveRequest& r = *request;
   const bool bf16 = r.dtype == kBf16, added = r.reduction == kPartialSum;
   const uint64_t rows = added ? r.tokens : r.pairs, width = bf16 ? 2 : 4;
   const uint64_t bytes = rows * r.hidden_size * width;
   constexpr int64_t kHead = 64;  // more than the fields before the rows take
-  if (spec->hidden_size != r.hidden_size || static_cast<uint64_t>(room) < bytes + kHead) return -1;
+  if (table.spec->hidden_size != r.hidden_size || static_cast<uint64_t>(answering.room) < bytes + kHead) return 0;
   try {
     const auto offsets = numbers_at<uint32_t>(message, r.offsets_at, r.tokens + 1);
     const auto weights = numbers_at<float>(message, r.weights_at, r.pairs);
     std::vector<uint64_t> addresses(r.pairs);
     for (uint32_t pair = 0; pair < r.pairs; ++pair) {
       const uint32_t expert = number_at<uint32_t>(message, r.experts_at, pair);
-      if (expert >= count || blobs[expert] == 0) return -1;
-      addresses[pair] = blobs[expert];
+      if (expert >= table.count || table.blobs[expert] == 0) return 0;
+      addresses[pair] = table.blobs[expert];
     }
     // Aligned, both: the message's rows are not.
     std::vector<uint64_t> hidden((r.tokens * uint64_t{r.hidden_size} * width + 7) / 8), out((bytes + 7) / 8);
     std::memcpy(hidden.data(), message + r.hidden_at, r.tokens * uint64_t{r.hidden_size} * width);
-    static_cast<Experts*>(experts)->run_whole(
-        {*spec, nullptr, r.tokens, offsets.data(), addresses.data(), weights.data(), nullptr}, {hidden.data(), bf16},
-        {out.data(), bf16}, added);
+    static_cast<Experts*>(answering.experts)->run_whole(
+        {*table.spec, nullptr, r.tokens, offsets.data(), addresses.data(), weights.data(), nullptr},
+        {hidden.data(), bf16}, {out.data(), bf16}, added);
     const auto took = std::chrono::steady_clock::now() - start;
-    uint8_t* at = reply;
+    *nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(took).count();
+    uint8_t* at = answering.reply;
     *at++ = 1 << 3;  // id
     at = put_varint(at, r.id);
     *at++ = 2 << 3;  // compute_ns
-    at = put_varint(at, std::chrono::duration_cast<std::chrono::nanoseconds>(took).count());
+    at = put_varint(at, *nanoseconds);
     *at++ = 3 << 3;  // rows
     at = put_varint(at, rows);
     *at++ = 4 << 3 | 2;  // values
     at = put_varint(at, bytes);
     if (bytes) std::memcpy(at, out.data(), bytes);
-    return at + bytes - reply;
+    return at + bytes - answering.reply;
   } catch (const std::exception&) {
-    return -2;
+    return 0;
   }
+}
+
+// Answers a message if it is a plain and sound request within the limits: whether it was. The reply's bytes are at
+// `*reply`, until the next one's.
+MOEHIVE_API int32_t moehive_answer(MoehiveAnswering* answering, const uint8_t* message, int64_t size, uint8_t** reply,
+                                   int64_t* reply_size) {
+  MoehiveRequest request;
+  if (size > answering->most_bytes || !read(message, size, request)) return 0;
+  if (request.layer >= answering->layers || request.epoch < answering->first_epoch) return 0;
+  const MoehiveTable& table = answering->tables[request.layer];
+  if (!table.spec || request.pairs > answering->most_pairs || request.pairs * table.work > answering->most_work)
+    return 0;
+  int64_t nanoseconds = 0;
+  const int64_t written = compute(*answering, table, message, request, &nanoseconds);
+  if (written == 0) return 0;
+  ++answering->calls;
+  answering->pairs += request.pairs;
+  answering->nanoseconds += nanoseconds;
+  *reply = answering->reply;
+  *reply_size = written;
+  return 1;
 }

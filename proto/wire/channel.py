@@ -1,7 +1,7 @@
 """The end that calls: a channel to one server, which connects when it is needed, once."""
 
 import asyncio
-import ssl
+import socket
 from typing import Any
 
 import grpc
@@ -14,6 +14,7 @@ from . import status
 from .connection import HANDSHAKE_SECONDS, Connection
 from .stream import Stream
 from .tls import client_context
+from .transport import CertificateError, HandshakeError, Transport, connect
 
 CONNECT_SECONDS = 15.0  # with TLS's handshake
 
@@ -116,27 +117,34 @@ class Channel:
             self._opening.result().close("The channel was closed.")
 
     async def _connect(self) -> Connection:
-        loop = asyncio.get_running_loop()
-        host, port = host_port(self._address)
-        secure = self._identity is not None
+        transport: Transport | None = None
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                _, connection = await loop.create_connection(
-                    lambda: Connection(self._max_bytes, self._window_bytes),
-                    host,
-                    port,
-                    ssl=client_context(self._identity) if self._identity is not None else None,
-                    server_hostname=self._server_name if secure else None,
-                    ssl_handshake_timeout=HANDSHAKE_SECONDS if secure else None,
-                )
+                context = None if self._identity is None else client_context(self._identity)
+                host, port = host_port(self._address)
+                found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+                end = await connect([(family, address) for family, _, _, _, address in found])
+                transport = Transport(end, context, self._server_name)
+                async with asyncio.timeout(HANDSHAKE_SECONDS):
+                    await transport.shake_hands()
         except TimeoutError as error:
+            if transport is not None:
+                transport.abort()
             raise self._unreachable(f"it did not answer within {CONNECT_SECONDS:.0f} s.") from error
-        except ssl.SSLCertVerificationError as error:
-            raise self._unreachable(
-                f"its certificate is not {self._server_name}'s: {error.verify_message}"
-            ) from error
-        except OSError as error:  # ssl.SSLError and time-outs are OSErrors, too
+        except HandshakeError as error:
+            assert transport is not None
+            transport.abort()
+            if isinstance(error, CertificateError):
+                raise self._unreachable(f"its certificate is not {self._server_name}'s: {error}") from error
+            raise self._unreachable(str(error)) from error
+        except OSError as error:
             raise self._unreachable(error.strerror or str(error)) from error
+        except asyncio.CancelledError:
+            if transport is not None:
+                transport.abort()
+            raise
+        connection = Connection(self._max_bytes, self._window_bytes)
+        transport.start(connection)
         try:
             await connection.ready
         except asyncio.CancelledError:

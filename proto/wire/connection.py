@@ -1,20 +1,20 @@
-"""One HTTP/2 connection on an event loop's transport, either end: streams, windows, pings.
+"""One HTTP/2 connection, either end: streams, windows, pings.
 
 Whatever ends the connection ends its streams with UNAVAILABLE.
 """
 
 import asyncio
+import ctypes
 import logging
 import socket
-import ssl
 import struct
 from collections.abc import Sequence
-from typing import cast
 
 import grpc
 import grpc.aio
 import hpack
 
+from ..native import library
 from . import frames, status
 from .frames import (
     FIRST_WINDOW,
@@ -33,18 +33,18 @@ from .owner import Owner
 from .reader import MAX_HEADER_BYTES, FrameReader
 from .status import ANSWER, Fields
 from .stream import Stream
-from .tls import OtherSide, other_side
+from .tls import OtherSide
+from .transport import BROKEN, WOULD_BLOCK, Transport, bytes_of
+from .windows import HEAD_BYTES, Sending, Served, Taker
 
 log = logging.getLogger(__name__)
 
 HANDSHAKE_SECONDS = 10.0  # for TLS's
-# Of a large message, at once to the transport: more than an event loop keeps for its next turn, 64 KiB.
-PART_BYTES = 96 << 10
 MAX_UNSENT_REPLIES = 1000  # to pings and settings, while the other side reads nothing
 
 
-class Connection(asyncio.BufferedProtocol):
-    """Use it on one event loop."""
+class Connection:
+    """Use it on one event loop. Its transport tells it of bytes as asyncio's tell a BufferedProtocol."""
 
     def __init__(self, max_bytes: int, window_bytes: int | None = None, owner: Owner | None = None) -> None:
         """`max_bytes` of a message, `window_bytes` that a stream may bring before they are read: more than that.
@@ -56,17 +56,16 @@ class Connection(asyncio.BufferedProtocol):
         self.max_bytes = max_bytes
         self.window_bytes = window_bytes
         self.first_send_window = FIRST_WINDOW
+        self.sending = Sending(FIRST_WINDOW, LEAST_FRAME)
         self.paused = False  # the transport has more than it wants
         self.lost: str | None = None  # why it is over, one sentence
         self.other_side = OtherSide()
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the other side has answered
         self.going = False  # the other side takes no new streams
         self._owner = owner
-        self._transport: asyncio.Transport
+        self._transport: Transport
         self._streams: dict[int, Stream] = {}
         self._last_stream = 0 if owner is not None else -1  # the newest, whoever opened it
-        self._send_window = FIRST_WINDOW
-        self._largest_frame = LEAST_FRAME
         self._unsent_replies = 0
         self._received = 0  # since this connection's window was credited
         self._encoder = hpack.Encoder()
@@ -74,18 +73,20 @@ class Connection(asyncio.BufferedProtocol):
         self._reader = FrameReader(self, preface=owner is not None)
         self._progress: asyncio.Future[None] | None = None
         self._keepalive: Keepalive | None = None  # once it is connected
+        self._taking: tuple[Stream, Taker] | None = None  # the stream whose messages are taken natively
+        self._served = Served()
+        self._places = ctypes.addressof(self.sending), ctypes.addressof(self._served)
+        self._native_serve, self._native_send = library().moehive_serve, library().moehive_send
 
     # The transport's side.
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See asyncio.BaseProtocol."""
-        transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+    def connection_made(self, transport: Transport) -> None:
+        """See Told."""
         self._transport = transport
-        secured: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
-        if secured is not None and secured.selected_alpn_protocol() != "h2":
+        if not transport.speaks_http2():
             self.close("The other side does not speak HTTP/2.", ErrorCode.PROTOCOL_ERROR)
             return
-        self.other_side = other_side(transport)
+        self.other_side = transport.other_side()
         values = {
             frames.INITIAL_WINDOW_SIZE: self.window_bytes,
             frames.MAX_FRAME_SIZE: LARGEST_FRAME,
@@ -100,34 +101,73 @@ class Connection(asyncio.BufferedProtocol):
             self._owner.made(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """See asyncio.BaseProtocol."""
+        """See Told."""
         self.close(f"The connection broke ({exc})." if exc is not None else "The other side ended the connection.")
 
+    def serve(self) -> int | None:
+        """See Told."""
+        if self._taking is None:
+            return None
+        stream, taker = self._taking
+        reader, served = self._reader, self._served
+        if not (reader.at_frame and stream.between and taker.ready()):
+            return None
+        assert self._keepalive is not None
+        sending, found = self._places
+        got: int = self._native_serve(
+            self._transport.handle,
+            sending,
+            stream.windows_at,
+            taker.function,
+            taker.context,
+            *reader.place,
+            reader.filled,
+            found,
+        )
+        taker.took(served.messages)
+        if got > 0:
+            self._keepalive.quiet_ticks = 0
+            if served.messages:
+                self.count(served.taken)
+                stream.owe(served.taken)
+            if served.refused:
+                stream.send((ctypes.string_at(served.unsent_at, served.unsent),))
+            elif served.unsent_at and self.sending.waiting:
+                self._transport.later(ctypes.string_at(served.unsent_at, served.unsent))
+            if served.kept or served.consumed == served.filled:
+                reader.filled = served.filled - served.consumed
+            elif self.lost is None:
+                self._read(served.consumed, served.filled)
+        return got
+
     def get_buffer(self, sizehint: int) -> memoryview:
-        """See asyncio.BufferedProtocol."""
+        """See Told."""
         return self._reader.room()
 
     def buffer_updated(self, nbytes: int) -> None:
-        """See asyncio.BufferedProtocol."""
+        """See Told."""
         assert self._keepalive is not None
         self._keepalive.quiet_ticks = 0
+        self._read(None, nbytes)
+
+    def _read(self, start: int | None, nbytes: int) -> None:
+        """`nbytes` came into the reader's room; with a `start`, the first of them are done with."""
         try:
-            self._reader.received(nbytes)
+            if start is None:
+                self._reader.received(nbytes)
+            else:
+                self._reader.go_on(start, nbytes)
         except FrameError as error:
             self.close(str(error), error.code)
         except hpack.HPACKError:
             self.close("The other side's headers can't be read.", ErrorCode.COMPRESSION_ERROR)
 
-    def eof_received(self) -> bool:
-        """See asyncio.BaseProtocol."""
-        return False
-
     def pause_writing(self) -> None:
-        """See asyncio.BaseProtocol."""
+        """See Told."""
         self.paused = True
 
     def resume_writing(self) -> None:
-        """See asyncio.BaseProtocol."""
+        """See Told."""
         self.paused = False
         self._unsent_replies = 0
         self._advance()
@@ -153,19 +193,40 @@ class Connection(asyncio.BufferedProtocol):
         """See Stream.send."""
         length = sum(map(len, message))
         total = PREFIX_BYTES + length
-        fits = total <= stream.send_window and total <= self._send_window and total <= self._largest_frame
+        windows, sending = stream.windows, self.sending
+        fits = total <= windows.send and total <= sending.window and total <= sending.largest_frame
         if fits and not stream.outgoing:
-            stream.send_window -= total
-            self._send_window -= total
+            windows.send -= total
+            sending.window -= total
             # A frame's header and a message's prefix at once.
             head = struct.pack(">HBHIBI", total >> 8, total & 0xFF, frames.DATA << 8, stream.number, 0, length)
             if length <= COPIED_BYTES:
                 self._transport.write(b"".join((head, *message)))
             else:
-                self._write(head, message)
+                self._transport.writelines((head, *message))
             return
         stream.outgoing.extend(memoryview(piece) for piece in (prefix(length), *message) if len(piece))
         self._pump(stream)
+
+    def send_at(self, stream: Stream, where: int, size: int) -> None:
+        """See Stream.send_at."""
+        if self.lost is not None:
+            return
+        taken: int = self._native_send(self._transport.handle, self._places[0], stream.windows_at, where, size)
+        if taken == HEAD_BYTES + size:
+            return
+        if taken == WOULD_BLOCK:
+            self.send(stream, (ctypes.string_at(where, size),))
+        elif taken == BROKEN:
+            self._transport.broke()
+        else:
+            left = bytes_of(taken)
+            self._transport.later(ctypes.string_at(where - HEAD_BYTES + left, HEAD_BYTES + size - left))
+
+    def take_natively(self, stream: Stream, taker: Taker) -> None:
+        """See Stream.take_natively."""
+        if stream.number in self._streams:
+            self._taking = stream, taker
 
     def end(self, stream: Stream, trailers: Sequence[tuple[str, str]] | None) -> None:
         """See Stream.end."""
@@ -203,11 +264,10 @@ class Connection(asyncio.BufferedProtocol):
 
     def sent_from(self) -> int:
         """See Stream.sent_from. Linux only: loopback hands bytes over on the sender's processor."""
-        end: socket.socket | None = self._transport.get_extra_info("socket")
-        if end is None or not hasattr(socket, "SO_INCOMING_CPU"):
+        if not hasattr(socket, "SO_INCOMING_CPU"):
             return -1
         try:
-            return end.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
+            return self._transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
         except OSError:
             return -1
 
@@ -305,12 +365,12 @@ class Connection(asyncio.BufferedProtocol):
                 if value > LARGEST_WINDOW:
                     raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
                 for stream in self._streams.values():
-                    stream.send_window += value - self.first_send_window
+                    stream.windows.send += value - self.first_send_window
                 self.first_send_window = value
             elif key == frames.MAX_FRAME_SIZE:
                 if not LEAST_FRAME <= value <= LARGEST_FRAME:
                     raise FrameError(ErrorCode.PROTOCOL_ERROR, "A frame can't be of the size announced.")
-                self._largest_frame = value
+                self.sending.largest_frame = value
             elif key == frames.HEADER_TABLE_SIZE:
                 self._encoder.header_table_size = min(value, 4096)
         self._reply(frame(frames.SETTINGS, frames.ACK, 0))
@@ -322,16 +382,16 @@ class Connection(asyncio.BufferedProtocol):
         if credit == 0:
             raise FrameError(ErrorCode.PROTOCOL_ERROR, "A window grew by nothing.")
         if number == 0:
-            self._send_window += credit
-            if self._send_window > LARGEST_WINDOW:
+            self.sending.window += credit
+            if self.sending.window > LARGEST_WINDOW:
                 raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
             self._pump_all()
             return
         stream = self.stream(number)
         if stream is None:
             return
-        stream.send_window += credit
-        if stream.send_window > LARGEST_WINDOW:
+        stream.windows.send += credit
+        if stream.windows.send > LARGEST_WINDOW:
             raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A window is too large.")
         self._pump(stream)
 
@@ -339,17 +399,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send_headers(self, stream: Stream, fields: Fields, *, end: bool) -> None:
         block = self._encoder.encode(fields, huffman=False)  # in Python it takes longer than the bytes it saves
-        self._transport.write(frames.headers(stream.number, block, self._largest_frame, end=end))
-
-    def _write(self, head: bytes, pieces: Sequence[Buffer]) -> None:
-        """In parts: each leaves, and the other side decrypts it, while the next one is encrypted."""
-        part: list[Buffer] = [head]
-        for piece in pieces:
-            view = memoryview(piece)
-            for start in range(0, len(view), PART_BYTES):
-                part.append(view[start : start + PART_BYTES])
-                self._transport.writelines(part)
-                part = []
+        self._transport.write(frames.headers(stream.number, block, self.sending.largest_frame, end=end))
 
     def _pump_all(self) -> None:
         for stream in list(self._streams.values()):
@@ -359,7 +409,7 @@ class Connection(asyncio.BufferedProtocol):
     def _pump(self, stream: Stream) -> None:
         """Sends what the windows let through of what waits."""
         while stream.outgoing:
-            room = min(stream.send_window, self._send_window, self._largest_frame)
+            room = min(stream.windows.send, self.sending.window, self.sending.largest_frame)
             if room <= 0:
                 return
             pieces: list[Buffer] = []
@@ -371,10 +421,10 @@ class Connection(asyncio.BufferedProtocol):
                     piece = piece[: room - length]
                 pieces.append(piece)
                 length += len(piece)
-            stream.send_window -= length
-            self._send_window -= length
+            stream.windows.send -= length
+            self.sending.window -= length
             flags = frames.END_STREAM if stream.closed and not stream.outgoing else 0
-            self._write(header(length, frames.DATA, flags, stream.number), pieces)
+            self._transport.writelines((header(length, frames.DATA, flags, stream.number), *pieces))
         self._advance()
 
     def _reply(self, data: bytes) -> None:
@@ -405,6 +455,7 @@ class Connection(asyncio.BufferedProtocol):
             return
         self.lost = why
         self._reader.closed = True
+        self._taking = None
         if self._keepalive is not None:
             self._keepalive.stop()
         if code is not ErrorCode.NO_ERROR:

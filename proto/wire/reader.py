@@ -1,5 +1,6 @@
 """Bytes cut into frames as they come: small frames out of one buffer, a large message where it will stay."""
 
+import ctypes
 import struct
 from typing import Protocol
 
@@ -59,7 +60,9 @@ class FrameReader:
         self._told = told
         self._buffer = bytearray(BUFFER_BYTES)
         self._view = memoryview(self._buffer)
-        self._filled = 0
+        self.place = ctypes.addressof(ctypes.c_char.from_buffer(self._buffer)), BUFFER_BYTES
+        """The address and the bytes of its buffer."""
+        self.filled = 0  # bytes that are in the buffer
         self._expected = len(PREFACE) if preface else 0
         self._data_left = 0  # of the DATA frame that is coming
         self._data_stream: Stream | None = None
@@ -69,22 +72,27 @@ class FrameReader:
         self._headers: tuple[int, bool, bytearray] | None = None  # that CONTINUATION frames complete
         self.closed = False  # nothing is read any more
 
+    @property
+    def at_frame(self) -> bool:
+        """Whether the buffer begins with a frame, or is empty."""
+        return not (self._expected or self._data_left) and self._headers is None
+
     def room(self) -> memoryview:
         """Where the next bytes belong."""
         stream = self._data_stream
-        if self._data_left >= DIRECT_BYTES and self._filled == 0 and stream is not None:
+        if self._data_left >= DIRECT_BYTES and self.filled == 0 and stream is not None:
             room = stream.room
             if room is not None and len(room) >= DIRECT_BYTES:
                 self._direct = True
                 return room[: self._data_left]
         self._direct = False
-        return self._view[self._filled : self._filled + FIRST_BYTES if self._large else BUFFER_BYTES]
+        return self._view[self.filled : self.filled + FIRST_BYTES if self._large else BUFFER_BYTES]
 
     def received(self, length: int) -> None:
         """So many bytes came there. Raises FrameError."""
         self._large = self._direct
         if not self._direct:
-            self._filled += length
+            self.filled += length
             self._read()
             return
         stream = self._data_stream
@@ -96,10 +104,15 @@ class FrameReader:
         if self._data_left == 0:
             self._data_done()
 
-    def _read(self) -> None:
-        start = 0
+    def go_on(self, start: int, filled: int) -> None:
+        """So many bytes are in the buffer, and those up to `start` are done with. Raises FrameError."""
+        self.filled = filled
+        if filled:
+            self._read(start)
+
+    def _read(self, start: int = 0) -> None:
         while not self.closed:
-            rest = self._filled - start
+            rest = self.filled - start
             if self._data_left:
                 if not rest:
                     break
@@ -136,14 +149,14 @@ class FrameReader:
                 continue
             if length > LARGEST_CONTROL_FRAME:
                 raise FrameError(ErrorCode.FRAME_SIZE_ERROR, "A frame is too large.")
-            if content + length > self._filled:
+            if content + length > self.filled:
                 break
             self._frame(kind, flags, number, self._view[content : content + length])
             start = content + length
-        rest = self._filled - start
+        rest = self.filled - start
         if start and rest:
-            self._buffer[:rest] = self._buffer[start : self._filled]
-        self._filled = rest
+            self._buffer[:rest] = self._buffer[start : self.filled]
+        self.filled = rest
 
     def _take_message(self, start: int, rest: int) -> int:
         """Takes a frame that is one whole message, as nearly all are; returns its bytes, 0 for another one."""

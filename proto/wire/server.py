@@ -8,7 +8,6 @@ import asyncio
 import inspect
 import logging
 import socket
-import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +21,17 @@ from .connection import HANDSHAKE_SECONDS, Connection
 from .frames import ErrorCode
 from .messages import Buffer
 from .stream import Stream
+from .tls import Context as TlsContext
 from .tls import OtherSide
+from .transport import Transport
+from .windows import Taker
 
 log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4096  # a cluster has 1,024 nodes, which fetch experts on a connection of their own
 MAX_CALLS = 128  # of one connection
+BACKLOG = 128  # connections that wait to be taken
+REST_SECONDS = 1.0  # when no more files can be opened
 
 AtOnce = Callable[[Buffer], Sequence[Buffer] | None]
 
@@ -93,6 +97,10 @@ class Context:
 
         stream.on_message = take_message
 
+    def take_natively(self, taker: Taker) -> None:
+        """See Stream.take_natively."""
+        self._stream.take_natively(taker)
+
 
 class Server:
     """Listens on one port. Use it on one event loop."""
@@ -102,7 +110,9 @@ class Server:
         self._guard = guard
         self._max_bytes = max_bytes
         self._handlers: dict[str, Any] = {}
-        self._listening: asyncio.Server | None = None
+        self._listening: list[socket.socket] = []
+        self._context: Callable[[], TlsContext] | None = None
+        self._welcoming: set[asyncio.Task[None]] = set()
         self._connections: set[Connection] = set()
         self._calls: dict[asyncio.Task[None], Connection] = {}
         self._ending = False
@@ -115,33 +125,36 @@ class Server:
     def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
         """For generated code, which names the same methods once more."""
 
-    async def listen(self, host: str, port: int, context: ssl.SSLContext | None) -> int:
+    async def listen(self, host: str, port: int, context: Callable[[], TlsContext] | None) -> int:
         """Listens on host:port (0: any free one) and returns the port; without `context` on a machine's loopback.
 
         Raises OSError with one sentence when the port is taken or the address is not this machine's.
         """
         loop = asyncio.get_running_loop()
+        self._context = context
         try:
-            self._listening = await loop.create_server(
-                lambda: Connection(self._max_bytes, owner=self),
-                **_where(host, port),
-                ssl=context,
-                ssl_handshake_timeout=None if context is None else HANDSHAKE_SECONDS,
-            )
+            self._listening = await _listen(host, port)
         except OSError as error:
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             raise OSError(
                 f"Cannot listen on {where}: the port is in use or the address is not this machine's. "
                 "Stop the other program or choose another port."
             ) from error
-        bound: int = self._listening.sockets[0].getsockname()[1]
+        for listener in self._listening:
+            loop.add_reader(listener.fileno(), self._accept, listener)
+        bound: int = self._listening[0].getsockname()[1]
         return bound
 
     async def stop(self, grace: float | None) -> None:
         """Takes no calls any more; those that go on have `grace` seconds (None: none) to end."""
         self._ending = True
-        if self._listening is not None:
-            self._listening.close()
+        loop = asyncio.get_running_loop()
+        for listener in self._listening:
+            loop.remove_reader(listener.fileno())
+            listener.close()
+        self._listening = []
+        for task in self._welcoming:
+            task.cancel()
         for connection in self._connections:
             connection.say_goodbye()
         if self._calls and grace:
@@ -152,6 +165,45 @@ class Server:
             await asyncio.wait(self._calls)
         for connection in list(self._connections):
             connection.close("The server has ended.")
+
+    def _accept(self, listener: socket.socket) -> None:
+        """Somebody knocks."""
+        loop = asyncio.get_running_loop()
+        for _ in range(BACKLOG):
+            try:
+                end, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # too many files are open
+                log.warning("No connection can be taken for %.0f s: %s", REST_SECONDS, error.strerror or error)
+                loop.remove_reader(listener.fileno())
+                loop.call_later(REST_SECONDS, self._listen_again, listener)
+                return
+            if len(self._welcoming) + len(self._connections) >= MAX_CONNECTIONS:
+                end.close()
+                continue
+            end.setblocking(False)
+            task = loop.create_task(self._welcome(end))
+            self._welcoming.add(task)
+            task.add_done_callback(self._welcoming.discard)
+
+    def _listen_again(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener.fileno(), self._accept, listener)
+
+    async def _welcome(self, end: socket.socket) -> None:
+        transport: Transport | None = None
+        try:
+            transport = Transport(end, None if self._context is None else self._context())
+            async with asyncio.timeout(HANDSHAKE_SECONDS):
+                await transport.shake_hands()
+            transport.start(Connection(self._max_bytes, owner=self))
+        except (OSError, TimeoutError) as error:
+            log.debug("A handshake failed: %s", error)
+            _give_up(end, transport)
+        except asyncio.CancelledError:
+            _give_up(end, transport)
+            raise
 
     def made(self, connection: Connection) -> None:
         """See Owner."""
@@ -223,11 +275,33 @@ class Server:
         return grpc.StatusCode.OK, ""
 
 
-def _where(host: str, port: int) -> dict[str, Any]:
-    """What asyncio is told to listen on; all of a machine's addresses are those of IPv4 and of IPv6."""
+async def _listen(host: str, port: int) -> list[socket.socket]:
+    """Sockets that listen; all of a machine's addresses are those of IPv4 and of IPv6. Raises OSError."""
     if host in ("0.0.0.0", "::") and socket.has_dualstack_ipv6():
-        return {"sock": socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)}
-    return {"host": host, "port": port}
+        listening = [socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=BACKLOG)]
+    else:
+        found = await asyncio.get_running_loop().getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listening = []
+        try:
+            for family, _, _, _, address in dict.fromkeys(found):
+                where = (address[0], port or (listening[0].getsockname()[1] if listening else 0))
+                listening.append(socket.create_server(where, family=family, backlog=BACKLOG))
+        except OSError:
+            for listener in listening:
+                listener.close()
+            raise
+    for listener in listening:
+        listener.setblocking(False)
+    return listening
+
+
+def _give_up(end: socket.socket, transport: Transport | None) -> None:
+    if transport is None:
+        end.close()
+    else:
+        transport.abort()
 
 
 async def _requests(context: Context) -> AsyncIterator[Any]:

@@ -1,6 +1,7 @@
 """One call's stream on a connection: messages both ways, each direction held back by its window (RFC 9113, 5.2)."""
 
 import asyncio
+import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ import grpc.aio
 from . import status
 from .frames import ErrorCode, FrameError
 from .messages import PREFIX_BYTES, Assembler, Buffer
+from .windows import Taker, Windows
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -24,7 +26,8 @@ class Stream:
 
     def __init__(self, connection: "Connection", number: int) -> None:
         self.number = number
-        self.send_window = connection.first_send_window
+        self.windows = Windows(number, connection.first_send_window, connection.window_bytes, connection.max_bytes)
+        self.windows_at = ctypes.addressof(self.windows)
         self.outgoing: deque[memoryview] = deque()  # what the windows do not let through yet
         self.on_message: Callable[[Buffer], bool] | None = None
         """Called with each message as it comes, when none waits to be read; says whether it took it."""
@@ -34,7 +37,6 @@ class Stream:
         self.answered = False  # headers were sent
         self._connection = connection
         self._assembler = Assembler(connection.max_bytes)
-        self._window = connection.window_bytes  # what the other side may still send
         self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
         self._owed = 0  # bytes of messages that were taken since the last credit
         self._messages: deque[Buffer] = deque()
@@ -60,7 +62,7 @@ class Stream:
             finally:
                 self._reader = None
         message = self._messages.popleft()
-        self._taken(len(message))
+        self.owe(len(message) + PREFIX_BYTES)
         return message
 
     def send(self, message: Sequence[Buffer]) -> None:
@@ -71,6 +73,15 @@ class Stream:
         """
         if not self.closed and self.failure is None:
             self._connection.send(self, message)
+
+    def send_at(self, where: int, size: int) -> None:
+        """As `send`, a message that lies at an address, behind HEAD_BYTES of room; it may change at once."""
+        if not self.closed and self.failure is None:
+            self._connection.send_at(self, where, size)
+
+    def take_natively(self, taker: Taker) -> None:
+        """From now on `taker` gets each whole message before `on_message` does; of one stream of a connection."""
+        self._connection.take_natively(self, taker)
 
     async def drain(self) -> None:
         """Returns once what was sent has left, or nearly. Raises AioRpcError when the call has failed."""
@@ -99,14 +110,19 @@ class Stream:
     # What follows is the connection's.
 
     @property
+    def between(self) -> bool:
+        """Whether the next byte begins a message, and none waits to be read."""
+        return self._assembler.between and not self._messages and not self.ended
+
+    @property
     def room(self) -> memoryview | None:
         """Where a large message's next bytes may be put, to be told of by `filled`."""
         return self._assembler.room() if self._assembler.missing and self.failure is None else None
 
     def count(self, length: int) -> None:
         """`length` bytes of this stream came, padding included. Raises FrameError."""
-        self._window -= length
-        if self._window < 0:
+        self.windows.receive -= length
+        if self.windows.receive < 0:
             raise FrameError(ErrorCode.FLOW_CONTROL_ERROR, "A stream brought more than its window.")
 
     def filled(self, length: int) -> None:
@@ -120,9 +136,9 @@ class Stream:
         length = len(data)
         if not self._assembler.between or self.ended or length > self._assembler.max_bytes:
             return False
-        if length + PREFIX_BYTES > self._window:
+        if length + PREFIX_BYTES > self.windows.receive:
             return False
-        self._window -= length + PREFIX_BYTES
+        self.windows.receive -= length + PREFIX_BYTES
         self._deliver(bytes(data))
         return True
 
@@ -152,15 +168,16 @@ class Stream:
 
     def _deliver(self, message: Buffer) -> None:
         if self.on_message is not None and not self._messages and self.on_message(message):
-            self._taken(len(message))
+            self.owe(len(message) + PREFIX_BYTES)
             return
         self._messages.append(message)
         self._wake()
 
-    def _taken(self, length: int) -> None:
-        self._owed += length + PREFIX_BYTES
+    def owe(self, length: int) -> None:
+        """So many bytes of data were read, and are to be credited to the other side."""
+        self._owed += length
         if self._owed >= self._credit and not self.half_closed:
-            self._window += self._owed
+            self.windows.receive += self._owed
             owed, self._owed = self._owed, 0
             self._connection.credit(self, owed)
 

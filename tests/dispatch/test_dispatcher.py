@@ -54,8 +54,8 @@ class FakeLink:
         future.set_result(parse_reply(self._answer(b"".join(pieces))))
         return future
 
-    def send_flight(self, message: bytes) -> None:
-        asyncio.get_running_loop().call_soon(self._deliver, self._answer(message))
+    def send_flight(self, where: int, size: int) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, self._answer(ctypes.string_at(where, size)))
 
     def _deliver(self, reply: bytes) -> None:
         assert self.flights.take(self, reply)

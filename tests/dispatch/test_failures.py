@@ -76,8 +76,8 @@ class FakeLink:
             future.set_result(parse_reply(reply))
         return future
 
-    def send_flight(self, message: bytes) -> None:
-        outcome, reply = self._answer(parse_request(message))
+    def send_flight(self, where: int, size: int) -> None:
+        outcome, reply = self._answer(parse_request(ctypes.string_at(where, size)))
         loop = asyncio.get_running_loop()
         if isinstance(outcome, Exception):
             loop.call_soon(self.flights.lost, self, outcome)

@@ -39,8 +39,8 @@ class Quiet:
         self.flights: Any = None
         self.asked: list[bytes] = []
 
-    def send_flight(self, message: bytes) -> None:
-        self.asked.append(message)
+    def send_flight(self, where: int, size: int) -> None:
+        self.asked.append(ctypes.string_at(where, size))
         self.order.append(self.node)
 
     order: ClassVar[list[str]] = []  # in which all were asked

@@ -45,6 +45,9 @@ class Silent:
     def send(self, message: Any) -> None:
         pass
 
+    def take_natively(self, taker: Any) -> None:
+        pass
+
     def cancel(self) -> None:
         pass
 

@@ -140,7 +140,7 @@ def test_who_fails_is_named(scene, chained, monkeypatch):
 
         executor = cluster.services["c"]._executor
         with monkeypatch.context() as patch:
-            patch.setattr(cluster.services["c"]._plain, "answer", lambda message: None)
+            patch.setattr(cluster.services["c"]._plain, "ready", lambda: False)
             patch.setattr(executor, "compute", short)
             refusal = (await cluster.ask(request, coordinator)).refusal
             assert refusal.node_name == "c" and "4 rows where 5" in refusal.sentence

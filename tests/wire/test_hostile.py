@@ -3,7 +3,7 @@
 import asyncio
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -20,6 +20,7 @@ from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.connection import Connection
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.stream import Stream
+from moehive.proto.wire.tls import OtherSide
 
 EXAMPLES = int(os.environ.get("MOEHIVE_FUZZ_EXAMPLES", "200"))
 MAX_BYTES, WINDOW = 1 << 16, 1 << 17
@@ -32,14 +33,17 @@ class Transport:
         self.written = bytearray()
         self.closed = False
 
-    def get_extra_info(self, name: str) -> None:
-        return None
+    def speaks_http2(self) -> bool:
+        return True
+
+    def other_side(self) -> OtherSide:
+        return OtherSide()
 
     def write(self, data: bytes) -> None:
         assert not self.closed
         self.written += data
 
-    def writelines(self, pieces: list[bytes]) -> None:
+    def writelines(self, pieces: Sequence[bytes]) -> None:
         self.write(b"".join(pieces))
 
     def close(self) -> None:

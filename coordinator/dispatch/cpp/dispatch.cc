@@ -12,7 +12,7 @@ using moehive::Flights;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 3; }
+EXPORT int32_t moehive_dispatch_abi() { return 4; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,
@@ -65,11 +65,12 @@ EXPORT Flights* moehive_flights() { return new (std::nothrow) Flights; }
 EXPORT void moehive_flights_end(Flights* flights) { delete flights; }
 
 // Writes the messages of a layer; hidden [tokens, hidden] f32 or bf16, ids and weights [tokens, k]. The flight, or -1:
-// it is not one for here.
+// it is not one for here. `layers`: dispatched since the start.
 EXPORT int64_t moehive_flight_ask(Flights* flights, const moehive::Way* way, uint64_t step, const uint8_t* hidden,
-                                  const int64_t* ids, const float* weights, int64_t tokens, int32_t bf16) {
+                                  const int64_t* ids, const float* weights, int64_t tokens, int32_t bf16,
+                                  int64_t layers) {
   try {
-    return flights->ask(*way, step, hidden, ids, weights, tokens, bf16 != 0);
+    return flights->ask(*way, step, hidden, ids, weights, tokens, bf16 != 0, layers);
   } catch (const std::bad_alloc&) {
     return moehive::kNotPlain;
   }
@@ -77,10 +78,16 @@ EXPORT int64_t moehive_flight_ask(Flights* flights, const moehive::Way* way, uin
 
 EXPORT moehive::View* moehive_flight_view(Flights* flights, int64_t flight) { return &flights->at(flight).view; }
 
-// Takes a reply of `peer`; -1: it answers no flight, or not as usual. `layers`: dispatched since the start.
-EXPORT int64_t moehive_flight_reply(Flights* flights, const moehive::Peer* peer, const uint8_t* message, int64_t size,
-                                    int64_t layers) {
-  return flights->reply(peer, message, size, layers);
+// Takes a reply of `peer`; -1: it answers no flight, or not as usual.
+EXPORT int64_t moehive_flight_reply(Flights* flights, const moehive::Peer* peer, const uint8_t* message, int64_t size) {
+  return flights->reply(peer, message, size);
+}
+
+// The same as who reads a connection natively calls it (proto/cpp/messages.cc's Take): whether it was taken.
+EXPORT int32_t moehive_flight_take(const moehive::Landing* landing, const uint8_t* message, int64_t size, uint8_t**,
+                                   int64_t* answer) {
+  *answer = 0;
+  return landing->flights && landing->flights->reply(landing->peer, message, size) >= 0;
 }
 
 // A share that `peer` was asked for with `id`, or with any.

@@ -20,6 +20,7 @@ constexpr int64_t kMaxShares = 64;
 constexpr int64_t kMaxStates = 256 << 10;  // bytes; larger ones are better not copied
 constexpr int32_t kMaxInFlight = 64;       // link.py's MAX_IN_FLIGHT
 constexpr int64_t kNotPlain = -1;
+constexpr int64_t kFrameHead = 14;         // room before a message for its head, proto/wire/windows.py's HEAD_BYTES
 
 // A node as dispatch asks it; link.py has the same, field for field.
 struct Peer {
@@ -29,6 +30,14 @@ struct Peer {
   uint64_t next_id;
   int32_t others;  // requests on the link that are no flight's
   int32_t flying;  // those that are
+};
+
+class Flights;
+
+// Who takes a node's replies as they are read; link.py has the same, field for field.
+struct Landing {
+  Flights* flights;
+  const Peer* peer;
 };
 
 // How one layer is asked for until somebody comes or goes; flight.py has the same, field for field.
@@ -51,7 +60,8 @@ struct View {
   double expected_s;        // until the last answer, by what is known
   const int64_t* block;     // see moehive_split
   int64_t state[kMaxShares], node[kMaxShares];
-  int64_t message[kMaxShares], size[kMaxShares];  // a message's address and bytes
+  int64_t message[kMaxShares], size[kMaxShares];  // a message's address and bytes, behind room for its head
+  int64_t compute_ns[kMaxShares];                 // that a node says it took
 };
 
 class Flight {
@@ -137,6 +147,7 @@ class Flight {
     if (length) std::memcpy(rows_.data() + one.at, values, length);
     Peer& peer = *one.peer;
     const double took = nanoseconds / 1e9;
+    view.compute_ns[share] = static_cast<int64_t>(nanoseconds);
     if (peer.flying + peer.others == 1) {  // else others shared the link, and the time says nothing
       const int64_t sent = one.rows * width_, came = static_cast<int64_t>(length);
       peer.link->note(std::max(sent, came), sent + came, seconds() - one.sent_at - took);
@@ -205,7 +216,7 @@ class Flight {
 
  private:
   static constexpr uint32_t kPerExpert = 2;  // proto/experts.proto's REDUCTION_PER_EXPERT
-  static constexpr int64_t kHeadRoom = 96;   // more than a message's fields but its arrays take
+  static constexpr int64_t kHeadRoom = 128;  // more than a message's head and its fields but its arrays take
 
   struct Share {
     Peer* peer;
@@ -289,6 +300,7 @@ class Flight {
   // The message of a share that a node is asked for; returns where the next one begins.
   uint8_t* write(const Way& way, uint64_t step, const uint8_t* hidden, const ShareHead& head, const uint8_t* routing,
                  Share* share, int64_t number, uint8_t* to) {
+    to += kFrameHead;
     uint8_t* const start = to;
     const auto put = [&to](uint8_t field, uint64_t value) {
       *to++ = static_cast<uint8_t>(field << 3);
@@ -337,8 +349,10 @@ class Flight {
 // All layers on their way, by a number that is used again. Use it on one thread.
 class Flights {
  public:
+  // `layers`: dispatched since the start.
   int64_t ask(const Way& way, uint64_t step, const uint8_t* hidden, const int64_t* ids, const float* weights,
-              int64_t tokens, bool bf16) {
+              int64_t tokens, bool bf16, int64_t layers) {
+    layers_ = layers;
     if (free_.empty()) {
       flights_.push_back(std::make_unique<Flight>());
       free_.push_back(static_cast<int64_t>(flights_.size()) - 1);
@@ -361,14 +375,14 @@ class Flights {
   }
 
   // As `find`, once the reply was taken.
-  int64_t reply(const Peer* peer, const uint8_t* message, int64_t size, int64_t layers) {
+  int64_t reply(const Peer* peer, const uint8_t* message, int64_t size) {
     uint64_t tag, id;
     const uint8_t* where = message;
     // Replies begin with their id, as nodes write them; others are left to Python.
     if (size < 2 || *where != 1 << 3 || !varint(where, message + size, tag, id)) return kNotPlain;
     const int64_t found = find(peer, &id);
     if (found == kNotPlain) return found;
-    if (!at(found >> 7).take(found & 127, message, size, layers)) return kNotPlain;
+    if (!at(found >> 7).take(found & 127, message, size, layers_)) return kNotPlain;
     return close({found >> 7, found & 127}), found;
   }
 
@@ -411,6 +425,7 @@ class Flights {
       }
   }
 
+  int64_t layers_ = 0;
   std::vector<std::unique_ptr<Flight>> flights_;
   std::vector<int64_t> free_;
   std::vector<Open> open_;

@@ -1,0 +1,312 @@
+"""A connection's socket on an event loop, with TLS or without: the native library reads and writes it (cpp/socket.h).
+
+Used as asyncio's transports are. Those of the loops pass each message through several layers of Python and of copies,
+which for a small message takes longer than the network.
+"""
+
+import asyncio
+import ctypes
+import socket
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..native import library
+from .messages import Buffer
+from .tls import Context, OtherSide, other_side
+from .windows import Sending
+
+END, WOULD_BLOCK, BROKEN, WANTS_READ, WANTS_WRITE = 0, -1, -2, -3, -4  # cpp/socket.h has them
+WAITS = 1 << 62  # the same; added to bytes that were taken: some of them wait in the native library
+MUCH_UNSENT, LITTLE_UNSENT = 64 << 10, 16 << 10  # bytes: beyond the first who sends is to wait, until the second
+LINGER_SECONDS = 10.0  # for what was sent before the end
+MUCH_READ = 64 << 10  # bytes: OpenSSL may have more, of which the system does not know
+READ_AT_ONCE = 4 << 20  # bytes: then other connections have their turn
+
+
+class HandshakeError(OSError):
+    """The two sides could not agree; its text says why."""
+
+
+class CertificateError(HandshakeError):
+    """The other side's certificate is not the one that it must show."""
+
+
+class Told(Protocol):
+    """Who uses a transport: as asyncio.BufferedProtocol, and more."""
+
+    sending: Sending
+
+    def connection_made(self, transport: "Transport") -> None:
+        """Bytes can be sent, and may come."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing can be sent any more and nothing comes."""
+
+    def serve(self) -> int | None:
+        """Reads by itself what may be a stream's whole messages: how many bytes; None when it does not."""
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes belong."""
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """So many bytes came there."""
+
+    def pause_writing(self) -> None:
+        """Much waits to leave."""
+
+    def resume_writing(self) -> None:
+        """Little does."""
+
+
+class Transport:
+    """Use it on the event loop that it was made on."""
+
+    def __init__(self, end: socket.socket, context: Context | None = None, name: str | None = None) -> None:
+        """Takes over `end`, which is connected and does not block; with a `context` it speaks TLS.
+
+        `name` that the other side's certificate must be for, of who calls; None: this side answers. Raises OSError.
+        """
+        native = library()
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = end.fileno()
+        self._context = context  # outlives the native side
+        self.socket = end
+        self.handle: int | None = native.moehive_socket(
+            self._descriptor, None if context is None else context.handle, None if name is None else name.encode()
+        )
+        if not self.handle:
+            end.close()
+            raise OSError("There is no memory left for a connection.")
+        self._native_shake_hands = native.moehive_socket_shake_hands
+        self._native_read = native.moehive_socket_read
+        self._native_write = native.moehive_socket_write
+        self._told: Told
+        self._unsent: deque[memoryview] = deque()
+        self._unsent_bytes = 0
+        self._waiting = False  # for the socket to take more
+        self._paused = False
+        self._closing = False
+        self._linger: asyncio.TimerHandle | None = None
+        end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def __del__(self) -> None:
+        self._free()
+
+    async def shake_hands(self) -> None:
+        """TLS's handshake, and nothing without. Raises HandshakeError; whoever calls bounds the time and closes."""
+        assert self.handle is not None
+        while (state := self._native_shake_hands(self.handle)) != 0:
+            if state == BROKEN:
+                raise self._disagreement(self._why())
+            ready = self._loop.create_future()
+            add, remove = (
+                (self._loop.add_writer, self._loop.remove_writer)
+                if state == WANTS_WRITE
+                else (self._loop.add_reader, self._loop.remove_reader)
+            )
+            add(self._descriptor, _wake, ready)
+            try:
+                await ready
+            finally:
+                remove(self._descriptor)
+
+    def other_side(self) -> OtherSide:
+        """Whom the connection leads to, after the handshake."""
+        assert self.handle is not None
+        return other_side(self.socket, self.handle)
+
+    def speaks_http2(self) -> bool:
+        """Whether both sides agreed on it in the handshake; True without TLS."""
+        return bool(library().moehive_socket_speaks_http2(self.handle))
+
+    def start(self, told: Told) -> None:
+        """From now on bytes come and go."""
+        self._told = told
+        told.connection_made(self)
+        if not self._closing:
+            self._loop.add_reader(self._descriptor, self._readable)
+            self._loop.call_soon(self._readable)  # TLS may have read something with the handshake
+
+    def write(self, data: Buffer) -> None:
+        """Sends bytes, which must stay as they are until they have left."""
+        self._write(data, more=False)
+
+    def writelines(self, pieces: Sequence[Buffer]) -> None:
+        """As `write`, one after the other."""
+        last = len(pieces) - 1
+        for number, piece in enumerate(pieces):
+            self._write(piece, more=number != last)
+
+    def later(self, data: Buffer) -> None:
+        """Sends bytes that follow those that wait, or when the socket takes more."""
+        if self._closing:
+            return
+        self._wait()
+        if len(data):
+            self._unsent.append(memoryview(data))
+            self._unsent_bytes += len(data)
+        if self._unsent_bytes > MUCH_UNSENT and not self._paused:
+            self._paused = True
+            self._told.pause_writing()
+
+    def _wait(self) -> None:
+        """Something is to leave when the socket takes more."""
+        if not self._waiting:
+            self._waiting = True
+            self._told.sending.waiting = 1
+            self._loop.add_writer(self._descriptor, self._writable)
+
+    def broke(self) -> None:
+        """The native library says that the connection is broken."""
+        self._lose(ConnectionError(self._why()))
+
+    def close(self) -> None:
+        """Ends it, once what was sent has left, within LINGER_SECONDS."""
+        if self._closing:
+            return
+        self._closing = True
+        self._loop.remove_reader(self._descriptor)
+        if self._waiting:
+            self._linger = self._loop.call_later(LINGER_SECONDS, self.abort)
+        else:
+            self._end(None)
+
+    def abort(self) -> None:
+        """Ends it at once."""
+        self._closing = True
+        if self.handle is not None:
+            self._end(None)
+
+    def _write(self, data: Buffer, more: bool) -> None:
+        if self._closing or not len(data):
+            return
+        if self._waiting:
+            self.later(data)
+            return
+        taken = self._native_write(self.handle, data if type(data) is bytes else _address(data), len(data), more)
+        if taken == len(data):
+            return
+        if taken == BROKEN:
+            self.broke()
+        else:
+            self.later(memoryview(data)[bytes_of(taken) :])
+
+    def _writable(self) -> None:
+        taken = self._native_write(self.handle, None, 0, False)
+        while taken == 0 and self._unsent:
+            piece = self._unsent.popleft()
+            taken = self._native_write(self.handle, _address(piece), len(piece), bool(self._unsent))
+            if taken == BROKEN:
+                break
+            rest = piece[bytes_of(taken) :]
+            self._unsent_bytes -= len(piece) - len(rest)
+            if len(rest):
+                self._unsent.appendleft(rest)
+            elif taken == len(piece):
+                taken = 0
+        if taken == BROKEN:
+            self.broke()
+            return
+        if taken == 0:
+            self._waiting = False
+            self._told.sending.waiting = 0
+            self._loop.remove_writer(self._descriptor)
+            if self._closing:
+                self._end(None)
+                return
+        if self._paused and self._unsent_bytes <= LITTLE_UNSENT:
+            self._paused = False
+            self._told.resume_writing()
+
+    def _readable(self) -> None:
+        total = 0
+        while not self._closing:
+            got = self._told.serve()
+            if got is None:
+                room = self._told.get_buffer(-1)
+                got = self._native_read(self.handle, ctypes.addressof(ctypes.c_char.from_buffer(room)), len(room))
+                if got > 0:
+                    self._told.buffer_updated(got)
+                    total += got
+                    if got < len(room):
+                        return
+                    if total > READ_AT_ONCE:
+                        self._loop.call_soon(self._readable)
+                        return
+                    continue
+            elif got >= MUCH_READ:
+                continue
+            if got == BROKEN:
+                self.broke()
+            elif got == END:
+                self._lose(None)
+            return
+
+    def _lose(self, error: Exception | None) -> None:
+        if self.handle is not None:
+            self._end(error)
+
+    def _end(self, error: Exception | None) -> None:
+        """No bytes come or go any more."""
+        self._closing = True
+        if self._linger is not None:
+            self._linger.cancel()
+        self._loop.remove_reader(self._descriptor)
+        self._loop.remove_writer(self._descriptor)
+        if error is None:
+            library().moehive_socket_say_end(self.handle)
+        self._unsent.clear()
+        self._free()
+        self.socket.close()
+        if hasattr(self, "_told"):
+            self._loop.call_soon(self._told.connection_lost, error)
+
+    def _free(self) -> None:
+        handle, self.handle = self.handle, None
+        if handle:
+            library().moehive_socket_end(handle)
+
+    @staticmethod
+    def _disagreement(why: str) -> HandshakeError:
+        reason = why.removeprefix("certificate: ")  # as cpp/socket.cc says it
+        return HandshakeError(why) if reason == why else CertificateError(reason)
+
+    def _why(self) -> str:
+        return bytes(library().moehive_socket_error(self.handle)).decode("ascii", "replace") or "it ended"
+
+
+async def connect(addresses: Iterable[tuple[socket.AddressFamily, Any]]) -> socket.socket:
+    """A connection to the first of `addresses` that takes one. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    failure = OSError("It has no address.")
+    for family, address in addresses:
+        end = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            end.setblocking(False)
+            await loop.sock_connect(end, address)
+        except OSError as error:
+            end.close()
+            failure = error
+        except BaseException:
+            end.close()
+            raise
+        else:
+            return end
+    raise failure
+
+
+def bytes_of(taken: int) -> int:
+    """How many bytes the native library took, by what it returned."""
+    return 0 if taken < 0 else taken & ~WAITS
+
+
+def _address(data: Buffer) -> int:
+    return int(np.frombuffer(data, np.uint8).ctypes.data)
+
+
+def _wake(ready: "asyncio.Future[None]") -> None:
+    if not ready.done():
+        ready.set_result(None)

@@ -1,0 +1,64 @@
+"""What a connection and its busiest stream may send and receive, as native code has it, too (cpp/messages.cc)."""
+
+import ctypes
+from typing import Protocol
+
+HEAD_BYTES = 14  # of a frame that is one message: HTTP/2's header and gRPC's prefix
+
+
+class Sending(ctypes.Structure):
+    """Of a connection. Sending of cpp/messages.cc, field for field."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("window", "largest_frame", "waiting"))
+
+    window: int  # bytes that the other side takes, of all streams
+    largest_frame: int  # that it takes
+    waiting: int  # whether earlier bytes still wait to leave
+
+
+class Windows(ctypes.Structure):
+    """Of a stream. Windows of cpp/messages.cc, field for field."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("number", "send", "receive", "largest"))
+
+    number: int  # the stream's
+    send: int  # bytes that the other side takes
+    receive: int  # bytes that it may still send
+    largest: int  # bytes of a message that is taken
+
+
+class Served(ctypes.Structure):
+    """What one reading found. Served of cpp/messages.cc, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("filled", "consumed", "taken", "messages", "unsent")),
+        ("unsent_at", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("kept", "refused")),
+    )
+
+    filled: int  # bytes in the buffer
+    consumed: int  # those of them that are done with
+    taken: int  # bytes of data of the messages that were taken
+    messages: int  # that were taken
+    unsent: int  # bytes of the last reply that were not taken
+    unsent_at: int
+    kept: int  # whether the buffer begins with a message that is not whole yet
+    refused: int  # whether that is the whole reply, without its head, because the windows do not let it through
+
+
+class Taker(Protocol):
+    """Takes messages of one stream natively, between the bytes that came and the bytes that go."""
+
+    @property
+    def function(self) -> int:
+        """The address of a Take of cpp/messages.cc."""
+
+    @property
+    def context(self) -> int:
+        """What it is called with."""
+
+    def ready(self) -> bool:
+        """Whether it takes messages now. Asked before each reading."""
+
+    def took(self, messages: int) -> None:
+        """So many were taken, perhaps none."""
