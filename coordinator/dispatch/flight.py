@@ -28,7 +28,7 @@ class View(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
         ("expected_s", ctypes.c_double),
         ("block", ctypes.c_void_p),
-        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "compute_ns")),
+        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "sent", "compute_ns")),
     )
 
     shares: int
@@ -41,6 +41,7 @@ class View(ctypes.Structure):
     node: "ctypes.Array[ctypes.c_int64]"
     message: "ctypes.Array[ctypes.c_int64]"
     size: "ctypes.Array[ctypes.c_int64]"
+    sent: "ctypes.Array[ctypes.c_int64]"
     compute_ns: "ctypes.Array[ctypes.c_int64]"
 
 

@@ -9,7 +9,7 @@ import asyncio
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from moehive.kernels.ops import Reduction
 from moehive.proto.lookout import Lookout
 from moehive.proto.tensors import Reply, rows_tensor
 from moehive.proto.wire.messages import Buffer
+from moehive.proto.wire.windows import HEAD_BYTES
 
 from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable
@@ -102,19 +103,20 @@ class Flights:
             self._flights.append(None)
         view = self._views[number]
         flight = self._flights[number] = Flight(number, view, way.experts, sent, memory)
-        beside, later = 0, []  # nodes on this machine; shares of those of them that wait for this processor
+        beside, unsent = 0, []  # nodes on this machine; shares that did not leave
         for share in range(view.shares):
             link = self._links[view.node[share]]
             flight.links.append(link)
             if link is None:
                 continue
             beside += link.speed.loopback
-            if link.waits:
-                later.append(share)
-            else:
-                self._send(flight, share, link)
-        for share in later:
-            self._send(flight, share, cast(Link, flight.links[share]))
+            if view.sent[share] != view.size[share] + HEAD_BYTES:
+                unsent.append((link.peer.waits, share, link))
+            if timeline.current.on:
+                reply = flight.replies[share] = asyncio.get_running_loop().create_future()
+                timeline.current.hop(link.node, reply, lambda nanoseconds: nanoseconds)
+        for _, share, link in sorted(unsent, key=lambda one: one[:2]):
+            link.send_flight(view.message[share], view.size[share], view.sent[share])
         if beside > 1 and sent.step % _LOOK_EVERY == 0:
             self._look_around()
         patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
@@ -123,12 +125,6 @@ class Flights:
         self._lookout.expect()
         self._settled(flight)  # of no tokens' experts there is nothing to ask
         return flight
-
-    def _send(self, flight: Flight, share: int, link: Link) -> None:
-        link.send_flight(flight.view.message[share], flight.view.size[share])
-        if timeline.current.on:
-            reply = flight.replies[share] = asyncio.get_running_loop().create_future()
-            timeline.current.hop(link.node, reply, lambda nanoseconds: nanoseconds)
 
     def take(self, link: Link, message: Buffer) -> bool:
         """Takes a node's reply; False when it answers no flight, or not as usual."""
@@ -259,7 +255,7 @@ class Flights:
         here = current_processor()
         for link in self._links:
             if link is not None and link.speed.loopback:
-                link.waits = link.processor() == here
+                link.peer.waits = link.processor() == here
 
     def _way(self, layer: int) -> Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""

@@ -40,6 +40,12 @@ PROBES = (1, 1, 1, 64, 64, 64)  # tokens of 4 KiB: what a link is measured with 
 REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes seconds; a silent node must not hang us
 
 
+class NativeOutlet(ctypes.Structure):
+    """How messages leave on a node's stream; Outlet of cpp/flight.h, field for field."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("send", "sending", "windows"))
+
+
 class Peer(ctypes.Structure):
     """A node as flights ask it; Peer of cpp/flight.h, field for field. The addresses are flights.py's to set."""
 
@@ -47,6 +53,8 @@ class Peer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("link", "speed", "counters")),
         ("next_id", ctypes.c_uint64),
         *((name, ctypes.c_int32) for name in ("others", "flying")),
+        ("outlet", NativeOutlet),
+        ("waits", ctypes.c_int64),
     )
 
     link: int
@@ -55,6 +63,8 @@ class Peer(ctypes.Structure):
     next_id: int  # of the next request
     others: int  # requests on the link that are no flight's
     flying: int  # those that are
+    outlet: NativeOutlet
+    waits: int  # whether the node starts only when this thread leaves its processor, see flights.py
 
 
 class Landing(ctypes.Structure):
@@ -101,7 +111,6 @@ class Link:
         self._channel = channel
         self._on_close = on_close
         self.speed = LinkSpeed(loopback=is_loopback(address))
-        self.waits = False  # the node starts when this thread leaves its processor, see flights.py
         self._pending: dict[int, _Pending] = {}
         self._on_stream: set[int] = set()  # ids of those that were sent
         self._line: deque[tuple[int, tuple[Buffer, ...]]] = deque()  # those that were not, by id
@@ -131,6 +140,7 @@ class Link:
         stream.on_message = self._take
         stream.on_end = self._ended
         stream.take_natively(self)
+        self.peer.outlet = NativeOutlet(*stream.outlet())
         self._watching = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -187,15 +197,15 @@ class Link:
             if self._line:
                 self._write()
 
-    def send_flight(self, where: int, size: int) -> None:
-        """Sends a request of a flight, which lies at an address behind room for its head (Stream.send_at).
+    def send_flight(self, where: int, size: int, taken: int) -> None:
+        """Sends what is left of a flight's request, which lies at an address, when the outlet has said `taken`.
 
         `flights` gets the reply, or hears that the node is gone.
         """
         if self._stream is None or self._failure is not None:
             self._lose_flights(self._failure or f"Node {self.node} is not connected.")
         else:
-            self._stream.send_at(where, size)
+            self._stream.sent_natively(where, size, taken)
 
     def processor(self) -> int:
         """Of a node on this machine, the processor that it ran on when it sent its latest bytes; -1: not known."""
@@ -287,6 +297,7 @@ class Link:
         if self._failure is not None:
             return
         self._failure = sentence
+        self.peer.outlet = NativeOutlet()
         self._line.clear()
         for pending in list(self._pending.values()):
             if not pending.reply.done():

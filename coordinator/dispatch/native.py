@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moehive.kernels.library import load
 
-_ABI = 4
+_ABI = 5
 
 
 @functools.cache

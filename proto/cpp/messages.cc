@@ -20,6 +20,7 @@ using Take = int32_t (*)(void* taker, const uint8_t* message, int64_t size, uint
 
 // proto/wire/windows.py has these two, field for field. Of a connection:
 struct Sending {
+  Socket* socket;         // null: it is closed
   int64_t window;         // bytes that the other side takes, of all streams
   int64_t largest_frame;  // that it takes
   int64_t waiting;        // whether earlier bytes still wait to leave
@@ -62,11 +63,11 @@ bool fits(const Sending& sending, const Windows& stream, int64_t size) {
 
 // Sends a message that `fits`, before which there is room for its head. How many bytes of its frame were taken, and
 // kWaits, or kBroken.
-int64_t send(Socket& socket, Sending& sending, Windows& stream, uint8_t* message, int64_t size) {
+int64_t send(Sending& sending, Windows& stream, uint8_t* message, int64_t size) {
   write_head(message - kHeadBytes, stream.number, size);
   stream.send -= size + kPrefixBytes;
   sending.window -= size + kPrefixBytes;
-  const int64_t taken = socket.write(message - kHeadBytes, size + kHeadBytes, false);
+  const int64_t taken = sending.socket->write(message - kHeadBytes, size + kHeadBytes, false);
   if (taken != size + kHeadBytes) sending.waiting = 1;
   return taken == kWouldBlock ? kWaits : taken;
 }
@@ -91,8 +92,9 @@ using namespace moehive;
 // Reads what has come behind the `filled` bytes of `buffer`, which begin with a frame, and has `take` take the messages
 // at its front; its replies leave at once. The beginning of another such message stays for the next call. Bytes that
 // came, or kEnd, kWouldBlock, kBroken.
-EXPORT int64_t moehive_serve(Socket* socket, Sending* sending, Windows* stream, Take take, void* taker, uint8_t* buffer,
-                             int64_t room, int64_t filled, Served* served) {
+EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Take take, void* taker, uint8_t* buffer, int64_t room,
+                             int64_t filled, Served* served) {
+  Socket* const socket = sending->socket;
   *served = {};
   served->filled = filled;
   const int64_t came = socket->read(buffer + filled, room - filled);
@@ -118,7 +120,7 @@ EXPORT int64_t moehive_serve(Socket* socket, Sending* sending, Windows* stream, 
     if (!size) continue;
     served->unsent_at = reply, served->unsent = size, served->refused = 1;
     if (!fits(*sending, *stream, size)) break;
-    const int64_t sent = send(*socket, *sending, *stream, reply, size);
+    const int64_t sent = send(*sending, *stream, reply, size);
     if (sent == kBroken) return kBroken;
     const int64_t left = sent & ~kWaits;
     served->unsent_at = reply - kHeadBytes + left, served->unsent = size + kHeadBytes - left, served->refused = 0;
@@ -130,6 +132,7 @@ EXPORT int64_t moehive_serve(Socket* socket, Sending* sending, Windows* stream, 
 
 // Sends a message of `size` bytes, before which there is room for its head. How many bytes of its frame were taken, and
 // kWaits, kWouldBlock when the windows, or what waits, do not let it through, or kBroken.
-EXPORT int64_t moehive_send(Socket* socket, Sending* sending, Windows* stream, uint8_t* message, int64_t size) {
-  return fits(*sending, *stream, size) ? send(*socket, *sending, *stream, message, size) : kWouldBlock;
+EXPORT int64_t moehive_send(Sending* sending, Windows* stream, uint8_t* message, int64_t size) {
+  if (!sending->socket) return kBroken;
+  return fits(*sending, *stream, size) ? send(*sending, *stream, message, size) : kWouldBlock;
 }

@@ -34,8 +34,8 @@ from .reader import MAX_HEADER_BYTES, FrameReader
 from .status import ANSWER, Fields
 from .stream import Stream
 from .tls import OtherSide
-from .transport import BROKEN, WOULD_BLOCK, Transport, bytes_of
-from .windows import HEAD_BYTES, Sending, Served, Taker
+from .transport import BROKEN, Transport, bytes_of
+from .windows import HEAD_BYTES, Outlet, Sending, Served, Taker
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Connection:
         self.max_bytes = max_bytes
         self.window_bytes = window_bytes
         self.first_send_window = FIRST_WINDOW
-        self.sending = Sending(FIRST_WINDOW, LEAST_FRAME)
+        self.sending = Sending(window=FIRST_WINDOW, largest_frame=LEAST_FRAME)
         self.paused = False  # the transport has more than it wants
         self.lost: str | None = None  # why it is over, one sentence
         self.other_side = OtherSide()
@@ -76,7 +76,7 @@ class Connection:
         self._taking: tuple[Stream, Taker] | None = None  # the stream whose messages are taken natively
         self._served = Served()
         self._places = ctypes.addressof(self.sending), ctypes.addressof(self._served)
-        self._native_serve, self._native_send = library().moehive_serve, library().moehive_send
+        self._native_serve = library().moehive_serve
 
     # The transport's side.
 
@@ -115,7 +115,6 @@ class Connection:
         assert self._keepalive is not None
         sending, found = self._places
         got: int = self._native_serve(
-            self._transport.handle,
             sending,
             stream.windows_at,
             taker.function,
@@ -208,17 +207,18 @@ class Connection:
         stream.outgoing.extend(memoryview(piece) for piece in (prefix(length), *message) if len(piece))
         self._pump(stream)
 
-    def send_at(self, stream: Stream, where: int, size: int) -> None:
-        """See Stream.send_at."""
-        if self.lost is not None:
-            return
-        taken: int = self._native_send(self._transport.handle, self._places[0], stream.windows_at, where, size)
-        if taken == HEAD_BYTES + size:
-            return
-        if taken == WOULD_BLOCK:
+    def outlet(self, stream: Stream) -> Outlet:
+        """See Stream.outlet."""
+        function = ctypes.cast(library().moehive_send, ctypes.c_void_p).value or 0
+        return Outlet(function, self._places[0], stream.windows_at)
+
+    def sent_natively(self, stream: Stream, where: int, size: int, taken: int) -> None:
+        """See Stream.sent_natively."""
+        if taken == BROKEN:
+            if self.lost is None:
+                self._transport.broke()
+        elif taken < 0:
             self.send(stream, (ctypes.string_at(where, size),))
-        elif taken == BROKEN:
-            self._transport.broke()
         else:
             left = bytes_of(taken)
             self._transport.later(ctypes.string_at(where - HEAD_BYTES + left, HEAD_BYTES + size - left))

@@ -12,7 +12,7 @@ import grpc.aio
 from . import status
 from .frames import ErrorCode, FrameError
 from .messages import PREFIX_BYTES, Assembler, Buffer
-from .windows import Taker, Windows
+from .windows import Outlet, Taker, Windows
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -74,10 +74,14 @@ class Stream:
         if not self.closed and self.failure is None:
             self._connection.send(self, message)
 
-    def send_at(self, where: int, size: int) -> None:
-        """As `send`, a message that lies at an address, behind HEAD_BYTES of room; it may change at once."""
+    def outlet(self) -> Outlet:
+        """How native code sends messages on this stream, for as long as it has not ended."""
+        return self._connection.outlet(self)
+
+    def sent_natively(self, where: int, size: int, taken: int) -> None:
+        """Sends what is left of a message of `size` bytes at an address, of which an outlet has said `taken`."""
         if not self.closed and self.failure is None:
-            self._connection.send_at(self, where, size)
+            self._connection.sent_natively(self, where, size, taken)
 
     def take_natively(self, taker: Taker) -> None:
         """From now on `taker` gets each whole message before `on_message` does; of one stream of a connection."""

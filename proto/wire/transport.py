@@ -125,6 +125,7 @@ class Transport:
     def start(self, told: Told) -> None:
         """From now on bytes come and go."""
         self._told = told
+        told.sending.socket = self.handle
         told.connection_made(self)
         if not self._closing:
             self._loop.add_reader(self._descriptor, self._readable)
@@ -160,7 +161,7 @@ class Transport:
             self._loop.add_writer(self._descriptor, self._writable)
 
     def broke(self) -> None:
-        """The native library says that the connection is broken."""
+        """The native library says that the connection is broken, now or before."""
         self._lose(ConnectionError(self._why()))
 
     def close(self) -> None:
@@ -267,6 +268,8 @@ class Transport:
     def _free(self) -> None:
         handle, self.handle = self.handle, None
         if handle:
+            if hasattr(self, "_told"):
+                self._told.sending.socket = None
             library().moehive_socket_end(handle)
 
     @staticmethod

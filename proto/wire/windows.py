@@ -1,7 +1,7 @@
 """What a connection and its busiest stream may send and receive, as native code has it, too (cpp/messages.cc)."""
 
 import ctypes
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 HEAD_BYTES = 14  # of a frame that is one message: HTTP/2's header and gRPC's prefix
 
@@ -9,8 +9,12 @@ HEAD_BYTES = 14  # of a frame that is one message: HTTP/2's header and gRPC's pr
 class Sending(ctypes.Structure):
     """Of a connection. Sending of cpp/messages.cc, field for field."""
 
-    _fields_ = tuple((name, ctypes.c_int64) for name in ("window", "largest_frame", "waiting"))
+    _fields_ = (
+        ("socket", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("window", "largest_frame", "waiting")),
+    )
 
+    socket: int | None  # of cpp/socket.h; None: it is closed
     window: int  # bytes that the other side takes, of all streams
     largest_frame: int  # that it takes
     waiting: int  # whether earlier bytes still wait to leave
@@ -44,6 +48,14 @@ class Served(ctypes.Structure):
     unsent_at: int
     kept: int  # whether the buffer begins with a message that is not whole yet
     refused: int  # whether that is the whole reply, without its head, because the windows do not let it through
+
+
+class Outlet(NamedTuple):
+    """How native code sends a stream's messages: function(sending, windows, message, size), see moehive_send."""
+
+    function: int
+    sending: int
+    windows: int
 
 
 class Taker(Protocol):

@@ -54,7 +54,7 @@ class FakeLink:
         future.set_result(parse_reply(self._answer(b"".join(pieces))))
         return future
 
-    def send_flight(self, where: int, size: int) -> None:
+    def send_flight(self, where: int, size: int, taken: int) -> None:
         asyncio.get_running_loop().call_soon(self._deliver, self._answer(ctypes.string_at(where, size)))
 
     def _deliver(self, reply: bytes) -> None:

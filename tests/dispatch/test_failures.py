@@ -76,7 +76,7 @@ class FakeLink:
             future.set_result(parse_reply(reply))
         return future
 
-    def send_flight(self, where: int, size: int) -> None:
+    def send_flight(self, where: int, size: int, taken: int) -> None:
         outcome, reply = self._answer(parse_request(ctypes.string_at(where, size)))
         loop = asyncio.get_running_loop()
         if isinstance(outcome, Exception):

@@ -32,14 +32,13 @@ class Quiet:
     def __init__(self, node: str) -> None:
         self.node = NodeName(node)
         self.speed = LinkSpeed(loopback=True)
-        self.waits = False
         self.ran_on = -1
         self.peer = Peer(next_id=ord(node))
         self.peer_at = ctypes.addressof(self.peer)
         self.flights: Any = None
         self.asked: list[bytes] = []
 
-    def send_flight(self, where: int, size: int) -> None:
+    def send_flight(self, where: int, size: int, taken: int) -> None:
         self.asked.append(ctypes.string_at(where, size))
         self.order.append(self.node)
 

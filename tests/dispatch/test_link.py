@@ -48,6 +48,9 @@ class Silent:
     def take_natively(self, taker: Any) -> None:
         pass
 
+    def outlet(self) -> tuple[int, int, int]:
+        return 0, 0, 0
+
     def cancel(self) -> None:
         pass
 

@@ -12,7 +12,7 @@ using moehive::Flights;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 4; }
+EXPORT int32_t moehive_dispatch_abi() { return 5; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,

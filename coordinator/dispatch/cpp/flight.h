@@ -20,7 +20,14 @@ constexpr int64_t kMaxShares = 64;
 constexpr int64_t kMaxStates = 256 << 10;  // bytes; larger ones are better not copied
 constexpr int32_t kMaxInFlight = 64;       // link.py's MAX_IN_FLIGHT
 constexpr int64_t kNotPlain = -1;
+constexpr int64_t kNotSent = -1;           // as proto/cpp/socket.h's kWouldBlock
 constexpr int64_t kFrameHead = 14;         // room before a message for its head, proto/wire/windows.py's HEAD_BYTES
+
+// How messages leave on a node's stream: proto/cpp/messages.cc's moehive_send. link.py has it, field for field.
+struct Outlet {
+  int64_t (*send)(void* sending, void* windows, uint8_t* message, int64_t size);  // null: Python sends
+  void *sending, *windows;
+};
 
 // A node as dispatch asks it; link.py has the same, field for field.
 struct Peer {
@@ -30,6 +37,8 @@ struct Peer {
   uint64_t next_id;
   int32_t others;  // requests on the link that are no flight's
   int32_t flying;  // those that are
+  Outlet outlet;
+  int64_t waits;  // whether it begins only when this thread leaves its processor, see flights.py
 };
 
 class Flights;
@@ -61,6 +70,7 @@ struct View {
   const int64_t* block;     // see moehive_split
   int64_t state[kMaxShares], node[kMaxShares];
   int64_t message[kMaxShares], size[kMaxShares];  // a message's address and bytes, behind room for its head
+  int64_t sent[kMaxShares];                       // what the outlet said, or kNotSent
   int64_t compute_ns[kMaxShares];                 // that a node says it took
 };
 
@@ -120,6 +130,7 @@ class Flight {
       pair += head.pairs, row += head.rows, out += results * width_;
     }
     rows_.resize(out);
+    send();
     return true;
   }
 
@@ -331,6 +342,18 @@ class Flight {
         std::max(view.expected_s, peer.speed->backlog_s + share->expected + peer.link->round_trip_s);
     peer.speed->backlog_s += share->expected;
     return to;
+  }
+
+  // Sends all messages, last to those that wait for this thread: so the others begin meanwhile.
+  void send() {
+    for (int64_t waits : {0, 1}) {
+      for (int64_t i = 0; i < view.shares; ++i) {
+        if (view.state[i] != kAsked || shares_[i].peer->waits != waits) continue;
+        const Outlet& outlet = shares_[i].peer->outlet;
+        uint8_t* const message = reinterpret_cast<uint8_t*>(view.message[i]);
+        view.sent[i] = outlet.send ? outlet.send(outlet.sending, outlet.windows, message, view.size[i]) : kNotSent;
+      }
+    }
   }
 
   int64_t tokens_ = 0, k_ = 0, size_ = 0, width_ = 0;  // width_: bytes of a row
