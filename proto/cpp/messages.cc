@@ -15,7 +15,8 @@ constexpr int64_t kHeaderBytes = 9, kPrefixBytes = 5;
 constexpr int64_t kKeptBytes = 64 << 10;
 constexpr int64_t kHeadBytes = kHeaderBytes + kPrefixBytes;  // of a frame that is one message
 
-// Takes a message: whether it did. A reply's bytes are at `*reply`, and there are `kHeadBytes` of room before them.
+// Takes a message: whether it did. A reply's bytes are at `*reply`, none if there are no bytes, and before them are
+// `kHeadBytes` of room.
 using Take = int32_t (*)(void* taker, const uint8_t* message, int64_t size, uint8_t** reply, int64_t* reply_size);
 
 // proto/wire/windows.py has these two, field for field. Of a connection:
