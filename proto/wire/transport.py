@@ -162,7 +162,8 @@ class Transport:
 
     def broke(self) -> None:
         """The native library says that the connection is broken, now or before."""
-        self._lose(ConnectionError(self._why()))
+        if self.handle is not None:
+            self._end(ConnectionError(self._why()))
 
     def close(self) -> None:
         """Ends it, once what was sent has left, within LINGER_SECONDS."""
@@ -177,9 +178,7 @@ class Transport:
 
     def abort(self) -> None:
         """Ends it at once."""
-        self._closing = True
-        if self.handle is not None:
-            self._end(None)
+        self._end(None)
 
     def _write(self, data: Buffer, more: bool) -> None:
         if self._closing or not len(data):
@@ -243,16 +242,14 @@ class Transport:
             if got == BROKEN:
                 self.broke()
             elif got == END:
-                self._lose(None)
+                self._end(None)
             return
-
-    def _lose(self, error: Exception | None) -> None:
-        if self.handle is not None:
-            self._end(error)
 
     def _end(self, error: Exception | None) -> None:
         """No bytes come or go any more."""
         self._closing = True
+        if self.handle is None:
+            return
         if self._linger is not None:
             self._linger.cancel()
         self._loop.remove_reader(self._descriptor)
