@@ -18,10 +18,13 @@ import tarfile
 from pathlib import Path
 
 VERSION = "11434.0.0"  # ggml 0.26.0, RPC protocol 7.0.0
-PROGRAMS = ("llama-bench", "ggml-rpc-server", "llama-quantize", "llama-gguf-split", "llama-results")
+PROGRAMS = (
+    "llama-bench", "ggml-rpc-server", "llama-quantize", "llama-gguf-split", "llama-results", "llama-tokenize",
+    "test-chat-template",
+)  # fmt: skip
 OPTIONS = (
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_RPC=ON", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF",
-    "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_CURL=OFF", "-DLLAMA_BUILD_TESTS=ON", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF",
     "-DLLAMA_BUILD_TOOLS=ON",
 )  # fmt: skip
 
@@ -43,10 +46,10 @@ def build(folder: Path) -> dict[str, Path]:
     if programs := built(folder):
         return programs
     work = folder / "build"
-    source = _source(folder)
+    unpacked = source(folder)
     jobs = str(len(os.sched_getaffinity(0)))
     nice = ["nice", "-n", "10"]
-    subprocess.run([*nice, "cmake", "-S", source, "-B", work, *OPTIONS], check=True)
+    subprocess.run([*nice, "cmake", "-S", unpacked, "-B", work, *OPTIONS], check=True)
     subprocess.run([*nice, "cmake", "--build", work, "-j", jobs, "--target", *PROGRAMS], check=True)
     (folder / "bin").mkdir(exist_ok=True)
     for name in PROGRAMS:
@@ -57,7 +60,7 @@ def build(folder: Path) -> dict[str, Path]:
     return {name: folder / "bin" / name for name in PROGRAMS}
 
 
-def _source(folder: Path) -> Path:
+def source(folder: Path) -> Path:
     """The unpacked source of llama.cpp inside the sdist."""
     unpacked = folder / "source"
     if not unpacked.exists():
