@@ -79,18 +79,6 @@ def test_digits_are_split_as_the_file_says(tmp_path: Path, pre: str, expected: l
     assert tokenizer.tokenize("hell123") == ["hell", *expected]
 
 
-@pytest.mark.parametrize(
-    "pre", ["gpt-2", "smollm", "llama-bpe", "glm4", "qwen2", "qwen35", "gpt-4o", "deepseek-v3", "kimi-k2"]
-)
-def test_every_known_split_gives_the_text_back(tmp_path: Path, pre: str) -> None:
-    tokenizer, stops = load_tokenizer(open_gguf(small(tmp_path / "t.gguf", pre)))
-    for text in TEXTS:
-        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
-        assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
-    assert stops == {tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert tokenizer("<|im_end|>")["input_ids"] == sorted(stops)
-
-
 def test_the_beginning_is_marked_where_the_file_says_so(tmp_path: Path) -> None:
     path = small(tmp_path / "t.gguf", "llama-bpe", add_bos_token_id=261, add_add_bos_token=True)
     tokenizer, _ = load_tokenizer(open_gguf(path))

@@ -54,6 +54,10 @@ _SPLITS: dict[str, tuple[str, ...]] = {
     "deepseek-v3": _DEEPSEEK3,
     "kimi-k2": (_KIMI,),
 }
+# What src/llama-vocab.cpp sets by the name of the split: whole words are taken as they are (ignore_merges), a text
+# begins with its token unless the file says otherwise (add_bos).
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "glm4")
+_BEGUN = ("llama-bpe", "llama3", "llama-v3")
 # Control tokens that end an answer whatever the metadata says (src/llama-vocab.cpp, special_eog_ids).
 _ENDS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|endoftext|>", "<|eom_id|>", "</s>"),
@@ -101,7 +105,7 @@ def _byte_level(file: GgufFile, values: dict[str, Any], tokens: list[str]) -> An
         raise CoordinatorError(
             f"{file.path} splits its text as {name!r}, which is not known; known are {', '.join(_SPLITS)}."
         )
-    whole = name in ("llama-bpe", "llama3", "llama-v3")  # ignore_merges of src/llama-vocab.cpp
+    whole = name in _WHOLE_WORDS
     vocabulary = {token: number for number, token in enumerate(tokens)}
     pairs = [tuple(merge.split(" ", 1)) for merge in values.get("ggml.merges", [])]
     # llama.cpp passes over a merge of what is no token; the tokenizers library would refuse the file.
@@ -158,7 +162,8 @@ def _wrapped(tokenizer: Any, values: dict[str, Any], tokens: list[str], kinds: l
         return tokens[number] if isinstance(number, int) and 0 <= number < len(tokens) else None
 
     beginning, ending = named("bos"), named("eos")
-    first = values.get("ggml.add_bos_token", values.get("ggml.model") == "llama") and beginning is not None
+    begun = values.get("ggml.model") == "llama" or values.get("ggml.pre") in _BEGUN
+    first = values.get("ggml.add_bos_token", begun) and beginning is not None
     last = values.get("ggml.add_eos_token", False) and ending is not None
     if first or last:
         shape = [*([beginning] if first else []), "$A", *([ending] if last else [])]
