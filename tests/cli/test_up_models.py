@@ -1,13 +1,13 @@
-"""`moehive up --model` of a pack and of a GGUF: a client gets what the same file gives in this process."""
+"""`moehive up --model` of a pack and of a GGUF of each family: a client gets what the file gives in this process."""
 
 import importlib.util
-from collections.abc import Callable
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
-import transformers
 
 from moehive.client import Client
 from moehive.coordinator.checkpoints.opening import open_model
@@ -15,6 +15,16 @@ from moehive.coordinator.checkpoints.pack.convert import convert
 
 PROMPT = [3, 1, 4, 1, 5]
 STEPS = 8
+# A file of llama.cpp's for each family (tests/checkpoints/llama_cpp/make.py), and the formats of its experts.
+FILES = {
+    "qwen3_moe": ("Q4_K_M", {"q4_k"}),
+    "mixtral": ("Q3_K_M", {"q3_k"}),
+    "qwen3_5_moe_text": ("mixed", {"iq4_xs"}),
+    "deepseek_v3": ("Q4_K_M", {"q4_k"}),
+    "gpt_oss": ("published", {"mxfp4"}),
+    "glm4_moe": ("Q8_0", {"q8_0"}),
+}
+TIE = 0.1  # logits that differ by less may fall either way: a whole text and single steps round a little differently
 
 
 def _module(path: str) -> ModuleType:
@@ -26,30 +36,39 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-reading, gguf_writer = _module("checkpoints/reading.py"), _module("coordinator/gguf_writer.py")
+reading, archives = _module("checkpoints/reading.py"), _module("checkpoints/llama_cpp/archives.py")
 
 
-def _pack(source: Path, folder: Path) -> Path:
-    convert(open_model(str(source)), folder / "pack", "q4_k", workers=1)
-    return folder / "pack"
-
-
-def _gguf(source: Path, folder: Path) -> Path:
-    model = transformers.AutoModelForCausalLM.from_pretrained(source)
-    gguf_writer.write(model, model.config, folder / "tiny.gguf", "Q8_0")
-    return folder / "tiny.gguf"
-
-
-@pytest.mark.parametrize("make", [_pack, _gguf])
-def test_the_text_is_that_of_the_file(
-    make: Callable[[Path, Path], Path], up: Any, tiny_moe: Path, tmp_path: Path
-) -> None:
-    model = make(tiny_moe, tmp_path)
-    opened = open_model(str(model))
-    assert {layer.spec.format for layer in opened.manifest.layers} == {"q4_k" if make is _pack else "q8_0"}
-    running = up("--model", str(model), "--nodes", "1", "--port", "0", "--http-port", "0")
+def test_the_text_is_that_of_the_pack(up: Any, tiny_moe: Path, tmp_path: Path) -> None:
+    convert(open_model(str(tiny_moe)), tmp_path / "pack", "q4_k", workers=1)
+    opened = open_model(str(tmp_path / "pack"))
+    assert {layer.spec.format for layer in opened.manifest.layers} == {"q4_k"}
+    running = up("--model", str(tmp_path / "pack"), "--nodes", "1", "--port", "0", "--http-port", "0")
     with Client(running.address) as client:
         text = client.generate(token_ids=PROMPT, max_tokens=STEPS, temperature=0).token_ids
     assert len(text) == STEPS
     scores = reading.logits(opened, [*PROMPT, *text])
     assert list(text) == scores.argmax(-1)[len(PROMPT) - 1 : -1].tolist()
+
+
+@pytest.mark.parametrize("family", list(FILES))
+def test_the_text_is_that_of_llama_cpps_file(family: str, up: Any, tmp_path: Path) -> None:
+    kind, formats = FILES[family]
+    archives.unpack(family, tmp_path, f"{kind}.gguf", "logits.npz")
+    archives.unpack("text", tmp_path, "chats.json")
+    chat = json.loads((tmp_path / "chats.json").read_text())[family]["question"]
+    said = np.load(tmp_path / "logits.npz")
+    running = up("--model", str(tmp_path / f"{kind}.gguf"), "--nodes", "1", "--port", "0", "--http-port", "0")
+    with Client(running.address) as client:
+        answer = client.generate(str(said["texts"][0]), max_tokens=STEPS, temperature=0)
+        asked = client.generate(messages=[{"role": "user", "content": "Hi"}], max_tokens=1).usage.prompt_tokens
+    opened = open_model(str(tmp_path / f"{kind}.gguf"))
+    assert opened.family == family and {layer.spec.format for layer in opened.manifest.layers} == formats
+    tokenizer, stops = opened.tokenizer()
+    assert asked == len(tokenizer(chat, add_special_tokens=False)["input_ids"])
+    prompt, tokens = said["tokens 0"].tolist(), list(answer.token_ids)  # the prompt's as llama.cpp has them
+    assert len(tokens) == STEPS or (answer.finish_reason == "stop" and tokens[-1] in stops)
+    assert answer.text == tokenizer.decode(tokens, skip_special_tokens=True)
+    scores = reading.logits(opened, [*prompt, *tokens])[len(prompt) - 1 : -1]
+    for row, token in zip(scores, tokens, strict=True):
+        assert row.max() - row[token] < TIE
