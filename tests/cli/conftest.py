@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,11 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def environment(home: Path) -> dict[str, str]:
+    """Of a command whose state is in `home`."""
+    return _environment(home)
+
+
+def _environment(home: Path) -> dict[str, str]:
     """Without a person's own settings; wide, so that help is not wrapped in the middle of what is looked for."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("MOEHIVE_")}
     return kept | {"MOEHIVE_HOME": str(home), "COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
@@ -95,8 +101,32 @@ def up(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Ru
         return running
 
     yield start
+    _end(started)
+
+
+@pytest.fixture(scope="module")
+def up_together(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., dict[str, Running]]]:
+    """Starts `moehive up --json` by name with each one's arguments, three at a time, each with a state of its own."""
+    started: dict[str, Running] = {}
+
+    def start(arguments: dict[str, list[str]]) -> dict[str, Running]:
+        def one(name: str) -> None:
+            folder = tmp_path_factory.mktemp(name)
+            command = [*COMMAND, "up", "--json", *arguments[name]]
+            started[name] = Running(command, _environment(folder / "home"), folder / "up.log")
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(one, arguments))
+        return started
+
+    yield start
+    _end(started.values())
+
+
+def _end(started: Iterable[Running]) -> None:
     for running in started:
         running.process.kill()
+    for running in started:
         running.process.wait()
         running.nodes_left(10)
 

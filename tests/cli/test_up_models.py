@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -51,18 +52,38 @@ def test_the_text_is_that_of_the_pack(up: Any, tiny_moe: Path, tmp_path: Path) -
     assert list(text) == scores.argmax(-1)[len(PROMPT) - 1 : -1].tolist()
 
 
+@dataclass(frozen=True)
+class Served:
+    """A folder with a family's file and what llama.cpp says of it, and where the file is served."""
+
+    folder: Path
+    address: str
+
+
+@pytest.fixture(scope="module")
+def served(up_together: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Served]:
+    """All families' files, served at once, for most of a start is waiting."""
+    folders, arguments = {}, {}
+    for family, (kind, _) in FILES.items():
+        folder = tmp_path_factory.mktemp(family)
+        folders[family] = archives.unpack(family, folder, f"{kind}.gguf", "logits.npz")
+        model = str(folder / f"{kind}.gguf")
+        arguments[family] = ["--model", model, "--nodes", "1", "--port", "0", "--http-port", "0"]
+    running = up_together(arguments)
+    return {family: Served(folders[family], running[family].address) for family in FILES}
+
+
 @pytest.mark.parametrize("family", list(FILES))
-def test_the_text_is_that_of_llama_cpps_file(family: str, up: Any, tmp_path: Path) -> None:
+def test_the_text_is_that_of_llama_cpps_file(family: str, served: dict[str, Served], tmp_path: Path) -> None:
     kind, formats = FILES[family]
-    archives.unpack(family, tmp_path, f"{kind}.gguf", "logits.npz")
+    folder = served[family].folder
     archives.unpack("text", tmp_path, "chats.json")
     chat = json.loads((tmp_path / "chats.json").read_text())[family]["question"]
-    said = np.load(tmp_path / "logits.npz")
-    running = up("--model", str(tmp_path / f"{kind}.gguf"), "--nodes", "1", "--port", "0", "--http-port", "0")
-    with Client(running.address) as client:
+    said = np.load(folder / "logits.npz")
+    with Client(served[family].address) as client:
         answer = client.generate(str(said["texts"][0]), max_tokens=STEPS, temperature=0)
         asked = client.generate(messages=[{"role": "user", "content": "Hi"}], max_tokens=1).usage.prompt_tokens
-    opened = open_model(str(tmp_path / f"{kind}.gguf"))
+    opened = open_model(str(folder / f"{kind}.gguf"))
     assert opened.family == family and {layer.spec.format for layer in opened.manifest.layers} == formats
     tokenizer, stops = opened.tokenizer()
     assert asked == len(tokenizer(chat, add_special_tokens=False)["input_ids"])
