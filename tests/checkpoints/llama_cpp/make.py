@@ -56,6 +56,7 @@ OF_FAMILY: dict[str, tuple[str, ...]] = {
     "qwen3_moe": tuple(kind for kind in KINDS if kind != "mixed"),
     "mixtral": ("Q2_K", "Q3_K_M", "Q4_K_M", "Q8_0", "IQ4_XS"),
     "qwen3_5_moe_text": ("Q8_0", "Q4_K_M", "mixed"),
+    "qwen3_next": ("Q8_0", "Q4_K_M"),
     "deepseek_v3": ("Q8_0", "Q4_K_M", "Q2_K", "mixed"),
     "gpt_oss": ("Q8_0", "Q4_K_M", "MXFP4_MOE", "published"),
     "glm4_moe": ("Q8_0", "Q4_K_M", "mixed"),

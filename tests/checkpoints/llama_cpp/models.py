@@ -4,7 +4,7 @@
 
 Each is made as the published ones are in what a converter treats in a way of its own: scaled rope (DeepSeek-V3,
 gpt-oss), partial rope, biases and correction of the router, groups of experts, a first dense layer, more value heads
-than key heads, a layer that predicts a further token (Qwen3.5, GLM-4.5), a sliding window shorter than the texts.
+than key heads, a layer that predicts a further token (Qwen, GLM-4.5), a sliding window shorter than the texts.
 
 Rows of all matrices are runs of one pool's: each row is quantized by itself, so the archives, which find what
 repeats, are a small part of the files. The router reads columns that no layer writes to, so that rounding never moves
@@ -41,6 +41,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
                             "mrope_interleaved": True, "mrope_section": [6, 5, 5]},
     },
+    "qwen3_next": {
+        "num_experts": 4, "shared_expert_intermediate_size": 256, "head_dim": 128, "num_attention_heads": 2,
+        "num_key_value_heads": 1, "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "norm_topk_prob": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    },
     "deepseek_v3": {
         "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 1,
         "num_key_value_heads": 4, "q_lora_rank": 256, "kv_lora_rank": 256, "qk_nope_head_dim": 64,
@@ -59,19 +65,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 # How llama.cpp names the way that a family's published tokenizer splits a text.
 SPLIT = {
-    "qwen3_moe": "qwen2", "qwen3_5_moe_text": "qwen35", "deepseek_v3": "deepseek-v3", "gpt_oss": "gpt-4o",
-    "glm4_moe": "glm4", "mixtral": "default",
+    "qwen3_moe": "qwen2", "qwen3_next": "qwen2", "qwen3_5_moe_text": "qwen35", "deepseek_v3": "deepseek-v3",
+    "gpt_oss": "gpt-4o", "glm4_moe": "glm4", "mixtral": "default",
 }  # fmt: skip
+_HYBRID = ("qwen3_next", "qwen3_5_moe_text")  # some layers have a linear attention
 # Ends of the names of what adds to the hidden states.
 _WRITERS = ("o_proj.weight", "out_proj.weight", "down_proj", "down_proj.weight", "o_proj.bias", "down_proj_bias")
 # Their published chat templates, as llama.cpp's source keeps them (models/templates).
 TEMPLATE = {
-    "qwen3_moe": "Qwen-Qwen3-0.6B", "qwen3_5_moe_text": "Qwen3.5-4B", "deepseek_v3": "deepseek-ai-DeepSeek-V3.1",
-    "gpt_oss": "openai-gpt-oss-120b", "glm4_moe": "GLM-4.6", "mixtral": "mistralai-Mistral-Nemo-Instruct-2407",
+    "qwen3_moe": "Qwen-Qwen3-0.6B", "qwen3_next": "Qwen-Qwen3-0.6B", "qwen3_5_moe_text": "Qwen3.5-4B",
+    "deepseek_v3": "deepseek-ai-DeepSeek-V3.1", "gpt_oss": "openai-gpt-oss-120b", "glm4_moe": "GLM-4.6",
+    "mixtral": "mistralai-Mistral-Nemo-Instruct-2407",
 }  # fmt: skip
 # Control tokens: what begins a text (None: nothing does), what ends it, and others that templates write.
 _CONTROL: dict[str, tuple[str | None, str, tuple[str, ...]]] = {
     "qwen3_moe": (None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>")),
+    "qwen3_next": (None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>")),
     "qwen3_5_moe_text": (None, "<|im_end|>", ("<|endoftext|>", "<|im_start|>")),
     "deepseek_v3": (
         "<\uff5cbegin\u2581of\u2581sentence\uff5c>",
@@ -110,7 +119,7 @@ def save(family: str, template: str, folder: Path) -> None:
             numbers = _random(name, shape, pool)
             if name.endswith(_WRITERS):
                 (numbers if name.endswith("bias") else numbers.transpose(-1, -2))[..., :ROUTED] = 0
-            if family == "qwen3_5_moe_text" and name.endswith("norm.weight") and "linear_attn" not in name:
+            if family in _HYBRID and name.endswith("norm.weight") and "linear_attn" not in name:
                 numbers -= 1  # these are added to one
             tensor.copy_((numbers.transpose(1, 2) if turned else numbers).bfloat16())
     model.save_pretrained(folder)
@@ -202,7 +211,7 @@ def _further(family: str, values: dict[str, Any], pool: torch.Tensor) -> dict[st
     if family == "glm4_moe":
         layer, joined, norms = "model.layers.2.", "eh_proj", ("enorm", "hnorm", "shared_head.norm")
         prefix, experts, query, shared = layer, values["n_routed_experts"], heads * head, "shared_experts"
-    elif family == "qwen3_5_moe_text":
+    elif family in _HYBRID:
         layer, joined, norms = "mtp.layers.0.", "fc", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
         prefix, experts, query, shared = "mtp.", values["num_experts"], 2 * heads * head, "shared_expert"
     else:
