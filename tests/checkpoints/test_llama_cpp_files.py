@@ -47,7 +47,7 @@ Files = Callable[[str], Path]
 # llama.cpp rounds what a matrix is multiplied with to 8 bits in blocks of 256 or 32 columns, Moehive in blocks of 32,
 # and keeps hidden states in bf16. Largest number by 127 by the root of 12: some 0.7 % of what a matrix gives for one
 # and 0.5 % for the other. Nine matrices follow each other, so logits of deviation 2 differ by some 0.05 (measured:
-# 0.03 for types of 32 columns, 0.07 for those of 256), and half the square of that is 0.0013 nats (0.0002 to 0.0017).
+# 0.03 for types of 32 columns, 0.07 for those of 256), and half the square of that is 0.0013 nats (0.0001 to 0.0020).
 # DeepSeek-V3's queries, keys and values go through four more, with which llama.cpp multiplies what it rounded: up to
 # 0.0063 nats. A wrong scale, row or type costs 0.1 and more.
 DIVERGENCE, DIVERGENCE_LATENT = 4e-3, 1e-2
