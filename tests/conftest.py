@@ -1,13 +1,15 @@
-"""What tests of all parts share: the demo model, a disk that gets full, and users who may not.
+"""What tests of all parts share: the demo model, a hub, a disk that gets full, and users who may not.
 
 The demo model is built once for all tests of a run, or found in the folder that MOEHIVE_TEST_DEMO_DIR names.
 """
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -33,6 +35,17 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = Path(given) if given else tmp_path_factory.mktemp("demo") / "model"
     build(out)
     return out
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> ModuleType:
+    """hub_server.py: `HubServer(repositories)`."""
+    path = Path(__file__).with_name("hub_server.py")
+    spec = importlib.util.spec_from_file_location("moehive_hub_server", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

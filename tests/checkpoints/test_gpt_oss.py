@@ -31,7 +31,7 @@ def _module(name: str) -> ModuleType:
     return module
 
 
-gpt_oss, hub_server = _module("gpt_oss"), _module("hub_server")
+gpt_oss = _module("gpt_oss")
 NAME = "openai/gpt-oss-tiny"
 
 
@@ -62,7 +62,7 @@ def test_its_text_is_transformers_own(published: Path, reading: ModuleType) -> N
     reading.check_text(model.float(), checkpoint)
 
 
-def test_pull_leaves_the_other_copies_away(published: Path, tmp_path: Path) -> None:
+def test_pull_leaves_the_other_copies_away(published: Path, tmp_path: Path, hub_server: ModuleType) -> None:
     held = {path.relative_to(published).as_posix(): path for path in published.rglob("*") if path.is_file()}
     files = {name: path.read_bytes() for name, path in held.items()} | {"README.md": b"x", "USAGE_POLICY": b"x"}
     with hub_server.HubServer({NAME: files}) as hub:

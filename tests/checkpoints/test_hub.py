@@ -1,6 +1,5 @@
 """`moehive pull` and `moehive models` against a server that speaks the hub's API."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -18,16 +17,6 @@ from safetensors.torch import load_file, save_file
 from moehive.coordinator.checkpoints.hub_files import HubFile, needed_files
 from moehive.coordinator.types import CoordinatorError
 
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_hub_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hub_server = _module(Path(__file__).with_name("hub_server.py"))
 NAME = "organization/tiny-moe"
 
 
@@ -67,7 +56,9 @@ def pulled(home: Path, url: str, model: str = NAME) -> Path:
     return Path(json.loads(done.stdout)["path"])
 
 
-def test_only_what_is_needed_comes_once_and_is_listed(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_only_what_is_needed_comes_once_and_is_listed(
+    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
+) -> None:
     with hub_server.HubServer({NAME: files}) as hub:
         folder = pulled(tmp_path, hub.url)
         held = sorted(path.name for path in folder.iterdir())
@@ -91,7 +82,9 @@ def test_only_what_is_needed_comes_once_and_is_listed(files: dict[str, bytes], t
     assert NAME in table.stdout and "yes" in table.stdout
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_cut_download_goes_on_where_it_was_cut(
+    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
+) -> None:
     name = "model-00001-of-00002.safetensors"
     size = len(files[name])
     with hub_server.HubServer({NAME: files}) as hub:
@@ -108,7 +101,9 @@ def test_a_cut_download_goes_on_where_it_was_cut(files: dict[str, bytes], tmp_pa
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_leaves_what_the_next_run_takes_up(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_ctrl_c_leaves_what_the_next_run_takes_up(
+    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
+) -> None:
     name = "model-00001-of-00002.safetensors"
     size, asked = len(files[name]), Counter[str]()
     with hub_server.HubServer({NAME: files}) as hub:
@@ -133,7 +128,9 @@ def test_ctrl_c_leaves_what_the_next_run_takes_up(files: dict[str, bytes], tmp_p
         assert hub.sent[name] == size - have
 
 
-def test_a_part_that_was_damaged_on_disk_is_fetched_anew(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_a_part_that_was_damaged_on_disk_is_fetched_anew(
+    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
+) -> None:
     name = "model-00001-of-00002.safetensors"
     with hub_server.HubServer({NAME: files}) as hub:
         hub.cut_after, hub.replies_until_cut = 10_000, 1
@@ -144,7 +141,9 @@ def test_a_part_that_was_damaged_on_disk_is_fetched_anew(files: dict[str, bytes]
         assert (pulled(tmp_path, hub.url) / name).read_bytes() == files[name]
 
 
-def test_contents_of_another_hash_never_count(files: dict[str, bytes], tmp_path: Path) -> None:
+def test_contents_of_another_hash_never_count(
+    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
+) -> None:
     with hub_server.HubServer({NAME: files}) as hub:
         hub.damage = "model-00002-of-00002.safetensors"
         refused = run(tmp_path, hub.url, "pull", NAME)
@@ -155,7 +154,7 @@ def test_contents_of_another_hash_never_count(files: dict[str, bytes], tmp_path:
         pulled(tmp_path, hub.url)
 
 
-def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path) -> None:
+def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path, hub_server: ModuleType) -> None:
     held = {
         "Tiny-Q4_K_M.gguf": b"a" * 1000,
         "Tiny-Q8_0.gguf": b"b" * 1000,

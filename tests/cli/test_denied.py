@@ -1,12 +1,10 @@
 """No permission, and a full disk: one sentence that names the place, never a traceback."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,20 +13,6 @@ Fill = Callable[[Path, int], Path]
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "moehive.coordinator.cli.main"]
 NAME = "organization/tiny-moe"
-
-
-def _hub_server() -> ModuleType:
-    path = Path(__file__).parents[1] / "checkpoints" / "hub_server.py"
-    spec = importlib.util.spec_from_file_location("moehive_cli_hub_server", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def hub_server() -> ModuleType:
-    return _hub_server()
 
 
 @pytest.fixture

@@ -26,12 +26,11 @@ def _module(path: str) -> ModuleType:
     return module
 
 
-hub_server, reading = _module("checkpoints/hub_server.py"), _module("checkpoints/reading.py")
-gguf_writer = _module("coordinator/gguf_writer.py")
+reading, gguf_writer = _module("checkpoints/reading.py"), _module("coordinator/gguf_writer.py")
 
 
 @pytest.fixture
-def hub(environment: dict[str, str], tmp_path: Path) -> Any:
+def hub(hub_server: ModuleType, environment: dict[str, str], tmp_path: Path) -> Any:
     """A hub without repositories, not open yet; `moehive` asks it, and keeps what it gets in the test's own cache."""
     server = hub_server.HubServer({})
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}

@@ -94,10 +94,9 @@ def test_a_pack_has_the_formats_that_it_was_made_in(directory: Path, tmp_path: P
     assert row["trunk_bytes"] == of_source.trunk_bytes  # stays as it is
 
 
-def test_of_a_hub_id_the_config_alone_is_downloaded(directory: Path, tmp_path: Path) -> None:
-    server = _module(TESTS / "checkpoints" / "hub_server.py")
+def test_of_a_hub_id_the_config_alone_is_downloaded(directory: Path, tmp_path: Path, hub_server: ModuleType) -> None:
     names = ("config.json", "model.safetensors")
-    with server.HubServer({NAME: {name: (directory / name).read_bytes() for name in names}}) as hub:
+    with hub_server.HubServer({NAME: {name: (directory / name).read_bytes() for name in names}}) as hub:
         row = told(NAME, HF_ENDPOINT=hub.url, HF_HOME=str(tmp_path), HF_HUB_DISABLE_XET="1")
         assert set(hub.sent) == {"config.json"}
     assert row["model"] == NAME and row["format"] == "bf16"
