@@ -109,7 +109,7 @@ def _failures(nodes: int, replication: int, random: np.random.Generator) -> Outc
             heapq.heappush(events, (now + float(random.exponential(PAUSE_S)), 1, node, 0))
             short = held[alive[held] > 0]
             others = np.flatnonzero(on)
-            if len(others):
+            if len(short) and len(others):
                 targets = random.choice(others, size=len(short))
                 # Each target's line takes its share; the sources are many.
                 busy = EXPERT_BYTES / UP_BPS

@@ -64,6 +64,7 @@ def test_the_shapes_are_those_that_are_named() -> None:
 def test_hop_has_its_rows_and_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hop, "PAYLOADS", (4096, 64 << 10))
     monkeypatch.setattr(hop, "CHUNK_BYTES", 128 << 10)
+    monkeypatch.setattr(hop, "MOST_EXCHANGES", 5)
     found = json.loads(printed("hop", "--quick", "--json"))
     rows = found["rows"]
     asked = {"nodes", "payload_bytes", "tls", "p50_us", "p99_us", "raw_p50_us", "plain_p50_us", "plain_ratio"}

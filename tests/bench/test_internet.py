@@ -30,6 +30,7 @@ def test_machines_that_stay_on_lose_nothing(one_expert: None, monkeypatch: pytes
 
 
 def test_repairs_keep_an_expert_that_would_else_be_lost(one_expert: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(internet, "DAYS", 2000)  # of 30 machines
     repaired = internet._failures(30, 2, np.random.default_rng(0))
     monkeypatch.setattr(internet, "NOTICE_S", 1e15)
     left = internet._failures(30, 2, np.random.default_rng(0))

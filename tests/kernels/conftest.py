@@ -1,5 +1,6 @@
 """Random experts whose numbers have the size that trained ones have, and the native parts built for aarch64."""
 
+import fcntl
 import os
 import platform
 import shutil
@@ -15,6 +16,7 @@ from moehive.kernels.blob import build_blob
 from moehive.kernels.geometry import ExpertSpec
 from moehive.kernels.ops import ExpertWeights, load_expert
 
+ROOT = Path(__file__).parents[2]
 MakeExpert = Callable[[ExpertSpec, int], ExpertWeights]
 
 
@@ -44,21 +46,24 @@ def make_expert() -> MakeExpert:
 
 
 @pytest.fixture(scope="session")
-def aarch64_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CMake's folder of all native libraries, built for aarch64 with the flags of a wheel."""
+def aarch64_build() -> Path:
+    """CMake's folder of all native libraries, built for aarch64 with a wheel's flags: a minute, the first time."""
     cross = shutil.which("aarch64-linux-gnu-g++")
     if platform.machine() != "x86_64" or cross is None:
         pytest.skip("needs an x86-64 machine with a compiler for aarch64 (Debian: g++-aarch64-linux-gnu)")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     cmake, ninja = shutil.which("cmake", path=path), shutil.which("ninja", path=path)
     assert cmake is not None and ninja is not None, "what builds this package is not there"
-    folder = tmp_path_factory.mktemp("aarch64")
+    folder = ROOT / "build" / "tests" / "aarch64"
+    folder.mkdir(parents=True, exist_ok=True)
     target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={cross}"]
     target += ["-DCMAKE_BUILD_TYPE=Release", "-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    for command in (
-        [cmake, "-S", str(Path(__file__).parents[2]), "-B", str(folder), *target],
-        [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stdout + done.stderr
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the same run may build there
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", str(folder), *target],
+            [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())],
+        ):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+            assert done.returncode == 0, done.stdout + done.stderr
     return folder
