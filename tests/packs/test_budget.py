@@ -86,6 +86,8 @@ def convert(chat_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.Mo
         return choose_formats(*arguments)
 
     monkeypatch.setattr("moehive.coordinator.cli.budget.choose_formats", counted)
+    for module in ("candidates", "plan"):  # a choice among three takes half the time of one among all
+        monkeypatch.setattr(f"moehive.coordinator.precision.{module}.CANDIDATES", ("q3_k", "iq4_nl", "q8_0"))
     return convert
 
 
