@@ -22,6 +22,7 @@ from moehive.coordinator.checkpoints.pack.convert import convert
 from moehive.coordinator.checkpoints.pack.journal import Journal
 from moehive.coordinator.checkpoints.pack.manifest import NAME, offsets, read_manifest
 from moehive.coordinator.checkpoints.pack.verify import verify
+from moehive.coordinator.cli import packs
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 
@@ -143,25 +144,22 @@ def test_links_out_of_a_pack_are_refused(which: str, request: pytest.FixtureRequ
     assert verify(pack, threads=1).damaged == ()
 
 
-def test_what_verify_says(whole: Path, tmp_path: Path) -> None:
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "moehive.coordinator.cli.main", "verify", str(pack), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
+def test_what_verify_says(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack = Path(shutil.copytree(whole, tmp_path / "pack"))
-    done = run()
-    assert done.returncode == 0 and f"{pack} is whole: 18 experts" in " ".join(done.stdout.split())
+    packs.verify(pack)
+    assert f"{pack} is whole: 18 experts" in " ".join(capsys.readouterr().out.split())
     places = offsets(read_manifest(pack).manifest.layers[0])
     flip(pack / "experts-00002.bin", places[4] + 9, 1)
     flip(pack / "trunk" / "model.safetensors", 9000, 0)
-    done = run()
+    command = [sys.executable, "-m", "moehive.coordinator.cli.main", "verify", str(pack)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     assert " ".join(done.stderr.split()).endswith(
         f"{pack} is damaged: expert 4 of MoE layer 2, the trunk's model.safetensors; copy or convert the model again."
     )
-    done = run("--json")
-    assert done.returncode == 1
-    said = json.loads(done.stdout)
+    with pytest.raises(CoordinatorError):
+        packs.verify(pack, as_json=True)
+    said = json.loads(capsys.readouterr().out)
     assert said["damaged"] == [{"layer": 2, "expert": 4}] and said["damaged_files"] == ["model.safetensors"]
 
 
