@@ -32,8 +32,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> None:
 def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoint's directory; do not write to it."""
     given = os.environ.get("MOEHIVE_TEST_DEMO_DIR")
-    out = Path(given) if given else tmp_path_factory.mktemp("demo") / "model"
-    build(out)
+    own = tmp_path_factory.getbasetemp()
+    run = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own  # the folder of all processes of a run
+    out = Path(given) if given else run / "demo" / "model"
+    build(out)  # whoever comes second waits
     return out
 
 
