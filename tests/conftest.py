@@ -16,6 +16,7 @@ import pytest
 from moehive.coordinator.bench.small_disk import fill as fill_disk
 from moehive.coordinator.bench.small_disk import small_disk as mount_small_disk
 from moehive.coordinator.demo.build import build
+from moehive.expert_node.measure import read_bandwidth
 
 # Without a GPU its kernels are interpreted. Triton reads this when it is imported, which other tests may cause.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):
@@ -37,6 +38,14 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = Path(given) if given else run / "demo" / "model"
     build(out)  # whoever comes second waits
     return out
+
+
+@pytest.fixture(scope="session")
+def bandwidth(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """bandwidth.json of a node of one thread here, which then need not measure for half a second."""
+    folder = tmp_path_factory.mktemp("bandwidth")
+    read_bandwidth(folder, 1)
+    return (folder / "bandwidth.json").read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -68,12 +68,13 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, folder: Path, memory: str = "1GiB") -> None:
-        """`memory` that each node gives to experts."""
+    def __init__(self, folder: Path, bandwidth: bytes, memory: str = "1GiB") -> None:
+        """`bandwidth`: what each node knows of its machine; `memory` that each gives to experts."""
         self.state = folder / "coordinator"
         self.state.mkdir(parents=True)
         self.authority = Authority.create(self.state / "ca")
         self.folder = folder
+        self._bandwidth = bandwidth
         self.nodes: dict[str, NodeProcess] = {}
         self.room = ["--memory", memory]  # of nodes that are started from now on
         self._ports = (0, 0)
@@ -107,7 +108,11 @@ class TestCluster:
         if running is not None and running.process.poll() is None:
             return running
         state = self.folder / name
-        token = None if state.exists() else self.token()
+        token = None
+        if not state.exists():
+            token = self.token()
+            state.mkdir(mode=0o700)
+            (state / "bandwidth.json").write_bytes(self._bandwidth)
         self.nodes[name] = NodeProcess(name, state, token, self.room)
         return self.nodes[name]
 
@@ -136,10 +141,10 @@ def ask(coordinator: Coordinator, call: Callable[[Client], T]) -> Coroutine[Any,
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, bandwidth: bytes) -> Iterator[TestCluster]:
     """A cluster that a module's tests share, so that node processes start once."""
     torch.set_num_threads(1)
-    made = TestCluster(tmp_path_factory.mktemp("cluster"))
+    made = TestCluster(tmp_path_factory.mktemp("cluster"), bandwidth)
     try:
         yield made
     finally:
@@ -147,12 +152,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestCluster]:
 
 
 @pytest.fixture
-def new_cluster(tmp_path: Path) -> Iterator[Callable[[], TestCluster]]:
+def new_cluster(tmp_path: Path, bandwidth: bytes) -> Iterator[Callable[[], TestCluster]]:
     """Makes clusters of a test's own."""
     made: list[TestCluster] = []
 
     def make(memory: str = "1GiB") -> TestCluster:
-        made.append(TestCluster(tmp_path / f"cluster-{len(made)}", memory))
+        made.append(TestCluster(tmp_path / f"cluster-{len(made)}", bandwidth, memory))
         return made[-1]
 
     try:

@@ -259,9 +259,15 @@ async def _node_here(state: Path, token: str | None = None, name: str = "a") -> 
 
 
 @pytest.fixture
-def node_here() -> Callable[..., AbstractAsyncContextManager[Node]]:
+def node_here(bandwidth: bytes) -> Callable[..., AbstractAsyncContextManager[Node]]:
     """A node on the test's own event loop, which starts faster than a process."""
-    return _node_here
+
+    def start_here(state: Path, *arguments: Any) -> AbstractAsyncContextManager[Node]:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (state / "bandwidth.json").write_bytes(bandwidth)
+        return _node_here(state, *arguments)
+
+    return start_here
 
 
 async def _eventually(condition: Callable[[], object]) -> None:
