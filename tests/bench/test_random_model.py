@@ -15,6 +15,7 @@ from moehive.coordinator.types import CoordinatorError
 @pytest.fixture
 def small(monkeypatch):
     """A geometry as the others are, whose columns fill blocks of 256 but for one matrix."""
+    monkeypatch.setattr(module, "VOCABULARY", 4096)
     known = GEOMETRIES["kimi-k2"]
     keys = {
         **known.keys, "attention.head_count": 2, "attention.q_lora_rank": 256, "attention.kv_lora_rank": 256,
