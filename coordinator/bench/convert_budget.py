@@ -25,8 +25,8 @@ from ..types import CoordinatorError
 from .decode import peak_bytes
 from .random_model import RandomModel, random_model
 
-MODEL = RandomModel(geometry="qwen3.5-35b", format="bf16_safetensors", layers=4, experts=32)
-HELD = 128 << 20  # bytes of experts that may be held; the model has 805 MB of them, a layer 201
+MODEL = RandomModel(geometry="qwen3.5-35b", format="bf16_safetensors", layers=4, experts=16)
+HELD = 128 << 20  # bytes of experts that may be held; the model has 403 MB of them, a layer 101
 _SHARE = 0.25  # of the model's bytes, as budget: four bits a weight
 _TEXT = "The harbour lies open to the west, and the fishermen watch the sky. " * 24  # a token for each letter
 _BASE_BYTES = 10**9  # the process without all that is counted in `limit_bytes`
