@@ -14,7 +14,7 @@ import torch
 from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
 
-_ABI = 7
+_ABI = 8
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
