@@ -14,7 +14,7 @@ import torch
 from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
 
-_ABI = 7
+_ABI = 8
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -72,6 +72,8 @@ def library() -> ctypes.CDLL:
     loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
     loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer)
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
+    loaded.moehive_pack_words.argtypes = (ctypes.c_int32, pointer, size, size, size, size, pointer)
+    loaded.moehive_pack_fp8.argtypes = (pointer, size, size, pointer)
     loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
     return loaded
 
@@ -84,6 +86,26 @@ def pack_rows(fmt: str, rows: torch.Tensor, blocks: int, out: torch.Tensor) -> N
     """
     if library().moehive_pack(FORMAT_NUMBERS[fmt], rows.data_ptr(), len(rows), blocks, out.data_ptr()) != 0:
         raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
+
+
+def pack_words(fmt: str, words: torch.Tensor, columns: int, out: torch.Tensor) -> None:
+    """Lays codes of 4 bits out as kernels/cpu/blocks.h says, all but the blocks' heads; releases the GIL.
+
+    `words` int32 [rows, ceil(columns / 8)] in any strides (formats/nibbles.py), `out` uint8 [tensor_bytes] of `fmt`,
+    contiguous. Raises NativeLibraryError.
+    """
+    steps, rows = words.stride(), len(words)
+    arguments = (FORMAT_NUMBERS[fmt], words.data_ptr(), *steps, rows, columns, out.data_ptr())
+    if library().moehive_pack_words(*arguments) != 0:
+        raise NativeLibraryError(f"The native library can't lay out weights in {fmt}.")
+
+
+def pack_fp8(codes: torch.Tensor, out: torch.Tensor) -> bool:
+    """The same for FP8: `codes` uint8 [rows, columns], contiguous, `out` uint8 [tensor_bytes]; false if one is a NaN.
+
+    Raises NativeLibraryError.
+    """
+    return not library().moehive_pack_fp8(codes.contiguous().data_ptr(), *codes.shape, out.data_ptr())
 
 
 def add_rows(

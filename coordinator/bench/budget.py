@@ -9,7 +9,7 @@ from typing import Final
 
 import torch
 
-from moehive.kernels.geometry import ExpertId, Format, Manifest
+from moehive.kernels.geometry import ExpertId, Format, LayerGeometry, Manifest
 from moehive.kernels.ops import ExpertOps
 
 from ..app import text_of
@@ -35,16 +35,21 @@ _ANSWER = 64  # tokens
 
 @dataclass(frozen=True, slots=True)
 class BudgetRow:
-    """One budget: `bits` a weight of the experts; divergences in nats a token on text that nothing was fitted to."""
+    """One budget: `bits` a weight of the experts; divergences in nats a token on text that nothing was fitted to.
+
+    A budget in which no uniform format fits is that of the smallest one.
+    """
 
     model: str
     bits: float
     uniform_format: str  # the one with least divergence among those that fit
     uniform_bits: float
-    uniform_kl: float
+    uniform_kl: float  # rounded as by who has seen no text
+    calibrated_kl: float  # the same format, rounded with the statistics of the same text as the choice
     chosen_bits: float
     chosen_kl: float
     ratio: float  # chosen_kl by uniform_kl
+    calibrated_ratio: float  # chosen_kl by calibrated_kl
     expected_kl: float  # what the choice was made by
     gap: float  # how far, at most, the choice is from the best by that measure, as a share
     exact_text: str  # the greedy answer to a question, of the model as it is; empty if it reads no text
@@ -121,16 +126,24 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
             uniform.append((*judge.of(changed, _reader(manifest, changed, read, None)), fmt, bits))
     calibrated = calibrate(trunk, exact, sample.calibration, folder, progress)
     measured = measure(manifest, read, calibrated, progress)
+    least = min(bits for *_, bits in uniform)
+    budgets = sorted({max(bits, least) for bits in BITS})
+    judged: dict[tuple[LayerGeometry, ...], tuple[float, str]] = {}  # with calibration
+
+    def judge_calibrated(layers: tuple[LayerGeometry, ...]) -> tuple[float, str]:
+        if layers not in judged:
+            changed = replace(manifest, layers=layers)
+            judged[layers] = judge.of(changed, _reader(manifest, changed, read, calibrated))
+        return judged[layers]
+
     rows = []
-    for done, budget in enumerate(BITS):
-        fitting = [one for one in uniform if one[3] <= budget]
-        chosen = plan(measured, int(budget * weights / 8))
-        if not fitting or chosen is None:
-            continue  # not even the smallest format is so small
-        changed = replace(manifest, layers=chosen.layers)
-        progress("Quantizing", done, len(BITS))
-        best = min(fitting)
-        own, answer = judge.of(changed, _reader(manifest, changed, read, calibrated))
+    for done, budget in enumerate(budgets):
+        progress("Quantizing", done, len(budgets))
+        best = min(one for one in uniform if one[3] <= budget)
+        same, _ = judge_calibrated(_uniform(manifest, best[2]).layers)
+        chosen = plan(measured, round(budget * weights / 8))
+        assert chosen is not None  # the smallest formats are those of the smallest uniform one
+        own, answer = judge_calibrated(chosen.layers)
         rows.append(
             BudgetRow(
                 model=manifest.name,
@@ -138,9 +151,11 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
                 uniform_format=best[2],
                 uniform_bits=best[3],
                 uniform_kl=best[0],
+                calibrated_kl=same,
                 chosen_bits=chosen.nbytes * 8 / weights,
                 chosen_kl=own,
                 ratio=own / best[0],
+                calibrated_ratio=own / same,
                 expected_kl=chosen.damage,
                 gap=1 - chosen.bound / chosen.damage,
                 exact_text=judge.exact_text,
@@ -152,10 +167,7 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
 
 
 def _uniform(manifest: Manifest, fmt: Format) -> Manifest:
-    layers = tuple(
-        replace(layer, spec=replace(layer.spec, format=fmt, down_format=None), formats=())
-        for layer in manifest.layers
-    )
+    layers = tuple(replace(layer, formats=((fmt, fmt),) * layer.experts) for layer in manifest.layers)
     return replace(manifest, layers=layers)
 
 

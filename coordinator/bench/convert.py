@@ -26,7 +26,11 @@ from .random_model import RandomModel, random_model
 _ROUNDS = 3  # copies and conversions; their medians count
 _PIECE = 8 << 20  # bytes copied at once
 _BASE_BYTES = 10**9  # allowed beside two experts of each worker
-RANDOM = (("bf16", KEEP), ("q8_0", KEEP), ("q4_k", KEEP), ("q3_k", KEEP), ("q5_0", KEEP), ("bf16", "q8_0"))
+RANDOM = (
+    *((stored, KEEP) for stored in ("bf16", "q8_0", "q4_k", "q3_k", "q5_0")),  # GGUF
+    *((stored, KEEP) for stored in ("bf16_safetensors", "fp8_block", "gptq", "int4_g128", "mxfp4")),
+    ("bf16", "q8_0"),
+)
 
 
 def measure_convert(folder: Path, workers: int, model: str | None) -> list[dict[str, Any]]:

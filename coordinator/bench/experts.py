@@ -32,7 +32,7 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Routing, write_head, write_routing
 
 from ..estimate.geometries import TensorShape
-from .random_model import write_tensor
+from .random_gguf import write_tensor
 from .timing import seconds_of, torch_threads
 
 TOP_K = 8

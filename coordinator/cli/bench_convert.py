@@ -23,20 +23,27 @@ def convert(
             help="Instead: so many conversions, killed twice at random moments, half of them on a full disk.",
         ),
     ] = 0,
+    budget: Annotated[
+        bool, typer.Option("--budget", help="Instead: the memory of a conversion within a budget, of a larger model.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """A conversion beside a plain copy of the file; or conversions that are killed and run into full disks."""
+    """A conversion beside a plain copy of the file; or what kills and full disks leave, or what a budget takes."""
     if kills:  # processes are forked, and OpenMP's threads do not live on in them
         os.environ["OMP_NUM_THREADS"] = "1"
     prepare(verbose=False, hop=False)
     from moehive.kernels.machine import cores
 
     from ..bench.convert import measure_convert
+    from ..bench.convert_budget import measure_convert_budget
     from ..bench.convert_kills import measure_kills
     from ..bench.random_model import RandomModel, random_model
 
     folder = state_dir / "bench"
     folder.mkdir(parents=True, exist_ok=True)
+    if budget:
+        show_rows(measure_convert_budget(folder, workers or cores()), as_json)
+        return
     if not kills:
         show_rows(measure_convert(folder, workers or cores(), model), as_json)
         return

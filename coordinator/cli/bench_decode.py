@@ -28,7 +28,9 @@ def decode(
     experts: Annotated[
         int | None, typer.Option(min=1, help="In each layer; fewer fit, and as many are used.", show_default="all")
     ] = None,
-    weights: Annotated[str, typer.Option("--format", help="Of the random weights, as q4_0 or q4_k.")] = "q4_0",
+    weights: Annotated[
+        str, typer.Option("--format", help="Of the random weights, as q4_0, q4_k, fp8_block, int4_g128.")
+    ] = "q4_0",
     model: Annotated[
         Path | None,
         typer.Option(exists=True, help="A GGUF file or a directory of safetensors, instead of a geometry."),

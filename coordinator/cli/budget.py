@@ -52,7 +52,7 @@ class BudgetChooser:
     """Chooses the formats of `opened`, or takes up what was chosen before; it is called with the pack's folder.
 
     `source` is what it was opened as; `budget` as `budget_bytes` gives it; `calibration`: a text; `quiet`: nothing is
-    said.
+    said. `memory`: bytes of experts that may be held while the text is run.
     """
 
     source: str
@@ -61,6 +61,7 @@ class BudgetChooser:
     calibration: Path | None
     threads: int
     quiet: bool
+    memory: int = _KEPT_BYTES
 
     def __call__(self, folder: Path) -> Chosen:
         """Raises CoordinatorError, also for the pack of another source or other options; OSError."""
@@ -103,7 +104,7 @@ class BudgetChooser:
                 load_trunk(self.opened, self.threads) if matrices is None else matrices,
                 texts,
                 left,
-                _KEPT_BYTES,
+                self.memory,
                 self.threads,
                 calibration,
                 progress,

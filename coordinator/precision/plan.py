@@ -31,7 +31,7 @@ from ..models.base import Trunk
 from .calibration import Projection, projections
 from .candidates import CANDIDATES, PROBE, Progress
 from .encode import encode
-from .forward import Experts, Read, Ready, divergence, log_probabilities, run_through
+from .forward import Experts, Read, Ready, divergences, log_probabilities, run_through
 from .inputs import KeptInputs, Recorder
 from .knapsack import Option, choose
 from .trunk_parts import TrunkPart, spread
@@ -67,7 +67,7 @@ class Calibrated:
 def calibrate(
     trunk: Trunk, experts: Experts, texts: Sequence[torch.Tensor], folder: Path, progress: Progress
 ) -> Calibrated:
-    """Runs `texts` (int64 [T] each) through the model, as it is and with one layer after the other rounded.
+    """Runs `texts` (int64 [T] each) through the model as it is, and a part of them with one layer or another rounded.
 
     The layers' inputs are kept in files in `folder`. Raises OSError.
     """
@@ -83,11 +83,11 @@ def calibrate(
     layers = len(inputs)
     probed = spread(layers, _PROBED_LAYERS)
     measured = []
-    for done, layer in enumerate(probed):
-        progress("Measuring layers", done, len(probed))
-        changed = _Rounded(experts, layer)
-        kl = divergence(reference, log_probabilities(trunk, changed, probes))
-        measured.append(kl / (changed.squares / changed.tokens))
+    rounded = [_Rounded(experts, layer) for layer in probed]
+    progress("Measuring layers", 0, len(probed))
+    for one, kl in zip(rounded, divergences(reference, ((trunk, one) for one in rounded), probes), strict=True):
+        measured.append(kl / (one.squares / one.tokens))
+        progress("Measuring layers", len(measured), len(probed))
     gains = np.exp(np.interp(range(layers), probed, np.log(np.maximum(measured, 1e-30))))
     return Calibrated(inputs, gains.tolist())
 
@@ -209,6 +209,7 @@ class _Rounded:
         if layer != self._layer:
             return Ready(exact)
         other = self._rounded.compute(layer, hidden, ids, weights)
+        self._rounded.forget()
         self.squares += float((other.float() - exact.float()).square().sum())
         self.tokens += len(hidden)
         return Ready(other)

@@ -33,7 +33,7 @@ from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.tensors import Embedding, Replaced, TensorSource, embedding_of
 from .candidates import PROBE, Progress, without_padding
-from .forward import divergence, log_probabilities
+from .forward import divergences, log_probabilities, run_through
 from .knapsack import Option
 
 _KEPT: Final = re.compile(r"\.(gate|router|shared_expert_gate|in_proj_a|in_proj_b|in_proj_ba)\.weight$")
@@ -108,25 +108,29 @@ class TrunkMatrices:
     ) -> list[TrunkPart]:
         """Runs `texts` (int64 [T] each) for the inputs' sizes, and `probes` once for each matrix that is rounded."""
         self._linear.watching = True
-        for _ in log_probabilities(self.trunk, experts, texts[: max(1, _WATCHED_TOKENS // len(texts[0]))]):
-            pass  # of all tokens, since the last matrix is watched, too
+        watched = texts[: max(1, _WATCHED_TOKENS // len(texts[0]))]
+        run_through(self.trunk, experts, watched, all_logits=True)  # since the last matrix is watched, too
         self._linear.watching = False
         reference = list(log_probabilities(self.trunk, experts, probes))
         kinds: dict[str, list[str]] = {}
         for name in self._matrices:
             kinds.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(name)
         probed = {kind: spread(len(names), _PROBED_LAYERS) for kind, names in kinds.items()}
-        done, total = 0, sum(map(len, probed.values()))
+        tried = [names[number] for kind, names in kinds.items() for number in probed[kind]]
+        passes = ((self._rounded(name, _probe(self._matrices[name])), experts) for name in tried)
+        kl: dict[str, float] = {}
+        progress("Measuring the trunk", 0, len(tried))
+        for name, found in zip(tried, divergences(reference, passes, probes), strict=True):
+            kl[name] = found
+            progress("Measuring the trunk", len(kl), len(tried))
         parts = []
         for kind, names in kinds.items():
             samples = [self._sample(name, texts) for name in names]
-            gains = []
-            for number in probed[kind]:
-                progress("Measuring the trunk", done, total)
-                done += 1
-                fmt = _probe(self._matrices[names[number]])
-                kl = divergence(reference, log_probabilities(self._rounded(names[number], fmt), experts, probes))
-                gains.append(max(kl, 1e-30) / max(samples[number].change(fmt), 1e-30))
+            gains = [
+                max(kl[names[number]], 1e-30)
+                / max(samples[number].change(_probe(self._matrices[names[number]])), 1e-30)
+                for number in probed[kind]
+            ]
             every = np.exp(np.interp(range(len(names)), probed[kind], np.log(gains)))
             parts += [self._part(*each) for each in zip(names, samples, every.tolist(), strict=True)]
         return parts

@@ -233,3 +233,65 @@ int32_t moehive_pack(int32_t number, const uint8_t* from, int64_t rows, int64_t 
     }
   return 0;
 }
+
+namespace {
+
+// Eight codes of 4 bits, the first in the lowest bits, as blocks.h has two column groups: those of the first in the
+// lower halves of four bytes, of the second in the upper ones.
+inline uint32_t in_halves(uint32_t word) {
+  const auto spread = [](uint32_t four) {
+    four = (four | four << 8) & 0x00FF00FFu;
+    return (four | four << 4) & 0x0F0F0F0Fu;
+  };
+  return spread(word & 0xFFFF) | spread(word >> 16) << 4;
+}
+
+}  // namespace
+
+int32_t moehive_pack_words(int32_t number, const uint32_t* words, int64_t row_step, int64_t word_step, int64_t rows,
+                           int64_t columns, uint8_t* out) {
+  const Layout layout = layout_of(static_cast<Format>(number));
+  if (layout.units == 0 || layout.low != 4 || layout.high != 0 || rows < 0 || columns < 0) return 1;
+  const int64_t blocks = (columns + layout.columns() - 1) / layout.columns();
+  for (int64_t first = 0; first < rows; first += kGroupRows) {
+    const int64_t count = std::min(rows - first, kGroupRows);
+    for (int64_t block = 0; block < blocks; ++block, out += layout.bytes())
+      for (int64_t vector = 0; vector < 4 * layout.units; ++vector) {
+        const int64_t at = block * layout.units * 4 + vector;
+        const int64_t codes = std::clamp<int64_t>(columns - 8 * at, 0, 8);
+        uint32_t lanes[kGroupRows] = {};
+        if (codes > 0) {
+          const uint32_t* from = words + first * row_step + at * word_step;
+          if (row_step == 1 && count == kGroupRows)
+            std::memcpy(lanes, from, sizeof lanes);
+          else
+            for (int64_t row = 0; row < count; ++row) lanes[row] = from[row * row_step];
+          const uint32_t mask = 0xFFFFFFFFu >> (4 * (8 - codes));
+          for (uint32_t& lane : lanes) lane = in_halves(lane & mask);
+        }
+        std::memcpy(out + layout.head() + 64 * vector, lanes, sizeof lanes);
+      }
+  }
+  return 0;
+}
+
+int32_t moehive_pack_fp8(const uint8_t* codes, int64_t rows, int64_t columns, uint8_t* out) {
+  constexpr int64_t tile = 16;  // columns
+  uint8_t nan = 0;
+  for (int64_t first = 0; first < rows; first += kGroupRows) {
+    const int64_t count = std::min(rows - first, kGroupRows);
+    for (int64_t block = 0; block < columns; block += kFp8Columns, out += kFp8Bytes)
+      for (int64_t start = 0; start < kFp8Columns; start += tile) {
+        uint8_t from[kGroupRows][tile] = {};
+        const int64_t wide = std::clamp<int64_t>(columns - block - start, 0, tile);
+        for (int64_t row = 0; row < count; ++row)
+          std::memcpy(from[row], codes + (first + row) * columns + block + start, wide);
+        for (int64_t row = 0; row < kGroupRows; ++row)
+          for (int64_t column = 0; column < tile; ++column) nan |= (from[row][column] & 127) == 127;
+        uint8_t* to = out + 16 + start * kGroupRows;
+        for (int64_t column = 0; column < tile; ++column)
+          for (int64_t row = 0; row < kGroupRows; ++row) to[column * kGroupRows + row] = from[row][column];
+      }
+  }
+  return nan;
+}

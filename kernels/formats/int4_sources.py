@@ -11,12 +11,12 @@ from typing import Literal, TypeAlias
 import torch
 
 from ..geometry import GeometryError
+from .nibbles import PER_WORD, pack_nibbles, unpack_nibbles
 
 # How GPTQ's zero points are stored: the layout's second version as they are, the first less 1. auto-round subtracts
 # from each (15 stands for 0), GPTQModel from whole words, where a 0 borrows from the next (convert_gptq_v2_to_v1_*).
 StoredZeros: TypeAlias = Literal["plain", "less_one", "less_one_by_word"]
 
-_PER_WORD = 8  # weights of 4 bits in an int32
 _ONES = 0x11111111
 # Place j of AWQ's int32, lowest bits first, holds column 8 i + _AWQ_ORDER[j] (AutoAWQ, awq/utils/packing_utils.py).
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -24,24 +24,34 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Int4Weights:
-    """A projection [rows, columns] = [out, in] of codes 0 to 15; a number is (value - zero) * scale.
+    """A projection [rows, columns] = [out, in] of codes 0 to 15; a number is (code - zero) * scale.
 
-    `values` uint8 [rows, columns]; `scales` f32 [rows, groups], which hold 16-bit sources exactly; `zeros` uint8
-    [rows, groups], 0 to 15, all 8 for a symmetric source. Group g holds the columns g * group to (g + 1) * group;
-    the last may be shorter.
+    `words` int32 [rows, ceil(columns / 8)], see nibbles.py, in any strides; `scales` f32 [rows, groups], which hold
+    16-bit sources exactly; `zeros` uint8 [rows, groups], 0 to 15, all 8 for a symmetric source. Group g holds the
+    columns g * group to (g + 1) * group; the last may be shorter.
     """
 
-    values: torch.Tensor
+    words: torch.Tensor
+    columns: int
     scales: torch.Tensor
     zeros: torch.Tensor
     group: int
 
+    @classmethod
+    def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> "Int4Weights":
+        """From `codes` uint8 [rows, columns]."""
+        return cls(pack_nibbles(codes), codes.shape[1], scales, zeros, group)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [rows, columns]."""
+        return unpack_nibbles(self.words, self.columns)
+
     def decode(self) -> torch.Tensor:
         """The numbers, f32 [rows, columns]."""
-        columns = self.values.shape[1]
-        scales = self.scales.repeat_interleave(self.group, dim=1)[:, :columns]
-        zeros = self.zeros.repeat_interleave(self.group, dim=1)[:, :columns]
-        return (self.values.int() - zeros.int()).float() * scales
+        scales = self.scales.repeat_interleave(self.group, dim=1)[:, : self.columns]
+        zeros = self.zeros.repeat_interleave(self.group, dim=1)[:, : self.columns]
+        return (self.codes.int() - zeros.int()).float() * scales
 
 
 def from_gptq(
@@ -61,20 +71,19 @@ def from_gptq(
     that are not expected.
     """
     rows_of_words, out = _words(qweight, "qweight")
-    columns, groups = rows_of_words * _PER_WORD, scales.shape[0]
-    _fits("qzeros", qzeros, (groups, out // _PER_WORD), out % _PER_WORD == 0)
+    columns, groups = rows_of_words * PER_WORD, scales.shape[0]
+    _fits("qzeros", qzeros, (groups, out // PER_WORD), out % PER_WORD == 0)
     _fits("scales", scales, (groups, out), groups > 0 and columns % groups == 0)
     group = columns // groups
-    points = _unpack(qzeros + _ONES if zeros == "less_one_by_word" else qzeros)
+    points = unpack_nibbles(qzeros + _ONES if zeros == "less_one_by_word" else qzeros)
     if zeros == "less_one":
         points = (points + 1) & 15
-    values = _unpack(qweight.T).contiguous()
     if g_idx is None or torch.equal(g_idx.long(), torch.arange(columns) // group):
-        return Int4Weights(values, _floats(scales.T), points.T.contiguous(), group)
+        return Int4Weights(qweight.T, columns, _floats(scales.T), points.T.contiguous(), group)
     if not ordered:
         raise GeometryError("The groups lie out of order (g_idx), though the config says that desc_act is false.")
     at = _groups_of_columns(g_idx, columns, groups)
-    return Int4Weights(values, _floats(scales[at].T), points[at].T.contiguous(), 1)
+    return Int4Weights(qweight.T, columns, _floats(scales[at].T), points[at].T.contiguous(), 1)
 
 
 def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) -> Int4Weights:
@@ -83,16 +92,16 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
     `scales` [groups, out] of any float dtype. Raises GeometryError for shapes that do not fit together.
     """
     columns, words = _words(qweight, "qweight")
-    out, groups = words * _PER_WORD, scales.shape[0]
+    out, groups = words * PER_WORD, scales.shape[0]
     _fits("qzeros", qzeros, (groups, words))
     _fits("scales", scales, (groups, out), groups > 0 and columns % groups == 0)
-    place_of = torch.tensor([_AWQ_ORDER.index(j) for j in range(_PER_WORD)])
+    place_of = torch.tensor([_AWQ_ORDER.index(j) for j in range(PER_WORD)])
 
     def columns_of(packed: torch.Tensor) -> torch.Tensor:
-        places = _unpack(packed).view(len(packed), -1, _PER_WORD)
+        places = unpack_nibbles(packed).view(len(packed), -1, PER_WORD)
         return places[:, :, place_of].reshape(len(packed), -1).T.contiguous()
 
-    return Int4Weights(columns_of(qweight), _floats(scales.T), columns_of(qzeros), columns // groups)
+    return Int4Weights.of_codes(columns_of(qweight), _floats(scales.T), columns_of(qzeros), columns // groups)
 
 
 def from_awq_gemv(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> Int4Weights:
@@ -102,14 +111,13 @@ def from_awq_gemv(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Ten
     one for each `group` columns, and the rest is padding. Raises GeometryError for shapes that do not fit together.
     """
     out, words = _words(qweight, "qweight")
-    columns, room = words * _PER_WORD, qzeros.shape[-1] * _PER_WORD
+    columns, room = words * PER_WORD, qzeros.shape[-1] * PER_WORD
     if group < 1 or columns % group or columns // group > room:
         raise GeometryError(f"{columns} columns can't be in groups of {group} with {room} zero points.")
-    _fits("qzeros", qzeros, (out, room // _PER_WORD))
+    _fits("qzeros", qzeros, (out, room // PER_WORD))
     _fits("scales", scales, (out, room))
     groups = columns // group
-    zeros = _unpack(qzeros)[:, :groups].contiguous()
-    return Int4Weights(_unpack(qweight), _floats(scales[:, :groups]), zeros, group)
+    return Int4Weights(qweight, columns, _floats(scales[:, :groups]), unpack_nibbles(qzeros, groups), group)
 
 
 def from_compressed_tensors(
@@ -130,7 +138,7 @@ def from_compressed_tensors(
     """
     rows, words = _words(weight_packed, "weight_packed")
     out, columns = weight_shape
-    if (rows, words) != (out, -(-columns // _PER_WORD)):
+    if (rows, words) != (out, -(-columns // PER_WORD)):
         raise GeometryError(f"weight_packed of shape {[rows, words]} can't hold a matrix of shape {[out, columns]}.")
     groups = weight_scale.shape[-1]
     _fits("weight_scale", weight_scale, (out, groups), groups > 0)
@@ -140,13 +148,12 @@ def from_compressed_tensors(
     if weight_zero_point is None:
         zeros = torch.full((out, groups), 8, dtype=torch.uint8)
     else:
-        _fits("weight_zero_point", weight_zero_point, (-(-out // _PER_WORD), groups))
-        zeros = _unpack(weight_zero_point.T)[:, :out].T.contiguous()
-    values = _unpack(weight_packed)[:, :columns].contiguous()
+        _fits("weight_zero_point", weight_zero_point, (-(-out // PER_WORD), groups))
+        zeros = unpack_nibbles(weight_zero_point.T, out).T.contiguous()
     if weight_g_idx is None or bool((weight_g_idx == -1).any()):
-        return Int4Weights(values, _floats(weight_scale), zeros, group)
+        return Int4Weights(weight_packed, columns, _floats(weight_scale), zeros, group)
     at = _groups_of_columns(weight_g_idx, columns, groups)
-    return Int4Weights(values, _floats(weight_scale[:, at]), zeros[:, at].contiguous(), 1)
+    return Int4Weights(weight_packed, columns, _floats(weight_scale[:, at]), zeros[:, at].contiguous(), 1)
 
 
 def _groups_of_columns(g_idx: torch.Tensor, columns: int, groups: int) -> torch.Tensor:
@@ -154,12 +161,6 @@ def _groups_of_columns(g_idx: torch.Tensor, columns: int, groups: int) -> torch.
     if at.shape != (columns,) or int(at.min()) < 0 or int(at.max()) >= groups:
         raise GeometryError(f"g_idx must name one of {groups} groups for each of {columns} columns.")
     return at
-
-
-def _unpack(words: torch.Tensor) -> torch.Tensor:
-    """int32 [n, words] → uint8 [n, 8 * words], the lowest 4 bits of each word first."""
-    octets = words.contiguous().view(torch.uint8)  # little-endian
-    return torch.stack((octets & 15, octets >> 4), dim=-1).flatten(1)
 
 
 def _floats(scales: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from ..geometry import BLOCKS, GROUP_ROWS, GeometryError
+from ..native import pack_fp8, pack_words
 from .base import WeightFormat
 from .int4_sources import Int4Weights
+from .nibbles import pack_nibbles, unpack_nibbles
 
 FP8_ROWS = 128  # that share a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -41,14 +43,15 @@ class Int4Format:
         scales = (padded.abs().amax(2) / 7).half().float()
         codes = (padded / scales.clamp_min(1e-7).unsqueeze(2)).round().clamp(-8, 7) + 8
         zeros = torch.full((rows, blocks), 8, dtype=torch.uint8)
-        self.pack(Int4Weights(codes.to(torch.uint8).flatten(1)[:, :columns], scales, zeros, self.group), out)
+        self.pack(Int4Weights.of_codes(codes.to(torch.uint8).flatten(1)[:, :columns], scales, zeros, self.group), out)
 
     def pack(self, source: Int4Weights, out: torch.Tensor) -> None:
         """Lays `source` out in `out` (uint8 [tensor_bytes]). A larger group's scales are repeated.
 
-        Raises GeometryError for groups that are no multiple of this format's, and scales that are no 16-bit floats.
+        Raises GeometryError for groups that are no multiple of this format's, and scales that are no 16-bit floats;
+        NativeLibraryError.
         """
-        rows, columns = source.values.shape
+        rows, columns = len(source.words), source.columns
         blocks = -(-columns // self.group)
         if source.group % self.group and source.group < columns:
             raise GeometryError(f"Groups of {source.group} columns can't be stored as {self.name}.")
@@ -63,11 +66,10 @@ class Int4Format:
             raise GeometryError(f"The scales are no 16-bit floats up to 65504, which is what {self.name} stores.")
         groups = -(-rows // GROUP_ROWS)
         coded = _padded(zeros | steps.to(torch.uint8) << 4, groups * GROUP_ROWS, blocks)
-        codes = _padded(source.values, groups * GROUP_ROWS, blocks * self.group)
         stored = out.view(groups, blocks, -1)
         stored[:, :, :32] = _beside(_padded(halves.half(), groups * GROUP_ROWS, blocks)).view(torch.uint8)
         stored[:, :, 32:48] = _beside(coded)
-        stored[:, :, 48:] = _nibbles(codes, groups, blocks)
+        pack_words(self.name, source.words, columns, out)
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -84,20 +86,35 @@ class Int4Format:
         coded = _apart(parts[:, :, 32:48])
         scales = torch.ldexp(halves, -8 * (coded >> 4).int())
         codes = _codes(parts[:, :, 48:], groups, blocks)
-        return Int4Weights(codes[:rows, :columns], scales[:rows], (coded & 15)[:rows], self.group)
+        return Int4Weights.of_codes(codes[:rows, :columns], scales[:rows], (coded & 15)[:rows], self.group)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mxfp4Weights:
-    """`codes` uint8 [rows, columns], E2M1, 0 to 15; `scales` uint8 [rows, columns / 32], powers of two plus 127."""
+    """`words` int32 [rows, columns / 8] of E2M1 codes (nibbles.py); `scales` uint8 [rows, columns / 32].
 
-    codes: torch.Tensor
+    A scale is a power of two plus 127.
+    """
+
+    words: torch.Tensor
+    columns: int
     scales: torch.Tensor
 
     @classmethod
-    def from_blocks(cls, blocks: torch.Tensor, scales: torch.Tensor) -> "Mxfp4Weights":
-        """From `blocks` uint8 [rows, blocks, 16], the lower 4 bits first, as in gpt-oss, and `scales`."""
-        return cls(torch.stack((blocks & 15, blocks >> 4), -1).flatten(1), scales)
+    def of_codes(cls, codes: torch.Tensor, scales: torch.Tensor) -> "Mxfp4Weights":
+        """From `codes` uint8 [rows, columns]."""
+        return cls(pack_nibbles(codes), codes.shape[1], scales)
+
+    @classmethod
+    def of_blocks(cls, blocks: torch.Tensor, scales: torch.Tensor) -> "Mxfp4Weights":
+        """From `blocks` uint8 [rows, blocks, 16] or the same flat, the lower 4 bits first, as in gpt-oss."""
+        octets = blocks.flatten(1)
+        return cls(octets.contiguous().view(torch.int32), 2 * octets.shape[1], scales)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """uint8 [rows, columns], 0 to 15."""
+        return unpack_nibbles(self.words, self.columns)
 
 
 class Mxfp4Format:
@@ -114,11 +131,14 @@ class Mxfp4Format:
         scaled = torch.ldexp(padded, 127 - scales.unsqueeze(2))
         borders = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
         codes = torch.bucketize(scaled.abs(), borders) | (scaled < 0) << 3
-        self.pack(Mxfp4Weights(codes.to(torch.uint8).flatten(1)[:, :columns], scales.to(torch.uint8)), out)
+        self.pack(Mxfp4Weights.of_codes(codes.to(torch.uint8).flatten(1)[:, :columns], scales.to(torch.uint8)), out)
 
     def pack(self, source: Mxfp4Weights, out: torch.Tensor) -> None:
-        """Lays `source` out in `out` (uint8 [tensor_bytes]). Raises GeometryError for wrong shapes and for NaNs."""
-        rows, columns = source.codes.shape
+        """Lays `source` out in `out` (uint8 [tensor_bytes]).
+
+        Raises GeometryError for wrong shapes and for NaNs, NativeLibraryError.
+        """
+        rows, columns = len(source.words), source.columns
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // 32)
         if tuple(source.scales.shape) != (rows, blocks):
             raise GeometryError(f"MXFP4 needs scales of shape {[rows, blocks]}, not {list(source.scales.shape)}.")
@@ -126,7 +146,7 @@ class Mxfp4Format:
             raise GeometryError("The MXFP4 weights have a scale that is not a number.")
         stored = out.view(groups, blocks, -1)
         stored[:, :, :16] = _beside(_padded(source.scales, groups * GROUP_ROWS, blocks))
-        stored[:, :, 16:] = _nibbles(_padded(source.codes, groups * GROUP_ROWS, blocks * 32), groups, blocks)
+        pack_words("mxfp4", source.words, columns, out)
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -147,7 +167,7 @@ class Mxfp4Format:
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // 32)
         parts = stored.view(groups, blocks, -1)
         codes = _codes(parts[:, :, 16:], groups, blocks)
-        return Mxfp4Weights(codes[:rows, :columns], _apart(parts[:, :, :16])[:rows])
+        return Mxfp4Weights.of_codes(codes[:rows, :columns], _apart(parts[:, :, :16])[:rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,21 +192,21 @@ class Fp8Format:
         self.pack(Fp8Weights(codes.to(torch.float8_e4m3fn), scales), out)
 
     def pack(self, source: Fp8Weights, out: torch.Tensor) -> None:
-        """Lays `source` out in `out` (uint8 [tensor_bytes]). Raises GeometryError for wrong shapes and for NaNs."""
+        """Lays `source` out in `out` (uint8 [tensor_bytes]).
+
+        Raises GeometryError for wrong shapes and for NaNs, NativeLibraryError.
+        """
         rows, columns = source.codes.shape
         groups, blocks = -(-rows // GROUP_ROWS), -(-columns // 128)
         wanted = (-(-rows // FP8_ROWS), blocks)
         if tuple(source.scales.shape) != wanted:
             raise GeometryError(f"FP8 weights of {rows} rows need scales of shape {list(wanted)}, not others.")
-        codes = source.codes.view(torch.uint8)
-        if (codes & 127 == 127).any():
-            raise GeometryError("The FP8 weights have a number that is not one (NaN).")
         stored = out.view(groups, blocks, -1)
         scales = source.scales.float().repeat_interleave(FP8_ROWS // GROUP_ROWS, 0)[:groups]
         stored[:, :, :4] = scales.contiguous().view(torch.uint8).view(groups, blocks, 4)
         stored[:, :, 4:16] = 0
-        padded = _padded(codes, groups * GROUP_ROWS, blocks * 128)
-        stored[:, :, 16:] = padded.view(groups, GROUP_ROWS, blocks, 128).permute(0, 2, 3, 1).flatten(2)
+        if not pack_fp8(source.codes.view(torch.uint8), out):
+            raise GeometryError("The FP8 weights have a number that is not one (NaN).")
 
     def view(self, raw: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
         return raw
@@ -226,15 +246,8 @@ def _apart(factors: torch.Tensor) -> torch.Tensor:
     return factors.permute(0, 2, 1).reshape(-1, factors.shape[1])
 
 
-def _nibbles(codes: torch.Tensor, groups: int, blocks: int) -> torch.Tensor:
-    """uint8 [16 * groups, columns] → [groups, blocks, bytes], units of 32 columns as blocks.h has them."""
-    columns_first = codes.view(groups, GROUP_ROWS, blocks, -1, 8, 4).permute(0, 2, 3, 4, 1, 5)
-    lower, upper = columns_first[:, :, :, 0::2], columns_first[:, :, :, 1::2]
-    return (lower | upper << 4).reshape(groups, blocks, -1)
-
-
 def _codes(planes: torch.Tensor, groups: int, blocks: int) -> torch.Tensor:
-    """What `_nibbles` was given."""
+    """Units of 32 columns, uint8 [groups, blocks, bytes], see blocks.h → codes uint8 [16 * groups, columns]."""
     shared = planes.reshape(groups, blocks, -1, 4, GROUP_ROWS, 4)
     units = torch.stack((shared & 15, shared >> 4), 4).flatten(3, 4)
     return units.permute(0, 4, 1, 2, 3, 5).reshape(groups * GROUP_ROWS, -1)

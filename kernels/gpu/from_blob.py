@@ -58,7 +58,7 @@ def _matrix(fmt: str, stored: torch.Tensor, shape: tuple[int, int]) -> Source:
     known = QUANTIZED_FORMATS[fmt]
     if isinstance(known, Int4Format):
         int4 = known.unpack(stored, shape)
-        return {"values": int4.values, "scales": int4.scales, "zeros": int4.zeros.float()}
+        return {"values": int4.codes, "scales": int4.scales, "zeros": int4.zeros.float()}
     if isinstance(known, Mxfp4Format):
         mxfp4 = known.unpack(stored, shape)
         return {"values": mxfp4.codes, "scales": mxfp4.scales}

@@ -63,6 +63,18 @@ def test_a_layer_of_each_kind_of_qwen3_5(tmp_path):
     assert 0 < row["waiting_share"] < 1
 
 
+@pytest.mark.parametrize(("format", "bits"), [("fp8_block", 8), ("int4_g64", 4), ("mxfp4", 4)])
+def test_formats_of_safetensors(tmp_path, format, bits):
+    model = ["--geometry", "qwen3-30b", "--layers", "1", "--experts", "8", "--format", format]
+    done = run(tmp_path, *model, "--prompt", "4", "--tokens", "3", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    weights = 8 * 3 * 768 * 2048
+    assert weights * bits // 8 < row["expert_bytes"] < weights * (bits + 1) // 8
+    attention, head = 2048 * (2 * 4096 + 2 * 512), 4096 * 2048 * 2
+    assert attention * bits // 8 < row["trunk_bytes"] - head < attention * (bits + 1) // 8 + 2**20
+
+
 def test_wrong_options_are_sentences(tmp_path):
     for options, sentence in (
         ([], "either --geometry or --model"),

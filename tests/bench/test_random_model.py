@@ -1,15 +1,25 @@
-"""Random models are what the gguf package reads back, finite and of a sensible size, in every format."""
+"""Random models are read back in the format that was wanted, finite and of a sensible size; GGUFs by gguf-py."""
 
 import math
 
 import gguf
 import numpy as np
 import pytest
+import torch
 
-from moehive.coordinator.bench import random_model as module
-from moehive.coordinator.bench.random_model import FORMATS, RandomModel, random_model
-from moehive.coordinator.estimate.geometries import GEOMETRIES, ModelShape
+from moehive.coordinator.bench import random_gguf as module
+from moehive.coordinator.bench.random_gguf import GGUF_FORMATS
+from moehive.coordinator.bench.random_model import RandomModel, random_model
+from moehive.coordinator.bench.random_safetensors import LAYOUTS
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.estimate.geometries import GEOMETRIES, VOCABULARY, ModelShape
+from moehive.coordinator.models.lean.trunk import LeanTrunk
+from moehive.coordinator.precision.forward import Experts, log_probabilities
+from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
+from moehive.kernels.blob import decode_tensor, tensor_views
+from moehive.kernels.geometry import ExpertId
+from moehive.kernels.ops import ExpertOps
 
 
 @pytest.fixture
@@ -24,7 +34,7 @@ def small(monkeypatch):
     monkeypatch.setitem(GEOMETRIES, "small", ModelShape(known.arch, 3, 512, 8, 4, 256, 512, keys, known.tensors))
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_the_gguf_package_reads_every_format(small, tmp_path, format):
     model = RandomModel(geometry="small", format=format, layers=2, experts=5)
     reader = gguf.GGUFReader(random_model(model, tmp_path))
@@ -47,6 +57,26 @@ def test_the_gguf_package_reads_every_format(small, tmp_path, format):
             assert (numbers == 1).all()
     key = reader.fields["deepseek2.expert_count"]
     assert key.contents() == 5
+
+
+@pytest.mark.parametrize("format", LAYOUTS)
+def test_directories_are_read_in_the_format_that_they_name(small, tmp_path, format):
+    source = open_model(
+        str(random_model(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path))
+    )
+    (layer,) = source.manifest.layers
+    wanted = {"gptq": "int4_g128", "bf16_safetensors": "bf16"}.get(format, format)
+    assert (layer.experts, layer.spec.format, source.computed_as_stored) == (5, wanted, True)
+    views = tensor_views(layer.spec, source.expert_blob(ExpertId(0, 4)))
+    for place in layer.spec.tensors:
+        numbers = decode_tensor(place, views[place.name])
+        # MXFP4's scales are powers of two: the nearest is off by a factor of 1.5 at most.
+        assert numbers.std() == pytest.approx(numbers.shape[1] ** -0.5, rel=0.5 if format == "mxfp4" else 0.03)
+    trunk = load_trunk(source, 1)
+    assert isinstance(trunk, LeanTrunk)
+    prompt = torch.arange(8)
+    (said,) = log_probabilities(trunk, Experts(source.manifest, source.expert_blob, ExpertOps(1), 0), [prompt])
+    assert said.shape == (8, VOCABULARY) and said.isfinite().all()
 
 
 def test_a_file_that_is_there_is_used_and_the_same_anywhere(small, tmp_path):

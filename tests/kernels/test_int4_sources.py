@@ -23,7 +23,7 @@ SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([32, 64
 
 def numbers(rows: int, groups: int, group: int, seed: int, dtype: torch.dtype = torch.float16) -> Int4Weights:
     g = torch.Generator().manual_seed(seed)
-    return Int4Weights(
+    return Int4Weights.of_codes(
         torch.randint(0, 16, (rows, groups * group), generator=g, dtype=torch.uint8),
         torch.rand(rows, groups, generator=g).to(dtype).float(),
         torch.randint(0, 16, (rows, groups), generator=g, dtype=torch.uint8),
@@ -46,18 +46,18 @@ def words(matrix: list[list[int]], order: tuple[int, ...] = tuple(range(8))) -> 
 
 
 def expected(weights: Int4Weights) -> torch.Tensor:
-    rows, columns = weights.values.shape
+    rows, columns = weights.codes.shape
     out = torch.empty(rows, columns)
     for column in range(columns):
         at = column // weights.group
-        codes = weights.values[:, column].float() - weights.zeros[:, at].float()
+        codes = weights.codes[:, column].float() - weights.zeros[:, at].float()
         out[:, column] = codes * weights.scales[:, at]
     return out
 
 
 def same(found: Int4Weights, wanted: Int4Weights) -> None:
     assert found.group == wanted.group
-    assert torch.equal(found.values, wanted.values)
+    assert torch.equal(found.codes, wanted.codes)
     assert torch.equal(found.zeros, wanted.zeros)
     assert torch.equal(found.scales, wanted.scales)
     assert torch.equal(found.decode(), expected(wanted))
@@ -70,7 +70,7 @@ def test_gptq(shape: tuple[int, int, int, int], zeros: StoredZeros) -> None:
     wanted = numbers(8 * octets, groups, group, seed)
     stored = words(((wanted.zeros.int() - int(zeros == "less_one")) % 16).T.tolist())
     found = from_gptq(
-        words(wanted.values.tolist()).T,
+        words(wanted.codes.tolist()).T,
         stored - 0x11111111 if zeros == "less_one_by_word" else stored,
         wanted.scales.T.half(),
         torch.arange(groups * group, dtype=torch.int32) // group,
@@ -83,7 +83,7 @@ def test_gptq_out_of_order() -> None:
     wanted = numbers(8, 2, 32, 0)
     order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
     parts = (
-        words(wanted.values[:, order].tolist()).T, words(wanted.zeros.T.tolist()), wanted.scales.T.half(),
+        words(wanted.codes[:, order].tolist()).T, words(wanted.zeros.T.tolist()), wanted.scales.T.half(),
         (order // 32).int(),
     )  # fmt: skip
     assert torch.equal(from_gptq(*parts, zeros="plain", ordered=True).decode(), expected(wanted)[:, order])
@@ -101,7 +101,7 @@ def test_awq(shape: tuple[int, int, int, int]) -> None:
     wanted = numbers(8 * octets, groups, group, seed)
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     found = from_awq(
-        words(wanted.values.T.tolist(), order), words(wanted.zeros.T.tolist(), order), wanted.scales.T.half()
+        words(wanted.codes.T.tolist(), order), words(wanted.zeros.T.tolist(), order), wanted.scales.T.half()
     )
     same(found, wanted)
 
@@ -114,9 +114,9 @@ def test_awq_gemv(shape: tuple[int, int, int, int], padding: int) -> None:
     room = 8 * (-(-groups // 8) + padding)
     scales, zeros = torch.zeros(8 * octets, room).half(), torch.zeros(8 * octets, room, dtype=torch.uint8)
     scales[:, :groups], zeros[:, :groups] = wanted.scales.half(), wanted.zeros
-    same(from_awq_gemv(words(wanted.values.tolist()), words(zeros.tolist()), scales, group), wanted)
+    same(from_awq_gemv(words(wanted.codes.tolist()), words(zeros.tolist()), scales, group), wanted)
     with pytest.raises(GeometryError, match="in groups of"):
-        from_awq_gemv(words(wanted.values.tolist()), words(zeros.tolist()), scales, 5)
+        from_awq_gemv(words(wanted.codes.tolist()), words(zeros.tolist()), scales, 5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,7 +127,7 @@ def test_compressed_tensors(shape: tuple[int, int, int, int], rows: int, symmetr
     if symmetric:
         wanted.zeros.fill_(8)
     found = from_compressed_tensors(
-        words(wanted.values.tolist()),
+        words(wanted.codes.tolist()),
         wanted.scales.bfloat16(),
         (rows, groups * group),
         None if symmetric else words(wanted.zeros.T.tolist()).T,
@@ -138,7 +138,7 @@ def test_compressed_tensors(shape: tuple[int, int, int, int], rows: int, symmetr
 def test_compressed_tensors_own_packing() -> None:
     wanted = numbers(20, 3, 32, 1, torch.bfloat16)
     found = from_compressed_tensors(
-        pack_to_int32((wanted.values.int() - 8).to(torch.int8), 4),
+        pack_to_int32((wanted.codes.int() - 8).to(torch.int8), 4),
         wanted.scales.bfloat16(),
         (20, 96),
         pack_to_int32((wanted.zeros.int() - 8).to(torch.int8), 4, packed_dim=0).contiguous(),
@@ -155,7 +155,7 @@ def test_compressed_tensors_out_of_order(symmetric: bool) -> None:
         wanted.zeros.fill_(8)
     g = torch.Generator().manual_seed(3)
     of_column = (torch.randperm(groups * group, generator=g) // group).int()
-    codes, zeros = ((tensor.int() - 8).to(torch.int8) for tensor in (wanted.values, wanted.zeros))
+    codes, zeros = ((tensor.int() - 8).to(torch.int8) for tensor in (wanted.codes, wanted.zeros))
     args = QuantizationArgs(num_bits=4, type="int", strategy="group", group_size=group, symmetric=symmetric)
     order = torch.argsort(of_column)
     means = dequantize(x_q=codes[:, order], scale=wanted.scales, zero_point=zeros, args=args)
@@ -173,7 +173,7 @@ def test_compressed_tensors_out_of_order(symmetric: bool) -> None:
 
 def test_shapes_that_do_not_fit_are_refused() -> None:
     wanted = numbers(16, 2, 32, 0)
-    packed, zeros, scales = words(wanted.values.T.tolist()), words(wanted.zeros.T.tolist()), wanted.scales.T.half()
+    packed, zeros, scales = words(wanted.codes.T.tolist()), words(wanted.zeros.T.tolist()), wanted.scales.T.half()
     with pytest.raises(GeometryError, match="scales"):
         from_awq(packed, zeros, scales[:, :8])
     with pytest.raises(GeometryError, match="qzeros"):
@@ -181,4 +181,4 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(GeometryError, match="int32"):
         from_awq(packed.long(), zeros, scales)
     with pytest.raises(GeometryError, match="can't hold"):
-        from_compressed_tensors(words(wanted.values.tolist()), wanted.scales, (16, 128))
+        from_compressed_tensors(words(wanted.codes.tolist()), wanted.scales, (16, 128))

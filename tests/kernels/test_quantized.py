@@ -58,7 +58,7 @@ def test_mxfp4_is_what_transformers_dequantizes(rows: int, blocks: int) -> None:
     packed = torch.randint(0, 256, (rows, blocks, 16), generator=generator, dtype=torch.uint8)
     scales = torch.randint(100, 140, (rows, blocks), generator=generator, dtype=torch.uint8)
     out = empty("mxfp4", rows, 32 * blocks)
-    Mxfp4Format().pack(Mxfp4Weights.from_blocks(packed, scales), out)
+    Mxfp4Format().pack(Mxfp4Weights.of_blocks(packed, scales), out)
     wanted = mxfp4.convert_moe_packed_tensors(packed.unsqueeze(0), scales.unsqueeze(0), dtype=torch.float32)[0].T
     assert torch.equal(Mxfp4Format().decode(out, (rows, 32 * blocks)), wanted)
 
@@ -74,7 +74,7 @@ def test_int4_stores_16_bit_scales_exactly(
     generator = torch.Generator().manual_seed(seed)
     fmt = Int4Format(name)
     blocks = -(-columns // fmt.group)
-    source = Int4Weights(
+    source = Int4Weights.of_codes(
         torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8),
         torch.ldexp(torch.randn(rows, blocks, generator=generator), torch.tensor(power)).to(dtype).float(),
         torch.randint(0, 16, (rows, blocks), generator=generator, dtype=torch.uint8),
@@ -86,7 +86,7 @@ def test_int4_stores_16_bit_scales_exactly(
 
 
 def test_int4_of_one_group_fits_every_format() -> None:
-    source = Int4Weights(
+    source = Int4Weights.of_codes(
         torch.arange(16, dtype=torch.uint8).repeat(5, 12), torch.full((5, 1), 0.5), torch.full((5, 1), 3).byte(), 192
     )
     for name in INT4:
@@ -98,13 +98,13 @@ def test_int4_of_one_group_fits_every_format() -> None:
 def test_what_would_lose_something_is_refused() -> None:
     codes = torch.zeros(1, 64, dtype=torch.uint8)
     with pytest.raises(GeometryError, match="16-bit"):
-        weights = Int4Weights(codes, torch.full((1, 2), 0.1), torch.zeros(1, 2, dtype=torch.uint8), 32)
+        weights = Int4Weights.of_codes(codes, torch.full((1, 2), 0.1), torch.zeros(1, 2, dtype=torch.uint8), 32)
         Int4Format("int4_g32").pack(weights, empty("int4_g32", 1, 64))
     with pytest.raises(GeometryError, match="can't be stored"):
-        weights = Int4Weights(codes, torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.uint8), 32)
+        weights = Int4Weights.of_codes(codes, torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.uint8), 32)
         Int4Format("int4_g64").pack(weights, empty("int4_g64", 1, 64))
     with pytest.raises(GeometryError, match="not a number"):
-        Mxfp4Format().pack(Mxfp4Weights(codes, torch.full((1, 2), 255).byte()), empty("mxfp4", 1, 64))
+        Mxfp4Format().pack(Mxfp4Weights.of_codes(codes, torch.full((1, 2), 255).byte()), empty("mxfp4", 1, 64))
     with pytest.raises(GeometryError, match="NaN"):
         nan = torch.full((1, 64), 127, dtype=torch.uint8).view(torch.float8_e4m3fn)
         Fp8Format().pack(Fp8Weights(nan, torch.ones(1, 1)), empty("fp8_block", 1, 64))

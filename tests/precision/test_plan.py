@@ -1,5 +1,7 @@
 """A choice of formats, measured at the model's output on text that nothing was fitted to."""
 
+import weakref
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from moehive.coordinator.models.lean.batch import Ops
 from moehive.coordinator.models.tensors import Replaced
 from moehive.coordinator.precision.calibration import projections
 from moehive.coordinator.precision.encode import encode
-from moehive.coordinator.precision.forward import Experts, divergence, greedy, log_probabilities
+from moehive.coordinator.precision.forward import Experts, divergence, divergences, greedy, log_probabilities
 from moehive.coordinator.precision.plan import Calibrated, Measured, calibrate, measure, plan, probes_of
 from moehive.coordinator.precision.trunk_parts import TrunkMatrices, encode_matrix
 from moehive.coordinator.trunk import load_trunk
@@ -95,6 +97,54 @@ def test_the_greedy_answer_is_transformers_own(source: ModelSource, trunk: Trunk
     experts = Experts(source.manifest, source.expert_blob, OPS, 0)
     assert greedy(trunk, experts, prompt, 12, frozenset()) == expected
     assert greedy(trunk, experts, prompt, 12, frozenset(expected[3:4])) == expected[: expected.index(expected[3])]
+
+
+class Reads:
+    """Reads a model's experts: how often each, and how many bytes of them were in memory at once at most."""
+
+    def __init__(self, source: ModelSource) -> None:
+        self.counts: Counter[ExpertId] = Counter()
+        self.most_bytes = 0
+        self._source = source
+        self._blobs: list[weakref.ref[torch.Tensor]] = []
+
+    def __call__(self, expert: ExpertId) -> torch.Tensor:
+        blob = self._source.expert_blob(expert)
+        self.counts[expert] += 1
+        self._blobs = [*(ref for ref in self._blobs if ref() is not None), weakref.ref(blob)]
+        self.most_bytes = max(self.most_bytes, len(self._blobs) * len(blob))
+        return blob
+
+
+def test_a_layer_is_read_once_for_all_passes(source: ModelSource, trunk: Trunk, tmp_path: Path) -> None:
+    reads = Reads(source)
+    experts = Experts(source.manifest, reads, OPS, 0)
+    calibrate(trunk, experts, texts((1024, 256))[0], tmp_path, lambda *_: None)
+    # For the text, for what is said to a part of it, for both rounded layers, and to be rounded.
+    assert max(reads.counts.values()) <= 4
+    # What one layer is asked for, and an expert that is being rounded.
+    assert reads.most_bytes <= source.manifest.layers[0].nbytes * 5 // 4
+
+
+def test_as_much_is_held_as_fits(source: ModelSource, trunk: Trunk) -> None:
+    layer = source.manifest.layers[0].nbytes
+    reads = Reads(source)
+    experts = Experts(source.manifest, reads, OPS, layer * 3 // 2)
+    text = texts((1024, 256))[1][0]
+    for _ in range(3):
+        list(log_probabilities(trunk, experts, [text]))
+    assert reads.most_bytes <= layer * 3 // 2
+    # Half of the eight stays: a layer must be whole while it is asked.
+    assert sorted(reads.counts.values()) == [1, 1, 1, 1, 3, 3, 3, 3]
+
+
+def test_passes_in_step_say_what_they_say_alone(source: ModelSource, trunk: Trunk) -> None:
+    held_back = texts((1024, 512))[1]
+    exact = list(log_probabilities(trunk, Experts(source.manifest, source.expert_blob, OPS, 0), held_back))
+    others = [rounded_experts(source, uniform(source, name), None) for name in ("q2_k", "q4_k", "q8_0")]
+    found = list(divergences(exact, ((trunk, one) for one in others), held_back))
+    assert found == [divergence(exact, log_probabilities(trunk, one, held_back)) for one in others]
+    assert found == sorted(found, reverse=True) and found[-1] > 0
 
 
 @pytest.mark.parametrize("name", ["q2_k", "q4_k"])

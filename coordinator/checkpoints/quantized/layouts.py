@@ -126,7 +126,7 @@ def mxfp4_stack(name: str, blocks: StoredTensor, scales: StoredTensor, dtype: to
     def load(expert: int | None) -> Matrix:
         at = expert or 0
         codes, factors = blocks.read(at, at + 1)[0], scales.read(at, at + 1)[0]
-        return Mxfp4Matrix(Mxfp4Weights.from_blocks(codes.flatten(1), factors))
+        return Mxfp4Matrix(Mxfp4Weights.of_blocks(codes.flatten(1), factors))
 
     return QuantizedTensor(name, dtype, (experts, columns, rows), "mxfp4", (blocks, scales), load, transposed=True)
 
@@ -188,7 +188,7 @@ def _mxfp4_bytes(parts: Parts, dtype: torch.dtype) -> QuantizedTensor:
         raise _wrong(words, "is packed in bytes, but not as MXFP4, with a scale for each 32 columns")
 
     def load(_: int | None) -> Matrix:
-        return Mxfp4Matrix(Mxfp4Weights.from_blocks(words.read(), scale.read()))
+        return Mxfp4Matrix(Mxfp4Weights.of_blocks(words.read(), scale.read()))
 
     return QuantizedTensor(_weight(words), dtype, (rows, width * 2), "mxfp4", (words, scale), load)
 

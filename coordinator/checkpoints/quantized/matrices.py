@@ -99,12 +99,14 @@ class Int4Matrix:
     def take(self, rows: torch.Tensor) -> "Int4Matrix":
         """See Matrix."""
         w = self.weights
-        return Int4Matrix(replace(w, values=w.values[rows], scales=w.scales[rows], zeros=w.zeros[rows]))
+        return Int4Matrix(replace(w, words=w.words[rows], scales=w.scales[rows], zeros=w.zeros[rows]))
 
     def pack(self, format: Format, out: torch.Tensor) -> None:
         """See Matrix; `format` is one of int4_g32, int4_g64, int4_g128."""
-        fraction, exponent = torch.frexp(self.weights.scales)
-        scales = torch.ldexp(torch.ldexp(fraction, torch.tensor(11)).round(), exponent - 11)
+        scales = self.weights.scales
+        if (scales.view(torch.int32) & 0x1FFF).any():  # more than the 11 bits that 16-bit sources have at most
+            fraction, exponent = torch.frexp(scales)
+            scales = torch.ldexp(torch.ldexp(fraction, torch.tensor(11)).round(), exponent - 11)
         Int4Format(format).pack(replace(self.weights, scales=scales), out)
 
 
@@ -116,13 +118,13 @@ class Mxfp4Matrix:
 
     def numbers(self) -> torch.Tensor:
         """See Matrix."""
-        rows, columns = self.weights.codes.shape
-        values = torch.tensor(E2M1)[self.weights.codes.long()].view(rows, -1, 32)
-        return torch.ldexp(values, self.weights.scales.int().unsqueeze(2) - 127).view(rows, columns)
+        codes = self.weights.codes
+        values = torch.tensor(E2M1)[codes.long()].view(len(codes), -1, 32)
+        return torch.ldexp(values, self.weights.scales.int().unsqueeze(2) - 127).view(codes.shape)
 
     def take(self, rows: torch.Tensor) -> "Mxfp4Matrix":
         """See Matrix."""
-        return Mxfp4Matrix(Mxfp4Weights(self.weights.codes[rows], self.weights.scales[rows]))
+        return Mxfp4Matrix(replace(self.weights, words=self.weights.words[rows], scales=self.weights.scales[rows]))
 
     def pack(self, format: Format, out: torch.Tensor) -> None:
         """See Matrix; `format` is mxfp4."""
