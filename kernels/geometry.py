@@ -15,6 +15,7 @@ and columns to whole blocks; gate and up are then two matrices, each padded.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple, get_args
@@ -216,6 +217,14 @@ class LayerGeometry:
             if self.formats
             else self.spec.nbytes
         )
+
+
+def bytes_filled(nbytes: int, layers: Sequence[LayerGeometry]) -> int:
+    """Of so many bytes, those that some layers' experts are sure to fill: experts are not split."""
+    largest = max(layer.largest_bytes for layer in layers)
+    if all(layer.nbytes == layer.experts * largest for layer in layers):
+        return nbytes // largest * largest
+    return max(0, nbytes - largest)
 
 
 @lru_cache(maxsize=4096)

@@ -6,7 +6,8 @@
 
 Files named *.safetensors and *.gguf are large ones, with a SHA-256. `cut_after` ends each reply for such a file after
 so many bytes; `damage` changes a byte in files of that name on the way; `before` is called with a file's name before
-its contents are sent.
+its contents are sent. `asked` has the first byte and the end of all ranges that were asked for; without `ranges` they
+are not known here, and whole files are sent. `sizes` says other sizes of files than they have.
 """
 
 import hashlib
@@ -26,6 +27,9 @@ class HubServer:
     def __init__(self, repositories: dict[str, dict[str, bytes]]) -> None:
         self.repositories = repositories
         self.sent: Counter[str] = Counter()
+        self.asked: dict[str, list[tuple[int, int]]] = {}
+        self.ranges = True
+        self.sizes: dict[str, int] = {}
         self.cut_after: int | None = None
         self.damage: str | None = None
         self.before: Callable[[str], object] = lambda name: None
@@ -70,7 +74,7 @@ class HubServer:
         siblings = [
             {
                 "rfilename": file,
-                "size": len(data),
+                "size": self.sizes.get(file, len(data)),
                 "blobId": hashlib.sha1(data).hexdigest(),
                 **({"lfs": {"size": len(data), "sha256": _sha256(data), "pointerSize": 1}} if _large(file) else {}),
             }
@@ -93,23 +97,25 @@ class HubServer:
             request.wfile.write(data)
 
     def _file(self, request: BaseHTTPRequestHandler, name: str, data: bytes, body: bool) -> None:
-        start = 0
-        if "Range" in request.headers and body:
-            start = int(request.headers["Range"].removeprefix("bytes=").partition("-")[0])
+        start, stop = 0, len(data)
+        if "Range" in request.headers and body and self.ranges:
+            first, _, last = request.headers["Range"].removeprefix("bytes=").partition("-")
+            start, stop = int(first), min(int(last) + 1, stop) if last else stop
+            self.asked.setdefault(name, []).append((start, stop))
         etag = _sha256(data) if _large(name) else hashlib.sha1(data).hexdigest()
-        request.send_response(206 if start else 200)
+        request.send_response(206 if start or stop < len(data) else 200)
         request.send_header("X-Repo-Commit", COMMIT)
         request.send_header("ETag", f'"{etag}"')
         request.send_header("X-Linked-Etag", f'"{etag}"')
         request.send_header("X-Linked-Size", str(len(data)))
-        request.send_header("Content-Length", str(len(data) - start))
+        request.send_header("Content-Length", str(stop - start))
         request.end_headers()
         if not body:
             return
         self.before(name)
         if name == self.damage:
             data = data[:-1] + bytes([data[-1] ^ 1])
-        piece = data[start:]
+        piece = data[start:stop]
         if _large(name) and self.cut_after is not None and len(piece) > self.cut_after:
             piece = piece[: self.cut_after]
             request.close_connection = True

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from ..types import CoordinatorError
@@ -12,11 +13,13 @@ from ..types import CoordinatorError
 class Peer:
     """One process. Its first line of JSON is `greeting`; it ends when its stdin does."""
 
-    def __init__(self, module: str, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        """Raises CoordinatorError when the process ends instead of greeting."""
+    def __init__(
+        self, module: str, *arguments: str, environment: dict[str, str] | None = None, prefix: Sequence[str] = ()
+    ) -> None:
+        """`prefix`: words before the command. Raises CoordinatorError when the process ends instead of greeting."""
         self._module = module
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [*prefix, sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -24,7 +27,7 @@ class Peer:
         )
         try:
             self.greeting: Any = self._read()
-        except CoordinatorError:
+        except BaseException:
             self.end()
             raise
 

@@ -45,6 +45,14 @@ class HubId:
     choice: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a repository holds, at the commit that it is at."""
+
+    revision: str
+    files: list[HubFile]
+
+
 def parse_id(model: str) -> HubId | None:
     """`model` as a hub id; None if it does not look like one."""
     match = _HUB_ID.fullmatch(model)
@@ -86,26 +94,34 @@ def pull(wanted: HubId, progress: Progress) -> Path:
     CoordinatorError, one sentence.
     """
     name = wanted.repository
-    with _in_words(name):
-        try:
-            info = HfApi().model_info(name, files_metadata=True)
-        except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
-            return _cached(wanted)
-        except HfHubHTTPError:
-            raise
-        except Exception as error:  # httpx's errors: no route, no name, a time-out
-            if not type(error).__module__.startswith(("httpx", "httpcore")):
-                raise
-            return _cached(wanted)
-        files = [
-            HubFile(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs is not None else None)
-            for each in info.siblings or ()
-        ]
-        chosen = needed_files(name, files, wanted.choice, lambda file: Path(hf_hub_download(name, file)))
-        _fetch(name, info.sha or "main", _repository(name) / "blobs", chosen, progress)
+    with in_words(name):
+        found = listing(wanted)
+        if found is None:
+            return cached(wanted)
+        chosen = needed_files(name, found.files, wanted.choice, lambda file: Path(hf_hub_download(name, file)))
+        _fetch(name, found.revision, _repository(name) / "blobs", chosen, progress)
         patterns = [re.sub(r"([*?\[])", r"[\1]", file.name) for file in chosen]
         folder = Path(snapshot_download(name, allow_patterns=patterns))
     return chosen_path(folder, name, wanted.choice)
+
+
+def listing(wanted: HubId) -> Listing | None:
+    """A repository's files; None if the hub can't be reached. Raises the hub's errors, see `in_words`."""
+    try:
+        info = HfApi().model_info(wanted.repository, files_metadata=True)
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError):
+        return None
+    except HfHubHTTPError:
+        raise
+    except Exception as error:  # httpx's errors: no route, no name, a time-out
+        if not type(error).__module__.startswith(("httpx", "httpcore")):
+            raise
+        return None
+    files = [
+        HubFile(each.rfilename, each.size or 0, each.lfs.sha256 if each.lfs is not None else None)
+        for each in info.siblings or ()
+    ]
+    return Listing(info.sha or "main", files)
 
 
 def cache() -> HFCacheInfo | None:
@@ -140,8 +156,11 @@ def _fetch(name: str, revision: str, blobs: Path, files: list[HubFile], progress
     progress("", total, total)
 
 
-def _cached(wanted: HubId) -> Path:
-    """What the cache has of a model when the hub can't be asked; whoever opens it says what is missing."""
+def cached(wanted: HubId) -> Path:
+    """What the cache has of a model when the hub can't be asked; whoever opens it says what is missing.
+
+    Raises CoordinatorError if it has nothing.
+    """
     home = _repository(wanted.repository)
     with contextlib.suppress(OSError):
         folder = home / "snapshots" / (home / "refs" / "main").read_text().strip()
@@ -158,8 +177,8 @@ def _repository(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _in_words(model: str) -> Iterator[None]:
-    """Turns the hub's errors into sentences."""
+def in_words(model: str) -> Iterator[None]:
+    """Turns the hub's errors into CoordinatorError, one sentence."""
     try:
         yield
     except GatedRepoError as error:

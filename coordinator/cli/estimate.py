@@ -39,7 +39,7 @@ def estimate(
 ) -> None:
     """Bytes, who would hold what, tokens a second, time to load, and what would help most. Reads no weights.
 
-    Needs no network for the models of the built-in table; of another hub id it downloads config.json alone.
+    Of a hub id it downloads config.json and the headers of its files; without a network, the built-in table answers.
     """
     from ..estimate.cluster import read_cluster
     from ..estimate.estimate import estimate as run
@@ -59,17 +59,31 @@ def _models(model: str) -> "dict[str, Model]":
     """The model in each format that it is to be had in."""
     from ..estimate.estimate import in_all_formats
     from ..estimate.geometries import find_shape
-    from ..estimate.headers import download_config, of_config, of_files
+    from ..estimate.headers import of_files, of_hub
     from ..estimate.model import of_shape
+    from ..types import CoordinatorError
 
     if Path(model).expanduser().exists():
-        stored = of_files(model)
-        smaller = {f: m for f, m in in_all_formats(stored).items() if m.total_bytes < stored.total_bytes}
-        return {stored.format: stored} | smaller
+        return _and_smaller(of_files(model))
     known = find_shape(model)
-    if known is not None:
-        return in_all_formats(of_shape(model, known[1], "bf16"))
-    return in_all_formats(of_config(download_config(model), model))
+    in_table = {} if known is None else in_all_formats(of_shape(model, known[1], "bf16"))
+    if in_table and "/" not in model:
+        return in_table
+    try:
+        return _and_smaller(of_hub(model))
+    except CoordinatorError as error:
+        if known is None:
+            raise
+        typer.echo(f"{error} What follows is {known[0]} of the built-in table, in every format.", err=True)
+        return in_table
+
+
+def _and_smaller(stored: "Model") -> "dict[str, Model]":
+    """As it is stored, and in the formats that a conversion would make smaller."""
+    from ..estimate.estimate import in_all_formats
+
+    smaller = {f: m for f, m in in_all_formats(stored).items() if m.total_bytes < stored.total_bytes}
+    return {stored.format: stored} | smaller
 
 
 def _show(found: "Estimate") -> None:

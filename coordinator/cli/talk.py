@@ -98,14 +98,24 @@ def _write_cluster_file(found: "Status", path: Path) -> None:
     """What the nodes measured, and this machine as the coordinator, measured now."""
     from moehive.kernels.machine import available_memory, cores
 
-    from ..estimate.cluster import write_cluster
+    from ..estimate.cluster import Machine, Tier, write_cluster
     from ..estimate.from_status import of_status
-    from ..estimate.this_machine import read_speed, step_factor
+    from ..estimate.this_machine import disk_of, read_speed, step_factor
+    from ..settings import home
 
-    own_ram = available_memory() + found.resident_bytes
-    cluster, assumed = of_status(found.nodes, own_ram, read_speed(cores()), step_factor())
+    unmeasured = []
+    try:
+        disk = disk_of(home())
+    except OSError as error:
+        disk = None
+        unmeasured = [
+            f"The disk of {home()} can't be measured ({error.strerror}), so the coordinator has none there."
+        ]
+    ram = Tier(available_memory() + found.resident_bytes, read_speed(cores()))
+    own = Machine("coordinator", coordinator=True, ram=ram, disk=disk, step_factor=step_factor())
+    cluster, assumed = of_status(found.nodes, own)
     write_cluster(path, cluster)
-    for sentence in [f"{path} is written: {len(cluster.machines)} machines.", *assumed]:
+    for sentence in [f"{path} is written: {len(cluster.machines)} machines.", *unmeasured, *assumed]:
         print(sentence, file=sys.stderr)
 
 

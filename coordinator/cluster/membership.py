@@ -203,7 +203,7 @@ class Membership:
     # Inside
 
     def _usable(self, without: NodeName | None = None) -> dict[NodeName, int]:
-        return policy.usable(self.state, self.manifest.total_bytes, without)
+        return policy.usable(self.state, self.manifest.layers, without)
 
     def _record(self, event: Event | None) -> None:
         """Applies an event (None: time has passed), and those that follow from it, one after the other."""

@@ -12,12 +12,11 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from moehive.kernels.geometry import LayerGeometry
+from moehive.kernels.geometry import LayerGeometry, bytes_filled
 
 from ..types import LOCAL, NodeName, Plan
 from .state import Capacity, ClusterState
 
-DISK_MARGIN = 1.05  # for whole experts do not fill a node's share to the last byte
 SHARE_STEPS = 40  # of bisection
 REPLACE_SECONDS = 30.0  # a node away for longer loses its experts to the others
 
@@ -34,17 +33,25 @@ class Place(Protocol):
     ) -> Plan: ...
 
 
-def usable(state: ClusterState, needed_bytes: int, without: NodeName | None = None) -> dict[NodeName, int]:
+def usable(
+    state: ClusterState, layers: Sequence[LayerGeometry], without: NodeName | None = None
+) -> dict[NodeName, int]:
     """The nodes that a new plan may count on, and the bytes that each gives: of memory while that is enough.
 
-    When the experts' `needed_bytes` are more, each node gives disk as well, in proportion to its memory as far as its
-    disk allows: one that reads twice as many experts from memory should read twice as many from disk. `without`: a
-    node that is about to leave.
+    When the experts of `layers` are more, each node gives disk as well, in proportion to its memory as far as its
+    disk allows: one that reads twice as many experts from memory should read twice as many from disk. Memory that is
+    less than an expert on a node holds nothing, so bytes count in whole experts. `without`: a node that is about to
+    leave.
     """
     here = {name: capacity for name, capacity in _here(state).items() if name != without}
     ram = {name: capacity.ram_bytes for name, capacity in here.items()}
     most = {name: capacity.ram_bytes + capacity.disk_bytes for name, capacity in here.items()}
-    if sum(ram.values()) >= needed_bytes or most == ram:
+    needed = sum(layer.nbytes for layer in layers)
+
+    def enough(given: Mapping[NodeName, int]) -> bool:
+        return sum(bytes_filled(nbytes, layers) for nbytes in given.values()) >= needed
+
+    if enough(ram) or most == ram:
         return ram
 
     def share(factor: float) -> dict[NodeName, int]:
@@ -53,7 +60,7 @@ def usable(state: ClusterState, needed_bytes: int, without: NodeName | None = No
     low, high = 1.0, max((most[name] / size for name, size in ram.items() if size), default=1.0)
     for _ in range(SHARE_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(share(middle).values()) < DISK_MARGIN * needed_bytes else (low, middle)
+        low, high = (low, middle) if enough(share(middle)) else (middle, high)
     return share(high)
 
 

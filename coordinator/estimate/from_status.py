@@ -1,6 +1,8 @@
 """A cluster's description from what it measured of itself: `moehive status --cluster-file`."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from ipaddress import ip_address
 from typing import Protocol
 
 from ..types import LOCAL, CoordinatorError
@@ -14,6 +16,8 @@ class MeasuredNode(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def address(self) -> str: ...
     @property
     def ram_bytes(self) -> int: ...
     @property
@@ -30,13 +34,10 @@ class MeasuredNode(Protocol):
     def vram_bytes(self) -> int: ...
 
 
-def of_status(
-    nodes: Sequence[MeasuredNode], own_ram: int, own_speed: float, own_factor: float
-) -> tuple[Cluster, list[str]]:
+def of_status(nodes: Sequence[MeasuredNode], own: Machine) -> tuple[Cluster, list[str]]:
     """The cluster, and sentences on what was not measured and is assumed.
 
-    `own_ram`, `own_speed`, `own_factor`: the coordinator's machine, bytes, bytes a second and `step_factor`. The
-    slowest link counts for all.
+    `own`: the coordinator's machine; what nodes on it give of its disk is theirs. The slowest link counts for all.
     Raises CoordinatorError when no link was measured.
     """
     remote = [node for node in nodes if node.name != LOCAL and node.ram_bytes and node.read_bandwidth]
@@ -57,11 +58,27 @@ def of_status(
             f"How fast the GPU of {', '.join(gpus)} reads its memory is not measured, so "
             f"{VRAM_BYTES_PER_S / 1e9:g} GB/s is assumed; write its maker's figure as vram_Bps."
         )
-    own = Machine("coordinator", coordinator=True, ram=Tier(own_ram, own_speed), step_factor=own_factor)
+    theirs = sum(node.disk_bytes for node in remote if _is_here(node.address))
+    if own.disk is not None:
+        left = own.disk.nbytes - theirs
+        own = replace(own, disk=Tier(left, own.disk.bytes_per_s) if left > 0 else None)
+    if own.disk is not None:
+        assumed.append(
+            f"The coordinator's machine could give {own.disk.nbytes / 1e9:,.0f} GB of disk to experts, which takes a"
+            " node on it: `moehive node`."
+        )
     machines = (own, *map(_machine, remote))
     # A measured round trip holds the software's part, which an estimate adds by itself.
-    rtt = max(0.0, max(trips) - own_factor * PROBE_S)
+    rtt = max(0.0, max(trips) - own.step_factor * PROBE_S)
     return Cluster(rtt, min(speeds, default=BANDWIDTH), machines), assumed
+
+
+def _is_here(address: str) -> bool:
+    """Whether host:port is of loopback."""
+    try:
+        return ip_address(address.rpartition(":")[0].strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def _machine(node: MeasuredNode) -> Machine:

@@ -1,13 +1,13 @@
-"""A model for an estimate from a checkpoint's headers, or from a config alone: no weight is read.
+"""A model for an estimate from a checkpoint's headers, here or on a hub: no weight is read.
 
-Only what is not in the table of shapes comes here. Imports of torch and transformers wait until then.
+What the table of shapes has needs none of this, so imports of torch and transformers wait.
 """
 
-import json
 import math
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from moehive.kernels.geometry import ExpertSpec, Format, LayerGeometry
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 STORED = "as stored"
 
 
-def of_files(model: str) -> Model:
-    """A directory of safetensors, a GGUF file or a pack, in the formats that it has. Raises CoordinatorError."""
+def of_files(model: str, name: str | None = None) -> Model:
+    """A directory of safetensors, a GGUF file or a pack, in the formats that it has. Raises CoordinatorError.
+
+    `name` is the model's name for people, its own by default.
+    """
     from ..checkpoints.checkpoint import Checkpoint
     from ..checkpoints.opening import open_model, trunk_of
     from ..checkpoints.pack.checkpoint import PackCheckpoint
@@ -36,53 +39,34 @@ def of_files(model: str) -> Model:
         stored = ((tensor.name, tensor.shape, tensor.stored.nbytes) for tensor in trunk.trunk_stored())
     own = source.pack.matrices if isinstance(source, PackCheckpoint) else ()
     stored = chain(stored, ((one.name, (one.rows, one.columns), one.nbytes) for one in own))
-    return _model(source.manifest.name, _format_of(source), source.config, source.manifest.layers, stored)
+    return _model(name or source.manifest.name, _format_of(source), source.config, source.manifest.layers, stored)
 
 
-def of_config(directory: Path, name: str) -> Model:
-    """The model that a directory's config.json describes, in bf16. Raises CoordinatorError."""
-    import torch
+def of_hub(model: str) -> Model:
+    """A hub's model, of which headers alone are fetched; of one in the hub's cache they are read there, offline.
 
-    from ..checkpoints import architecture as arch
-    from ..checkpoints.config import read_config
-    from ..checkpoints.experts import layout_of
+    Raises CoordinatorError, also if the hub can't be reached and nothing is cached.
+    """
+    from ..checkpoints.hub import cached, in_words, listing, parse_id
 
-    try:
-        raw: Any = json.loads((directory / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CoordinatorError(f"{directory / 'config.json'} can't be read: {error}.") from error
-    if not isinstance(raw, dict):
-        raise CoordinatorError(f"{directory / 'config.json'} must hold a JSON object.")
-    config = read_config(directory, raw)
-    architecture = arch.build(directory, config, torch.bfloat16)
-    layers = tuple(
-        LayerGeometry(
-            layer.module.num_experts, layer.top_k, layout_of(architecture.family, layer, torch.bfloat16).spec
-        )
-        for layer in architecture.experts
-    )
-    experts = tuple(f"{layer.name}." for layer in architecture.experts)
-    tied = architecture.model.all_tied_weights_keys
-    stored = (
-        (key, tuple(tensor.shape), tensor.nbytes)
-        for key, tensor in architecture.model.named_parameters()
-        if not key.startswith(experts) and key not in tied
-    )
-    return _model(name, "bf16", config, layers, stored)
-
-
-def download_config(model: str) -> Path:
-    """The directory that holds a hub model's config.json, and nothing else is downloaded. Raises CoordinatorError."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(model, "config.json")).parent
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    wanted = parse_id(model)
+    if wanted is None:
         raise CoordinatorError(
-            f"{model} is no file or directory here, no model of the built-in table, and its config.json can't be had "
-            "from the hub; check the name and the network."
-        ) from error
+            f"{model} is no file or directory here, no model of the built-in table, and no hub id like"
+            " organization/name."
+        )
+    with in_words(wanted.repository):
+        found = listing(wanted)
+    if found is None:
+        return of_files(str(cached(wanted)), model)
+    from ..checkpoints.hub_headers import fetch_headers
+
+    with TemporaryDirectory(prefix="moehive-") as made:
+        folder = Path(made) / wanted.repository
+        try:
+            return of_files(str(fetch_headers(wanted, found, folder)), model)
+        except CoordinatorError as error:  # which speaks of the files as the hub names them
+            raise CoordinatorError(str(error).replace(f"{made}/", "")) from error
 
 
 def _model(

@@ -12,6 +12,8 @@ lie in RAM or on disk, which it computes. Those need not be in RAM meanwhile, so
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from moehive.kernels.geometry import bytes_filled
+
 from .cluster import Cluster, Machine
 from .constants import CONTEXT_TOKENS, COORDINATOR_BYTES, HOP_S, KERNEL_SHARES, NODE_BYTES, OTHER_SHARE, STEP_SHARE
 from .model import Model
@@ -123,7 +125,7 @@ def room_for_weights(model: Model, cluster: Cluster) -> int:
     Less one expert a machine, in the model's format: experts are whole, so no memory is full to the last byte.
     """
     return sum(
-        max(0, machine.ram.nbytes - _beside(machine, model) - _largest(model))
+        max(0, machine.ram.nbytes - _beside(machine, model) - max(layer.largest_bytes for layer in model.layers))
         for machine in cluster.machines
         if machine.ram is not None
     )
@@ -163,32 +165,19 @@ def _beside(machine: Machine, model: Model) -> int:
     return CONTEXT_TOKENS * model.kv_bytes_a_token + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
 
 
-def _largest(model: Model) -> int:
-    """Bytes of the model's largest expert."""
-    return max(layer.largest_bytes for layer in model.layers)
-
-
-def _whole(nbytes: int, model: Model) -> int:
-    """Of so many bytes, those that are sure to be filled: experts are not split."""
-    largest = _largest(model)
-    if all(layer.nbytes == layer.experts * largest for layer in model.layers):
-        return nbytes // largest * largest
-    return max(0, nbytes - largest)
-
-
 def _room(machine: Machine, cluster: Cluster, model: Model, share: float) -> _Room:
     cost = 0.0 if machine.coordinator else cluster.rtt_s + HOP_S
     beside = _beside(machine, model) + (model.trunk_bytes if machine.coordinator else 0)
     if machine.ram is None or machine.ram.nbytes <= beside:
         return _Room(cost, 0, 0, ())
     left = machine.ram.nbytes - beside
-    ram = _whole(left, model)
+    ram = bytes_filled(left, model.layers)
     steps = [(ram, machine.ram.bytes_per_s * share)]
     if machine.vram is not None:
         steps.insert(0, (machine.vram.nbytes, machine.vram.bytes_per_s * share))
     disk = 0
     if machine.disk is not None:
-        disk = _whole(left + machine.disk.nbytes, model) - ram
+        disk = bytes_filled(left + machine.disk.nbytes, model.layers) - ram
         steps.append((ram + disk, machine.disk.bytes_per_s))
     return _Room(cost, ram, disk, tuple(steps))
 

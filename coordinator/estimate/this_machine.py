@@ -1,5 +1,11 @@
-"""This machine as a cluster of one, measured in half a second: what an estimate is for when no cluster is named."""
+"""This machine, measured: its memory and its disk. As a cluster of one it is what an estimate is for by default."""
 
+import mmap
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import NamedTemporaryFile
 from time import perf_counter
 
 from moehive.kernels.machine import available_memory, cores
@@ -8,6 +14,9 @@ from .cluster import Cluster, Machine, Tier
 
 _READ_BYTES = 256 << 20  # far more than caches hold
 _PASSES = 4
+_DISK_SHARE = 0.8  # of what is free, as a node's `--disk`: the disk is somebody's
+_DISK_BYTES = 128 << 20  # written and read
+_DISK_PIECE, _DISK_READERS = 4 << 20, 4  # as a node reads experts: several reads in flight
 _CALLS_S = 13.4e-3  # of `_calls` on the machine that constants.py's fixed seconds are of
 RTT_S, BANDWIDTH = 0.3e-3, 125e6  # of a home network with cables, 1 Gbit/s: nothing here uses them
 
@@ -32,6 +41,40 @@ def read_speed(threads: int) -> float:
         read_memory(memory, threads)
         best = min(best, perf_counter() - start)
     return _READ_BYTES / best
+
+
+def disk_of(folder: Path) -> Tier:
+    """Most of what is free where `folder` lies, and how fast it is read: of a file that is written for it.
+
+    Raises OSError for a disk that can't be written, or is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    free = int(_DISK_SHARE * shutil.disk_usage(folder).free)
+    with NamedTemporaryFile(dir=folder, prefix=".moehive-") as file:
+        piece = os.urandom(_DISK_PIECE)
+        for _ in range(_DISK_BYTES // _DISK_PIECE):
+            file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # where there is no O_DIRECT, the pages must be gone
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            source = os.open(file.name, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+        except OSError:  # a file system without it
+            source = os.open(file.name, os.O_RDONLY)
+        try:
+
+            def read(start: int) -> int:
+                with mmap.mmap(-1, _DISK_PIECE) as buffer:  # aligned to a page, as O_DIRECT wants it
+                    return os.preadv(source, [buffer], start)
+
+            with ThreadPoolExecutor(_DISK_READERS) as pool:
+                start = perf_counter()
+                done = sum(pool.map(read, range(0, _DISK_BYTES, _DISK_PIECE)))
+                seconds = perf_counter() - start
+        finally:
+            os.close(source)
+    return Tier(free, done / seconds)
 
 
 def step_factor() -> float:

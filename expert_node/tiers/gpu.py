@@ -125,15 +125,13 @@ class GpuTier:
         """
         numbers, tokens = np.unique(routing.experts, return_counts=True)
         held = dict(self.layer(layer))
-        break_even = self.break_even.get(spec, NEVER)
-        if break_even < NEVER:
-            for number, count in zip(numbers.tolist(), tokens.tolist(), strict=True):
-                if number not in held and count >= break_even and in_ram[number].spec == spec:
-                    held[number] = self._gpu.load_blob(spec, in_ram[number].blob)
+        for number, count in zip(numbers.tolist(), tokens.tolist(), strict=True):
+            if number not in held and count >= self.break_even.get(in_ram[number].spec, NEVER):
+                held[number] = self._gpu.load_blob(in_ram[number].spec, in_ram[number].blob)
         here = np.isin(routing.experts, list(held))
         rows = torch.empty(len(routing.experts), spec.hidden_size)
         x = hidden.float()
-        on_gpu = self._on_gpu(spec, held, x, part_of(routing, here)) if here.any() else None
+        on_gpu = self._on_gpu(held, x, part_of(routing, here)) if here.any() else None
         if not here.all():  # while the GPU computes
             rest = part_of(routing, ~here)
             rows[torch.from_numpy(~here)] = self._cpu.moe_layer(
@@ -141,15 +139,24 @@ class GpuTier:
             )
         if on_gpu is not None:
             rows[torch.from_numpy(here)] = on_gpu.cpu()
-        self._move_up(layer, spec, in_ram, numbers.tolist())
+        self._move_up(layer, in_ram, numbers.tolist())
         return rows
 
-    def _on_gpu(
-        self,
-        spec: ExpertSpec,
-        held: Mapping[int, GpuExpert],
-        x: torch.Tensor,
-        routing: Routing,
+    def _on_gpu(self, held: Mapping[int, GpuExpert], x: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """All pairs in f32 [pairs, hidden] there; a layer's experts may differ in their formats."""
+        specs = [held[number].spec for number in routing.experts.tolist()]
+        kinds = list(dict.fromkeys(specs))
+        if len(kinds) == 1:
+            return self._of_one_format(kinds[0], held, x, routing)
+        rows = torch.empty(len(specs), x.shape[1], device=self._gpu.device)
+        for kind in kinds:
+            mine = np.array([spec == kind for spec in specs])
+            places = torch.from_numpy(np.flatnonzero(mine)).to(rows.device, non_blocking=True)
+            rows.index_copy_(0, places, self._of_one_format(kind, held, x, part_of(routing, mine)))
+        return rows
+
+    def _of_one_format(
+        self, spec: ExpertSpec, held: Mapping[int, GpuExpert], x: torch.Tensor, routing: Routing
     ) -> torch.Tensor:
         offsets, experts, weights = routing
         if len(x) > 1 or spec.post_norm_eps is not None or len(set(experts.tolist())) < len(experts):
@@ -173,36 +180,27 @@ class GpuTier:
         self._refused.add(spec)
         log.info("Experts of %s and %s stay on the CPU: %s", spec.format, spec.back_format, error)
 
-    def _move_up(self, layer: int, spec: ExpertSpec, in_ram: Mapping[int, ExpertWeights], numbers: list[int]) -> None:
+    def _move_up(self, layer: int, in_ram: Mapping[int, ExpertWeights], numbers: list[int]) -> None:
         """Counts the uses; a pinned expert of this request comes up, else that used most, if it is worth it."""
         self._time += 1 / (HALF_LIFE * max(1, len(self._held)))
         for number in numbers:
             expert = ExpertId(layer, number)
             self._counts[expert] = used(self._counts.get(expert, float("-inf")), self._time)
         there = self.layer(layer)
-        below = [n for n in numbers if n not in there and n in in_ram and in_ram[n].spec == spec]
-        if not below or not self._computes(spec):
+        below = [n for n in numbers if n not in there and n in in_ram and self._computes(in_ram[n].spec)]
+        if not below:
             return
-        pinned = self.pinned
-        best = max(below, key=lambda n: (ExpertId(layer, n) in pinned, self._counts[ExpertId(layer, n)]))
-        must = ExpertId(layer, best) in pinned
-        nbytes = self._gpu.nbytes(spec)
+        best = max(below, key=lambda n: (ExpertId(layer, n) in self.pinned, self._counts[ExpertId(layer, n)]))
+        spec, must = in_ram[best].spec, ExpertId(layer, best) in self.pinned
+        missing = self.bytes_held + self._gpu.nbytes(spec) - self.capacity_bytes
         self._requests += 1
-        if not must and self.bytes_held + nbytes > self.capacity_bytes and self._requests % LOOK_EVERY:
+        if not must and missing > 0 and self._requests % LOOK_EVERY:
             return
-        while self.bytes_held + nbytes > self.capacity_bytes:
-            may_go = [
-                expert
-                for of, experts in self._held.items()
-                for expert in (ExpertId(of, number) for number in experts)
-                if expert not in pinned
-            ]
-            if not may_go:
-                return
-            least = min(may_go, key=self._counts.__getitem__)
-            if not must and self._counts[least] + HYSTERESIS > self._counts[ExpertId(layer, best)]:
-                return
-            self.bytes_held -= self._held[least.layer].pop(least.expert).memory.numel()
+        leaving = self._least_used(missing, float("inf") if must else self._counts[ExpertId(layer, best)])
+        if leaving is None:
+            return
+        for expert in leaving:
+            self.bytes_held -= self._held[expert.layer].pop(expert.expert).memory.numel()
         try:
             came = self._gpu.load_blob(spec, in_ram[best].blob)
         except PlanesError as error:
@@ -210,3 +208,16 @@ class GpuTier:
             return
         self._held.setdefault(layer, {})[best] = came
         self.bytes_held += came.memory.numel()
+
+    def _least_used(self, nbytes: int, below: float) -> list[ExpertId] | None:
+        """The experts that make room for `nbytes`; None if they don't, or if one is used as much as `below`."""
+        may_go = (ExpertId(of, number) for of, experts in self._held.items() for number in experts)
+        leaving: list[ExpertId] = []
+        for expert in sorted((e for e in may_go if e not in self.pinned), key=self._counts.__getitem__):
+            if nbytes <= 0:
+                break
+            if self._counts[expert] + HYSTERESIS > below:
+                return None
+            leaving.append(expert)
+            nbytes -= self._held[expert.layer][expert.expert].memory.numel()
+        return leaving if nbytes <= 0 else None

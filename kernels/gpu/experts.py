@@ -24,6 +24,7 @@ _SUM_BLOCK = 1024
 class GpuExpert:
     """One expert in a GPU's memory; `norm` is its norm's weight, f32 [hidden], if it has one."""
 
+    spec: ExpertSpec
     memory: torch.Tensor  # uint8, aligned to 128
     norm: torch.Tensor | None
 
@@ -86,7 +87,7 @@ class GpuExperts:
                 raw = floats[name].float().contiguous().view(torch.uint8)
                 memory[at : at + raw.numel()].copy_(raw)
         norm = floats["post_norm"].float().to(self.device) if spec.post_norm_eps is not None else None
-        return GpuExpert(memory, norm)
+        return GpuExpert(spec, memory, norm)
 
     def load_blob(self, spec: ExpertSpec, blob: torch.Tensor) -> GpuExpert:
         """Lays out an expert that lies in a node's memory: uint8 [spec.nbytes] on the CPU. Raises as `load` does."""
@@ -104,8 +105,8 @@ class GpuExperts:
     ) -> torch.Tensor:
         """As `ExpertOps.moe_layer`, for `hidden` on any device; the result is on this one, of hidden's dtype.
 
-        Three launches: both projections over all tiles, and the sum. Raises KeyError(number) for an expert that is
-        not held.
+        All experts that are asked for are as `spec` says. Three launches: both projections over all tiles, and the
+        sum. Raises KeyError(number) for an expert that is not held.
         """
         pairs = len(pair_experts)
         out = torch.zeros(pairs, spec.hidden_size, device=self.device)

@@ -155,8 +155,9 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     }, means
 
 
-def _of(kind: str, **extra: Any) -> dict[str, Any]:
-    return {"quant_method": "compressed-tensors", "format": kind, **extra}
+def _of(kind: str, **weights: Any) -> dict[str, Any]:
+    groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}} if weights else {}
+    return {"quant_method": "compressed-tensors", "format": kind, **groups}
 
 
 # name → the config's section, how a matrix is quantized, the format in which it is computed (None: expanded)
@@ -166,23 +167,23 @@ METHODS: dict[str, tuple[dict[str, Any], Quantize, str | None]] = {
     "gptq v2": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, gptq(2, 32), "int4_g32"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq, "int4_g128"),
     "int4, groups of 32": (
-        _of("pack-quantized"),
+        _of("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True),
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=True),
         "int4_g32",
     ),
     "int4, groups of 128, zero points": (
-        _of("pack-quantized"),
+        _of("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, symmetric=False),
         compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=128, symmetric=False),
         "int4_g128",
     ),
-    "int4, ordered by activation": (_of("pack-quantized"), by_activation, None),
+    "int4, ordered by activation": (_of("pack-quantized", num_bits=4, group_size=32), by_activation, None),
     "int4, by row": (
-        _of("pack-quantized"),
+        _of("pack-quantized", num_bits=4, type="int", strategy="channel", symmetric=True),
         compressed("pack-quantized", num_bits=4, type="int", strategy="channel", symmetric=True),
         "int4_g128",
     ),
     "int8 in words": (
-        _of("pack-quantized"),
+        _of("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
         compressed("pack-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
         "q8_0",
     ),

@@ -1,5 +1,7 @@
 """cluster.toml: what is written is read again, and what is wrong is said in one sentence."""
 
+import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from moehive.coordinator.estimate.cluster import (
 )
 from moehive.coordinator.estimate.constants import DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
 from moehive.coordinator.estimate.from_status import of_status
+from moehive.coordinator.estimate.this_machine import disk_of
 from moehive.coordinator.types import CoordinatorError
 
 GOOD = """
@@ -122,6 +125,7 @@ class Node:
     """What a status says of one."""
 
     name: str
+    address: str = "192.168.0.2:7801"
     ram_bytes: int = 16 * 10**9
     read_bandwidth: float = 2e10
     round_trip_s: float = 0.0
@@ -131,9 +135,13 @@ class Node:
     vram_bytes: int = 0
 
 
+def own(disk: Tier | None = None) -> Machine:
+    return Machine("coordinator", coordinator=True, ram=Tier(8 * 10**9, 3e10), disk=disk, step_factor=0.5)
+
+
 def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
     nodes = [Node("coordinator"), Node("a", round_trip_s=2e-3, link_bandwidth=1.1e8), Node("b", round_trip_s=3e-3)]
-    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10, 0.5)
+    cluster, assumed = of_status(nodes, own())
     assert not assumed and cluster.bandwidth == 1.1e8
     assert cluster.rtt_s == pytest.approx(3e-3 - 0.5 * PROBE_S)
     assert [machine.name for machine in cluster.machines] == ["coordinator", "a", "b"]
@@ -141,9 +149,9 @@ def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
     assert parse_cluster(to_toml(cluster)) == cluster
     assert cluster.machines[1].ram == Tier(16 * 10**9 + NODE_BYTES, 2e10)  # an estimate leaves experts 16 GB of it
     assert cluster.machines[1].disk is None and cluster.machines[1].vram is None
-    assert of_status([Node("a", round_trip_s=1e-4)], 1, 1.0, 1.0)[1][0].startswith("No large message")
+    assert of_status([Node("a", round_trip_s=1e-4)], own())[1][0].startswith("No large message")
     with pytest.raises(CoordinatorError, match="send the model a request"):
-        of_status([Node("a")], 1, 1.0, 1.0)
+        of_status([Node("a")], own())
 
 
 def test_a_disk_and_a_gpu_are_in_the_file_and_what_is_assumed_of_them_is_said() -> None:
@@ -153,9 +161,41 @@ def test_a_disk_and_a_gpu_are_in_the_file_and_what_is_assumed_of_them_is_said() 
         Node("unread", disk_bytes=2 * 10**12, **link),
         Node("gpu", vram_bytes=24 * 10**9, **link),
     ]
-    cluster, assumed = of_status(nodes, 8 * 10**9, 3e10, 1.0)
+    cluster, assumed = of_status(nodes, own())
     _, read, unread, gpu = cluster.machines
     assert (read.disk, unread.disk) == (Tier(10**12, 3e9), Tier(2 * 10**12, DISK_BYTES_PER_S))
     assert (gpu.vram, gpu.disk, read.vram) == (Tier(24 * 10**9, VRAM_BYTES_PER_S), None, None)
     assert len(assumed) == 2 and "disk of unread was not measured" in assumed[0] and "GPU of gpu" in assumed[1]
     assert parse_cluster(to_toml(cluster)) == cluster
+
+
+@pytest.mark.parametrize(
+    ("address", "left"),
+    [("192.168.0.2:7801", 500), ("127.0.0.1:7801", 300), ("[::1]:7801", 300), ("a-name:7801", 500)],
+)
+def test_the_coordinators_disk_less_what_a_node_there_gives(address: str, left: int) -> None:
+    node = Node("a", address, round_trip_s=1e-3, link_bandwidth=1e8, disk_bytes=200 * 10**9, disk_bandwidth=2e9)
+    cluster, assumed = of_status([node], own(Tier(500 * 10**9, 3e9)))
+    assert cluster.coordinator.disk == Tier(left * 10**9, 3e9)
+    assert len(assumed) == 1 and f"could give {left} GB of disk" in assumed[0]
+    assert parse_cluster(to_toml(cluster)) == cluster
+
+
+def test_what_a_node_takes_whole_is_not_the_coordinators() -> None:
+    node = Node("a", "127.0.0.1:7801", round_trip_s=1e-3, link_bandwidth=1e8, disk_bytes=10**9, disk_bandwidth=2e9)
+    cluster, assumed = of_status([node], own(Tier(10**9, 3e9)))
+    assert cluster.coordinator.disk is None and not assumed
+
+
+def test_a_disk_is_measured_and_nothing_is_left_on_it(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    disk = disk_of(folder)
+    assert 0 < disk.nbytes < shutil.disk_usage(folder).total and disk.bytes_per_s > 0
+    assert not list(folder.iterdir())
+
+
+def test_a_full_disk_is_not_measured(small_disk: Path, fill: Callable[[Path, int], Path]) -> None:
+    fill(small_disk, 1 << 20)
+    with pytest.raises(OSError, match="No space left"):
+        disk_of(small_disk)
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]

@@ -249,9 +249,12 @@ def test_the_command_needs_no_network(tmp_path: Path) -> None:
     assert sum(node["ram_bytes"] for node in row["nodes"]) == pytest.approx(row["expert_bytes"], abs=100)
     told = subprocess.run(command, capture_output=True, text=True, timeout=60, env=offline)
     assert told.returncode == 0 and "what would help" in told.stdout
+    assert "the hub cannot be reached" in told.stderr and "qwen3.5-397b of the built-in table" in told.stderr
     command[-3] = "nobody/no-such-model"
     refused = subprocess.run(command, capture_output=True, text=True, timeout=120, env=offline)
-    assert refused.returncode == 1 and refused.stderr.startswith("moehive: nobody/no-such-model is no file")
+    assert refused.returncode == 1 and refused.stderr.startswith(
+        "moehive: There is no directory nobody/no-such-model, and"
+    )
 
 
 def test_advice_is_ranked_by_what_it_brings() -> None:

@@ -85,6 +85,83 @@ def test_a_pinned_expert_comes_and_stays(blobs):
     assert both.store.gpu.bytes_held <= both.store.gpu.capacity_bytes
 
 
+MIXED = [("f32", "f32"), ("q4_0", "q4_0"), ("q8_0", "f32"), ("q4_0", "q4_0"), ("q5_0", "q5_0"), ("f32", "f32")]
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """A layer whose experts have four formats, one of which no GPU computes, and their blobs."""
+    spec = ExpertSpec(hidden_size=HIDDEN, intermediate_size=32, activation="silu", format="f32")
+    geometry = LayerGeometry(EXPERTS, 2, spec, tuple(MIXED))
+    generator = torch.Generator().manual_seed(0)
+    return geometry, [
+        build_blob(
+            geometry.spec_of(number),
+            {t.name: torch.randn(t.shape, generator=generator) / t.shape[-1] ** 0.5 for t in spec.tensors},
+        )
+        for number in range(EXPERTS)
+    ]
+
+
+def executor_of_mixed(mixed, nbytes):
+    geometry, all_blobs = mixed
+    ops = ExpertOps(1)
+    store = ExpertStore(1 << 30, 0, GpuTier(DEVICE, nbytes, ops) if nbytes else None)
+    store.use(Manifest("m", "0" * 64, (geometry,)), 1)
+    for number, blob in enumerate(all_blobs):
+        store.add(ExpertId(0, number), load_expert(geometry.spec_of(number), blob))
+    return Executor(store, ops)
+
+
+def test_experts_of_several_formats_move_up_and_are_computed_together(mixed):
+    cpu, both = executor_of_mixed(mixed, 0), executor_of_mixed(mixed, 1 << 20)
+    gpu = both.store.gpu
+    turns = [[0, 1], [2, 3], [0, 2], [1, 5], [3, 4], [4, 5, 0, 1], [0, 1, 2, 3, 4, 5], [3, 4, 4, 2, 0, 4]]
+    for step, experts in enumerate(turns):
+        hidden, routing = request(experts, len(experts) // 2, step)
+        for reduction in Reduction:
+            got, _ = both.compute(0, hidden, routing, reduction)
+            torch.testing.assert_close(got, cpu.compute(0, hidden, routing, reduction)[0], rtol=2e-2, atol=2e-2)
+    hidden, routing = request([0, 1, 2, 4, 5], 1)  # one token
+    got, _ = both.compute(0, hidden, routing, Reduction.PER_EXPERT)
+    torch.testing.assert_close(got, cpu.compute(0, hidden, routing, Reduction.PER_EXPERT)[0], rtol=2e-2, atol=2e-2)
+    assert gpu.layer(0).keys() == {0, 1, 2, 3, 5}  # all but that in q5_0
+    geometry = mixed[0]
+    assert all(expert.spec == geometry.spec_of(number) for number, expert in gpu.layer(0).items())
+    assert gpu.bytes_held == sum(GpuExperts(DEVICE).nbytes(geometry.spec_of(n)) for n in gpu.layer(0))
+
+
+def test_a_large_expert_takes_the_place_of_several_small_ones_or_of_none(mixed):
+    geometry, sizes = mixed[0], GpuExperts(DEVICE)
+    small, large = sizes.nbytes(geometry.spec_of(1)), sizes.nbytes(geometry.spec_of(0))
+    assert large > 2 * small
+    both = executor_of_mixed(mixed, large)
+    gpu = both.store.gpu
+    for _ in range(3):
+        both.compute(0, *request([1, 3]), Reduction.PARTIAL_SUM)
+    assert gpu.layer(0).keys() == {1, 3}
+    both.store.pin(frozenset(), frozenset({ExpertId(0, 1), ExpertId(0, 0)}))
+    both.compute(0, *request([0, 5]), Reduction.PARTIAL_SUM)
+    assert gpu.layer(0).keys() == {1, 3}  # what is pinned stays, so nothing else need go
+    both.store.pin(frozenset(), frozenset({ExpertId(0, 0)}))
+    both.compute(0, *request([0, 5]), Reduction.PARTIAL_SUM)
+    assert gpu.layer(0).keys() == {0} and gpu.bytes_held == large
+
+
+def test_each_format_has_its_own_break_even(mixed, monkeypatch):
+    both = executor_of_mixed(mixed, 1 << 20)
+    gpu, geometry = both.store.gpu, mixed[0]
+    gpu.capacity_bytes = 0  # nothing stays
+    clock = Clock(monkeypatch, token_s=1, copy_s=3)
+    both.store.prepare()
+    kinds = {geometry.spec_of(number) for number in (0, 1, 2)}
+    assert gpu.break_even == dict.fromkeys(kinds, 4)
+    gpu.break_even[geometry.spec_of(1)] = 2
+    measured = clock.copies
+    both.compute(0, *request([0, 1, 0, 3, 0, 1, 2, 3], 4), Reduction.PER_EXPERT)
+    assert clock.copies == measured + 2  # both in q4_0; three tokens do not pay for the one in f32
+
+
 class Clock:
     """Time that only arithmetic takes: the CPU `token_s` for each, a copy to the GPU `copy_s`, the GPU nothing."""
 

@@ -12,7 +12,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import torch
 
@@ -75,6 +75,24 @@ def open_gguf(path: Path) -> GgufFile:
     if expected != len(tensors):
         raise CoordinatorError(f"{path} should have {expected} tensors but has {len(tensors)}; download it again.")
     return GgufFile(path, metadata, tensors, digest.hexdigest())
+
+
+class Readable(Protocol):
+    """Where a header comes from."""
+
+    def read(self, count: int, /) -> bytes:
+        """The next bytes, fewer at the end."""
+        ...
+
+
+def header_size(path: Path, file: Readable, size: int) -> int:
+    """Reads the header, and no more, of a file of `size` bytes, and returns its length.
+
+    `path` names it in errors. Raises CoordinatorError as `open_gguf` does.
+    """
+    reader = _Reader(path, file, size)
+    _header(reader)
+    return reader.position
 
 
 def first_part(path: Path) -> Path:
@@ -170,7 +188,7 @@ def _header(reader: "_Reader") -> tuple[dict[str, Any], list[tuple[str, tuple[in
 class _Reader:
     """Reads a header's values; never more than the file still has."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int) -> None:
+    def __init__(self, path: Path, file: Readable, size: int) -> None:
         self.path = path
         self.position = 0
         self._file = file
