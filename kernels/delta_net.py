@@ -90,7 +90,7 @@ class DeltaNetLayer:
         return self.value_heads, -(-self.value_dim // _BLOCK), self.key_dim, _BLOCK
 
 
-def _places(layer: DeltaNetLayer) -> tuple[list[int], list[int], list[int], list[int]]:
+def row_places(layer: DeltaNetLayer) -> tuple[list[int], list[int], list[int], list[int]]:
     """Where a row holds the convolution's channels (start, first channel, count), z, b and a of each value head."""
     heads, share = layer.value_heads, layer.value_heads // layer.key_heads
     keys, values, width = layer.key_heads * layer.key_dim, heads * layer.value_dim, share * layer.value_dim
@@ -132,7 +132,7 @@ class DeltaNet:
                 f"A DeltaNet layer with heads of {layer.key_dim} keys and {len(layer.conv)} taps is not supported; "
                 f"at most {MAX_KEY_DIM} and {MAX_TAPS} are."
             )
-        channels, z, b, a = _places(layer)
+        channels, z, b, a = row_places(layer)
         to = [place * layer.value_dim for place in layer.out_order or range(layer.value_heads)]
         self._kept = [(ctypes.c_int64 * len(places))(*places) for places in (channels, z, b, a, to)]
         self.structure = _DeltaNet(

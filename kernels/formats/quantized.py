@@ -22,6 +22,20 @@ FP8_ROWS = 128  # that share a scale
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
+def int4_factors(scales: torch.Tensor, zeros: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`scales` f32 and `zeros` uint8 as they are stored: f16, and uint8 of zero | n << 4, see Int4Format.
+
+    Raises GeometryError for scales that are no 16-bit floats.
+    """
+    # Exponents of 8 bits each step: the largest n that keeps the f16 below its largest number.
+    _, exponent = torch.frexp(scales)
+    steps = torch.div(15 - exponent, 8, rounding_mode="floor").clamp(0, 15)
+    halves = torch.ldexp(scales, 8 * steps)
+    if not torch.equal(halves.half().float(), halves):
+        raise GeometryError("The scales of int4 weights are no 16-bit floats up to 65504, which is what is stored.")
+    return halves.half(), zeros | steps.to(torch.uint8) << 4
+
+
 @dataclass(frozen=True, slots=True)
 class Int4Format:
     """Per block and 16 rows: f16 scales, a byte a row (zero | n << 4), codes of 4 bits.
@@ -58,16 +72,11 @@ class Int4Format:
         repeats = max(1, source.group // self.group) if source.group < columns else blocks
         scales = source.scales.repeat_interleave(repeats, 1)[:, :blocks]
         zeros = source.zeros.repeat_interleave(repeats, 1)[:, :blocks]
-        # Exponents of 8 bits each step: the largest n that keeps the f16 below its largest number.
-        _, exponent = torch.frexp(scales)
-        steps = torch.div(15 - exponent, 8, rounding_mode="floor").clamp(0, 15)
-        halves = torch.ldexp(scales, 8 * steps)
-        if not torch.equal(halves.half().float(), halves):
-            raise GeometryError(f"The scales are no 16-bit floats up to 65504, which is what {self.name} stores.")
+        halves, coded = int4_factors(scales, zeros)
         groups = -(-rows // GROUP_ROWS)
-        coded = _padded(zeros | steps.to(torch.uint8) << 4, groups * GROUP_ROWS, blocks)
+        coded = _padded(coded, groups * GROUP_ROWS, blocks)
         stored = out.view(groups, blocks, -1)
-        stored[:, :, :32] = _beside(_padded(halves.half(), groups * GROUP_ROWS, blocks)).view(torch.uint8)
+        stored[:, :, :32] = _beside(_padded(halves, groups * GROUP_ROWS, blocks)).view(torch.uint8)
         stored[:, :, 32:48] = _beside(coded)
         pack_words(self.name, source.words, columns, out)
 

@@ -1,4 +1,4 @@
-"""Routed experts and linear layers on a GPU: memory, tiles and launches around the kernels of `grouped.py`."""
+"""Routed experts on a GPU: memory, tiles and launches around the kernels of `grouped.py`."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class GpuExperts:
         """`device` is a GPU, or the CPU under TRITON_INTERPRET=1."""
         self.device = device
         self._layouts: dict[ExpertSpec, _Layout] = {}
-        self._base = _empty(ALIGNMENT, device)  # experts are addressed from here
+        self._base = empty(ALIGNMENT, device)  # experts are addressed from here
 
     def nbytes(self, spec: ExpertSpec) -> int:
         """Bytes of GPU memory that one expert takes."""
@@ -79,7 +79,7 @@ class GpuExperts:
         `down_bias`, `post_norm` that the spec names. Raises PlanesError, or torch's OutOfMemoryError.
         """
         place = self._layout(spec)
-        memory = _empty(place.nbytes, self.device)
+        memory = empty(place.nbytes, self.device)
         lay_out(spec.format, up, memory[place.up_at : place.up_at + place.up.nbytes])
         lay_out(spec.back_format, down, memory[place.down_at : place.down_at + place.down.nbytes])
         if spec.bias:
@@ -183,42 +183,13 @@ class GpuExperts:
         return torch.from_numpy(numbers).to(self.device, non_blocking=True)
 
 
-class GpuLinear:
-    """A linear layer in a GPU's memory: f32 [tokens, columns] → f32 [tokens, rows]."""
-
-    def __init__(
-        self, fmt: str, rows: int, columns: int, source: Mapping[str, torch.Tensor], bias: torch.Tensor | None,
-        device: torch.device,
-    ) -> None:  # fmt: skip
-        """`source` as `planes.lay_out` takes it; `bias` f32 [rows]. Raises PlanesError."""
-        self._planes = planes(fmt, rows, columns)
-        self._memory = _empty(self._planes.nbytes, device)
-        lay_out(fmt, source, self._memory)
-        self._bias = None if bias is None else bias.float().to(device)
-        self._columns = columns
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x` f32 [tokens, columns] on the layer's device."""
-        tokens, place = len(x), self._planes
-        tile = 1 if tokens == 1 else 16 if tokens <= 16 else 64
-        rows, step = ONE_VECTOR if tile == 1 else MANY_VECTORS
-        out = torch.empty(tokens, place.rows, device=x.device)
-        if tokens:
-            grouped.linear[-(-place.rows // rows), -(-tokens // tile)](
-                self._memory, x.contiguous(), out, tokens, place.rows, self._columns, place.columns,
-                out if self._bias is None else self._bias, *place.offsets[1:],
-                FMT=grouped.FORMATS.index(place.format), BIAS=self._bias is not None,
-                TILE=tile, BLOCK_ROWS=rows, BLOCK_K=step,
-            )  # fmt: skip
-        return out
-
-
 def _starts(place: Planes, at: int) -> Sequence[int]:
     """Where the values start in an expert, and the other planes from there."""
     return (at + place.offsets[0], *place.offsets[1:])
 
 
-def _empty(nbytes: int, device: torch.device) -> torch.Tensor:
+def empty(nbytes: int, device: torch.device) -> torch.Tensor:
+    """uint8 [nbytes], aligned as kernels want weights."""
     memory = torch.empty(nbytes + ALIGNMENT - 1, dtype=torch.uint8, device=device)
     start = -memory.data_ptr() % ALIGNMENT
     return memory[start : start + nbytes]

@@ -1,7 +1,9 @@
-"""A node's blob, whose layout is the CPU's (16 rows side by side), as the sources that `planes.lay_out` takes.
+"""Weights in the CPU's layout (16 rows side by side), as the sources that `planes.lay_out` takes.
 
-The bits of codes and scales stay; only their order changes. Done once for an expert, when it moves to the GPU.
+The bits of codes and scales stay; only their order changes. Done once, when an expert or a layer moves to the GPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -9,7 +11,8 @@ from ..formats.blocks import BLOCK_FORMATS
 from ..formats.quantized import FP8_ROWS, QUANTIZED_FORMATS, Fp8Format, Int4Format, Mxfp4Format
 from ..formats.registry import FORMATS
 from ..geometry import PLAIN_BYTES, ExpertSpec, TensorPlace
-from .planes import PlanesError
+from ..linear import LinearWeights
+from .planes import PlanesError, planes
 
 Source = dict[str, torch.Tensor]
 
@@ -28,6 +31,24 @@ def expert_sources(spec: ExpertSpec, blob: torch.Tensor) -> tuple[Source, Source
         else:
             floats[place.name] = raw.view(torch.float32)
     return found["up"], found["down"], floats
+
+
+def linear_source(matrices: Sequence[LinearWeights]) -> Source:
+    """Some linear layers of one format and one input, their rows one after the other, as one source."""
+    parts = [_stored(one) for one in matrices]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def linear_bytes(weights: LinearWeights) -> int:
+    """Bytes of GPU memory that a linear layer takes. Raises PlanesError for a format without a GPU kernel."""
+    bias = 0 if weights.bias is None else weights.bias.nbytes
+    return planes(weights.format, weights.rows, weights.columns).nbytes + bias
+
+
+def _stored(weights: LinearWeights) -> Source:
+    if weights.is_plain:
+        return {"values": weights.stored}
+    return _matrix(weights.format, weights.stored, (weights.rows, weights.columns))
 
 
 def _projection(place: TensorPlace, raw: torch.Tensor) -> Source:
@@ -58,7 +79,7 @@ def _matrix(fmt: str, stored: torch.Tensor, shape: tuple[int, int]) -> Source:
     known = QUANTIZED_FORMATS[fmt]
     if isinstance(known, Int4Format):
         int4 = known.unpack(stored, shape)
-        return {"values": int4.codes, "scales": int4.scales, "zeros": int4.zeros.float()}
+        return {"values": int4.codes, "scales": int4.scales, "zeros": int4.zeros}
     if isinstance(known, Mxfp4Format):
         mxfp4 = known.unpack(stored, shape)
         return {"values": mxfp4.codes, "scales": mxfp4.scales}

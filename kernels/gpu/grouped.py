@@ -110,17 +110,18 @@ def _weights(base, o_scales, o_second, o_factors, rows, k, columns, live, half: 
         scale = tl.load(_at(base, o_scales, tl.int8) + at // 16, mask=live, other=0).to(tl.float32)
         return ((code | upper << 4).to(tl.float32) - 32.0) * (d * scale)
     group: tl.constexpr = 32 if fmt == INT4_G32 else 64 if fmt == INT4_G64 else 128
-    scale = tl.load(_at(base, o_scales, tl.float32) + at // group, mask=live, other=0.0)
-    zero = tl.load(_at(base, o_second, tl.float32) + at // group, mask=live, other=0.0)
-    return (code.to(tl.float32) - zero) * scale
+    scale = tl.load(_at(base, o_scales, tl.float16) + at // group, mask=live, other=0.0).to(tl.float32)
+    coded = tl.load(base + o_second + at // group, mask=live, other=0).to(tl.uint32)
+    factor = ((127 - 8 * (coded >> 4)) << 23).to(tl.float32, bitcast=True)  # 2^-8n, exactly
+    return (code.to(tl.float32) - (coded & 15).to(tl.float32)) * (scale * factor)
 
 
 @triton.jit
 def _multiply(
-    base, o_scales, o_second, o_factors, row, rows, columns, x, x_rows, x_live, x_columns,
+    base, o_scales, o_second, o_factors, row, rows, columns, x, x_row, x_rows, x_live, x_columns,
     FMT: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """f32 [TILE, BLOCK_ROWS]: the vectors x[x_rows] times the weights' rows from `row` on."""
+    """f32 [TILE, BLOCK_ROWS]: the vectors x[x_rows], `x_row` numbers apart, times the weights' rows from `row` on."""
     halves: tl.constexpr = 1 if FMT <= FP8 or FMT == Q8_0 else 2
     lanes = tl.arange(0, BLOCK_K // halves).to(tl.int64)
     which = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -133,7 +134,7 @@ def _multiply(
                 k = start + lanes // 16 * 32 + half * 16 + lanes % 16
             live = (which < rows)[:, None] & (k < columns)[None, :]
             w = _weights(base, o_scales, o_second, o_factors, which[:, None], k[None, :], columns, live, half, FMT)
-            x_at = x + x_rows[:, None] * x_columns + k[None, :]
+            x_at = x + x_rows[:, None] * x_row + k[None, :]
             xs = tl.load(x_at, mask=x_live[:, None] & (k < x_columns)[None, :], other=0.0).to(tl.float32)
             if TILE == 1:
                 partial += w * xs
@@ -188,15 +189,15 @@ def up_projection(
     if GATED:
         all_rows = 2 * middle
     up = _multiply(
-        base, o_scales, o_second, o_factors, row + all_rows - middle, all_rows, columns, x, x_rows, live, hidden,
-        FMT, TILE, BLOCK_ROWS, BLOCK_K,
+        base, o_scales, o_second, o_factors, row + all_rows - middle, all_rows, columns, x, hidden, x_rows, live,
+        hidden, FMT, TILE, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     biases = _at(expert, bias, tl.float32)
     if BIAS:
         up += tl.load(biases + which + all_rows - middle, mask=here, other=0.0)[None, :]
     if GATED:
         gate = _multiply(
-            base, o_scales, o_second, o_factors, row, all_rows, columns, x, x_rows, live, hidden,
+            base, o_scales, o_second, o_factors, row, all_rows, columns, x, hidden, x_rows, live, hidden,
             FMT, TILE, BLOCK_ROWS, BLOCK_K,
         )  # fmt: skip
         if BIAS:
@@ -231,7 +232,7 @@ def down_projection(
     here = which < hidden
     pairs = (first + lanes).to(tl.int64)
     y = _multiply(
-        expert + o_values, o_scales, o_second, o_factors, row, hidden, columns, x, pairs, live, middle,
+        expert + o_values, o_scales, o_second, o_factors, row, hidden, columns, x, middle, pairs, live, middle,
         FMT, TILE, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     if BIAS:
@@ -255,19 +256,19 @@ def sum_pairs(pairs, offsets, out, hidden, BLOCK: tl.constexpr):
 
 @triton.jit
 def linear(
-    base, x, out, tokens, rows, inputs, columns, bias, o_scales, o_second, o_factors,
+    base, x, out, tokens, rows, inputs, columns, x_row, out_row, bias, o_scales, o_second, o_factors,
     FMT: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """x f32 [tokens, inputs] → out f32 [tokens, rows]."""
+    """x f32 [tokens, inputs] → out f32 [tokens, rows], whose rows begin `x_row` and `out_row` numbers apart."""
     lanes = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
     live = lanes < tokens
     row = tl.program_id(0) * BLOCK_ROWS
     which = row + tl.arange(0, BLOCK_ROWS)
     here = which < rows
     y = _multiply(
-        base, o_scales, o_second, o_factors, row, rows, columns, x, lanes, live, inputs,
+        base, o_scales, o_second, o_factors, row, rows, columns, x, x_row, lanes, live, inputs,
         FMT, TILE, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     if BIAS:
         y += tl.load(bias + which, mask=here, other=0.0)[None, :]
-    tl.store(out + lanes[:, None] * rows + which[None, :], y, mask=live[:, None] & here[None, :])
+    tl.store(out + lanes[:, None] * out_row + which[None, :], y, mask=live[:, None] & here[None, :])

@@ -6,7 +6,7 @@ are padded to whole blocks with zeros.
 
     f32, bf16, f16   values
     fp8_block        values e4m3 [rows, columns]; scales f32 [rows/128, columns/128]
-    int4_g*          nibbles; scales f32 [rows, columns/group]; zeros f32, the same shape
+    int4_g*          nibbles; scales f16 [rows, columns/group], times 2^-8n; as many uint8, zero | n << 4
     mxfp4            nibbles (e2m1); scales uint8, powers of two [rows, columns/32]
     q8_0             values int8; scales f16 [rows, columns/32]
     q4_0             nibbles; scales f16 [rows, columns/32]
@@ -24,6 +24,7 @@ from typing import Final
 import torch
 
 from ..formats.plain import PLAIN_TYPES
+from ..formats.quantized import int4_factors
 
 ALIGNMENT: Final = 128  # bytes; what one warp loads at once
 
@@ -77,8 +78,8 @@ def _plane_bytes(fmt: str, rows: int, columns: int) -> tuple[int, int, int, int]
     if fmt in PLAIN_TYPES:
         return numbers * PLAIN_TYPES[fmt].itemsize, 0, 0, 0
     if fmt in _GROUP:
-        groups = 4 * numbers // _GROUP[fmt]
-        return numbers // 2, groups, groups, 0
+        groups = numbers // _GROUP[fmt]
+        return numbers // 2, 2 * groups, groups, 0
     match fmt:
         case "fp8_block":
             return numbers, 4 * -(-rows // 128) * (columns // 128), 0, 0
@@ -101,7 +102,7 @@ def lay_out(fmt: str, source: Mapping[str, torch.Tensor], out: torch.Tensor) -> 
 
         f32, bf16, f16   `values` alone
         fp8_block        `values` float8_e4m3fn; `scales` f32 [rows/128, columns/128], rounded up
-        int4_g*          `values` uint8 of 0..15; `scales` and `zeros` f32 [rows, groups]
+        int4_g*          `values` uint8 of 0..15; `scales` f32 that are 16-bit floats, `zeros` uint8, [rows, groups]
         mxfp4            `values` uint8 of 0..15; `scales` uint8 [rows, columns/32]
         q8_0, q4_0       `values` uint8; `scales` f16 [rows, columns/32]
         q4_k             `values` uint8; `scales`, `minimums` uint8 [rows, columns/32]; `factors` f16, d and d_min in
@@ -134,7 +135,7 @@ def _split(fmt: str, source: Mapping[str, torch.Tensor], columns: int) -> _Four:
     if fmt in PLAIN_TYPES:
         return values.to(PLAIN_TYPES[fmt]), None, None, None
     if fmt in _GROUP:
-        return _pack_nibbles(_pad(values, columns)), source["scales"].float(), source["zeros"].float(), None
+        return _pack_nibbles(_pad(values, columns)), *int4_factors(source["scales"], source["zeros"]), None
     match fmt:
         case "fp8_block":
             return _pad(values.view(torch.uint8), columns), source["scales"].float(), None, None

@@ -15,7 +15,8 @@ from transformers.integrations.mxfp4 import FP4_VALUES
 
 from moehive.kernels import reference
 from moehive.kernels.geometry import ExpertSpec, Format
-from moehive.kernels.gpu.experts import GpuExperts, GpuLinear
+from moehive.kernels.gpu.experts import GpuExperts
+from moehive.kernels.gpu.linear import GpuLinear
 from moehive.kernels.gpu.planes import BLOCK_COLUMNS, PlanesError, planes
 from moehive.kernels.ops import Reduction
 
@@ -52,10 +53,11 @@ def random_source(fmt: str, rows: int, columns: int, seed: int) -> tuple[Source,
         wide = torch.exp2(powers.float() - 127).repeat_interleave(32, 1)
         return {"values": codes, "scales": powers}, torch.tensor(FP4_VALUES)[codes.long()] * wide
     group = BLOCK_COLUMNS[fmt]
-    scales = torch.from_numpy(rng.uniform(0.01, 0.05, (rows, columns // group)).astype(np.float32))
-    zeros = torch.from_numpy(rng.integers(0, 16, (rows, columns // group)).astype(np.float32))
+    small = rng.choice([1.0, 2.0**-30], (rows, columns // group))  # smaller than an f16, as a bf16 may be
+    scales = torch.from_numpy(rng.uniform(0.01, 0.05, small.shape) * small).bfloat16().float()
+    zeros = torch.from_numpy(rng.integers(0, 16, (rows, columns // group), dtype=np.uint8))
     wide_zeros, wide = zeros.repeat_interleave(group, 1), scales.repeat_interleave(group, 1)
-    return {"values": codes, "scales": scales, "zeros": zeros}, (codes.float() - wide_zeros) * wide
+    return {"values": codes, "scales": scales, "zeros": zeros}, (codes.float() - wide_zeros.float()) * wide
 
 
 def tolerance(fmt: str, terms: torch.Tensor, tokens: int) -> torch.Tensor:
