@@ -139,8 +139,12 @@ class Coordinator:
         self._traffic.start()
         await self._start_cluster(checkpoint)
 
-        self.trunk = trunk = await asyncio.to_thread(load_trunk, checkpoint, settings.threads)
-        engine = Engine(trunk, self.dispatcher, settings.kv_bytes)
+        device = "cpu" if settings.deterministic else settings.trunk_device
+        self.trunk = trunk = await asyncio.to_thread(
+            load_trunk, checkpoint, settings.threads, device, settings.kv_bytes
+        )
+        self.kv_bytes = settings.kv_bytes if trunk.cache_room is None else min(settings.kv_bytes, trunk.cache_room)
+        engine = Engine(trunk, self.dispatcher, self.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
         text = await asyncio.to_thread(text_of, checkpoint)
         info = ModelInfo(

@@ -57,6 +57,9 @@ class CoordinatorSettings:
     # It changes the model's answers; 0: off.
     cache_margin: float = 0.0
     threads: int = field(default_factory=cores)  # that compute the trunk
+    # cpu, cuda, or auto: a GPU if there is one with room for the trunk. `deterministic` keeps to the CPU: the bits
+    # of a GPU's sums depend on how many tokens a pass has.
+    trunk_device: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises SettingsError."""
@@ -69,6 +72,8 @@ class CoordinatorSettings:
         _check(self.kv_bytes >= 1 << 20, "kv_bytes", "at least 1MiB")
         _check(0.0 <= self.cache_margin <= 10.0, "cache_margin", "0 (off) to 10")
         _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
+        _check(self.trunk_device in ("auto", "cpu", "cuda"), "trunk_device", "auto, cpu or cuda")
+        _check(not (self.deterministic and self.trunk_device == "cuda"), "trunk_device", "cpu with deterministic")
         if not self.cluster_advertise:
             object.__setattr__(self, "cluster_advertise", _own_name(self.cluster_host))
 

@@ -2,6 +2,8 @@
 
 import logging
 
+import torch
+
 from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import LinearOps
 from moehive.kernels.trunk_ops import TrunkOps
@@ -10,14 +12,21 @@ from .checkpoints.opening import ModelSource
 from .models.base import Trunk
 from .models.lean import families
 from .models.lean.batch import Ops
+from .models.lean.gpu.choice import NoGpu, cache_room
+from .models.lean.gpu.trial import disagreement
+from .models.lean.parts import Parts
+from .models.lean.trunk import LeanTrunk
+from .types import CoordinatorError
 
 log = logging.getLogger(__name__)
 
 
-def load_trunk(checkpoint: ModelSource, threads: int) -> Trunk:
+def load_trunk(checkpoint: ModelSource, threads: int, device: str = "cpu", kv_bytes: int = 0) -> Trunk:
     """The trunk with its weights in memory; `threads`: cores for its native operations, at least 1.
 
-    Raises CoordinatorError for tensors that are missing or do not fit.
+    `device`: cpu, cuda, or auto, which is a GPU where there is one that has room for a lean trunk and for `kv_bytes`
+    of caches, or fewer (see `Trunk.cache_room`). Raises CoordinatorError for tensors that are missing or do not fit,
+    and for a GPU that is asked for and can't be used.
     """
     config = checkpoint.config.get_text_config(decoder=True)
     reason = families.unknown(config)
@@ -27,11 +36,46 @@ def load_trunk(checkpoint: ModelSource, threads: int) -> Trunk:
         except NativeLibraryError as error:
             reason = str(error)
         else:
-            log.info("The lean trunk runs %s", checkpoint.family)
-            return families.build(config, checkpoint.trunk_tensors(), ops)
+            return _lean(checkpoint, families.read(config, checkpoint.trunk_tensors(), ops), ops, device, kv_bytes)
+    if device == "cuda":
+        raise CoordinatorError(f"The trunk can't run on a GPU, as trunk_device says, without a lean trunk: {reason}.")
     log.info("Transformers' own model runs %s, slower than a lean trunk: %s", checkpoint.family, reason)
     from .models.generic import GenericTrunk  # here, as all that needs transformers' models: it takes seconds
 
     architecture = checkpoint.load_trunk()
     experts = tuple(layer.module for layer in architecture.experts)
     return GenericTrunk(architecture.model, experts, checkpoint.family, checkpoint.context_length)
+
+
+def _lean(checkpoint: ModelSource, parts: Parts, ops: Ops, device: str, kv_bytes: int) -> Trunk:
+    try:
+        trunk = None if device == "cpu" else _on_gpu(parts, ops, kv_bytes)
+    except NoGpu as error:
+        if device == "cuda":
+            raise CoordinatorError(f"The trunk can't run on a GPU, as trunk_device says: {error}") from error
+        log.info("The trunk runs on the CPU: %s", error)
+        trunk = None
+    if trunk is None:
+        log.info("The lean trunk runs %s", checkpoint.family)
+        return LeanTrunk(parts, ops)
+    log.info("The lean trunk runs %s on the GPU", checkpoint.family)
+    return trunk
+
+
+def _on_gpu(parts: Parts, ops: Ops, kv_bytes: int) -> Trunk:
+    """Raises NoGpu."""
+    if not torch.cuda.is_available():
+        raise NoGpu("Torch finds no GPU here.")
+    device = torch.device("cuda", torch.cuda.current_device())
+    room = cache_room(parts, kv_bytes, torch.cuda.mem_get_info(device)[0])
+    try:
+        from .models.lean.gpu.trunk import GpuTrunk  # needs Triton, which comes with torch for a GPU
+    except ImportError as error:
+        raise NoGpu(f"Triton, which compiles the GPU's kernels, can't be imported: {error}.") from error
+    try:
+        trunk = GpuTrunk(parts, ops, device, room)
+    except torch.OutOfMemoryError as error:
+        raise NoGpu("Its memory is full.") from error
+    if (complaint := disagreement(trunk, LeanTrunk(parts, ops))) is not None:
+        raise NoGpu(complaint)
+    return trunk

@@ -130,7 +130,7 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> D
     coordinator = cluster.coordinator
     manifest = coordinator.manifest
     backend = _Measured(coordinator.dispatcher)
-    engine = Engine(coordinator.trunk, backend, coordinator.settings.kv_bytes)
+    engine = Engine(coordinator.trunk, backend, coordinator.kv_bytes)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     await _request(settings, engine, backend, coordinator, 0)  # pages, pools and connections are warm after it
     rounds = []

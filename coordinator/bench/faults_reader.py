@@ -33,7 +33,7 @@ class Reader:
 
     def __init__(self, coordinator: Coordinator, report: FaultsReport) -> None:
         """What is found wrong with texts goes to `report`."""
-        self._engine = Engine(coordinator.trunk, coordinator.dispatcher, coordinator.settings.kv_bytes)
+        self._engine = Engine(coordinator.trunk, coordinator.dispatcher, coordinator.kv_bytes)
         self._report = report
         self._expected: list[int] = []
         self._texts = 0

@@ -64,7 +64,7 @@ class TrunkRow:
 
     `bandwidth` and `read_bandwidth` are bytes a second, of the layer and of a plain read in the same run; `ratio` is
     the first by the second, and means something where the layer does not fit into caches. `eager_us` is of the same
-    weights in bf16, or f32 where `format` is f32.
+    weights in bf16, or f32 where `format` is f32. `threads` of the CPU, or 0: a GPU (trunk_gpu.py).
     """
 
     family: str
@@ -79,7 +79,7 @@ class TrunkRow:
     ratio: float
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """One trunk to be measured; tokens in a repetition, of transformers' layers `eager_tokens`."""
 
     shape: str
@@ -95,31 +95,35 @@ def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
 
     Raises NativeLibraryError without the native library.
     """
-    small = _SMALL_FAMILIES[:1] if quick else _SMALL_FAMILIES
-    real = list(_REAL)[:1] if quick else list(_REAL)
-    formats = tuple(fmt for fmt in (_REAL_FORMATS[:3] if quick else _REAL_FORMATS) if fmt in FORMATS)
-    cases = [_Case("64 wide", family, _SMALL, ("f32",), 40, 10) for family in small]
-    cases += [_Case(name, *_REAL[name], formats, 6, 1) for name in real]
     rows: list[TrunkRow] = []
     with torch.no_grad():
-        for case in cases:
+        for case in cases(quick):
             count = 1 if case.config is _SMALL else threads
             with torch_threads(count):
                 rows += _measure(case, count, repeats=3 if quick else 9)
     return [asdict(row) for row in rows]
 
 
-def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
+def cases(quick: bool) -> list[Case]:
+    """The trunks that are measured."""
+    small = _SMALL_FAMILIES[:1] if quick else _SMALL_FAMILIES
+    real = list(_REAL)[:1] if quick else list(_REAL)
+    formats = tuple(fmt for fmt in (_REAL_FORMATS[:3] if quick else _REAL_FORMATS) if fmt in FORMATS)
+    found = [Case("64 wide", family, _SMALL, ("f32",), 40, 10) for family in small]
+    return found + [Case(name, *_REAL[name], formats, 6, 1) for name in real]
+
+
+def _measure(case: Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
     ops = Ops(LinearOps(threads), TrunkOps(threads))
-    model = _random_model(case)
+    model = random_model(case)
     layers = model.config.num_hidden_layers
-    eager = GenericTrunk(model, _experts_of(model), case.family, 4096)
-    eager_step = _Decode(eager)
+    eager = GenericTrunk(model, experts_of(model), case.family, 4096)
+    eager_step = Decode(eager)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     for fmt in case.formats:
-        tensors = _ModelTensors(model, fmt)
+        tensors = ModelTensors(model, fmt)
         lean = families.build(model.config, tensors, ops)
-        lean_step = _Decode(lean)
+        lean_step = Decode(lean)
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
             times[0].append(seconds_of(lean_step.token, case.tokens))
@@ -143,7 +147,7 @@ def _measure(case: _Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
         )
 
 
-def _random_model(case: _Case) -> Any:
+def random_model(case: Case) -> Any:
     """transformers' model with random weights, f32 or bf16; its vocabulary is small, for its layers are measured."""
     configs: Any = CONFIG_MAPPING
     config = configs[case.family](vocab_size=256, max_position_embeddings=4096, pad_token_id=0)
@@ -159,12 +163,12 @@ def _random_model(case: _Case) -> Any:
     return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def _experts_of(model: Any) -> tuple[Any, ...]:
+def experts_of(model: Any) -> tuple[Any, ...]:
     """The modules of its routed experts, in the layers' order."""
     return tuple(m for m in model.modules() if hasattr(m, "num_experts") and hasattr(m, "is_concatenated"))
 
 
-class _ModelTensors:
+class ModelTensors:
     """`models.tensors.TensorSource` of a model's own tensors, its layers' matrices in `format`."""
 
     def __init__(self, model: Any, format: str) -> None:
@@ -230,14 +234,14 @@ class _InstantExperts:
         return self._zeros[key]
 
 
-class _Decode:
+class Decode:
     """One sequence that grows by a token with each call."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: Trunk, prompt: int = PROMPT) -> None:
         self._trunk = trunk
         self._experts = _InstantExperts()
         self._cache = trunk.new_cache()
-        self._run(torch.arange(PROMPT) % trunk.vocab_size)
+        self._run(torch.arange(prompt) % trunk.vocab_size)
         self.token()
 
     def token(self) -> torch.Tensor:

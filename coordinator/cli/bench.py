@@ -97,12 +97,22 @@ def trunk(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """A layer's time for one token, experts answering at once: the lean trunk beside transformers' eager layer."""
+    """A layer's time for one token, experts answering at once: the lean trunk beside transformers' eager layer.
+
+    On the CPU, and on a GPU if torch has one: rows of 0 threads.
+    """
+    import torch
+
     from moehive.kernels.machine import cores
 
     from ..bench.trunk import measure_trunk
 
-    show_rows(measure_trunk(quick, cores()), as_json)
+    rows = measure_trunk(quick, cores())
+    if torch.cuda.is_available():
+        from ..bench.trunk_gpu import measure_gpu_trunk
+
+        rows += measure_gpu_trunk(quick, torch.device("cuda"))
+    show_rows(rows, as_json)
 
 
 def experts(

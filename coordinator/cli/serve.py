@@ -75,6 +75,14 @@ def coordinator(
         typer.Option("--deterministic", help="The same text for any placement; more bytes on the wire."),
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads for this part.", show_default="all cores")] = None,
+    trunk_device: Annotated[
+        str | None,
+        typer.Option(
+            help="Where attention, router and shared experts are computed: cpu, cuda, or auto (a GPU that has "
+            "room for them).",
+            show_default="auto",
+        ),
+    ] = None,
 ) -> None:
     """Runs a cluster's coordinator until it is stopped: attention, routing, and the doors for clients.
 
@@ -98,6 +106,7 @@ def coordinator(
             "cache_margin": cache_margin,
             "deterministic": deterministic,
             "threads": threads,
+            "trunk_device": trunk_device,
         },
         config,
     )

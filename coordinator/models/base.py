@@ -77,6 +77,7 @@ class Trunk(Protocol):
     context_length: int  # tokens, prompt and answer together
     prefill_chunk: int  # tokens of a prompt in one forward pass; the whole context where chunks would be wrong
     max_sequences: int  # sequences in one forward pass
+    cache_room: int | None  # bytes for all sequences' caches, where they do not lie in main memory
 
     def cache_bytes(self, tokens: int) -> int:
         """Bytes of KV cache (and recurrent state) that a sequence of `tokens` needs."""

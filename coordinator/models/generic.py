@@ -63,6 +63,7 @@ class GenericTrunk:
         text = model.config.get_text_config(decoder=True)
         self.family = family
         self.max_sequences = 1
+        self.cache_room: int | None = None
         self.vocab_size: int = text.vocab_size
         self.context_length = context_length
         self._model: Any = model

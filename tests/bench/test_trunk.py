@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moehive.coordinator.bench import trunk as bench
+from moehive.coordinator.bench import trunk_gpu
 from moehive.coordinator.models.generic import GenericTrunk
 from moehive.coordinator.models.lean import families
 from moehive.coordinator.models.lean.batch import Ops
@@ -13,20 +14,30 @@ from moehive.kernels.trunk_ops import TrunkOps
 
 @pytest.mark.parametrize("family", bench._SMALL_FAMILIES)
 def test_both_trunks_give_the_same_logits(family: str) -> None:
-    case = bench._Case("64 wide", family, bench._SMALL | {"num_hidden_layers": 4}, ("f32",), 1, 1)
+    case = bench.Case("64 wide", family, bench._SMALL | {"num_hidden_layers": 4}, ("f32",), 1, 1)
     with torch.no_grad():
-        model = bench._random_model(case)
-        tensors = bench._ModelTensors(model, "f32")
+        model = bench.random_model(case)
+        tensors = bench.ModelTensors(model, "f32")
         lean = families.build(model.config, tensors, Ops(LinearOps(1), TrunkOps(1)))
-        eager = GenericTrunk(model, bench._experts_of(model), family, 4096)
-        ours, theirs = (bench._Decode(one).token() for one in (lean, eager))
+        eager = GenericTrunk(model, bench.experts_of(model), family, 4096)
+        ours, theirs = (bench.Decode(one).token() for one in (lean, eager))
     assert theirs.std() > 0.01
     assert (ours - theirs).abs().max() < 1e-4 * max(1.0, float(theirs.std()))
     assert tensors.layer_bytes > 4 * 4 * 64 * 64, "each layer's matrices are counted"
 
 
+def test_a_gpu_s_row_holds_what_was_measured() -> None:
+    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 1, 1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        (row,) = trunk_gpu.measure(case, device, repeats=1, prompt=3, read_bytes=1 << 20)
+    assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 0)
+    assert min(row.layer_us, row.eager_us, row.bytes, row.read_bandwidth) > 0
+    assert row.bandwidth == pytest.approx(row.bytes / row.layer_us * 1e6)
+
+
 def test_a_row_holds_what_was_measured() -> None:
-    case = bench._Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1)
+    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1)
     with torch.no_grad():
         (row,) = bench._measure(case, 1, repeats=1)
     assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 1)

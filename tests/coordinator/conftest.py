@@ -12,14 +12,19 @@ import transformers
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.generic import GenericTrunk
+from moehive.coordinator.models.lean import families
+from moehive.coordinator.models.lean.batch import Ops
+from moehive.coordinator.models.lean.gpu.trunk import GpuTrunk
 from moehive.kernels.blob import tensor_views
 from moehive.kernels.geometry import ExpertId
+from moehive.kernels.linear import LinearOps
 from moehive.kernels.reference import expert_forward
+from moehive.kernels.trunk_ops import TrunkOps
 
 _spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
 assert _spec is not None and _spec.loader is not None
-families: ModuleType = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(families)
+tiny: ModuleType = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(tiny)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,7 +40,7 @@ def _quiet() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def families_module() -> ModuleType:
     """The module families.py, to make a tiny checkpoint with a config of one's own."""
-    return families
+    return tiny
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +51,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def checkpoint_of(family: str) -> Path:
         if family not in made:
             folder = tmp_path_factory.mktemp(family) / family
-            families.make_checkpoint(family, folder)
+            tiny.make_checkpoint(family, folder)
             made[family] = folder
         return made[family]
 
@@ -57,14 +62,14 @@ class ReferenceBackend:
     """`ExpertBackend` in this process: the kernels' plain reference on the checkpoint's blobs."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._experts: dict[ExpertId, dict[str, torch.Tensor]] = {}
 
     async def submit(
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         await asyncio.sleep(0)  # other sequences run here, as they would while nodes work
-        geometry = self._checkpoint.manifest.layers[layer]
+        geometry = self.checkpoint.manifest.layers[layer]
         assert ids.shape == weights.shape == (hidden.shape[0], geometry.top_k)
         total = torch.zeros(hidden.shape)
         for expert in ids.unique().tolist():
@@ -77,8 +82,8 @@ class ReferenceBackend:
 
     def _tensors(self, expert: ExpertId) -> dict[str, torch.Tensor]:
         if expert not in self._experts:
-            spec = self._checkpoint.manifest.layers[expert.layer].spec
-            self._experts[expert] = tensor_views(spec, self._checkpoint.expert_blob(expert))
+            spec = self.checkpoint.manifest.layers[expert.layer].spec
+            self._experts[expert] = tensor_views(spec, self.checkpoint.expert_blob(expert))
         return self._experts[expert]
 
 
@@ -86,6 +91,19 @@ class ReferenceBackend:
 def reference_backend() -> type[ReferenceBackend]:
     """The class of a backend in this process: `reference_backend(checkpoint)`."""
     return ReferenceBackend
+
+
+@pytest.fixture(scope="session")
+def gpu_trunk() -> Callable[[Checkpoint], GpuTrunk]:
+    """Loads a checkpoint's trunk on the GPU, or in Triton's interpreter."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def load(checkpoint: Checkpoint) -> GpuTrunk:
+        ops = Ops(LinearOps(1), TrunkOps(1))
+        config = checkpoint.config.get_text_config(decoder=True)
+        return GpuTrunk(families.read(config, checkpoint.trunk_tensors(), ops), ops, device)
+
+    return load
 
 
 @pytest.fixture(scope="session")

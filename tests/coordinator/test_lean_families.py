@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
-from moehive.coordinator.models.base import SequenceInput
+from moehive.coordinator.models.base import SequenceInput, Trunk
 from moehive.coordinator.models.lean.mlp import MoeMlp
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
@@ -149,6 +150,31 @@ def test_batches_of_unequal_lengths(case: Any) -> None:
     together = asyncio.run(passes())
     for logits, start, count in zip(together, starts, counts, strict=True):
         assert_close(logits, expected[start : start + count])
+    for cache in caches:
+        trunk.free_cache(cache)
+
+
+def test_on_a_gpu_too(case: Any, gpu_trunk: Callable[[Checkpoint], Trunk]) -> None:
+    """Two sequences together: a long pass over a page's end, one token each, some of one and one of the other."""
+    _, backend, tokens, expected = case
+    trunk = gpu_trunk(backend.checkpoint)
+    caches = [trunk.new_cache() for _ in range(2)]
+    at = [0, 0]
+
+    async def passes() -> None:
+        for counts in ((44, 33), (1, 1), (1, 3)):
+            batch = [
+                SequenceInput(tokens[start : start + count], cache, all_logits=True)
+                for start, count, cache in zip(at, counts, caches, strict=True)
+            ]
+            for number, logits in enumerate(await trunk.forward(batch, backend)):
+                assert_close(logits, expected[at[number] : at[number] + counts[number]])
+                at[number] += counts[number]
+
+    asyncio.run(passes())
+    assert trunk.cache_bytes(max(at)) >= sum(
+        page.nbytes for table in caches[0].tables for page in table._pages if page is not None
+    )
     for cache in caches:
         trunk.free_cache(cache)
 

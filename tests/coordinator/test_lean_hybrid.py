@@ -12,13 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
-from moehive.coordinator.models.base import ExpertBackend, SequenceInput
+from moehive.coordinator.models.base import ExpertBackend, SequenceInput, Trunk
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
 
 TOLERANCE = 1e-4  # of logits whose spread is about 0.5
 PROMPTS = (75, 1, 18, 40)
 CHUNKS = (30, 1, 1, 7, 33, 100)  # over a page's end, single tokens, and at last whatever is left
+GPU_PROMPTS, GPU_CHUNKS = (37, 1, 36), (33, 1, 100)  # the same in few tokens: the GPU's kernels may be interpreted
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -71,9 +72,9 @@ def lean(folder: Path) -> tuple[Checkpoint, LeanTrunk]:
     return checkpoint, trunk
 
 
-def prompts() -> list[torch.Tensor]:
+def prompts(lengths: tuple[int, ...] = PROMPTS) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    return [torch.randint(3, 128, (tokens,), generator=generator) for tokens in PROMPTS]
+    return [torch.randint(3, 128, (tokens,), generator=generator) for tokens in lengths]
 
 
 @torch.no_grad()
@@ -88,7 +89,7 @@ def expected(folder: Path, sequences: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 async def in_chunks(
-    trunk: LeanTrunk, experts: ExpertBackend, sequences: list[torch.Tensor], chunks: tuple[int, ...]
+    trunk: Trunk, experts: ExpertBackend, sequences: list[torch.Tensor], chunks: tuple[int, ...]
 ) -> list[torch.Tensor]:
     """All sequences in one batch, each as long as it has tokens left; logits of every token."""
     caches = [trunk.new_cache() for _ in sequences]
@@ -120,6 +121,22 @@ def test_logits_are_transformers(
         assert his.std() > 0.1  # so that the tolerance means something
     whole = asyncio.run(in_chunks(trunk, experts, sequences[:1], (100,)))[0]
     assert (whole - theirs[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_on_a_gpu_too(
+    model: str,
+    checkpoint_of: Callable[[str], Path],
+    reference_backend: Callable[[Checkpoint], ExpertBackend],
+    gpu_trunk: Callable[[Checkpoint], Trunk],
+) -> None:
+    folder = checkpoint_of(model)
+    sequences = prompts(GPU_PROMPTS)
+    checkpoint = Checkpoint.open(folder)
+    trunk = gpu_trunk(checkpoint)
+    ours = asyncio.run(in_chunks(trunk, reference_backend(checkpoint), sequences, GPU_CHUNKS))
+    for mine, his in zip(ours, expected(folder, sequences), strict=True):
+        assert (mine - his).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("model", ["qwen3_5_moe_text", "deepseek_v3"])

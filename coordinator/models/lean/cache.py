@@ -6,13 +6,15 @@ group; a group with a window gives back the pages that fell behind it. Layers of
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from moehive.kernels.trunk_ops import PAGE
 
+_CPU = torch.device("cpu")
 _KEPT_BYTES = 64 << 20  # of free pages in a pool; more go back to the system
 
 
@@ -21,12 +23,13 @@ class PagePool:
     """The pages of one group of layers."""
 
     window: int | None  # keys that a query sees, itself included; None: all
+    device: torch.device = _CPU
     page_bytes: int = 0  # grows while layers are added
     free: list[torch.Tensor] = field(default_factory=list)
 
     def take(self) -> torch.Tensor:
         """A page, uint8 [page_bytes] aligned to 64; what it holds is undefined."""
-        return self.free.pop() if self.free else torch.empty(self.page_bytes, dtype=torch.uint8)
+        return self.free.pop() if self.free else torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
 
     def give(self, page: torch.Tensor) -> None:
         """Takes a page back."""
@@ -53,6 +56,11 @@ class PageTable:
     def address(self) -> int:
         """Of the pages' addresses; until the next `extend`."""
         return ctypes.addressof(self._addresses)
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """The pages' addresses, 0 for those that were given back; until the next `extend`."""
+        return np.frombuffer(self._addresses, np.int64, len(self._pages))
 
     def extend(self, tokens: int) -> None:
         """Room for `tokens` in all."""
@@ -101,14 +109,32 @@ class SequenceCache:
     def __post_init__(self) -> None:
         self.addresses = (ctypes.c_uint64 * len(self.states))(*[state.data_ptr() for state in self.states])
 
+    def clear(self) -> None:
+        """Gives the pages back to their pools."""
+        for table in self.tables:
+            table.clear()
+        self.states = []
+
 
 class CacheLayout:
     """What all layers keep of a sequence; each says its part while the trunk is built."""
 
     def __init__(self) -> None:
         self.pools: list[PagePool] = []
-        self._states: list[Callable[[], torch.Tensor]] = []
-        self._state_bytes = 0
+        self._states: list[tuple[tuple[int, ...], torch.dtype]] = []
+        self._device = _CPU
+
+    @property
+    def states(self) -> int:
+        """How many tensors of a fixed size a sequence has."""
+        return len(self._states)
+
+    def on(self, device: torch.device) -> "CacheLayout":
+        """The same for sequences whose pages and states lie on `device`."""
+        other = CacheLayout()
+        other.pools = [PagePool(pool.window, device, pool.page_bytes) for pool in self.pools]
+        other._states, other._device = list(self._states), device
+        return other
 
     def group(self, window: int | None) -> int:
         """The index of the pool (and of the sequences' tables) for layers with this window."""
@@ -128,14 +154,15 @@ class CacheLayout:
 
     def add_state(self, *shape: int, dtype: torch.dtype = torch.float32) -> int:
         """Reserves a tensor of zeros for each sequence; its index in `SequenceCache.states`."""
-        self._states.append(lambda: torch.zeros(shape, dtype=dtype))
-        self._state_bytes += torch.Size(shape).numel() * dtype.itemsize
+        self._states.append((shape, dtype))
         return len(self._states) - 1
 
     def new(self) -> SequenceCache:
         """An empty cache."""
-        return SequenceCache([PageTable(pool) for pool in self.pools], [make() for make in self._states])
+        states = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._states]
+        return SequenceCache([PageTable(pool) for pool in self.pools], states)
 
     def nbytes(self, tokens: int, chunk: int) -> int:
         """Bytes of a sequence of `tokens`, run at most `chunk` at a time."""
-        return self._state_bytes + sum(pool.pages(tokens, chunk) * pool.page_bytes for pool in self.pools)
+        states = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._states)
+        return states + sum(pool.pages(tokens, chunk) * pool.page_bytes for pool in self.pools)

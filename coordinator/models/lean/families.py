@@ -52,13 +52,18 @@ def _too_large(config: Any) -> str | None:
 
 def build(config: Any, tensors: TensorSource, ops: Ops) -> LeanTrunk:
     """The trunk of a config for which `unknown` says nothing. Raises CoordinatorError for missing tensors."""
+    return LeanTrunk(read(config, tensors, ops), ops)
+
+
+def read(config: Any, tensors: TensorSource, ops: Ops) -> Parts:
+    """What a trunk of such a config is made of, its weights in memory. Raises as `build` does."""
     # A model that also sees keeps its language model one level deeper.
     inner = "model.language_model."
     prefix = inner if f"{inner}embed_tokens.weight" in tensors else "model."
     builder = Builder(config, tensors, ops, prefix)
     layers, rope = FAMILIES[config.model_type](builder)
     embedding, head = builder.embedding_and_head()
-    parts = Parts(
+    return Parts(
         family=config.model_type,
         context_length=config.max_position_embeddings,
         embedding=embedding,
@@ -70,7 +75,6 @@ def build(config: Any, tensors: TensorSource, ops: Ops) -> LeanTrunk:
         cache=builder.cache,
         dtype=tensors.dtype,
     )
-    return LeanTrunk(parts, ops)
 
 
 def _mixtral(b: Builder) -> tuple[list[Layer], Rope]:

@@ -6,6 +6,8 @@ import torch
 
 from moehive.kernels.trunk_ops import RouterLayer
 
+from ..base import Tiers
+
 FEW_TOKENS = 8  # in a pass; the experts of more are nearly all of them
 LAYERS = 2  # that are foreseen: a router's guess is older by a layer for the second, and the disk gets twice the time
 
@@ -18,6 +20,19 @@ def likely(router: RouterLayer, logits: torch.Tensor) -> list[int]:
     choice = _choice(router, _scores(router, logits)).amax(0)
     count = min(router.experts, len(logits) * router.top_k * 3 // 2)
     return choice.topk(count).indices.tolist()
+
+
+def spare_disks(
+    tiers: Tiers,
+    ordinal: int,
+    router: RouterLayer,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+) -> None:
+    """Chooses again, in place, among a MoE layer's experts on disk and in memory: see prefer_in_memory."""
+    if tiers.margin and (on_disk := tiers.on_disk(ordinal)) is not None:
+        prefer_in_memory(router, logits, on_disk, tiers.margin, ids, weights)
 
 
 def prefer_in_memory(

@@ -7,9 +7,9 @@ import torch
 from moehive.kernels.layer import GatedMlp, Router
 
 from ... import timeline
-from ..base import ExpertBackend, Tiers, tiers_of
+from ..base import ExpertBackend, tiers_of
 from .batch import Ops
-from .foresight import likely, prefer_in_memory
+from .foresight import likely, spare_disks
 
 
 class Addend(NamedTuple):
@@ -77,11 +77,6 @@ class MoeMlp:
         """Experts that this layer may ask for, likeliest first, judged by `x` f32 [T, hidden] of an earlier layer."""
         return likely(self.router.layer, self._ops.linear.linear(self.router.weights, x))
 
-    def spare_disks(self, tiers: Tiers, logits: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
-        """Chooses again, in place, among experts on disk and in memory: see prefer_in_memory."""
-        if tiers.margin and (on_disk := tiers.on_disk(self.ordinal)) is not None:
-            prefer_in_memory(self.router.layer, logits, on_disk, tiers.margin, ids, weights)
-
     async def forward(self, x: torch.Tensor, sent: torch.Tensor, experts: ExpertBackend) -> Addend:
         """See Mlp."""
         with timeline.current.span("router"):
@@ -90,7 +85,7 @@ class MoeMlp:
             logits = self._ops.linear.linear(self.router.weights, x)
             self._ops.trunk.route(self._native, logits, ids, weights)
             if (tiers := tiers_of(experts)) is not None:
-                self.spare_disks(tiers, logits, ids, weights)
+                spare_disks(tiers, self.ordinal, self.router.layer, logits, ids, weights)
         self._ops.trunk.rest()
         pending = experts.submit(self.ordinal, sent, ids, weights)
         more = gate = None

@@ -14,6 +14,7 @@ from ..base import ExpertBackend, take_back_of, tiers_of
 from .batch import Batch, Ops
 from .foresight import FEW_TOKENS as FORESEEN_TOKENS
 from .foresight import LAYERS as FORESEEN_LAYERS
+from .foresight import spare_disks
 from .mlp import MoeMlp
 from .parts import Layer, Parts
 
@@ -62,7 +63,7 @@ class ShortPasses:
             mlp = layer.mlp
             if isinstance(mlp, MoeMlp):
                 if tiers is not None:
-                    mlp.spare_disks(tiers, step.logits, step.ids, step.weights)
+                    spare_disks(tiers, mlp.ordinal, mlp.router.layer, step.logits, step.ids, step.weights)
                 pending = experts.submit(mlp.ordinal, step.sent, step.ids, step.weights)
                 if mlp.here is not None:
                     with timeline.current.span("shared expert"):

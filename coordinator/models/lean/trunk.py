@@ -27,6 +27,7 @@ class LeanTrunk:
         self.context_length = parts.context_length
         self.prefill_chunk = min(PREFILL_CHUNK, parts.context_length)
         self.max_sequences = MAX_SEQUENCES
+        self.cache_room: int | None = None
         self._parts = parts
         self._ops = ops
         self._short = ShortPasses(parts, ops)
@@ -41,9 +42,7 @@ class LeanTrunk:
 
     def free_cache(self, cache: SequenceCache) -> None:
         """Gives the pages back to their pools."""
-        for table in cache.tables:
-            table.clear()
-        cache.states = []
+        cache.clear()
 
     async def forward(self, batch: Sequence[SequenceInput], experts: ExpertBackend) -> list[torch.Tensor]:
         """See `Trunk.forward`. All arithmetic is f32; a token's experts are asked with those of the whole batch."""

@@ -1,0 +1,198 @@
+"""The lean trunk on a GPU, beyond its logits: its segments can be recorded, quantized weights, the choice of it."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
+from triton.runtime.interpreter import InterpretedFunction
+
+from moehive.coordinator.bench.trunk import ModelTensors
+from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.models.base import ExpertBackend, SequenceInput, Trunk
+from moehive.coordinator.models.lean import families
+from moehive.coordinator.models.lean.batch import Ops
+from moehive.coordinator.models.lean.gpu.choice import LEAST_TOKENS, WORK_BYTES, NoGpu, cache_room, weight_bytes
+from moehive.coordinator.models.lean.gpu.trial import disagreement
+from moehive.coordinator.models.lean.gpu.trunk import GpuTrunk
+from moehive.coordinator.models.lean.parts import Parts
+from moehive.coordinator.models.lean.trunk import LeanTrunk
+from moehive.coordinator.settings import CoordinatorSettings, SettingsError
+from moehive.coordinator.trunk import load_trunk
+from moehive.coordinator.types import CoordinatorError
+from moehive.kernels.linear import LinearOps
+from moehive.kernels.trunk_ops import TrunkOps
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FROM = 62  # tokens that are there when single ones begin, which soon need a new page
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, without CUDA: the same calls with the same arguments, on the same memory.
+
+    Fails on what a graph can't hold: results or shapes that depend on numbers, and tensors made of Python's numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Callable[[], object]] = []
+        self.in_kernel = False
+        self._played = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.in_kernel:  # the interpreter's own
+            return result
+        assert torch.Tag.data_dependent_output not in func.tags, f"{func} reads numbers back"
+        assert torch.Tag.dynamic_output_shape not in func.tags, f"{func} has a shape that depends on numbers"
+        assert func is not torch.ops.aten.lift_fresh.default, "a tensor is made of numbers in main memory"
+        mine = [one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)]
+        if any(result.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in mine):
+            if func._schema.is_mutable:
+                self.calls.append(partial(func, *args, **kwargs))
+        elif not func.name().startswith("aten::empty"):
+            self.calls.append(lambda: result.copy_(func(*args, **kwargs)))
+        return result
+
+    def replay(self) -> None:
+        if self._played:  # the first time it was run while it was recorded
+            for call in self.calls:
+                call()
+        self._played = True
+
+
+class TapeRecorder:
+    """Stands for a trunk's Recorder."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.tapes: list[Tape] = []
+        self._recording: Tape | None = None
+        run = InterpretedFunction.run
+
+        def taped(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+            tape = self._recording
+            if tape is None:
+                return run(kernel, *args, **kwargs)
+            tape.calls.append(partial(run, kernel, *args, **kwargs))
+            tape.in_kernel = True
+            result = run(kernel, *args, **kwargs)
+            tape.in_kernel = False
+            return result
+
+        monkeypatch.setattr(InterpretedFunction, "run", taped)
+
+    def record(self, call: Callable[[], None]) -> Tape:
+        self._recording = tape = Tape()
+        with tape:
+            call()
+        self._recording = None
+        self.tapes.append(tape)
+        return tape
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "glm4_moe", "qwen3_5_moe_text", "deepseek_v3"])
+def test_a_replay_sees_new_tokens_and_pages(
+    family: str,
+    tiny_moe: Callable[[str], Path],
+    gpu_trunk: Callable[[Checkpoint], GpuTrunk],
+    reference_backend: Callable[[Checkpoint], ExpertBackend],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint = Checkpoint.open(tiny_moe(family))
+    experts = reference_backend(checkpoint)
+    gpu, cpu = gpu_trunk(checkpoint), load_trunk(checkpoint, 1)
+    recorder: Any = gpu._recorder
+    if recorder is None:
+        recorder = gpu._recorder = TapeRecorder(monkeypatch)  # type: ignore[assignment]
+    tokens = torch.randint(3, 128, (FROM + 4,), generator=torch.Generator().manual_seed(1))
+    passes = (tokens[:FROM], *tokens[FROM:].split(1))
+
+    async def logits(trunk: Trunk) -> list[torch.Tensor]:
+        cache = trunk.new_cache()
+        return [(await trunk.forward([SequenceInput(some, cache)], experts))[0] for some in passes]
+
+    for mine, his in zip(asyncio.run(logits(gpu)), asyncio.run(logits(cpu)), strict=True):
+        assert (mine - his).abs().max() < 1e-4
+    (step,) = gpu._free[1]
+    assert len(step._graphs) == len(gpu._layers) + sum(layer.shares for layer, _ in gpu._layers)
+
+
+def test_a_replay_runs_nothing_else(
+    tiny_moe: Callable[[str], Path], gpu_trunk: Callable[[Checkpoint], GpuTrunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tape's own test: what it does not allow is seen."""
+    recorder = TapeRecorder(monkeypatch)
+    for call in (lambda: torch.ones(2).sum().item(), lambda: torch.ones(2).nonzero(), lambda: torch.tensor([1.0])):
+        with pytest.raises(AssertionError):
+            recorder.record(call)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def ops() -> Ops:
+    return Ops(LinearOps(1), TrunkOps(1))
+
+
+def quantized(families_module: ModuleType, family: str, fmt: str, ops: Ops, folder: Path) -> Parts:
+    """A tiny model's parts, its matrices in a format."""
+    families_module.make_checkpoint(family, folder, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return families.read(AutoConfig.from_pretrained(folder), ModelTensors(model, fmt), ops)
+
+
+@pytest.mark.parametrize(
+    ("family", "fmt"), [("qwen3_moe", "q8_0"), ("deepseek_v3", "q4_0"), ("mixtral", "fp8_block"), ("mixtral", "bf16")]
+)
+def test_quantized_trunks_say_what_the_cpu_s_say(
+    families_module: ModuleType, family: str, fmt: str, ops: Ops, tmp_path: Path
+) -> None:
+    parts = quantized(families_module, family, fmt, ops, tmp_path)
+    assert disagreement(GpuTrunk(parts, ops, DEVICE), LeanTrunk(parts, ops)) is None
+
+
+def test_a_trunk_that_says_something_else_is_not_used(
+    tiny_moe: Callable[[str], Path], gpu_trunk: Callable[[Checkpoint], GpuTrunk], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(tiny_moe("mixtral"))
+    gpu, cpu = gpu_trunk(checkpoint), load_trunk(checkpoint, 1)
+    gpu._norm.neg_()
+    complaint = disagreement(gpu, cpu)
+    assert complaint is not None and "In pass 1 of a trial the GPU's logits were 200% away" in complaint
+    monkeypatch.setattr(gpu, "_head", None)
+    assert disagreement(gpu, cpu) == "Its first pass on the GPU failed: TypeError."
+
+
+def test_room_on_a_gpu(families_module: ModuleType, ops: Ops, tmp_path: Path) -> None:
+    parts = quantized(families_module, "mixtral", "q8_0", ops, tmp_path)
+    weights, cache = weight_bytes(parts), parts.cache.nbytes(1024, 1024)  # its whole context
+    assert parts.context_length == 1024 < LEAST_TOKENS
+    least = weights + WORK_BYTES + cache
+    assert cache_room(parts, 1 << 40, least) == cache
+    assert cache_room(parts, 1 << 40, least + 5) == cache + 5
+    assert cache_room(parts, 1 << 20, 1 << 40) == 1 << 20
+    with pytest.raises(NoGpu, match=r"the GPU has 1\.6 GB free"):
+        cache_room(parts, 1 << 40, least - 1)
+    wider = tmp_path / "wider"
+    q5 = quantized(families_module, "mixtral", "q5_0", ops, wider)
+    with pytest.raises(NoGpu, match="no GPU kernel for weights in q5_0"):
+        cache_room(q5, 1 << 20, 1 << 40)
+
+
+def test_the_device_that_is_asked_for(tiny_moe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    checkpoint = Checkpoint.open(tiny_moe("mixtral"))
+    assert isinstance(load_trunk(checkpoint, 1, "auto", 1 << 30), LeanTrunk)
+    with pytest.raises(CoordinatorError, match="can't run on a GPU, as trunk_device says: Torch finds no GPU here"):
+        load_trunk(checkpoint, 1, "cuda", 1 << 30)
+    with pytest.raises(CoordinatorError, match="without a lean trunk: there is none for the family dots1"):
+        load_trunk(Checkpoint.open(tiny_moe("dots1")), 1, "cuda", 1 << 30)
+    with pytest.raises(SettingsError, match="trunk_device must be auto, cpu or cuda"):
+        CoordinatorSettings(model="m", trunk_device="tpu")
+    with pytest.raises(SettingsError, match="trunk_device must be cpu with deterministic"):
+        CoordinatorSettings(model="m", trunk_device="cuda", deterministic=True)
