@@ -303,7 +303,8 @@ def attend(
 
 def _block(numbers: int) -> int:
     """Of a product's inner side: tensor cores take no fewer than 16."""
-    return max(16, triton.next_power_of_2(numbers))
+    size: int = triton.next_power_of_2(numbers)
+    return max(16, size)
 
 
 def _attend_whole(

@@ -60,7 +60,7 @@ class PageTable:
     @property
     def numbers(self) -> npt.NDArray[np.int64]:
         """The pages' addresses, 0 for those that were given back; until the next `extend`."""
-        return np.frombuffer(self._addresses, np.int64, len(self._pages))
+        return np.frombuffer(memoryview(self._addresses), np.int64, len(self._pages))
 
     def extend(self, tokens: int) -> None:
         """Room for `tokens` in all."""

@@ -154,7 +154,7 @@ class GpuStep:
             owners[rows] = number
             positions[rows] = np.arange(span.start, span.start + span.tokens)
             firsts[number], counts[number] = span.first, span.tokens
-            addresses[number] = np.frombuffer(span.cache.addresses, np.int64) - self._base
+            addresses[number] = np.frombuffer(memoryview(span.cache.addresses), np.int64) - self._base
             for main, table in zip(self._main_tables, span.cache.tables, strict=True):
                 pages = table.numbers - self._base
                 main[number, : len(pages)].copy_(torch.from_numpy(pages))
@@ -166,8 +166,8 @@ class GpuStep:
             self._main_sin[:tokens].copy_(run.sin)
         self._floats.copy_(self._main_floats, non_blocking=True)
         self._integers.copy_(self._main_integers, non_blocking=True)
-        for table, main in zip(self._tables, self._main_tables, strict=True):
-            table[:, :used].copy_(main[:, :used], non_blocking=True)
+        for there, main in zip(self._tables, self._main_tables, strict=True):
+            there[:, :used].copy_(main[:, :used], non_blocking=True)
         if whole:
             self.batch.whole = [Rows(span.first, span.tokens, span.start) for span in run.spans]
         self.sent, self.ids, self.weights, self.logits = (
