@@ -66,19 +66,20 @@ def _on_gpu(parts: Parts, ops: Ops, kv_bytes: int) -> Trunk:
     """Raises NoGpu."""
     if not torch.cuda.is_available():
         raise NoGpu("Torch finds no GPU here.")
-    device = torch.device("cuda", torch.cuda.current_device())
-    room = cache_room(parts, kv_bytes, torch.cuda.mem_get_info(device)[0])
     try:
         from .models.lean.gpu.trunk import GpuTrunk  # needs Triton, which comes with torch for a GPU
     except ImportError as error:
         raise NoGpu(f"Triton, which compiles the GPU's kernels, can't be imported: {error}.") from error
     try:
-        trunk = GpuTrunk(parts, ops, device, room)
+        device = torch.device("cuda", torch.cuda.current_device())
+        trunk = GpuTrunk(parts, ops, device, cache_room(parts, kv_bytes, torch.cuda.mem_get_info(device)[0]))
+    except NoGpu:
+        raise
     except torch.OutOfMemoryError as error:
         raise NoGpu("Its memory is full.") from error
     except Exception as error:  # of torch or the driver: their kinds are many
         log.warning("The trunk can't be moved to the GPU", exc_info=error)
-        raise NoGpu(f"The trunk can't be moved there: {type(error).__name__}.") from error
+        raise NoGpu(f"Moving it to the GPU failed: {type(error).__name__}.") from error
     if (complaint := disagreement(trunk, LeanTrunk(parts, ops))) is not None:
         raise NoGpu(complaint)
     return trunk

@@ -43,7 +43,7 @@ def _convolve(
     kept = _state(base, states, sequence, states_row, number)[:, None]
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     for tap in tl.static_range(TAPS):
-        back: tl.constexpr = TAPS - 1 - tap
+        back = TAPS - 1 - tap
         weight = tl.load(conv + tap * channels + at, mask=at < channels, other=0.0)
         new = tl.load(rows + (token[:, None] - back) * row_size + column, mask=here & (local >= back), other=0.0)
         old = tl.load(kept + (local + tap) * channels + at, mask=here & (local < back), other=0.0)

@@ -196,3 +196,26 @@ def test_the_device_that_is_asked_for(tiny_moe: Callable[[str], Path], monkeypat
         CoordinatorSettings(model="m", trunk_device="tpu")
     with pytest.raises(SettingsError, match="trunk_device must be cpu with deterministic"):
         CoordinatorSettings(model="m", trunk_device="cuda", deterministic=True)
+
+
+def test_a_gpu_that_fails_leaves_the_trunk_on_the_cpu(
+    tiny_moe: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 40, 1 << 40))
+    checkpoint = Checkpoint.open(tiny_moe("mixtral"))
+
+    def check(sentence: str) -> None:
+        assert isinstance(load_trunk(checkpoint, 1, "auto", 1 << 30), LeanTrunk)
+        with pytest.raises(CoordinatorError, match=f"can't run on a GPU, as trunk_device says: {sentence}"):
+            load_trunk(checkpoint, 1, "cuda", 1 << 30)
+
+    def broken(*arguments: object) -> GpuTrunk:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr("moehive.coordinator.models.lean.gpu.trunk.GpuTrunk", broken)
+    check("Moving it to the GPU failed: RuntimeError")
+    # One that can be moved there, and has no pass that succeeds.
+    monkeypatch.setattr("moehive.coordinator.models.lean.gpu.trunk.GpuTrunk", lambda *arguments: object())
+    check("Its first pass on the GPU failed: AttributeError")

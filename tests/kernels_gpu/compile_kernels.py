@@ -62,7 +62,7 @@ def without_assembler() -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        assert ".visible .entry" in kernel.asm["ptx"]
+        assert b".visible .entry" in kernel.asm["ptx"]
         compiled.add(self.fn.__name__)
 
     nvidia.CUDABackend.add_stages, nvidia.CUDABackend.__init__ = add_stages, init
