@@ -78,7 +78,7 @@ def _on_gpu(parts: Parts, ops: Ops, kv_bytes: int) -> Trunk:
     except torch.OutOfMemoryError as error:
         raise NoGpu("Its memory is full.") from error
     except Exception as error:  # of torch or the driver: their kinds are many
-        log.warning("The trunk can't be moved to the GPU", exc_info=error)
+        log.debug("The trunk can't be moved to the GPU", exc_info=error)
         raise NoGpu(f"Moving it to the GPU failed: {type(error).__name__}.") from error
     if (complaint := disagreement(trunk, LeanTrunk(parts, ops))) is not None:
         raise NoGpu(complaint)

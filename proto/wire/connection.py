@@ -110,7 +110,8 @@ class Connection:
             return None
         stream, taker = self._taking
         reader, served = self._reader, self._served
-        if not (reader.at_frame and stream.between and taker.ready()):
+        # A stream that this end has ended is none of the connection's any more, whatever still comes on it.
+        if stream.number not in self._streams or not (reader.at_frame and stream.between and taker.ready()):
             return None
         assert self._keepalive is not None
         sending, found = self._places

@@ -204,6 +204,37 @@ def test_who_reads_late_gets_every_answer_in_order() -> None:
     run(main)
 
 
+def test_a_call_that_was_ended_here_takes_nothing_more() -> None:
+    """What its caller still sends is dropped, and other calls on the connection go on."""
+
+    async def main() -> None:
+        taker = Reverser()
+
+        async def once(requests: Any, context: Any) -> None:
+            context.take_natively(taker)
+            await context.read_message()
+
+        server = Server(CallGuard({}))
+        handler = grpc.stream_stream_rpc_method_handler(once, bytes, bytes)
+        server.add_registered_method_handlers("test.Service", {"Reverse": handler})
+        port = await server.listen("127.0.0.1", 0, None)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(opening() + frames.frame(frames.DATA, 0, 1, prefix(2) + b"ab"))
+        ended = False
+        while not ended:
+            _, kind, flags, _, _ = await one_frame(reader)
+            ended = kind == frames.HEADERS and bool(flags & frames.END_STREAM)
+        writer.write(frames.frame(frames.DATA, 0, 1, prefix(3) + b"abc") * 3)
+        writer.write(frames.frame(frames.PING, 0, 0, bytes(8)))
+        while (found := await one_frame(reader))[1] != frames.PING:
+            assert found[1] in (frames.SETTINGS, frames.WINDOW_UPDATE)
+        assert taker.taken == 0
+        writer.close()
+        await server.stop(0)
+
+    run(main)
+
+
 async def one_frame(reader: asyncio.StreamReader) -> tuple[int, int, int, int, bytes]:
     head = await reader.readexactly(frames.HEADER_BYTES)
     length = int.from_bytes(head[:3], "big")

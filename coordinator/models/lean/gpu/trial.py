@@ -27,7 +27,7 @@ def disagreement(trunk: Trunk, cpu: Trunk) -> str | None:
     try:
         mine, reference = (asyncio.run(_logits(one)) for one in (trunk, cpu))
     except Exception as error:  # of torch, Triton or the driver: their kinds are many
-        log.warning("The trunk's first pass on the GPU failed", exc_info=error)
+        log.debug("The trunk's first pass on the GPU failed", exc_info=error)
         return f"Its first pass on the GPU failed: {type(error).__name__}."
     for number, (one, other) in enumerate(zip(mine, reference, strict=True)):
         distance = float((one - other).norm() / other.norm())
