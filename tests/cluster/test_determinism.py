@@ -57,13 +57,15 @@ def test_one_node_and_three_give_the_same_bits(
 def test_experts_in_the_coordinators_own_memory_give_the_same_bits(
     new_cluster: Any, checkpoint: Callable[[str], Path], ask: Callable[..., Any]
 ) -> None:
-    made = new_cluster()
     folder = checkpoint("qwen3_moe")
     experts = (tensor for name, tensor in load_file(folder / "model.safetensors").items() if ".experts." in name)
     # With room for all of them, whether a node gets any would be up to what the link was measured to take.
     half = sum(tensor.nbytes for tensor in experts) // 2
 
     async def run(local_bytes: int) -> tuple[Any, dict[str, int]]:
+        # A cluster of its own for each: one that was there before goes on with the plan that it had, until a better
+        # one was made and loaded, and an answer may be ready before that.
+        made = new_cluster()
         async with made.coordinator(folder, nodes=1, deterministic=True, local_bytes=local_bytes) as coordinator:
             answer = await ask(
                 coordinator, lambda c: c.generate(token_ids=PROMPT, max_tokens=16, temperature=0, logprobs=1)
