@@ -56,6 +56,10 @@ class Timeline(Protocol):
         """As `span`, and the block, awaits included, has a track of its own."""
         ...
 
+    def beside(self, name: str, start: int, end: int) -> None:
+        """Records what another thread did for the pass that runs, nanoseconds of `perf_counter_ns`."""
+        ...
+
     def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
         """Records a message to `node`, sent now and answered when `reply` is; `compute_ns` reads the node's time."""
         ...
@@ -84,6 +88,9 @@ class Off:
         return _NOTHING
 
     track = span
+
+    def beside(self, name: str, start: int, end: int) -> None:
+        """Nothing."""
 
     def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
         """Nothing."""
@@ -126,6 +133,10 @@ class Recorder:
         finally:
             self._track.reset(token)
             self._taken.remove(number)
+
+    def beside(self, name: str, start: int, end: int) -> None:
+        """See Timeline.beside."""
+        self.add(COORDINATOR, -self._track.get(), name, start, end)
 
     def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
         """See Timeline.hop."""
@@ -173,7 +184,9 @@ class Recorder:
             for name, number in process.items()
         ]
         for name, track in sorted({(span.process, span.track) for span in self.spans}):
-            title = f"pass {track}" if track != ENGINE else "engine"
+            title = f"pass {abs(track)}" if track != ENGINE else "engine"
+            if track < ENGINE:
+                title += ", other threads"
             events.append(
                 {"ph": "M", "name": "thread_name", "pid": process[name], "tid": track, "args": {"name": title}}
             )

@@ -8,6 +8,7 @@ works in memory that stays, too. The results have the bits of the single operati
 
 import ctypes
 import functools
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,6 +64,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("tokens", "count")),
         *((name, ctypes.c_void_p) for name in ("sequences", "groups", "states", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("hidden", "x", "half", "added", "share", "logits", "ids", "weights")),
+        ("beside", ctypes.c_void_p),
     )
 
 
@@ -74,9 +76,16 @@ def _library() -> ctypes.CDLL:
         "layer_mix": (pointer, pointer, pointer, pointer, flag),
         "layer_mlp": (pointer, pointer, pointer),
         "layers_end": (pointer, pointer, pointer, pointer, flag, pointer, pointer, pointer, size, pointer),
+        "layer_drop": (pointer,),
+        "beside_create": (),
+        "beside_destroy": (pointer,),
+        "beside_times": (pointer, pointer),
     }.items():
         function = getattr(library, f"moehive_{name}")
         function.restype, function.argtypes = flag, arguments
+    library.moehive_beside_create.restype = pointer
+    library.moehive_layer_drop.restype = library.moehive_beside_destroy.restype = None
+    library.moehive_beside_times.restype = ctypes.c_bool
     return library
 
 
@@ -144,6 +153,10 @@ class Step:
         self._all = hidden, sent, ids, weights, logits
         self._kept: object = x, added, share
         self._parts: dict[int, tuple[torch.Tensor, ...]] = {}  # by the number of tokens
+        self._beside = _library().moehive_beside_create()
+        if not self._beside:
+            raise MemoryError("There is no memory left for another forward pass.")
+        weakref.finalize(self, _library().moehive_beside_destroy, self._beside)
         self._native = _Step(
             hidden=hidden.data_ptr(),
             x=x.data_ptr(),
@@ -153,6 +166,7 @@ class Step:
             logits=logits.data_ptr(),
             ids=ids.data_ptr(),
             weights=weights.data_ptr(),
+            beside=self._beside,
         )
         self.address = ctypes.addressof(self._native)
 
@@ -180,6 +194,15 @@ class Step:
         native.sequences, native.groups = ctypes.addressof(batch), ctypes.addressof(pages)
         native.states, native.cos, native.sin = ctypes.addressof(states), cos.data_ptr(), sin.data_ptr()
         self._pass: object = batch, groups, pages, states, cos, sin
+
+    def drop(self) -> None:
+        """Ends a pass before its `logits`: from here on nobody works in its memory."""
+        _library().moehive_layer_drop(self.address)
+
+    def beside(self) -> tuple[int, int] | None:
+        """When the latest routed layer's own MLP was begun and over, as `perf_counter_ns`; None while it is not."""
+        times = (ctypes.c_int64 * 2)()
+        return (times[0], times[1]) if _library().moehive_beside_times(self._beside, times) else None
 
 
 class DecoderLayer:
@@ -238,6 +261,8 @@ class DecoderLayer:
     def mix(self, step: Step, add: torch.Tensor | None) -> None:
         """From the sums of the layer before to the choice of experts, `step.ids`, or to the MLP's input.
 
+        A thread of the pool that is awake then begins what the layer has beside its routed experts.
+
         `add` [T, width] f32 or bf16: of the routed experts of the layer before, if it has any. Raises MemoryError,
         NativeLibraryError.
         """
@@ -250,7 +275,10 @@ class DecoderLayer:
             raise_status(status)
 
     def mlp(self, step: Step) -> None:
-        """What of the MLP is computed here, for the next layer to add. Raises MemoryError, NativeLibraryError."""
+        """What of the MLP is computed here, for the next layer to add: all of it, unless a thread has begun.
+
+        Raises MemoryError, NativeLibraryError.
+        """
         status = self._mlp(self._handle, self.address, step.address)
         if status:
             raise_status(status)

@@ -18,7 +18,7 @@ from .library import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
-_ABI = 4
+_ABI = 5
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _SCORES = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 

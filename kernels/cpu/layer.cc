@@ -1,15 +1,18 @@
 // A decoder's layer for few tokens in two calls (kernels/layer.py): up to the choice of experts, and the MLP that is
 // computed here while others compute those. What Python does between two calls takes as long as a small layer, and
 // longest where the layer's weights have emptied the caches. The results have the bits of the single operations.
+#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <initializer_list>
+#include <new>
 #include <vector>
 
 #include "delta_net.h"
 #include "linear.h"
 #include "mla.h"
 #include "trunk.h"
+#include "trunk_threads.h"
 
 #define MOEHIVE_API extern "C" __attribute__((visibility("default")))
 
@@ -46,6 +49,20 @@ struct MoehiveLayer {
   float eps;       // of both norms
 };
 
+struct MoehiveStep;
+
+// The MLP of a layer with routed experts: begun, if a thread is free, when the layer's input is known, so that it is
+// computed while its owner asks for the routed ones.
+struct MoehiveBeside {
+  moehive::Aside aside;
+  void* trunk = nullptr;
+  const MoehiveLayer* layer = nullptr;  // null: nothing is left to do
+  const MoehiveStep* step = nullptr;
+  bool handed = false;  // to the pool
+  int32_t status = 0;
+  int64_t begun_ns = 0, ended_ns = 0;  // when it was computed, by the steady clock
+};
+
 // One forward pass: its sequences, and memory for what passes from call to call.
 struct MoehiveStep {
   int64_t tokens, count;                 // `count` sequences
@@ -62,6 +79,7 @@ struct MoehiveStep {
   float* logits;    // [tokens, experts] the router's
   int64_t* ids;     // [tokens, top_k] what it chose
   float* weights;
+  MoehiveBeside* beside;
 };
 
 namespace {
@@ -161,15 +179,6 @@ int32_t mix(void* trunk, const MoehiveMixer& mixer, const MoehiveStep& step) {
   }
 }
 
-// hidden += what the layer before has left to add: `add` of its routed experts (or null) and what it computed here;
-// then x = its norm.
-void finish(void* trunk, const MoehiveLayer* before, const MoehiveStep& step, int64_t width, const void* add,
-            int32_t add_half, const float* norm, float eps) {
-  const bool here = before && before->mlp.down.rows, shared = here && before->mlp.share.rows;
-  moehive_trunk_add_norm(trunk, step.tokens, width, step.hidden, add, add_half, here ? step.added : nullptr,
-                         shared ? step.share : nullptr, 1, norm, eps, step.x, nullptr);
-}
-
 // `run` returns a status; 2 where it finds no memory.
 template <class Run>
 int32_t guarded(Run&& run) {
@@ -178,6 +187,71 @@ int32_t guarded(Run&& run) {
   } catch (const std::exception&) {
     return 2;
   }
+}
+
+// added = down(activation(gate(x)) * up(x)), and its share.
+int32_t compute_mlp(void* trunk, const MoehiveLayer& layer, const MoehiveStep& s) {
+  const MoehiveMlp& mlp = layer.mlp;
+  const int64_t middle = mlp.up[0].rows, tokens = s.tokens;
+  if (mlp.up[1].rows != middle || mlp.down.columns != middle || mlp.down.rows != layer.width) return 1;
+  Room room({2 * tokens * middle, tokens * middle});
+  float *const both = room.take(2 * tokens * middle), *const gated = room.take(tokens * middle);
+  int32_t status = moehive_linear(trunk, mlp.up, 2, s.x, tokens, both);
+  if (status) return status;
+  moehive_trunk_gate(trunk, both, tokens, middle, 2 * middle, mlp.activation, gated);
+  status = moehive_linear(trunk, &mlp.down, 1, gated, tokens, s.added);
+  return status || !mlp.share.rows ? status : moehive_linear(trunk, &mlp.share, 1, s.x, tokens, s.share);
+}
+
+int64_t now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+void compute_beside(void* context) {
+  MoehiveBeside& it = *static_cast<MoehiveBeside*>(context);
+  it.begun_ns = now_ns();
+  it.status = guarded([&] { return compute_mlp(it.trunk, *it.layer, *it.step); });
+  moehive_trunk_rest(it.trunk);  // the nodes compute now
+  it.ended_ns = now_ns();
+}
+
+moehive::SharedPool& pool_of(void* trunk) { return static_cast<moehive::Trunk*>(trunk)->pool(); }
+
+// From here on, a thread may compute what `layer` has beside its routed experts.
+void begin_beside(void* trunk, const MoehiveLayer& layer, const MoehiveStep& step) {
+  MoehiveBeside& it = *step.beside;
+  it.trunk = trunk;
+  it.layer = &layer;
+  it.step = &step;
+  it.handed = pool_of(trunk).begin(it.aside, compute_beside, &it);
+}
+
+// Computes what was begun unless a thread does, and helps with it then: as long as there is something to help with, or,
+// if it must be `over`, to its end.
+int32_t finish_beside(const MoehiveStep& step, bool over) {
+  MoehiveBeside& it = *step.beside;
+  if (!it.layer) return 0;
+  moehive::SharedPool& pool = pool_of(it.trunk);
+  if (!it.handed || pool.withdraw(it.aside)) {
+    compute_beside(&it);
+  } else if (over) {
+    pool.wait(it.aside);
+  } else {
+    pool.help(it.aside);
+    return 0;
+  }
+  it.layer = nullptr;
+  return it.status;
+}
+
+// hidden += what the layer before has left to add: `add` of its routed experts (or null) and what it computed here;
+// then x = its norm.
+void finish(void* trunk, const MoehiveLayer* before, const MoehiveStep& step, int64_t width, const void* add,
+            int32_t add_half, const float* norm, float eps) {
+  const bool here = before && before->mlp.down.rows, shared = here && before->mlp.share.rows;
+  moehive_trunk_add_norm(trunk, step.tokens, width, step.hidden, add, add_half, here ? step.added : nullptr,
+                         shared ? step.share : nullptr, 1, norm, eps, step.x, nullptr);
 }
 
 }  // namespace
@@ -192,8 +266,10 @@ MOEHIVE_API int32_t moehive_layer_mix(void* trunk, const MoehiveLayer* layer, co
   const MoehiveStep& s = *step;
   if (l.mixer.output.rows != l.width) return 1;
   return guarded([&] {
+    int32_t status = finish_beside(s, true);
+    if (status) return status;
     finish(trunk, l.before, s, l.width, add, add_half, l.norm, l.eps);
-    int32_t status = mix(trunk, l.mixer, s);
+    status = mix(trunk, l.mixer, s);
     if (status) return status;
     moehive_trunk_add_norm(trunk, s.tokens, l.width, s.hidden, s.added, 0, nullptr, nullptr, 0, l.mlp_norm, l.eps, s.x,
                            s.half);
@@ -201,29 +277,32 @@ MOEHIVE_API int32_t moehive_layer_mix(void* trunk, const MoehiveLayer* layer, co
     if (l.router_weights.rows != l.router.experts) return 1;
     status = moehive_linear(trunk, &l.router_weights, 1, s.x, s.tokens, s.logits);
     if (!status) status = moehive_trunk_route(trunk, &l.router, s.logits, s.tokens, s.ids, s.weights);
+    if (!status && l.mlp.down.rows) begin_beside(trunk, l, s);
     moehive_trunk_rest(trunk);  // the nodes compute now
     return status;
   });
 }
 
-// The MLP that is computed here: added = down(activation(gate(x)) * up(x)), and its share.
+// The MLP that is computed here. Of a layer with routed experts, after `mix`: a thread of the pool may have it in hand
+// still when this returns, and it is over in the next call of the pass or moehive_layer_drop.
 MOEHIVE_API int32_t moehive_layer_mlp(void* trunk, const MoehiveLayer* layer, const MoehiveStep* step) {
-  const MoehiveMlp& mlp = layer->mlp;
-  const MoehiveStep& s = *step;
-  const int64_t middle = mlp.up[0].rows, tokens = s.tokens;
-  if (mlp.up[1].rows != middle || mlp.down.columns != middle || mlp.down.rows != layer->width) return 1;
-  const bool routed = layer->router_weights.rows;
-  return guarded([&] {
-    Room room({2 * tokens * middle, tokens * middle});
-    float *const both = room.take(2 * tokens * middle), *const gated = room.take(tokens * middle);
-    int32_t status = moehive_linear(trunk, mlp.up, 2, s.x, tokens, both);
-    if (status) return status;
-    moehive_trunk_gate(trunk, both, tokens, middle, 2 * middle, mlp.activation, gated);
-    status = moehive_linear(trunk, &mlp.down, 1, gated, tokens, s.added);
-    if (!status && mlp.share.rows) status = moehive_linear(trunk, &mlp.share, 1, s.x, tokens, s.share);
-    if (routed) moehive_trunk_rest(trunk);
-    return status;
-  });
+  if (layer->router_weights.rows) return finish_beside(*step, false);
+  return guarded([&] { return compute_mlp(trunk, *layer, *step); });
+}
+
+// A pass ends early: nobody works in its memory any more.
+MOEHIVE_API void moehive_layer_drop(const MoehiveStep* step) { finish_beside(*step, true); }
+
+// Null without memory. To be freed by moehive_beside_destroy.
+MOEHIVE_API MoehiveBeside* moehive_beside_create() { return new (std::nothrow) MoehiveBeside; }
+MOEHIVE_API void moehive_beside_destroy(MoehiveBeside* beside) { delete beside; }
+
+// When the latest layer's MLP was begun and over, in nanoseconds of the steady clock; false: it is not over.
+MOEHIVE_API bool moehive_beside_times(const MoehiveBeside* beside, int64_t* times) {
+  if (!beside->aside.over()) return false;
+  times[0] = beside->begun_ns;
+  times[1] = beside->ended_ns;
+  return true;
 }
 
 // After the last layer: the logits [count, head's rows] of the `count` tokens `wanted`.
@@ -233,6 +312,8 @@ MOEHIVE_API int32_t moehive_layers_end(void* trunk, const MoehiveLayer* last, co
   const int64_t width = last->width;
   if (head->columns != width) return 1;
   return guarded([&] {
+    const int32_t status = finish_beside(*step, true);
+    if (status) return status;
     finish(trunk, last, *step, width, add, add_half, norm, last->eps);
     Room room({count * width});
     float* const x = room.take(count * width);

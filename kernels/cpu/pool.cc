@@ -39,6 +39,12 @@ inline void pause() {
 #endif
 }
 
+// Whether this thread is a pool's own, which stays where the pool has put it.
+thread_local bool of_a_pool = false;
+
+// Looks for something to do before a waiting thread leaves its processor to others: some 20 us.
+constexpr int kLooks = 1000;
+
 inline uint32_t left(uint64_t ticket) { return static_cast<uint32_t>(ticket); }
 
 // The processors that this process may use (containers and taskset restrict them); empty if the system can't say.
@@ -103,7 +109,7 @@ void Pool::run(uint32_t items, void (*work)(void*, uint32_t), void* context) {
     return;
   }
   learn_gap();
-  make_way();
+  if (!of_a_pool) make_way();
   items_ = items;
   work_ = work;
   context_ = context;
@@ -117,13 +123,58 @@ void Pool::run(uint32_t items, void (*work)(void*, uint32_t), void* context) {
   while (run_one()) {
   }
   for (int i = 0; done_.load(std::memory_order_acquire) != items; ++i) {
-    if (i < 1000) {
+    if (i < kLooks) {
       pause();
     } else {  // a thread with an item in hand does not run: leave it this core
       std::this_thread::yield();
     }
   }
   last_end_ = steady_clock::now();
+}
+
+bool Pool::begin(Aside& aside, void (*work)(void*), void* context) {
+  if (sleepers_.load() >= static_cast<int>(threads_.size())) return false;  // waking one takes the caller's time
+  aside.work_ = work;
+  aside.context_ = context;
+  aside.over_.store(false, std::memory_order_relaxed);
+  Aside* none = nullptr;
+  if (aside_.compare_exchange_strong(none, &aside)) return true;
+  aside.over_.store(true, std::memory_order_relaxed);
+  return false;
+}
+
+bool Pool::withdraw(Aside& aside) {
+  Aside* waiting = &aside;
+  if (!aside_.compare_exchange_strong(waiting, nullptr)) return false;
+  aside.over_.store(true, std::memory_order_relaxed);
+  return true;
+}
+
+void Pool::help(const Aside& aside) {
+  for (int looks = 0; !aside.over() && looks < kLooks; ++looks) {
+    if (run_one()) {
+      looks = 0;
+    } else {
+      pause();
+    }
+  }
+}
+
+void Pool::wait(const Aside& aside) {
+  for (help(aside); !aside.over(); help(aside)) std::this_thread::yield();
+}
+
+bool Pool::run_aside() {
+  if (aside_.load(std::memory_order_relaxed) == nullptr) return false;
+  Aside* const aside = aside_.exchange(nullptr);
+  if (aside == nullptr) return false;
+  aside->work_(aside->context_);
+  aside->over_.store(true, std::memory_order_release);  // from here on its owner may let it go
+  return true;
+}
+
+bool Pool::has_work() const {
+  return left(ticket_.load(std::memory_order_relaxed)) > 0 || aside_.load(std::memory_order_relaxed) != nullptr;
 }
 
 // Sets how long threads watch after the job that starts now.
@@ -158,13 +209,13 @@ bool Pool::run_one() {
   return true;
 }
 
-// Waits for a job for as long as recent gaps justify; true if one came.
+// Waits for something to do for as long as recent gaps justify; true if one came.
 bool Pool::watch() {
   const auto start = steady_clock::now();
   for (;;) {
     for (int i = 0; i < 32; ++i) {
       pause();
-      if (left(ticket_.load(std::memory_order_relaxed)) > 0) return true;
+      if (has_work()) return true;
     }
     const auto waited = steady_clock::now() - start;
     const microseconds longest{watch_us_.load(std::memory_order_relaxed)};
@@ -183,11 +234,12 @@ std::shared_ptr<SharedPool> SharedPool::of(int threads) {
 }
 
 void Pool::serve() {
+  of_a_pool = true;
   while (!stop_.load(std::memory_order_relaxed)) {
-    if (run_one() || watch()) continue;
+    if (run_one() || run_aside() || watch()) continue;
     std::unique_lock<std::mutex> lock(mutex_);
     ++sleepers_;  // before the look at the ticket, as run() looks at the two in the other order
-    wake_.wait(lock, [this] { return stop_.load() || left(ticket_.load()) > 0; });
+    wake_.wait(lock, [this] { return stop_.load() || left(ticket_.load()) > 0 || aside_.load() != nullptr; });
     --sleepers_;
   }
 }

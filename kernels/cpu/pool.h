@@ -13,6 +13,19 @@
 
 namespace moehive {
 
+// Something that a thread of the pool does while its owner goes on. Of one owner, who may not let it go before it is
+// over.
+class Aside {
+ public:
+  bool over() const { return over_.load(std::memory_order_acquire); }
+
+ private:
+  friend class Pool;
+  void (*work_)(void*) = nullptr;
+  void* context_ = nullptr;
+  std::atomic<bool> over_{true};
+};
+
 class Pool {
  public:
   // Threads beside the caller's own: with threads = 1 there are none, and run() is a loop.
@@ -25,6 +38,19 @@ class Pool {
   // called by two threads at once. `work` must not throw.
   void run(uint32_t items, void (*work)(void*, uint32_t), void* context);
 
+  // Has a thread that is awake call work(context), which may call run() in its turn, and returns at once. False: none
+  // is awake, or they have another one to begin. `work` must not throw.
+  bool begin(Aside& aside, void (*work)(void*), void* context);
+
+  // Takes back what nobody has begun yet; false: it is too late.
+  bool withdraw(Aside& aside);
+
+  // Helps with what has begun, until it is over or nothing of it is left for others to do.
+  void help(const Aside& aside);
+
+  // Returns when what has begun is over.
+  void wait(const Aside& aside);
+
   // The next job is not near: threads that watch for it sleep at once, and leave their cores to other processes.
   void rest() { watch_us_.store(0, std::memory_order_relaxed); }
 
@@ -36,6 +62,8 @@ class Pool {
 
  private:
   bool run_one();
+  bool run_aside();
+  bool has_work() const;
   void learn_gap();
   void make_way();
   bool watch();
@@ -50,6 +78,8 @@ class Pool {
   uint32_t items_ = 0;
   void (*work_)(void*, uint32_t) = nullptr;
   void* context_ = nullptr;
+
+  std::atomic<Aside*> aside_{nullptr};  // that nobody has begun
 
   std::atomic<int64_t> watch_us_;  // how long a thread without work stays awake, in microseconds
   std::chrono::steady_clock::time_point last_end_{};  // of the job before
@@ -73,6 +103,11 @@ class SharedPool {
   int threads() const { return threads_; }
 
   void rest() { pool_.rest(); }
+
+  bool begin(Aside& aside, void (*work)(void*), void* context) { return pool_.begin(aside, work, context); }
+  bool withdraw(Aside& aside) { return pool_.withdraw(aside); }
+  void help(const Aside& aside) { pool_.help(aside); }
+  void wait(const Aside& aside) { pool_.wait(aside); }
 
   template <class Work>
   void run(int64_t items, Work&& work) {

@@ -33,7 +33,7 @@ int64_t keys_seen(const MoehiveAttention& a, int64_t position) {
 }  // namespace
 
 // Raised with every change of this file's functions or of trunk.h's structs, or of layer.cc's.
-MOEHIVE_API int32_t moehive_trunk_abi() { return 4; }
+MOEHIVE_API int32_t moehive_trunk_abi() { return 5; }
 
 // Null without memory or threads. To be freed by moehive_trunk_destroy.
 MOEHIVE_API void* moehive_trunk_create(int32_t threads) {

@@ -26,6 +26,7 @@ class Trunk {
     pool_->run(items, [&](uint32_t i) { run(i); });
   }
 
+  SharedPool& pool() { return *pool_; }
   void rest() { pool_->rest(); }
   int threads() const { return pool_->threads(); }
   const TrunkKernel& kernel() const { return kernel_; }

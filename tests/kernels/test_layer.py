@@ -1,6 +1,7 @@
 """A layer in two calls has the bits of its operations one by one; matrices that do not fit are refused."""
 
 import ctypes
+from time import perf_counter_ns
 
 import pytest
 import torch
@@ -83,12 +84,17 @@ class OneSequence:
 
 
 @settings(max_examples=30, deadline=None)
-@given(formats, st.integers(1, FEW_TOKENS), st.booleans(), st.sampled_from(["softmax", "sigmoid", "chosen_softmax"]))
-def test_two_layers_and_the_head(format: Format, tokens: int, shared: bool, scores: str) -> None:
-    """A routed layer with or without a shared expert, and one that is dense."""
+@given(
+    formats,
+    st.integers(1, FEW_TOKENS),
+    st.sampled_from(["none", "asked for", "left to the next call"]),
+    st.sampled_from(["softmax", "sigmoid", "chosen_softmax"]),
+)
+def test_two_layers_and_the_head(format: Format, tokens: int, shared: str, scores: str) -> None:
+    """A routed layer with or without a shared expert, whoever computes it, and one that is dense."""
     how = RouterLayer(experts=EXPERTS, top_k=TOP_K, scores=scores, renormalize=True)  # type: ignore[arg-type]
     router, mixer = Router(matrix(format, EXPERTS, WIDTH, 5), how), mixer_of(format)
-    mlp = mlp_of(format, shared=True) if shared else None
+    mlp = None if shared == "none" else mlp_of(format, shared=True)
     first = layer_of(mixer, router, mlp)
     second = layer_of(mixer, None, mlp_of(format, bias=True), first)
     one = OneSequence(tokens, how)
@@ -105,7 +111,8 @@ def test_two_layers_and_the_head(format: Format, tokens: int, shared: bool, scor
         trunk.add_norm(one.hidden, experts)
     else:
         assert mlp.share is not None
-        first.mlp(step)
+        if shared == "asked for":
+            first.mlp(step)
         trunk.add_norm(one.hidden, experts, dense(mlp, x), linear.linear(mlp.share, x)[:, 0])
 
     second.mix(step, experts)
@@ -118,6 +125,39 @@ def test_two_layers_and_the_head(format: Format, tokens: int, shared: bool, scor
     trunk.add_norm(last, norm=one.norm, eps=1e-6, out=last)
     assert torch.equal(second.logits(step, None, one.norm, head, wanted), linear.linear(head, last))
     assert torch.equal(step.hidden, one.hidden)
+
+
+def test_a_shared_expert_is_computed_while_its_caller_does_something_else() -> None:
+    how = RouterLayer(experts=EXPERTS, top_k=TOP_K, scores="softmax", renormalize=True)
+    mlp = mlp_of("f32", shared=True)
+    layer = layer_of(mixer_of("f32"), Router(matrix("f32", EXPERTS, WIDTH, 5), how), mlp)
+    one = OneSequence(1, how)
+    for _ in range(1000):  # others may have the processors, so that no thread is awake or gets to it
+        one.step.begin(1, one.batch, [one.batch], (ctypes.c_void_p * 1)(), one.cos, one.sin)
+        start = perf_counter_ns()
+        layer.mix(one.step, None)
+        sum(range(20_000))
+        times = one.step.beside()
+        if times is not None and start < times[0]:
+            assert start < times[0] < times[1] < perf_counter_ns()
+            break
+        one.step.drop()
+    else:
+        pytest.fail("No thread ever computed it.")
+    layer.mlp(one.step)  # finds it done
+    assert one.step.beside() == times
+
+
+def test_a_pass_that_ends_early_leaves_nobody_in_its_memory() -> None:
+    how = RouterLayer(experts=EXPERTS, top_k=TOP_K, scores="softmax", renormalize=True)
+    layer = layer_of(mixer_of("q4_0"), Router(matrix("q4_0", EXPERTS, WIDTH, 5), how), mlp_of("q4_0"))
+    for tokens in (1, FEW_TOKENS, 2, 1):
+        one = OneSequence(tokens, how)
+        layer.mix(one.step, None)
+        one.step.drop()
+        assert one.step.beside() is not None
+        one.step.drop()  # and again
+        layer.mlp(one.step)  # there is nothing left to do
 
 
 def dense(mlp: GatedMlp, x: torch.Tensor) -> torch.Tensor:

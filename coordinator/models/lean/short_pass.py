@@ -47,8 +47,17 @@ class ShortPasses:
 
     async def forward(self, run: Batch, experts: ExpertBackend) -> torch.Tensor:
         """f32 logits [len(run.wanted), vocab] of a pass of at most FEW_TOKENS tokens."""
-        tiers, take_back = tiers_of(experts), take_back_of(experts)
         step = self._free.pop() if self._free else self._new_step()
+        try:
+            logits = await self._pass(step, run, experts)
+        except BaseException:
+            step.drop()  # and it isn't used again: a message that nobody waits for may still be leaving from it
+            raise
+        self._free.append(step)
+        return logits
+
+    async def _pass(self, step: Step, run: Batch, experts: ExpertBackend) -> torch.Tensor:
+        tiers, take_back = tiers_of(experts), take_back_of(experts)
         step.begin(run.tokens, run.sequences, run.tables, run.states, run.cos, run.sin)
         step.hidden.copy_(self._parts.embedding.rows(run.ids))
         add: torch.Tensor | None = None  # of the layer before, by its routed experts
@@ -69,6 +78,8 @@ class ShortPasses:
                     with timeline.current.span("shared expert"):
                         native.mlp(step)
                 add = await pending
+                if mlp.here is not None and timeline.current.on and (times := step.beside()) is not None:
+                    timeline.current.beside("shared expert", *times)
             else:
                 with timeline.current.span("dense"):
                     native.mlp(step)
@@ -77,7 +88,6 @@ class ShortPasses:
             logits = self._layers[-1][0].logits(step, add, self._parts.norm, self._parts.head, run.wanted)
         if add is not None and take_back is not None:
             take_back(add)
-        self._free.append(step)  # not after an error: a message that nobody waits for may still be leaving from it
         return logits
 
     def _new_step(self) -> Step:
