@@ -14,7 +14,7 @@ import torch
 from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
 
-_ABI = 8
+_ABI = 9
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -70,7 +70,7 @@ def library() -> ctypes.CDLL:
         pointer, pointer, pointer, flag, size, pointer, ctypes.c_char_p, pointer, flag, pointer
     )  # fmt: skip
     loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
-    loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer)
+    loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer, pointer)
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     loaded.moehive_pack_words.argtypes = (ctypes.c_int32, pointer, size, size, size, size, pointer)
     loaded.moehive_pack_fp8.argtypes = (pointer, size, size, pointer)
