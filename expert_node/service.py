@@ -120,33 +120,48 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         if self._plain.function:
             context.take_natively(self)
         try:
-            while (message := await context.read_message()) is not None:
-                self._asked_at = monotonic()
-                whole = parse_request(message)
-                hidden, routing = read_request(whole)
-                request, times = whole.head, context.times
-                came = Came(request, hidden, routing, times.read_at, times.came_at, times)
-                if passed_on or request.chain:
-                    check_chain(whole)
-                if request.chain:
-                    await chained.acquire()
-                    self._begin(self._answer_chain(whole, came, context), chained, tasks)
-                    continue
-                likely = read_likely(request)
-                # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
-                # One that waits for the disk would hold up the loop, too.
-                small = self._executor.quick(request.layer, len(routing.experts))
-                small = small and self._executor.in_memory(request.layer, routing)
-                if small and not self._in_worker:
-                    await context.write(self._answer(came, likely))
-                    self._lookout.expect()
-                else:
-                    await room.acquire()
-                    self._begin(self._answer_later(came, likely, context), room, tasks)
+            while await self._serve_next(context, passed_on, room, chained, tasks):
+                pass  # and nothing is kept here of a request whose answer may be long
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
+
+    async def _serve_next(
+        self,
+        context: Context,
+        passed_on: bool,
+        room: asyncio.Semaphore,
+        chained: asyncio.Semaphore,
+        tasks: set[asyncio.Task[None]],
+    ) -> bool:
+        """Answers a stream's next request, or begins to; False after the last one."""
+        message = await context.read_message()
+        if message is None:
+            return False
+        self._asked_at = monotonic()
+        whole = parse_request(message)
+        hidden, routing = read_request(whole)
+        request, times = whole.head, context.times
+        came = Came(request, hidden, routing, times.read_at, times.came_at, times)
+        if passed_on or request.chain:
+            check_chain(whole)
+        if request.chain:
+            await chained.acquire()
+            self._begin(self._answer_chain(whole, came, context), chained, tasks)
+            return True
+        likely = read_likely(request)
+        # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
+        # One that waits for the disk would hold up the loop, too.
+        small = self._executor.quick(request.layer, len(routing.experts))
+        small = small and self._executor.in_memory(request.layer, routing)
+        if small and not self._in_worker:
+            await context.write(self._answer(came, likely))
+            self._lookout.expect()
+        else:
+            await room.acquire()
+            self._begin(self._answer_later(came, likely, context), room, tasks)
+        return True
 
     def _at_once(self, times: Times, message: Buffer) -> tuple[bytes] | None:
         """The reply to a plain request that came in pieces; None while a worker computes, or this node leaves."""
@@ -208,8 +223,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
 
     async def _answer_later(self, came: Came, likely: list[list[int]], context: Context) -> None:
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._worker, self._answer, came, likely)
-        await context.write(reply)
+        computing = loop.run_in_executor(self._worker, self._answer, came, likely)
+        del came  # its hidden states may be as large as the reply
+        await context.write(await computing)
 
     def _answer(self, came: Came, likely: list[list[int]]) -> tuple[Buffer, ...]:
         """The rows or a refusal, as a reply's bytes in pieces."""

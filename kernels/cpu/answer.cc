@@ -196,8 +196,8 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
     // Aligned, both: the message's rows are not.
     std::vector<uint64_t> hidden((r.tokens * uint64_t{r.hidden_size} * width + 7) / 8), out((bytes + 7) / 8);
     std::memcpy(hidden.data(), message + r.hidden_at, r.tokens * uint64_t{r.hidden_size} * width);
-    static_cast<Experts*>(answering.experts)->run_whole(
-        {*table.spec, nullptr, r.tokens, offsets.data(), addresses.data(), weights.data(), nullptr},
+    static_cast<Experts*>(answering.experts)->run(
+        {*table.spec, r.tokens, offsets.data(), addresses.data(), weights.data()},
         {hidden.data(), bf16}, {out.data(), bf16}, added);
     const int64_t end = now();
     *nanoseconds = end - start;
