@@ -65,6 +65,16 @@ def test_a_file_of_llama_cpp_is_measured(tmp_path):
     assert row["limit_tokens_per_s"] == pytest.approx(limit)
 
 
+def test_several_sequences_at_once(tmp_path):
+    model = ["--geometry", "qwen3-30b", "--layers", "1", "--experts", "8"]
+    short = ["--prompt", "4", "--tokens", "12", "--rounds", "1", "--json"]
+    done = run(tmp_path, *model, *short, "--sequences", "3")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["sequences"] == 3 and 0 <= row["micro_batches_share"] <= 1
+    assert row["decode_tokens_per_s"] == pytest.approx(3e3 / row["token_ms"])
+
+
 def test_a_layer_of_each_kind_of_qwen3_5(tmp_path):
     """Three layers with a recurrent state and one with attention, in the width of the 35B."""
     model = ["--geometry", "qwen3.5-35b", "--layers", "4", "--experts", "8", "--format", "q4_0"]
