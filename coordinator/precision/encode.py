@@ -4,7 +4,8 @@ import torch
 
 from moehive.kernels.blob import build_blob, decode_tensor, pack_blob, tensor_views
 from moehive.kernels.geometry import ExpertSpec
-from moehive.kernels.quantizers.feedback import SUB_BLOCKS, Moments, quantize
+from moehive.kernels.quantizers.feedback import Moments, quantize
+from moehive.kernels.quantizers.grids import GRIDS
 
 from .calibration import LayerInputs, projections
 
@@ -25,7 +26,7 @@ def encode(
     moments = {one.name: one.moments for one in projections(old, blob, *known)}
     rows: dict[str, list[torch.Tensor]] = {}
     for place in new.tensors:
-        if place.format in SUB_BLOCKS:
+        if place.format in GRIDS:
             stored = quantize(place.format, numbers[place.name], Moments.of(moments[place.name]))
             rows[place.name] = list(stored.chunk(place.matrices))
     packed = pack_blob(new, rows, {name: numbers[name] for name in numbers if name not in rows})

@@ -1,5 +1,6 @@
 """gpt-oss in the very layout of its publisher's repository: served, pulled without the copies that nobody needs."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -11,7 +12,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from by_path import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -22,7 +22,16 @@ from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId
 
-gpt_oss = load(Path(__file__).with_name("gpt_oss.py"))
+
+def _module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"moehive_oss_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpt_oss = _module("gpt_oss")
 NAME = "openai/gpt-oss-tiny"
 
 
