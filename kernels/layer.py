@@ -200,7 +200,10 @@ class Step:
         _library().moehive_layer_drop(self.address)
 
     def beside(self) -> tuple[int, int] | None:
-        """When the latest routed layer's own MLP was begun and over, as `perf_counter_ns`; None while it is not."""
+        """When another thread began and ended the latest routed layer's own MLP, as `perf_counter_ns`.
+
+        None: it has not ended, or the pass's own thread computed it.
+        """
         times = (ctypes.c_int64 * 2)()
         return (times[0], times[1]) if _library().moehive_beside_times(self._beside, times) else None
 

@@ -58,7 +58,7 @@ struct MoehiveBeside {
   void* trunk = nullptr;
   const MoehiveLayer* layer = nullptr;  // null: nothing is left to do
   const MoehiveStep* step = nullptr;
-  bool handed = false;  // to the pool
+  bool handed = false;  // to a thread of the pool, for all that its owner knows
   int32_t status = 0;
   int64_t begun_ns = 0, ended_ns = 0;  // when it was computed, by the steady clock
 };
@@ -234,6 +234,7 @@ int32_t finish_beside(const MoehiveStep& step, bool over) {
   if (!it.layer) return 0;
   moehive::SharedPool& pool = pool_of(it.trunk);
   if (!it.handed || pool.withdraw(it.aside)) {
+    it.handed = false;
     compute_beside(&it);
   } else if (over) {
     pool.wait(it.aside);
@@ -297,9 +298,10 @@ MOEHIVE_API void moehive_layer_drop(const MoehiveStep* step) { finish_beside(*st
 MOEHIVE_API MoehiveBeside* moehive_beside_create() { return new (std::nothrow) MoehiveBeside; }
 MOEHIVE_API void moehive_beside_destroy(MoehiveBeside* beside) { delete beside; }
 
-// When the latest layer's MLP was begun and over, in nanoseconds of the steady clock; false: it is not over.
+// When a thread of the pool has begun and ended the latest layer's MLP, in nanoseconds of the steady clock; false: it
+// has not ended, or none has begun.
 MOEHIVE_API bool moehive_beside_times(const MoehiveBeside* beside, int64_t* times) {
-  if (!beside->aside.over()) return false;
+  if (!beside->handed || !beside->aside.over()) return false;
   times[0] = beside->begun_ns;
   times[1] = beside->ended_ns;
   return true;
