@@ -4,21 +4,25 @@
 
     with timeline.current.span("router"):        # some synchronous or awaited piece of work
         ...
-    timeline.current.hop(node, reply, lambda reply: reply.compute_ns)   # a message to a node, answered by a future
+    timeline.current.hop(node, layer, reply, trip_of)   # a message to a node, answered by a future
 
 Call it through the module (`timeline.current`), never `from … import current`. When nothing is recorded a span costs
 three calls that do nothing (0.2 to 0.4 µs), so it may stand in each layer, not in each element of a loop; what would
 cost more asks `timeline.current.on` first.
 
-Names in use: `attention` (with the norms around it, and for few tokens with the router), `router`, `submit` (split
-and send), `shared expert`, `dense`, `foresee`, `local experts`, `wait` (for one node after the other, so the first
-one's span is the longest), `read` (a reply), `add up`, `lm head`, `sample`. What lies between them in a pass is the
-trunk's remaining time.
+Names in use: `attention` (with the norms around it, and for few tokens with the router), `router`, `sending` (split
+and send), `shared expert`, `dense`, `foresee`, `local experts`, `waiting` (for one node after the other, so the first
+one's span is the longest), `reading` (a reply), `adding up`, `lm head`, `sample`. What lies between them in a pass is
+the trunk's remaining time.
 
 A track is a row of the trace, in which spans lie inside each other. Passes that take turns need one each: `track`
-takes a free one for as long as the block runs. Replies have tracks by pass and node: a round trip as the coordinator
-saw it, and in its middle the time that the node says it computed (clocks of two machines do not agree to the
-microsecond, so the way there and back are drawn equally long).
+takes a free one for as long as the block runs. Nodes have tracks by pass: for each layer a `round trip` as the
+coordinator saw it, and in it, without a gap, what the node says of it: `link` (the way there), `reading` (the
+request), `waiting for its turn`, `experts`, `writing` (the reply), `link` (the way back). A node knows how long it
+writes a reply only when it writes the next one, so the last one's writing counts as link.
+
+A node that runs on this machine has the coordinator's clock: its times are where they were. Another node's clock says
+nothing here, so its times are put into the middle of the round trip, the way there and back equally long.
 """
 
 import asyncio
@@ -37,7 +41,23 @@ T = TypeVar("T")
 
 MAX_SPANS = 1_000_000  # about 200 MB in memory and 100 MB written; later ones are counted only
 COORDINATOR = "coordinator"
+_WAY_IN = "link", "reading", "waiting for its turn", "experts"  # of a round trip, up to the reply
 ENGINE = 0  # the track of what belongs to no pass
+
+
+class Trip(NamedTuple):
+    """When a node was asked and answered, nanoseconds: the first three of `perf_counter_ns`, `began` of the node's
+    own monotonic clock; the others are what the node says it took (ComputeReply of proto/experts.proto).
+    """
+
+    sent: int  # nothing had left yet
+    read: int  # the reading of the reply began
+    came: int  # the reply was there
+    began: int  # the node began to compute
+    reading: int
+    waited: int
+    computed: int
+    wrote: int  # the reply before this one
 
 
 class Timeline(Protocol):
@@ -60,8 +80,8 @@ class Timeline(Protocol):
         """Records what another thread did for the pass that runs, nanoseconds of `perf_counter_ns`."""
         ...
 
-    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
-        """Records a message to `node`, sent now and answered when `reply` is; `compute_ns` reads the node's time."""
+    def hop(self, node: str, layer: int, reply: "asyncio.Future[T]", trip: Callable[[T], Trip]) -> None:
+        """Records a message to `node` about a layer, once `reply` is there; `trip` reads its times."""
         ...
 
 
@@ -92,8 +112,17 @@ class Off:
     def beside(self, name: str, start: int, end: int) -> None:
         """Nothing."""
 
-    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
+    def hop(self, node: str, layer: int, reply: "asyncio.Future[T]", trip: Callable[[T], Trip]) -> None:
         """Nothing."""
+
+
+class Ending(NamedTuple):
+    """The end of a round trip, of which it is not known yet how long the node wrote the reply."""
+
+    track: int
+    layer: int
+    computed: int  # when the experts were done
+    came: int
 
 
 class Span(NamedTuple):
@@ -104,6 +133,7 @@ class Span(NamedTuple):
     name: str
     start: int
     end: int
+    layer: int | None = None  # that a node was asked for
 
 
 class Recorder:
@@ -116,6 +146,7 @@ class Recorder:
         self.dropped = 0  # spans after MAX_SPANS
         self._track: ContextVar[int] = ContextVar("track", default=ENGINE)
         self._taken: set[int] = set()
+        self._endings: dict[str, Ending] = {}  # of each node's latest round trip
 
     def span(self, name: str) -> "_Running":
         """See Timeline.span."""
@@ -138,25 +169,52 @@ class Recorder:
         """See Timeline.beside."""
         self.add(COORDINATOR, -self._track.get(), name, start, end)
 
-    def hop(self, node: str, reply: "asyncio.Future[T]", compute_ns: Callable[[T], int]) -> None:
+    def hop(self, node: str, layer: int, reply: "asyncio.Future[T]", trip: Callable[[T], Trip]) -> None:
         """See Timeline.hop."""
-        start, track = perf_counter_ns(), self._track.get()
+        track = self._track.get()
 
         def answered(reply: "asyncio.Future[T]") -> None:
-            if reply.cancelled() or reply.exception() is not None:
-                return
-            end = perf_counter_ns()
-            computed = min(compute_ns(reply.result()), end - start)
-            begun = start + (end - start - computed) // 2
-            self.add(node, track, "round trip", start, end)
-            self.add(node, track, "compute", begun, begun + computed)
+            if not reply.cancelled() and reply.exception() is None:
+                self._add_trip(node, track, layer, trip(reply.result()))
 
         reply.add_done_callback(answered)
 
-    def add(self, process: str, track: int, name: str, start: int, end: int) -> None:
-        """Records one span, unless there are MAX_SPANS."""
+    def _add_trip(self, node: str, track: int, layer: int, trip: Trip) -> None:
+        """Records a round trip; the node's times are cut where they do not lie within it."""
+        if (before := self._endings.get(node)) is not None:
+            self._end_trip(node, before, trip.wrote)
+        begun = trip.began - trip.waited - trip.reading
+        if not trip.sent <= trip.began <= trip.began + trip.computed <= trip.came:  # another machine's clock
+            begun = (trip.sent + trip.came - trip.reading - trip.waited - trip.computed) // 2
+        read, waited = begun + trip.reading, begun + trip.reading + trip.waited
+        times = [trip.sent]
+        for time in (begun, read, waited, waited + trip.computed):
+            times.append(max(times[-1], min(time, trip.came)))
+        self.add(node, track, "round trip", trip.sent, trip.came, layer)
+        for name, start, end in zip(_WAY_IN, times, times[1:], strict=False):
+            self.add(node, track, name, start, end, layer)
+        self._endings[node] = Ending(track, layer, times[-1], trip.came)
+        self.add(COORDINATOR, track, "reading", max(trip.sent, trip.read), trip.came, layer)
+
+    def _end_trip(self, node: str, ending: Ending, wrote: int) -> None:
+        """Records the end of a round trip, whose reply the node wrote in so many nanoseconds."""
+        # A node may return from the call that sends only after the reply has come here.
+        written = max(ending.computed, min(ending.computed + wrote, ending.came))
+        self.add(node, ending.track, "writing", ending.computed, written, ending.layer)
+        self.add(node, ending.track, "link", written, ending.came, ending.layer)
+
+    def finish(self) -> None:
+        """Nothing more will be recorded."""
+        for node, ending in self._endings.items():
+            self._end_trip(node, ending, 0)
+        self._endings.clear()
+
+    def add(self, process: str, track: int, name: str, start: int, end: int, layer: int | None = None) -> None:
+        """Records one span, if it is one, unless there are MAX_SPANS."""
+        if end <= start:
+            return
         if len(self.spans) < MAX_SPANS:
-            self.spans.append(Span(process, track, name, start, end))
+            self.spans.append(Span(process, track, name, start, end, layer))
         else:
             self.dropped += 1
 
@@ -199,6 +257,7 @@ class Recorder:
                     "tid": span.track,
                     "ts": (span.start - zero) / 1000,
                     "dur": (span.end - span.start) / 1000,
+                    **({} if span.layer is None else {"args": {"layer": span.layer}}),
                 }
             )
         return events
@@ -234,3 +293,4 @@ def recording() -> Iterator[Recorder]:
         yield recorder
     finally:
         current = before
+        recorder.finish()

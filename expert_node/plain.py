@@ -4,13 +4,14 @@ They are nearly all requests there are, and the quickest to compute: one token o
 as they are. Whatever is different, or wrong, is left to service.py, which says what.
 """
 
+import ctypes
 from collections.abc import Iterable
 
 from moehive.kernels.answer import Answerer
 from moehive.kernels.geometry import Manifest
 from moehive.kernels.ops import FEW_TOKENS
 from moehive.proto.wire.messages import Buffer
-from moehive.proto.wire.windows import HEAD_BYTES
+from moehive.proto.wire.windows import HEAD_BYTES, Times
 
 from .executor import LARGE_WORK, Executor
 
@@ -53,11 +54,11 @@ class PlainRequests:
         self._executor.note(state.pairs - pairs, state.nanoseconds - nanoseconds, state.calls - calls)
         return state.calls - calls
 
-    def answer(self, message: Buffer) -> bytes | None:
-        """The reply to a message; None for one that is not plain."""
+    def answer(self, message: Buffer, times: Times) -> bytes | None:
+        """The reply to a message that came at `times`; None for one that is not plain."""
         if self._answerer is None or not self.ready():
             return None
-        reply = self._answerer.answer(message)
+        reply = self._answerer.answer(message, ctypes.addressof(times))
         self.answered()
         return reply
 

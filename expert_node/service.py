@@ -10,8 +10,9 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from time import monotonic
-from typing import Any
+from functools import partial
+from time import monotonic, perf_counter_ns
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
@@ -36,6 +37,7 @@ from moehive.proto.tensors import (
 from moehive.proto.tiers import read_likely, write_on_disk
 from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.server import Context
+from moehive.proto.wire.windows import Times
 
 from .chain import ChainBroken, Onward
 from .executor import Executor
@@ -56,6 +58,17 @@ REDUCTIONS = {
     pb.REDUCTION_PARTIAL_SUM: Reduction.PARTIAL_SUM,
     pb.REDUCTION_PER_EXPERT: Reduction.PER_EXPERT,
 }
+
+
+class Came(NamedTuple):
+    """A request that came whole, and when."""
+
+    head: pb.ComputeRequest
+    hidden: torch.Tensor
+    routing: Routing
+    read_at: int  # nanoseconds, as of Times
+    came_at: int
+    times: Times  # of its stream
 
 
 class ExpertsService(experts_pb2_grpc.ExpertsServicer):
@@ -103,42 +116,58 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
     async def _serve(self, context: Context, passed_on: bool) -> None:
         room, chained = asyncio.Semaphore(MAX_WAITING), asyncio.Semaphore(MAX_CHAINED)
         tasks: set[asyncio.Task[None]] = set()
-        context.answer_at_once(self._at_once)
+        context.answer_at_once(partial(self._at_once, context.times))
         if self._plain.function:
             context.take_natively(self)
         try:
-            while (message := await context.read_message()) is not None:
-                self._asked_at = monotonic()
-                whole = parse_request(message)
-                hidden, routing = read_request(whole)
-                request = whole.head
-                if passed_on or request.chain:
-                    check_chain(whole)
-                if request.chain:
-                    await chained.acquire()
-                    self._begin(self._answer_chain(whole, hidden, routing, context), chained, tasks)
-                    continue
-                likely = read_likely(request)
-                # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
-                # One that waits for the disk would hold up the loop, too.
-                small = self._executor.quick(request.layer, len(routing.experts))
-                small = small and self._executor.in_memory(request.layer, routing)
-                if small and not self._in_worker:
-                    await context.write(self._answer(request, hidden, routing, likely))
-                    self._lookout.expect()
-                else:
-                    await room.acquire()
-                    self._begin(self._answer_later(request, hidden, routing, likely, context), room, tasks)
+            while await self._serve_next(context, passed_on, room, chained, tasks):
+                pass  # and nothing is kept here of a request whose answer may be long
             await asyncio.gather(*tasks)
         finally:
             for task in tasks:
                 task.cancel()
 
-    def _at_once(self, message: Buffer) -> tuple[bytes] | None:
+    async def _serve_next(
+        self,
+        context: Context,
+        passed_on: bool,
+        room: asyncio.Semaphore,
+        chained: asyncio.Semaphore,
+        tasks: set[asyncio.Task[None]],
+    ) -> bool:
+        """Answers a stream's next request, or begins to; False after the last one."""
+        message = await context.read_message()
+        if message is None:
+            return False
+        self._asked_at = monotonic()
+        whole = parse_request(message)
+        hidden, routing = read_request(whole)
+        request, times = whole.head, context.times
+        came = Came(request, hidden, routing, times.read_at, times.came_at, times)
+        if passed_on or request.chain:
+            check_chain(whole)
+        if request.chain:
+            await chained.acquire()
+            self._begin(self._answer_chain(whole, came, context), chained, tasks)
+            return True
+        likely = read_likely(request)
+        # Behind a large request a small one would wait for the kernels' lock, and the loop with it.
+        # One that waits for the disk would hold up the loop, too.
+        small = self._executor.quick(request.layer, len(routing.experts))
+        small = small and self._executor.in_memory(request.layer, routing)
+        if small and not self._in_worker:
+            await context.write(self._answer(came, likely))
+            self._lookout.expect()
+        else:
+            await room.acquire()
+            self._begin(self._answer_later(came, likely, context), room, tasks)
+        return True
+
+    def _at_once(self, times: Times, message: Buffer) -> tuple[bytes] | None:
         """The reply to a plain request that came in pieces; None while a worker computes, or this node leaves."""
         if not self.ready():
             return None
-        reply = self._plain.answer(message)
+        reply = self._plain.answer(message, times)
         if reply is None:
             return None
         self._asked_at = monotonic()
@@ -192,36 +221,27 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._in_worker -= 1
         room.release()
 
-    async def _answer_later(
-        self,
-        request: pb.ComputeRequest,
-        hidden: torch.Tensor,
-        routing: Routing,
-        likely: list[list[int]],
-        context: Context,
-    ) -> None:
+    async def _answer_later(self, came: Came, likely: list[list[int]], context: Context) -> None:
         loop = asyncio.get_running_loop()
-        reply = await loop.run_in_executor(self._worker, self._answer, request, hidden, routing, likely)
-        await context.write(reply)
+        computing = loop.run_in_executor(self._worker, self._answer, came, likely)
+        del came  # its hidden states may be as large as the reply
+        await context.write(await computing)
 
-    def _answer(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
-    ) -> tuple[Buffer, ...]:
+    def _answer(self, came: Came, likely: list[list[int]]) -> tuple[Buffer, ...]:
         """The rows or a refusal, as a reply's bytes in pieces."""
+        request = came.head
         try:
-            rows, elapsed = self._rows(request, hidden, routing, likely)
+            rows, reply = self._rows(came, likely)
         except Refused as refused:
             return refused.reply(request)
-        reply = pb.ComputeReply(id=request.id, compute_ns=elapsed)
         tier = self._executor.store.tier
         if tier is not None:
             write_on_disk(reply, tier.on_disk(request.layer))
         return reply_pieces(reply, rows, request.dtype)
 
-    def _rows(
-        self, request: pb.ComputeRequest, hidden: torch.Tensor, routing: Routing, likely: list[list[int]]
-    ) -> tuple[torch.Tensor, int]:
-        """What this node computes of a request, and its own time in nanoseconds. Raises Refused."""
+    def _rows(self, came: Came, likely: list[list[int]]) -> tuple[torch.Tensor, pb.ComputeReply]:
+        """What this node computes of a request, and the reply but for that. Raises Refused."""
+        request, began, times = came.head, perf_counter_ns(), came.times
         if self.draining:
             raise Refused(pb.Refusal.REASON_DRAINING, "This node is leaving; ask the others.")
         if request.epoch < self._executor.store.first_epoch:
@@ -230,7 +250,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
                 f"Epoch {request.epoch} is of another model; this node follows {self._executor.store.first_epoch}.",
             )
         try:
-            return self._executor.compute(request.layer, hidden, routing, REDUCTIONS[request.reduction], likely)
+            rows, elapsed = self._executor.compute(
+                request.layer, came.hidden, came.routing, REDUCTIONS[request.reduction], likely
+            )
         except KeyError as error:
             raise Refused(
                 pb.Refusal.REASON_EXPERT_MISSING,
@@ -241,22 +263,26 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         except (RuntimeError, MemoryError) as error:  # torch and the native library
             log.error("Layer %d of epoch %d failed: %s", request.layer, request.epoch, error)
             raise Refused(pb.Refusal.REASON_FAILED, f"The arithmetic failed on this node: {error}") from None
+        reply = pb.ComputeReply(
+            id=request.id,
+            compute_ns=elapsed,
+            began_ns=began,
+            reading_ns=came.came_at - came.read_at,
+            waited_ns=began - came.came_at,
+            wrote_ns=max(0, times.sent_at - times.ready_at) if times.ready_at else 0,
+        )
+        times.ready_at = began + elapsed
+        return rows, reply
 
-    async def _answer_chain(
-        self,
-        whole: Request,
-        hidden: torch.Tensor,
-        routing: Routing,
-        context: Context,
-    ) -> None:
+    async def _answer_chain(self, whole: Request, came: Came, context: Context) -> None:
         """Passes a request on, computes meanwhile, and answers with the sum of all that come after and its own."""
-        request = whole.head
+        request, hidden = came.head, came.hidden
         onward = asyncio.create_task(self._onward.ask(whole))
         loop = asyncio.get_running_loop()
-        own = loop.run_in_executor(self._worker, self._rows, request, hidden, routing, [])
+        own = loop.run_in_executor(self._worker, self._rows, came, [])
         await asyncio.gather(own, onward, return_exceptions=True)
         try:
-            rows, elapsed = own.result()
+            rows, head = own.result()
             rest = onward.result()
             theirs = read_values(rest, len(hidden), hidden.shape[1], hidden.dtype)
         except Refused as refused:
@@ -268,8 +294,8 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             sentence = f"Node {node} answered something else than asked: {error}"
             reply = Refused(pb.Refusal.REASON_FAILED, sentence, node).reply(request)
         else:
-            chain_ns = [rest.head.compute_ns, *rest.head.chain_ns]
-            head = pb.ComputeReply(id=request.id, compute_ns=elapsed, chain_ns=chain_ns)
+            head.chain_ns.extend([rest.head.compute_ns, *rest.head.chain_ns])
+            came.times.ready_at = 0  # what came between its own rows and their sum is no writing
             # In place: the rows are nobody else's.
             reply = reply_pieces(head, rows.float().add_(theirs).to(hidden.dtype), request.dtype)
         await context.write(reply)

@@ -95,10 +95,13 @@ class Answerer:
         self._tables[layer] = Table(ctypes.addressof(described), ctypes.addressof(blobs), experts, spec.weights)
         self._kept[layer] = described, blobs, held
 
-    def answer(self, message: bytes | bytearray | memoryview) -> bytes | None:
-        """The reply to a message; None when it is not plain, not sound, or of experts that are not there."""
+    def answer(self, message: bytes | bytearray | memoryview, times: int) -> bytes | None:
+        """The reply to a message; None when it is not plain, not sound, or of experts that are not there.
+
+        `times`: where the MoehiveTimes of kernels/cpu/answer.cc are that the message came with.
+        """
         where = message if type(message) is bytes else np.frombuffer(message, np.uint8).ctypes.data
         reply, size = self._reply, self._size
-        if not self._call(self.context, where, len(message), ctypes.byref(reply), ctypes.byref(size)):
+        if not self._call(self.context, where, len(message), times, ctypes.byref(reply), ctypes.byref(size)):
             return None
         return ctypes.string_at(reply.value or 0, size.value)

@@ -13,8 +13,9 @@ import torch
 
 from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
+from .quantizers.rows import Factors
 
-_ABI = 8
+_ABI = 10
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)
@@ -29,6 +30,17 @@ class _Spec(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("up_format", "down_format", "activation", "gated", "has_limit")),
         ("limit_after_activation", ctypes.c_int32),
         *((name, ctypes.c_float) for name in ("alpha", "limit", "up_offset", "post_norm_eps")),
+    )
+
+
+class _Rounding(ctypes.Structure):
+    """MoehiveRounding of kernels/cpu/rounding.h, field for field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "importance", "factor", "codes", "d", "m")),
+        *((name, ctypes.c_void_p) for name in ("scales", "minimums")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride")),
+        ("format", ctypes.c_int32),
     )
 
 
@@ -70,11 +82,12 @@ def library() -> ctypes.CDLL:
         pointer, pointer, pointer, flag, size, pointer, ctypes.c_char_p, pointer, flag, pointer
     )  # fmt: skip
     loaded.moehive_add_rows.argtypes = (pointer, size, flag, size, pointer)
-    loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer)
+    loaded.moehive_answer.argtypes = (pointer, pointer, size, pointer, pointer, pointer)
     loaded.moehive_pack.argtypes = (ctypes.c_int32, pointer, size, size, pointer)
     loaded.moehive_pack_words.argtypes = (ctypes.c_int32, pointer, size, size, size, size, pointer)
     loaded.moehive_pack_fp8.argtypes = (pointer, size, size, pointer)
     loaded.moehive_sum_pairs.argtypes = (pointer, pointer, size, size, pointer)
+    loaded.moehive_quantize.argtypes = (ctypes.POINTER(_Rounding), ctypes.c_int32)
     return loaded
 
 
@@ -106,6 +119,37 @@ def pack_fp8(codes: torch.Tensor, out: torch.Tensor) -> bool:
     Raises NativeLibraryError.
     """
     return not library().moehive_pack_fp8(codes.contiguous().data_ptr(), *codes.shape, out.data_ptr())
+
+
+def round_rows(
+    fmt: str,
+    weight: torch.Tensor,
+    importance: torch.Tensor | None,
+    factor: torch.Tensor | None,
+    codes: torch.Tensor,
+    factors: Factors,
+) -> None:
+    """Rounds `weight` f32 [rows, columns] to `fmt` (kernels/cpu/rounding.h), into `codes` and `factors`.
+
+    `importance` f32 [at least `columns` up to whole blocks], `factor` f32 [the same twice]. All contiguous; releases
+    the GIL. On as many threads as torch has here. Raises MemoryError, NativeLibraryError.
+    """
+    job = _Rounding(
+        weight=weight.data_ptr(),
+        importance=None if importance is None else importance.data_ptr(),
+        factor=None if factor is None else factor.data_ptr(),
+        codes=codes.data_ptr(),
+        **{name: part.data_ptr() for name, part in factors._asdict().items()},
+        rows=len(weight),
+        columns=weight.shape[1],
+        stride=0 if factor is None else factor.stride(0),
+        format=FORMAT_NUMBERS[fmt],
+    )
+    status = library().moehive_quantize(ctypes.byref(job), torch.get_num_threads())
+    if status == 2:
+        raise MemoryError("There is no memory left for the rows that are rounded.")
+    if status != 0:
+        raise NativeLibraryError(f"The native library can't round weights to {fmt}.")
 
 
 def add_rows(

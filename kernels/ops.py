@@ -106,7 +106,8 @@ class ExpertOps:
         """
         _check(spec, hidden, offsets, pair_experts, pair_weights)
         numbers: list[int] = pair_experts.tolist()
-        if self._native is not None and len(numbers) <= FEW_TOKENS:  # so no expert has more; the case of decoding
+        # With so few pairs no expert has more tokens: the case of decoding.
+        if self._native is not None and (len(numbers) <= FEW_TOKENS or not _is_plain(spec)):
             experts = [held[number] for number in numbers]
             if all(expert.spec is spec for expert in experts):
                 blobs = [expert.address for expert in experts]

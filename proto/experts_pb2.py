@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmoehive/proto/experts.proto\x12\x12moehive.experts.v1\"\xe1\x02\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12(\n\x05\x64type\x18\x07 \x01(\x0e\x32\x19.moehive.experts.v1.Dtype\x12\x30\n\treduction\x18\x08 \x01(\x0e\x32\x1d.moehive.experts.v1.Reduction\x12\x15\n\rhidden_states\x18\t \x01(\x0c\x12\x0f\n\x07offsets\x18\n \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x0e\n\x06scales\x18\r \x01(\x0c\x12\x0e\n\x06likely\x18\x0e \x03(\x0c\x12,\n\x05\x63hain\x18\x0f \x03(\x0b\x32\x1d.moehive.experts.v1.ChainNode\"b\n\tChainNode\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07offsets\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x0c\x12\x0f\n\x07weights\x18\x05 \x01(\x0c\"\xad\x01\n\x0c\x43omputeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x12,\n\x07refusal\x18\x05 \x01(\x0b\x32\x1b.moehive.experts.v1.Refusal\x12\x0e\n\x06scales\x18\x06 \x01(\x0c\x12\x0f\n\x07on_disk\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hain_ns\x18\x08 \x03(\x04\"\xdf\x01\n\x07Refusal\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".moehive.experts.v1.Refusal.Reason\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\"{\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_EXPERT_MISSING\x10\x01\x12\x16\n\x12REASON_STALE_EPOCH\x10\x02\x12\x13\n\x0fREASON_DRAINING\x10\x03\x12\x11\n\rREASON_FAILED\x10\x04*M\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\x0e\n\nDTYPE_BF16\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03*[\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x19\n\x15REDUCTION_PARTIAL_SUM\x10\x01\x12\x18\n\x14REDUCTION_PER_EXPERT\x10\x02\x32\xb2\x01\n\x07\x45xperts\x12S\n\x07\x43ompute\x12\".moehive.experts.v1.ComputeRequest\x1a .moehive.experts.v1.ComputeReply(\x01\x30\x01\x12R\n\x06PassOn\x12\".moehive.experts.v1.ComputeRequest\x1a .moehive.experts.v1.ComputeReply(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmoehive/proto/experts.proto\x12\x12moehive.experts.v1\"\xe1\x02\n\x0e\x43omputeRequest\x12\n\n\x02id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12\r\n\x05layer\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x13\n\x0bhidden_size\x18\x06 \x01(\r\x12(\n\x05\x64type\x18\x07 \x01(\x0e\x32\x19.moehive.experts.v1.Dtype\x12\x30\n\treduction\x18\x08 \x01(\x0e\x32\x1d.moehive.experts.v1.Reduction\x12\x15\n\rhidden_states\x18\t \x01(\x0c\x12\x0f\n\x07offsets\x18\n \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x0b \x01(\x0c\x12\x0f\n\x07weights\x18\x0c \x01(\x0c\x12\x0e\n\x06scales\x18\r \x01(\x0c\x12\x0e\n\x06likely\x18\x0e \x03(\x0c\x12,\n\x05\x63hain\x18\x0f \x03(\x0b\x32\x1d.moehive.experts.v1.ChainNode\"b\n\tChainNode\x12\x11\n\tnode_name\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x0f\n\x07offsets\x18\x03 \x01(\x0c\x12\x0f\n\x07\x65xperts\x18\x04 \x01(\x0c\x12\x0f\n\x07weights\x18\x05 \x01(\x0c\"\xf8\x01\n\x0c\x43omputeReply\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\ncompute_ns\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\r\x12\x0e\n\x06values\x18\x04 \x01(\x0c\x12,\n\x07refusal\x18\x05 \x01(\x0b\x32\x1b.moehive.experts.v1.Refusal\x12\x0e\n\x06scales\x18\x06 \x01(\x0c\x12\x0f\n\x07on_disk\x18\x07 \x01(\x0c\x12\x10\n\x08\x63hain_ns\x18\x08 \x03(\x04\x12\x10\n\x08\x62\x65gan_ns\x18\t \x01(\x04\x12\x12\n\nreading_ns\x18\n \x01(\x04\x12\x11\n\twaited_ns\x18\x0b \x01(\x04\x12\x10\n\x08wrote_ns\x18\x0c \x01(\x04\"\xdf\x01\n\x07Refusal\x12\x32\n\x06reason\x18\x01 \x01(\x0e\x32\".moehive.experts.v1.Refusal.Reason\x12\x10\n\x08sentence\x18\x02 \x01(\t\x12\x11\n\tnode_name\x18\x03 \x01(\t\"{\n\x06Reason\x12\x16\n\x12REASON_UNSPECIFIED\x10\x00\x12\x19\n\x15REASON_EXPERT_MISSING\x10\x01\x12\x16\n\x12REASON_STALE_EPOCH\x10\x02\x12\x13\n\x0fREASON_DRAINING\x10\x03\x12\x11\n\rREASON_FAILED\x10\x04*M\n\x05\x44type\x12\x15\n\x11\x44TYPE_UNSPECIFIED\x10\x00\x12\r\n\tDTYPE_F32\x10\x01\x12\x0e\n\nDTYPE_BF16\x10\x02\x12\x0e\n\nDTYPE_INT8\x10\x03*[\n\tReduction\x12\x19\n\x15REDUCTION_UNSPECIFIED\x10\x00\x12\x19\n\x15REDUCTION_PARTIAL_SUM\x10\x01\x12\x18\n\x14REDUCTION_PER_EXPERT\x10\x02\x32\xb2\x01\n\x07\x45xperts\x12S\n\x07\x43ompute\x12\".moehive.experts.v1.ComputeRequest\x1a .moehive.experts.v1.ComputeReply(\x01\x30\x01\x12R\n\x06PassOn\x12\".moehive.experts.v1.ComputeRequest\x1a .moehive.experts.v1.ComputeReply(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'moehive.proto.experts_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DTYPE']._serialized_start=909
-  _globals['_DTYPE']._serialized_end=986
-  _globals['_REDUCTION']._serialized_start=988
-  _globals['_REDUCTION']._serialized_end=1079
+  _globals['_DTYPE']._serialized_start=984
+  _globals['_DTYPE']._serialized_end=1061
+  _globals['_REDUCTION']._serialized_start=1063
+  _globals['_REDUCTION']._serialized_end=1154
   _globals['_COMPUTEREQUEST']._serialized_start=52
   _globals['_COMPUTEREQUEST']._serialized_end=405
   _globals['_CHAINNODE']._serialized_start=407
   _globals['_CHAINNODE']._serialized_end=505
   _globals['_COMPUTEREPLY']._serialized_start=508
-  _globals['_COMPUTEREPLY']._serialized_end=681
-  _globals['_REFUSAL']._serialized_start=684
-  _globals['_REFUSAL']._serialized_end=907
-  _globals['_REFUSAL_REASON']._serialized_start=784
-  _globals['_REFUSAL_REASON']._serialized_end=907
-  _globals['_EXPERTS']._serialized_start=1082
-  _globals['_EXPERTS']._serialized_end=1260
+  _globals['_COMPUTEREPLY']._serialized_end=756
+  _globals['_REFUSAL']._serialized_start=759
+  _globals['_REFUSAL']._serialized_end=982
+  _globals['_REFUSAL_REASON']._serialized_start=859
+  _globals['_REFUSAL_REASON']._serialized_end=982
+  _globals['_EXPERTS']._serialized_start=1157
+  _globals['_EXPERTS']._serialized_end=1335
 # @@protoc_insertion_point(module_scope)

@@ -76,7 +76,7 @@ class ChainNode(_message.Message):
     def __init__(self, node_name: _Optional[str] = ..., address: _Optional[str] = ..., offsets: _Optional[bytes] = ..., experts: _Optional[bytes] = ..., weights: _Optional[bytes] = ...) -> None: ...
 
 class ComputeReply(_message.Message):
-    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales", "on_disk", "chain_ns")
+    __slots__ = ("id", "compute_ns", "rows", "values", "refusal", "scales", "on_disk", "chain_ns", "began_ns", "reading_ns", "waited_ns", "wrote_ns")
     ID_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_NS_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
@@ -85,6 +85,10 @@ class ComputeReply(_message.Message):
     SCALES_FIELD_NUMBER: _ClassVar[int]
     ON_DISK_FIELD_NUMBER: _ClassVar[int]
     CHAIN_NS_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_NS_FIELD_NUMBER: _ClassVar[int]
+    READING_NS_FIELD_NUMBER: _ClassVar[int]
+    WAITED_NS_FIELD_NUMBER: _ClassVar[int]
+    WROTE_NS_FIELD_NUMBER: _ClassVar[int]
     id: int
     compute_ns: int
     rows: int
@@ -93,7 +97,11 @@ class ComputeReply(_message.Message):
     scales: bytes
     on_disk: bytes
     chain_ns: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ..., on_disk: _Optional[bytes] = ..., chain_ns: _Optional[_Iterable[int]] = ...) -> None: ...
+    began_ns: int
+    reading_ns: int
+    waited_ns: int
+    wrote_ns: int
+    def __init__(self, id: _Optional[int] = ..., compute_ns: _Optional[int] = ..., rows: _Optional[int] = ..., values: _Optional[bytes] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., scales: _Optional[bytes] = ..., on_disk: _Optional[bytes] = ..., chain_ns: _Optional[_Iterable[int]] = ..., began_ns: _Optional[int] = ..., reading_ns: _Optional[int] = ..., waited_ns: _Optional[int] = ..., wrote_ns: _Optional[int] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("reason", "sentence", "node_name")

@@ -4,7 +4,7 @@ import ctypes
 import functools
 from importlib.resources import files
 
-_ABI = 5
+_ABI = 6
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL:
         ("socket_error", text, (pointer,)),
         ("socket_certificate", size, (pointer, pointer, size)),
         ("socket_speaks_http2", flag, (pointer,)),
-        ("serve", size, (*(pointer,) * 5, size, size, pointer)),
+        ("serve", size, (*(pointer,) * 6, size, size, pointer)),
         ("send", size, (*(pointer,) * 3, size)),
     ):
         function = getattr(loaded, f"moehive_{name}")

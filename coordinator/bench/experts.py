@@ -6,6 +6,7 @@ with the calls, as many threads read memory. Before, torch multiplies the same t
 shape: not in turns with them, since its threads go on spinning for some time after their work.
 """
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Routing, write_head, write_routing
+from moehive.proto.wire.windows import Times
 
 from ..estimate.geometries import TensorShape
 from .random_gguf import write_tensor
@@ -165,10 +167,10 @@ def _answers(
     for routing in walk(len(experts), used, batch):
         write_routing(request, routing)
         messages.append(request.SerializeToString())
-    following = cycle(messages)
+    following, times = cycle(messages), Times()
 
     def answer() -> None:
-        if answerer.answer(next(following)) is None:
+        if answerer.answer(next(following), ctypes.addressof(times)) is None:
             raise AssertionError("a request is not answered")
 
     return answer

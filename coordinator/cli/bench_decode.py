@@ -46,7 +46,8 @@ def decode(
     ] = None,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens that each request generates.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Requests; their medians count.")] = 3,
+    sequences: Annotated[int, typer.Option(min=1, max=64, help="Requests at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Requests one after the other; their medians count.")] = 3,
     timeline: Annotated[
         Path | None, typer.Option(dir_okay=False, help="Write a Chrome trace of one more request; Perfetto opens it.")
     ] = None,
@@ -76,6 +77,7 @@ def decode(
                 link=speed,
                 prompt=prompt,
                 tokens=tokens,
+                sequences=sequences,
                 rounds=rounds,
                 timeline=timeline,
             )

@@ -143,7 +143,7 @@ class Dispatcher:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> Awaitable[torch.Tensor]:
         """See ExpertBackend.submit. Raises NotReady before the first plan."""
-        with timeline.current.span("submit"):
+        with timeline.current.span("sending"):
             here = hidden.is_cpu
             host = hidden if here else hidden.cpu()
             device = None if here else hidden.device
@@ -201,10 +201,10 @@ class Dispatcher:
             with timeline.current.span("local experts"):
                 share = flight.shares()[flight.view.here]
                 self._flights.put(flight, self._star.here(sent.layer, sent.hidden, share))
-        with timeline.current.span("wait"):
+        with timeline.current.span("waiting"):
             await flight.done
         if flight.plain:
-            with timeline.current.span("add up"):
+            with timeline.current.span("adding up"):
                 total, finite = self._flights.sum(flight)
             if finite:
                 return total if sent.device is None else total.to(sent.device)
@@ -215,7 +215,7 @@ class Dispatcher:
         return await self._added_up(sent, parts)
 
     async def _added_up(self, sent: Sent, parts: list[Rows]) -> torch.Tensor:
-        with timeline.current.span("add up"):
+        with timeline.current.span("adding up"):
             total, finite = add_up(parts, sent.ids.shape, sent.hidden, self._reduction)
         if not finite:
             parts = await self._recovery.check(sent, parts)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..timeline import Trip
 from ..types import LOCAL, NodeName, NodeUnavailable
 from .link import Link
 from .native import address
@@ -21,6 +22,12 @@ MAX_SHARES = 64
 ASKED, HERE, TAKEN, FAILED = range(4)  # a share's states
 
 
+class NativeTrip(ctypes.Structure):
+    """Trip of cpp/flight.h, field for field; timeline.py's has the same numbers."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in Trip._fields)
+
+
 class View(ctypes.Structure):
     """View of cpp/flight.h, field for field."""
 
@@ -28,7 +35,8 @@ class View(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
         ("expected_s", ctypes.c_double),
         ("block", ctypes.c_void_p),
-        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "sent", "compute_ns")),
+        *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "sent")),
+        ("trip", NativeTrip * MAX_SHARES),
     )
 
     shares: int
@@ -42,7 +50,7 @@ class View(ctypes.Structure):
     message: "ctypes.Array[ctypes.c_int64]"
     size: "ctypes.Array[ctypes.c_int64]"
     sent: "ctypes.Array[ctypes.c_int64]"
-    compute_ns: "ctypes.Array[ctypes.c_int64]"
+    trip: "ctypes.Array[NativeTrip]"
 
 
 class Way(ctypes.Structure):
@@ -102,7 +110,7 @@ class Flight:
         self.links: list[Link | None] = []  # of each share who was asked
         self.errors: dict[int, NodeUnavailable] = {}  # by share
         self.strange: dict[int, Rows] = {}  # answers that native code has left to Python
-        self.replies: dict[int, asyncio.Future[int]] = {}  # a node's own nanoseconds, while a timeline is recorded
+        self.replies: dict[int, asyncio.Future[Trip]] = {}  # by share, while a timeline is recorded
 
     @property
     def plain(self) -> bool:
@@ -115,6 +123,11 @@ class Flight:
         size = block_size(count, self.experts)
         block = np.ctypeslib.as_array((ctypes.c_int64 * size).from_address(self.view.block)).copy()
         return list(shares_of(block, count, self.experts, self.view.shares).values())
+
+    def trip(self, share: int) -> Trip:
+        """When a share that a node has answered was asked for and answered."""
+        trip = self.view.trip[share]
+        return Trip(*(getattr(trip, name) for name in Trip._fields))
 
     def node(self, share: int) -> NodeName:
         """Who was asked for a share."""

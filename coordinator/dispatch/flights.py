@@ -19,7 +19,7 @@ from moehive.kernels.ops import Reduction
 from moehive.proto.lookout import Lookout
 from moehive.proto.tensors import Reply, rows_tensor
 from moehive.proto.wire.messages import Buffer
-from moehive.proto.wire.windows import HEAD_BYTES
+from moehive.proto.wire.windows import HEAD_BYTES, Times
 
 from .. import timeline
 from ..types import LOCAL, NodeName, NodeUnavailable
@@ -114,7 +114,7 @@ class Flights:
                 unsent.append((link.peer.waits, share, link))
             if timeline.current.on:
                 reply = flight.replies[share] = asyncio.get_running_loop().create_future()
-                timeline.current.hop(link.node, reply, lambda nanoseconds: nanoseconds)
+                timeline.current.hop(link.node, sent.layer, reply, lambda trip: trip)
         for _, share, link in sorted(unsent, key=lambda one: one[:2]):
             link.send_flight(view.message[share], view.size[share], view.sent[share])
         if beside > 1 and sent.step % _LOOK_EVERY == 0:
@@ -126,10 +126,11 @@ class Flights:
         self._settled(flight)  # of no tokens' experts there is nothing to ask
         return flight
 
-    def take(self, link: Link, message: Buffer) -> bool:
-        """Takes a node's reply; False when it answers no flight, or not as usual."""
+    def take(self, link: Link, message: Buffer, times: Times) -> bool:
+        """Takes a node's reply that came at `times`; False when it answers no flight, or not as usual."""
         where: Any = message if type(message) is bytes else np.frombuffer(message, np.uint8).ctypes.data
-        if self._reply(self.handle, link.peer_at, where, len(message)) < 0:
+        times.came_at = 0  # as if it had been read natively
+        if self._reply(self.handle, link.peer_at, where, len(message), ctypes.addressof(times)) < 0:
             return False
         self.arrived()
         return True
@@ -141,7 +142,7 @@ class Flights:
                 continue
             for share, reply in flight.replies.items():
                 if flight.view.state[share] == TAKEN and not reply.done():
-                    reply.set_result(flight.view.compute_ns[share])
+                    reply.set_result(flight.trip(share))
             self._settled(flight)
 
     def take_strange(self, link: Link, reply: Reply) -> bool:

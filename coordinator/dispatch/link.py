@@ -25,6 +25,7 @@ from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.messages import Buffer
 from moehive.proto.wire.methods import COMPUTE
 from moehive.proto.wire.stream import Stream
+from moehive.proto.wire.windows import Times
 
 from ..types import NodeName, NodeUnavailable
 from .native import take_function
@@ -83,8 +84,8 @@ class Flying(Protocol):
     def arrived(self) -> None:
         """Nodes' replies were taken natively."""
 
-    def take(self, link: "Link", message: Buffer) -> bool:
-        """Takes a node's reply; False when it answers no flight, or not as usual."""
+    def take(self, link: "Link", message: Buffer, times: Times) -> bool:
+        """Takes a node's reply that came at `times`; False when it answers no flight, or not as usual."""
 
     def take_strange(self, link: "Link", reply: Reply) -> bool:
         """Takes a reply that `take` did not; False when it answers no flight."""
@@ -223,7 +224,8 @@ class Link:
     def _take(self, message: Buffer) -> bool:
         """A reply has come."""
         flights = self._flights
-        if flights is not None and flights.take(self, message):
+        assert self._stream is not None
+        if flights is not None and flights.take(self, message, self._stream.times):
             if self._line:
                 self._write()
             return True

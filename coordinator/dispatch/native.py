@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from moehive.kernels.library import load
 
-_ABI = 5
+_ABI = 6
 
 
 @functools.cache
@@ -30,8 +30,8 @@ def library() -> ctypes.CDLL:
         ("flights_end", None, (pointer,)),
         ("flight_ask", size, (pointer, pointer, number, pointer, pointer, pointer, size, flag, size)),
         ("flight_view", pointer, (pointer, size)),
-        ("flight_reply", size, (pointer, pointer, pointer, size)),
-        ("flight_take", flag, (pointer, pointer, size, pointer, pointer)),
+        ("flight_reply", size, (pointer, pointer, pointer, size, pointer)),
+        ("flight_take", flag, (pointer, pointer, size, pointer, pointer, pointer)),
         ("flight_any", size, (pointer, pointer)),
         ("flight_find", size, (pointer, pointer, number)),
         ("flight_put", None, (pointer, size, size, pointer)),

@@ -3,17 +3,18 @@
 import asyncio
 import logging
 from collections.abc import Callable
-from operator import attrgetter
+from time import perf_counter_ns
 from typing import Any
 
 import torch
 
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
-from moehive.proto.tensors import head_bytes, write_head
+from moehive.proto.tensors import Reply, head_bytes, write_head
 from moehive.proto.wire.messages import Buffer
 
 from .. import timeline
+from ..timeline import Trip
 from ..types import LOCAL, NodeName, NodeUnavailable
 from . import watch
 from .chain import Chains, NotAnswered
@@ -29,8 +30,6 @@ from .tiers import TierView
 from .watch import Watch
 
 log = logging.getLogger(__name__)
-
-_COMPUTE_NS = attrgetter("head.compute_ns")
 
 
 class Star:
@@ -65,8 +64,9 @@ class Star:
         nodes = self._chains.choose(sent, shares, names)
         if not nodes:
             return
+        sent_at = perf_counter_ns()
         for part in self._chains.send(sent, nodes, names, owner, self._request(sent)):
-            timeline.current.hop(part.node, part.reply, _COMPUTE_NS)
+            _show(part.node, sent, sent_at, part.reply)
             self._watch.add(part)
             sent.waiting.append(part)
         for node in nodes:
@@ -102,9 +102,9 @@ class Star:
                 parts.append(Rows(sent.here, None, values))
         for part in sent.waiting:
             try:
-                with timeline.current.span("wait"):
+                with timeline.current.span("waiting"):
                     answer = await part.reply
-                with timeline.current.span("read"):
+                with timeline.current.span("reading"):
                     parts.append(self._replies.read(part, sent.hidden, answer))
                 if part.chained:
                     self._chains.answered(part)
@@ -149,8 +149,9 @@ class Star:
         exact = self._reduction is Reduction.PER_EXPERT or not link.speed.slow
         eight_bit = not exact and link.speed.eight_bit(rows.nbytes)
         head, raw = (sent.states.get(eight_bit) if whole else None) or self._head(sent, rows, eight_bit)
+        sent_at = perf_counter_ns()
         reply = link.send((head, raw, share.message), len(raw))
-        timeline.current.hop(node, reply, _COMPUTE_NS)
+        _show(node, sent, sent_at, reply)
         return link, share, reply
 
     def _expect(self, link: Link, sent: Sent, share: Share, reply: asyncio.Future[Any]) -> Part:
@@ -192,3 +193,17 @@ class Star:
                 log.warning("A chain of nodes was broken; they are asked one by one. %s", error)
             return
         self._on_failed(NodeUnavailable(part.node, str(error)))
+
+
+def _show(node: NodeName, sent: Sent, sent_at: int, reply: "asyncio.Future[Reply]") -> None:
+    """Shows a request on the timeline, if one is recorded."""
+    if not timeline.current.on:
+        return
+
+    def trip(reply: Reply) -> Trip:
+        head, came = reply.head, perf_counter_ns()
+        return Trip(
+            sent_at, came, came, head.began_ns, head.reading_ns, head.waited_ns, head.compute_ns, head.wrote_ns
+        )
+
+    timeline.current.hop(node, sent.layer, reply, trip)

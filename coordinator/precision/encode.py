@@ -4,8 +4,7 @@ import torch
 
 from moehive.kernels.blob import build_blob, decode_tensor, pack_blob, tensor_views
 from moehive.kernels.geometry import ExpertSpec
-from moehive.kernels.quantizers.feedback import Moments, quantize
-from moehive.kernels.quantizers.grids import GRIDS
+from moehive.kernels.quantizers.feedback import SUB_BLOCKS, Moments, quantize
 
 from .calibration import LayerInputs, projections
 
@@ -26,7 +25,7 @@ def encode(
     moments = {one.name: one.moments for one in projections(old, blob, *known)}
     rows: dict[str, list[torch.Tensor]] = {}
     for place in new.tensors:
-        if place.format in GRIDS:
+        if place.format in SUB_BLOCKS:
             stored = quantize(place.format, numbers[place.name], Moments.of(moments[place.name]))
             rows[place.name] = list(stored.chunk(place.matrices))
     packed = pack_blob(new, rows, {name: numbers[name] for name in numbers if name not in rows})

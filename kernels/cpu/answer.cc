@@ -1,6 +1,7 @@
 // A node's answer to a plain request, from the bytes that came to the bytes that go: proto/experts.proto's
 // ComputeRequest and ComputeReply, read and written here for the requests of decoding, of which there is one for each
 // layer of each token. Whatever is not plain (rows in 8 bits, a chain, hints, nonsense) is left to Python.
+#include <algorithm>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -16,6 +17,11 @@ struct MoehiveTable {
   const MoehiveSpec* spec;  // that lays out all experts of the layer; null: it is not known
   const uint64_t* blobs;    // [count]: the address of each expert by its number, or 0
   int64_t count, work;      // multiply-adds of a pair
+};
+
+// proto/wire/windows.py's Times: when the message came, and when the reply before it went.
+struct MoehiveTimes {
+  int64_t read_at, came_at, ready_at, sent_at;
 };
 
 struct MoehiveAnswering {
@@ -46,6 +52,9 @@ constexpr uint32_t kMaxTokens = 8192, kMaxHidden = 65536, kMaxLayer = 1023, kMax
 constexpr uint32_t kF32 = 1, kBf16 = 2, kPartialSum = 1, kPerExpert = 2;
 enum Field : uint32_t {
   kId = 1, kEpoch, kStep, kLayer, kTokens, kHiddenSize, kDtype, kReduction, kHiddenStates, kOffsets, kExperts, kWeights
+};
+enum ReplyField : uint8_t {
+  kReplyId = 1, kComputeNs, kRows, kValues, kBeganNs = 9, kReadingNs, kWaitedNs, kWroteNs
 };
 
 class Reader {
@@ -89,6 +98,16 @@ uint8_t* put_varint(uint8_t* to, uint64_t value) {
   for (; value >= 0x80; value >>= 7) *to++ = static_cast<uint8_t>(value) | 0x80;
   *to++ = static_cast<uint8_t>(value);
   return to;
+}
+
+uint8_t* put_number(uint8_t* to, uint8_t field, int64_t value) {
+  *to++ = static_cast<uint8_t>(field << 3);
+  return put_varint(to, static_cast<uint64_t>(value));
+}
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
 }
 
 bool read(const uint8_t* message, int64_t size, MoehiveRequest& request) {
@@ -158,12 +177,12 @@ std::vector<Number> numbers_at(const uint8_t* message, uint32_t place, uint32_t 
 // Computes a request that was read out of `message`, and writes its reply's bytes. Returns how many were written, or 0
 // when an expert is not there, the request does not fit, or there is no memory: then somebody else says what is wrong.
 static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& table, const uint8_t* message,
-                       const MoehiveRequest& r, int64_t* nanoseconds) {
-  const auto start = std::chrono::steady_clock::now();
+                       const MoehiveRequest& r, MoehiveTimes* times, int64_t* nanoseconds) {
+  const int64_t start = now();
   const bool bf16 = r.dtype == kBf16, added = r.reduction == kPartialSum;
   const uint64_t rows = added ? r.tokens : r.pairs, width = bf16 ? 2 : 4;
   const uint64_t bytes = rows * r.hidden_size * width;
-  constexpr int64_t kHead = 64;  // more than the fields before the rows take
+  constexpr int64_t kHead = 128;  // more than the fields before the rows take
   if (table.spec->hidden_size != r.hidden_size || static_cast<uint64_t>(answering.room) < bytes + kHead) return 0;
   try {
     const auto offsets = numbers_at<uint32_t>(message, r.offsets_at, r.tokens + 1);
@@ -177,19 +196,22 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
     // Aligned, both: the message's rows are not.
     std::vector<uint64_t> hidden((r.tokens * uint64_t{r.hidden_size} * width + 7) / 8), out((bytes + 7) / 8);
     std::memcpy(hidden.data(), message + r.hidden_at, r.tokens * uint64_t{r.hidden_size} * width);
-    static_cast<Experts*>(answering.experts)->run_whole(
-        {*table.spec, nullptr, r.tokens, offsets.data(), addresses.data(), weights.data(), nullptr},
+    static_cast<Experts*>(answering.experts)->run(
+        {*table.spec, r.tokens, offsets.data(), addresses.data(), weights.data()},
         {hidden.data(), bf16}, {out.data(), bf16}, added);
-    const auto took = std::chrono::steady_clock::now() - start;
-    *nanoseconds = std::chrono::duration_cast<std::chrono::nanoseconds>(took).count();
+    const int64_t end = now();
+    *nanoseconds = end - start;
+    if (times->came_at == 0) times->came_at = start;  // the first of what one reading brought waits for nobody
     uint8_t* at = answering.reply;
-    *at++ = 1 << 3;  // id
-    at = put_varint(at, r.id);
-    *at++ = 2 << 3;  // compute_ns
-    at = put_varint(at, *nanoseconds);
-    *at++ = 3 << 3;  // rows
-    at = put_varint(at, rows);
-    *at++ = 4 << 3 | 2;  // values
+    at = put_number(at, kReplyId, r.id);
+    at = put_number(at, kComputeNs, *nanoseconds);
+    at = put_number(at, kRows, rows);
+    at = put_number(at, kBeganNs, start);
+    at = put_number(at, kReadingNs, times->came_at - times->read_at);
+    at = put_number(at, kWaitedNs, start - times->came_at);
+    at = put_number(at, kWroteNs, times->ready_at ? std::max<int64_t>(0, times->sent_at - times->ready_at) : 0);
+    times->ready_at = end;
+    *at++ = kValues << 3 | 2;
     at = put_varint(at, bytes);
     if (bytes) std::memcpy(at, out.data(), bytes);
     return at + bytes - answering.reply;
@@ -200,8 +222,8 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
 
 // Answers a message if it is a plain and sound request within the limits: whether it was. The reply's bytes are at
 // `*reply`, until the next one's.
-MOEHIVE_API int32_t moehive_answer(MoehiveAnswering* answering, const uint8_t* message, int64_t size, uint8_t** reply,
-                                   int64_t* reply_size) {
+MOEHIVE_API int32_t moehive_answer(MoehiveAnswering* answering, const uint8_t* message, int64_t size,
+                                   MoehiveTimes* times, uint8_t** reply, int64_t* reply_size) {
   MoehiveRequest request;
   if (size > answering->most_bytes || !read(message, size, request)) return 0;
   if (request.layer >= answering->layers || request.epoch < answering->first_epoch) return 0;
@@ -209,7 +231,7 @@ MOEHIVE_API int32_t moehive_answer(MoehiveAnswering* answering, const uint8_t* m
   if (!table.spec || request.pairs > answering->most_pairs || request.pairs * table.work > answering->most_work)
     return 0;
   int64_t nanoseconds = 0;
-  const int64_t written = compute(*answering, table, message, request, &nanoseconds);
+  const int64_t written = compute(*answering, table, message, request, times, &nanoseconds);
   if (written == 0) return 0;
   ++answering->calls;
   answering->pairs += request.pairs;

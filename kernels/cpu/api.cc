@@ -27,8 +27,8 @@ bool sound(const uint32_t* offsets, int64_t tokens) {
 
 }  // namespace
 
-// Raised with every change of this file's functions, of answer.cc's, or of MoehiveSpec.
-MOEHIVE_API int32_t moehive_abi() { return 8; }
+// Raised with every change of this file's functions, of answer.cc's or rounding.h's, or of MoehiveSpec.
+MOEHIVE_API int32_t moehive_abi() { return 10; }
 
 // Names of the kernels that this machine can run, best first; null after the last.
 MOEHIVE_API const char* moehive_kernel(int32_t place) {
@@ -61,7 +61,8 @@ MOEHIVE_API int32_t moehive_experts(void* experts, const MoehiveSpec* spec, cons
                                     const uint32_t* offsets, const uint64_t* blobs, const float* weights, float* out) {
   if (!experts || !spec || !sound(*spec) || !sound(offsets, tokens)) return 1;
   try {
-    static_cast<Experts*>(experts)->run({*spec, hidden, tokens, offsets, blobs, weights, out});
+    static_cast<Experts*>(experts)->run({*spec, tokens, offsets, blobs, weights}, {const_cast<float*>(hidden), false},
+                                        {out, false}, false);
   } catch (const std::exception&) {
     return 2;
   }
@@ -77,8 +78,8 @@ MOEHIVE_API int32_t moehive_layer(void* experts, const MoehiveSpec* spec, void* 
   for (uint32_t pair = 0; pair < offsets[tokens]; ++pair)
     if (blobs[pair] == 0) return 1;
   try {
-    static_cast<Experts*>(experts)->run_whole({*spec, nullptr, tokens, offsets, blobs, weights, nullptr},
-                                              {hidden, bf16 != 0}, {rows, bf16 != 0}, added != 0);
+    static_cast<Experts*>(experts)->run({*spec, tokens, offsets, blobs, weights}, {hidden, bf16 != 0},
+                                        {rows, bf16 != 0}, added != 0);
   } catch (const std::exception&) {
     return 2;
   }

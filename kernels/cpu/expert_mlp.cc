@@ -85,13 +85,21 @@ float* Scratch::floats(int64_t count) {
   return memory_;
 }
 
+namespace {
+
+// The sum of `number` rows of `columns` numbers, `stride` apart, in their order; zeros if there are none.
+void sum_pairs(const float* rows, int64_t number, int64_t stride, int64_t columns, float* sum) {
+  std::memset(sum, 0, columns * sizeof(float));
+  for (int64_t row = 0; row < number; ++row)
+    for (int64_t i = 0; i < columns; ++i) sum[i] += rows[row * stride + i];
+}
+
+}  // namespace
+
 void sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size, float* sums) {
-  for (int64_t t = 0; t < tokens; ++t) {
-    float* sum = sums + t * hidden_size;
-    std::memset(sum, 0, hidden_size * sizeof(float));
-    for (uint32_t pair = offsets[t]; pair < offsets[t + 1]; ++pair)
-      for (int64_t i = 0; i < hidden_size; ++i) sum[i] += pairs[pair * hidden_size + i];
-  }
+  for (int64_t t = 0; t < tokens; ++t)
+    sum_pairs(pairs + offsets[t] * hidden_size, offsets[t + 1] - offsets[t], hidden_size, hidden_size,
+              sums + t * hidden_size);
 }
 
 namespace {
@@ -150,43 +158,24 @@ bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count
   return bf16 ? add_all<true>(parts, number, count, out) : add_all<false>(parts, number, count, out);
 }
 
-void Experts::run(const Layer& layer) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  run_alone(layer);
-}
+namespace {
 
-void Experts::run_whole(Layer layer, const Rows& from, const Rows& to, bool added) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const int64_t hidden = layer.spec.hidden_size, pairs = layer.offsets[layer.tokens];
-  layer.hidden = static_cast<const float*>(from.memory);
-  if (from.bf16) {
-    float* wide = hidden_.floats(layer.tokens * hidden);
-    const uint16_t* stored = static_cast<const uint16_t*>(from.memory);
-    for (int64_t i = 0; i < layer.tokens * hidden; ++i) wide[i] = from_bf16(stored[i]);
-    layer.hidden = wide;
-  }
-  const int64_t rows = added ? layer.tokens : pairs;
-  // As few buffers as can be: results go straight to where they are wanted, if they are wanted as they are.
-  float* results = static_cast<float*>(to.memory);
-  if (added || to.bf16) {
-    layer.out = outputs_.floats((pairs + rows) * hidden);
-    if (!added) {
-      results = layer.out;
-    } else if (to.bf16) {
-      results = layer.out + pairs * hidden;
-    }
+constexpr int64_t kBlock = 1 << 20;  // floats of intermediate results at once, where it need not be more
+
+// `n` numbers of f32 into bf16 or f32.
+void store(const float* from, int64_t n, bool bf16, void* to, int64_t at) {
+  if (bf16) {
+    uint16_t* out = static_cast<uint16_t*>(to) + at;
+    for (int64_t i = 0; i < n; ++i) out[i] = to_bf16(from[i]);
   } else {
-    layer.out = results;
-  }
-  run_alone(layer);
-  if (added) sum_pairs(layer.out, layer.offsets, layer.tokens, hidden, results);
-  if (to.bf16) {
-    uint16_t* stored = static_cast<uint16_t*>(to.memory);
-    for (int64_t i = 0; i < rows * hidden; ++i) stored[i] = to_bf16(results[i]);
+    std::memcpy(static_cast<float*>(to) + at, from, n * sizeof(float));
   }
 }
 
-void Experts::run_alone(const Layer& layer) {
+}  // namespace
+
+void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool added) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   const MoehiveSpec& spec = layer.spec;
   const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
   const int64_t hidden_stride = padded(hidden), middle_stride = padded(middle);
@@ -207,19 +196,6 @@ void Experts::run_alone(const Layer& layer) {
     groups.back().last = i + 1;
   }
 
-  float* inputs = inputs_.floats(layer.tokens * hidden_stride);
-  for (int64_t token = 0; token < layer.tokens; ++token) {
-    float* to = inputs + token * hidden_stride;
-    std::memcpy(to, layer.hidden + token * hidden, hidden * sizeof(float));
-    std::fill(to + hidden, to + hidden_stride, 0.0f);
-  }
-  float* middles = middles_.floats(count * middle_stride);
-  std::vector<const void*> input_of(count), middle_of(count);
-  for (int64_t i = 0; i < count; ++i) {
-    input_of[i] = inputs + pairs[i].token * hidden_stride;
-    middle_of[i] = middles + i * middle_stride;
-    std::fill(middles + i * middle_stride + middle, middles + (i + 1) * middle_stride, 0.0f);
-  }
   // Vectors in 8 bits, for block formats: of the tokens, then of the pairs.
   const int64_t input_bytes = is_block(up_format) ? quantized_bytes(hidden) : 0;
   const int64_t middle_bytes = is_block(down_format) ? quantized_bytes(middle) : 0;
@@ -227,24 +203,36 @@ void Experts::run_alone(const Layer& layer) {
       quantized_.floats((layer.tokens * input_bytes + count * middle_bytes) / static_cast<int64_t>(sizeof(float))));
   char* quantized_middles = quantized + layer.tokens * input_bytes;
   std::vector<Quantized> input_views, middle_views;
+  std::vector<const void*> input_of(count), middle_of(count);
+  const auto state = [&](int64_t token, float* wide) {  // a token's in f32, in `wide` if it is not that already
+    if (!from.bf16) return static_cast<const float*>(from.memory) + token * hidden;
+    const uint16_t* stored = static_cast<const uint16_t*>(from.memory) + token * hidden;
+    for (int64_t i = 0; i < hidden; ++i) wide[i] = from_bf16(stored[i]);
+    return static_cast<const float*>(wide);
+  };
   if (input_bytes) {
+    float* wide = from.bf16 ? inputs_.floats(hidden) : nullptr;
     for (int64_t token = 0; token < layer.tokens; ++token) {
       input_views.push_back(quantized_at(quantized + token * input_bytes, hidden));
       if (layer.offsets[token] < layer.offsets[token + 1])
-        kernel_.quantize(layer.hidden + token * hidden, hidden, quantized + token * input_bytes);
+        kernel_.quantize(state(token, wide), hidden, quantized + token * input_bytes);
     }
     for (int64_t i = 0; i < count; ++i) input_of[i] = &input_views[pairs[i].token];
-  }
-  if (middle_bytes) {
-    for (int64_t i = 0; i < count; ++i)
-      middle_views.push_back(quantized_at(quantized_middles + i * middle_bytes, middle));
-    for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
+  } else {
+    float* inputs = inputs_.floats(layer.tokens * hidden_stride);
+    for (int64_t token = 0; token < layer.tokens; ++token) {
+      float* row = inputs + token * hidden_stride;
+      const float* stored = state(token, row);
+      if (stored != row) std::memcpy(row, stored, hidden * sizeof(float));
+      std::fill(row + hidden, row + hidden_stride, 0.0f);
+    }
+    for (int64_t i = 0; i < count; ++i) input_of[i] = inputs + pairs[i].token * hidden_stride;
   }
 
   const int64_t experts = static_cast<int64_t>(groups.size());
   const int sharing = count == experts ? pool_->threads() : 0;
   const Pieces ups(up_format, hidden, middle, experts, sharing), downs(down_format, middle, hidden, experts, sharing);
-  const int64_t up_pieces = experts * ups.of_expert, down_pieces = experts * downs.of_expert;
+  const int64_t up_pieces = experts * ups.of_expert;
   const auto up_at = [&](const char* blob, int matrix, int64_t row) {  // gate and up, where the expert is gated
     return blob + spec.up + matrix * rows_bytes(up_format, middle, hidden) + rows_bytes(up_format, row, hidden);
   };
@@ -253,7 +241,7 @@ void Experts::run_alone(const Layer& layer) {
   };
   // What a thread probably takes after a piece, fetched while that one ends.
   const auto down_piece_at = [&](int64_t piece) {
-    piece = std::min(piece, down_pieces - 1);
+    piece = std::min(piece, experts * downs.of_expert - 1);
     return down_at(groups[downs.expert(piece)].blob, downs.first_row(piece));
   };
   const auto up_piece_at = [&](int64_t piece) {
@@ -261,56 +249,101 @@ void Experts::run_alone(const Layer& layer) {
     return up_at(groups[ups.expert(piece)].blob, 0, ups.first_row(piece));
   };
 
-  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection.
-  pool_->run(up_pieces, [&](uint32_t piece) {
-    ups.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-      alignas(64) float gate[kMaxProducts], up[kMaxProducts];
-      const auto project = [&](int matrix, float* out, const char* next) {
-        kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
-                          next});
-        if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
-      };
-      const char* next = up_piece_at(piece + pool_->threads());
-      project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
-      if (spec.gated) {
-        project(1, up, next);
-        join_gate(spec, gate, up, rows * tokens);
-      } else {
-        activate(spec, gate, rows * tokens);
-      }
-      for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r) middles[(first + t) * middle_stride + row + r] = gate[r * tokens + t];
-    });
-  });
-
+  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection. Where the results
+  // are rounded to 8 bits, they are in f32 of some experts at a time.
+  const int64_t most_middles = middle_bytes ? std::max<int64_t>(1, kBlock / middle_stride) : count;
   if (middle_bytes) {
-    pool_->run(count, [&](uint32_t i) {
-      kernel_.quantize(middles + i * middle_stride, middle, quantized_middles + i * middle_bytes);
+    for (int64_t i = 0; i < count; ++i)
+      middle_views.push_back(quantized_at(quantized_middles + i * middle_bytes, middle));
+    for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
+  }
+  for (int64_t begin = 0, end; begin < experts; begin = end) {
+    const int64_t first_pair = groups[begin].first;
+    for (end = begin + 1; end < experts && groups[end].last - first_pair <= most_middles;) ++end;
+    const int64_t here = groups[end - 1].last - first_pair, first_piece = begin * ups.of_expert;
+    float* middles = middles_.floats(here * middle_stride);
+    for (int64_t i = 0; i < here; ++i) {
+      if (!middle_bytes) middle_of[first_pair + i] = middles + i * middle_stride;
+      std::fill(middles + i * middle_stride + middle, middles + (i + 1) * middle_stride, 0.0f);
+    }
+    pool_->run((end - begin) * ups.of_expert, [&](uint32_t number) {
+      const int64_t piece = first_piece + number;
+      ups.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+        alignas(64) float gate[kMaxProducts], up[kMaxProducts];
+        const auto project = [&](int matrix, float* out, const char* next) {
+          kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
+                            next});
+          if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
+        };
+        const char* next = up_piece_at(piece + pool_->threads());
+        project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
+        if (spec.gated) {
+          project(1, up, next);
+          join_gate(spec, gate, up, rows * tokens);
+        } else {
+          activate(spec, gate, rows * tokens);
+        }
+        float* to_rows = middles + (first - first_pair) * middle_stride + row;
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t r = 0; r < rows; ++r) to_rows[t * middle_stride + r] = gate[r * tokens + t];
+      });
     });
+    if (middle_bytes) {
+      pool_->run(here, [&](uint32_t i) {
+        kernel_.quantize(middles + i * middle_stride, middle, quantized_middles + (first_pair + i) * middle_bytes);
+      });
+    }
   }
 
-  // intermediate → hidden
-  pool_->run(down_pieces, [&](uint32_t piece) {
-    downs.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-      alignas(64) float out[kMaxProducts];
-      const char* next = down_piece_at(piece + pool_->threads());
-      kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, out, tokens, next});
-      if (spec.down_bias >= 0) add_bias(out, floats_at(blob, spec.down_bias) + row, rows, tokens);
-      for (int64_t t = 0; t < tokens; ++t) {
-        const uint32_t pair = pairs[first + t].pair;
-        const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
-        float* to = layer.out + pair * hidden + row;
-        for (int64_t r = 0; r < rows; ++r) to[r] = out[r * tokens + t] * weight;
-      }
+  // intermediate → hidden, some columns of the result at a time: of all pairs, so that they can be added in order.
+  const int64_t all = layer.offsets[layer.tokens];
+  const bool straight = !added && !to.bf16;  // results are wanted as they are
+  int64_t pieces = downs.of_expert;          // of each expert at once
+  if (!straight && spec.post_norm < 0)
+    pieces = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, all) / downs.step, 1, downs.of_expert);
+  const int64_t width = std::min(hidden, pieces * downs.step);
+  float* const out = straight ? static_cast<float*>(to.memory) : outputs_.floats(all * width + width);
+  float* const sum = straight ? nullptr : out + all * width;
+  for (int64_t first_piece = 0; first_piece < downs.of_expert; first_piece += pieces) {
+    const int64_t column = first_piece * downs.step, columns = std::min(width, hidden - column);
+    const int64_t some = std::min(pieces, downs.of_expert - first_piece);
+    const auto piece_of = [&](int64_t number) {
+      return number / some * downs.of_expert + first_piece + number % some;
+    };
+    pool_->run(experts * some, [&](uint32_t number) {
+      const int64_t piece = piece_of(number);
+      downs.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+        alignas(64) float products[kMaxProducts];
+        const char* next = down_piece_at(piece_of(number + pool_->threads()));
+        kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, products, tokens,
+                          next});
+        if (spec.down_bias >= 0) add_bias(products, floats_at(blob, spec.down_bias) + row, rows, tokens);
+        for (int64_t t = 0; t < tokens; ++t) {
+          const uint32_t pair = pairs[first + t].pair;
+          const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
+          float* row_out = out + pair * width + row - column;
+          for (int64_t r = 0; r < rows; ++r) row_out[r] = products[r * tokens + t] * weight;
+        }
+      });
     });
-  });
-
-  if (spec.post_norm < 0) return;
-  pool_->run(count, [&](uint32_t i) {
-    const Pair& pair = pairs[i];
-    const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec.post_norm);
-    normalize(layer.out + pair.pair * hidden, norm, hidden, spec.post_norm_eps, layer.weights[pair.pair]);
-  });
+    if (spec.post_norm >= 0) {
+      pool_->run(count, [&](uint32_t i) {
+        const Pair& pair = pairs[i];
+        const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec.post_norm);
+        normalize(out + pair.pair * hidden, norm, hidden, spec.post_norm_eps, layer.weights[pair.pair]);
+      });
+    }
+    if (added) {
+      for (int64_t token = 0; token < layer.tokens; ++token) {
+        sum_pairs(out + layer.offsets[token] * width, layer.offsets[token + 1] - layer.offsets[token], width, columns,
+                  sum);
+        store(sum, columns, to.bf16, to.memory, token * hidden + column);
+      }
+    } else if (!straight) {
+      for (int64_t pair = 0; pair < all; ++pair)
+        store(out + pair * width, columns, to.bf16, to.memory, pair * hidden + column);
+    }
+  }
 }
 
 }  // namespace moehive

@@ -33,12 +33,10 @@ enum class Activation : int32_t { silu = 0, gelu = 1, gelu_tanh = 2, relu = 3, r
 // One layer's pairs; see moehive_experts in api.cc.
 struct Layer {
   const MoehiveSpec& spec;
-  const float* hidden;
   int64_t tokens;
   const uint32_t* offsets;
   const uint64_t* blobs;
   const float* weights;
-  float* out;
 };
 
 // Memory that is kept between calls, aligned to 64 bytes.
@@ -65,18 +63,16 @@ struct Rows {
 class Experts {
  public:
   Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
-  void run(const Layer& layer);
-  // All pairs of `layer`, whose `hidden` and `out` are not used: from `from` into `to`, [pairs, hidden_size], or
-  // [tokens, hidden_size] if a token's pairs are to be `added` in the order listed.
-  void run_whole(Layer layer, const Rows& from, const Rows& to, bool added);
+  // From `from` [tokens, hidden_size] into `to`: [pairs, hidden_size], where pairs that are left out stay as they are,
+  // or [tokens, hidden_size] if a token's pairs, none of which is left out then, are to be `added` in the order listed.
+  // Block formats need memory for each pair's middle in 8 bits, and a few MB; plain ones for it in f32.
+  void run(const Layer& layer, const Rows& from, const Rows& to, bool added);
 
  private:
-  void run_alone(const Layer& layer);
-
   const Kernel& kernel_;
   std::shared_ptr<SharedPool> pool_;
   std::mutex mutex_;  // of what follows
-  Scratch inputs_, middles_, quantized_, hidden_, outputs_;
+  Scratch inputs_, middles_, quantized_, outputs_;
 };
 
 // sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.

@@ -1,23 +1,11 @@
 // Plain C++ for any processor; the compiler may use whatever vectors its baseline has.
+#include "f16.h"
 #include "kernel.h"
 
 #include <string.h>
 
 namespace moehive {
 namespace {
-
-inline float from_bits(uint32_t bits) {
-  float number;
-  memcpy(&number, &bits, sizeof number);
-  return number;
-}
-
-inline float from_f16(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, exponent = half >> 10 & 0x1f, fraction = half & 0x3ffu;
-  if (exponent == 0) return from_bits(sign | 0x3f800000u) * (fraction * 0x1p-24f);  // zero and subnormals
-  if (exponent == 31) return from_bits(sign | 0x7f800000u | fraction << 13);        // infinities and NaNs
-  return from_bits(sign | (exponent + 112) << 23 | fraction << 13);
-}
 
 // Integer operations for the block formats; see block-inl.h.
 struct Int8 {

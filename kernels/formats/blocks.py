@@ -16,10 +16,10 @@ import torch
 
 from ..geometry import BLOCKS, GROUP_ROWS, tensor_bytes
 from ..quantizers.feedback import quantize
-from ..quantizers.grids import IQ4
 from .file_rows import pack_file_rows
 
 UNIT: Final = 32  # columns
+IQ4: Final = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)  # what codes stand for
 _LEGACY: Final = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1")
 
 

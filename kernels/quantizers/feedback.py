@@ -1,8 +1,6 @@
 """A matrix in a block format, its rounding errors answered by the columns that are still to come.
 
-GPTQ (Frantar et al., 2022, arXiv:2210.17323): columns are rounded in order, and each one's error is compensated in
-those after it, as far as what they are multiplied with goes together. Scales of a block are fitted when its turn
-comes, to the numbers as they are by then.
+GPTQ (Frantar et al., 2022, arXiv:2210.17323), natively: kernels/cpu/rounding.h and fit-inl.h have the method.
 """
 
 from dataclasses import dataclass
@@ -10,11 +8,16 @@ from typing import Final
 
 import torch
 
-from .grids import GRIDS, Fit
-from .rows import block_bytes
+from ..geometry import BLOCKS
+from ..native import round_rows
+from .rows import Factors, block_bytes
 
 _DAMPING: Final = 0.02  # of the mean diagonal: keeps the inverse tame where few vectors were seen
 _WIDEST: Final = 256  # columns of the largest block
+# The formats, each with the columns that share a scale; kernels/cpu/grids.h says which numbers they can express.
+SUB_BLOCKS: Final = {
+    "q2_k": 16, "q3_k": 16, "iq4_xs": 32, "q4_k": 32, "q5_k": 32, "q6_k": 16, "q8_0": 32, "iq4_nl": 32,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,12 +34,16 @@ class Moments:
     @classmethod
     def of(cls, moments: torch.Tensor) -> "Moments":
         """`moments` f32 [columns, columns]: the sum of x xᵀ over the vectors, each weighted as it counts."""
-        width = -(-len(moments) // _WIDEST) * _WIDEST
-        full = torch.zeros(width, width, dtype=torch.float64)
-        full[: len(moments), : len(moments)] = moments
-        full.diagonal().add_(_DAMPING * full.diagonal().sum().clamp_min(1e-12) / len(moments))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(full))
-        return cls(full.diagonal().float(), torch.linalg.cholesky(inverse, upper=True).float())
+        full = moments.to(torch.float64, copy=True)
+        damping = _DAMPING * full.diagonal().mean().clamp_min(1e-12)
+        full.diagonal().add_(damping)
+        padding = -len(full) % _WIDEST
+        importance = torch.nn.functional.pad(full.diagonal(), (0, padding), value=float(damping))
+        # With rows and columns in reverse order, the lower factor of the moments is the inverse of what is wanted.
+        factor = _inverse(torch.linalg.cholesky(full.flip(0, 1))).flip(0, 1).float()
+        factor = torch.nn.functional.pad(factor, (0, padding, 0, padding))
+        factor.diagonal()[len(full) :] = damping.rsqrt()
+        return cls(importance.float(), factor)
 
     @classmethod
     def diagonal(cls, squares: torch.Tensor) -> "Moments":
@@ -45,45 +52,38 @@ class Moments:
         return cls(torch.nn.functional.pad(damped, (0, -len(squares) % _WIDEST)), None)
 
 
+def _inverse(lower: torch.Tensor) -> torch.Tensor:
+    """Of a lower triangle, by halves: products of whole matrices are what processors are quick at."""
+    if len(lower) <= _WIDEST // 2:
+        small: torch.Tensor = torch.linalg.solve_triangular(
+            lower, torch.eye(len(lower), dtype=lower.dtype), upper=False
+        )
+        return small
+    half = len(lower) // 2
+    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    inverse[:half, :half] = _inverse(lower[:half, :half])
+    inverse[half:, half:] = _inverse(lower[half:, half:])
+    inverse[half:, :half] = -inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half])
+    return inverse
+
+
 def quantize(name: str, weight: torch.Tensor, moments: Moments | None = None) -> torch.Tensor:
     """`weight` [rows, columns] of any float type → uint8 [rows, bytes of a row], a GGUF file's rows of type `name`.
 
     Without `moments` each column counts the same, and errors are not compensated. A row's bytes depend on no other
-    row. Columns are padded to whole blocks with zeros.
+    row. Columns are padded to whole blocks with zeros. On as many threads as torch has here. Raises MemoryError,
+    NativeLibraryError.
     """
-    grid = GRIDS[name]
-    columns = weight.shape[1]
-    width = -(-columns // grid.columns) * grid.columns
-    w = torch.nn.functional.pad(weight.float(), (0, width - columns))
-    stored = []
-    for start in range(0, width, grid.columns):
-        end = start + grid.columns
-        importance = torch.ones(grid.columns) if moments is None else moments.importance[start:end]
-        fit = grid.fit(w[:, start:end].contiguous(), importance)
-        if moments is None or moments.factor is None:
-            codes = grid.codes(w[:, start:end], *_spread(fit, grid.sub))
-        else:
-            codes, errors = _round(name, w[:, start:end], fit, moments.factor[start:end, start:end])
-            w[:, end:] -= errors @ moments.factor[start:end, end:width]
-        stored.append(block_bytes(name, codes, fit))
-    return torch.cat(stored, 1)
-
-
-def _spread(fit: Fit, sub: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A scale and a minimum for each column."""
-    minimum = None if fit.minimum is None else fit.minimum.repeat_interleave(sub, 1)
-    return fit.scale.repeat_interleave(sub, 1), minimum
-
-
-def _round(name: str, block: torch.Tensor, fit: Fit, inverse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of one block, column after column, and each column's error by its own factor: both [rows, columns]."""
-    grid = GRIDS[name]
-    scale, minimum = _spread(fit, grid.sub)
-    left = block.T.contiguous()
-    codes, errors = torch.empty(left.shape, dtype=torch.uint8), torch.empty_like(left)
-    for column in range(len(left)):
-        own = scale[:, column], None if minimum is None else minimum[:, column]
-        codes[column] = grid.codes(left[column], *own)
-        errors[column] = (left[column] - grid.numbers(codes[column], *own)) / inverse[column, column]
-        left[column + 1 :] -= inverse[column, column + 1 :, None] * errors[column]
-    return codes.T.contiguous(), errors.T.contiguous()
+    columns = BLOCKS[name][0]
+    rows, blocks = len(weight), -(-weight.shape[1] // columns)
+    subs = columns // SUB_BLOCKS[name]
+    codes = torch.empty((rows * blocks, columns), dtype=torch.uint8)
+    factors = Factors(
+        d=torch.empty(rows * blocks, dtype=torch.float16),
+        scales=torch.empty((rows * blocks, subs), dtype=torch.int8),
+        m=torch.empty(rows * blocks, dtype=torch.float16),
+        minimums=torch.empty((rows * blocks, subs), dtype=torch.uint8),
+    )
+    importance, factor = (None, None) if moments is None else (moments.importance, moments.factor)
+    round_rows(name, weight.float().contiguous(), importance, factor, codes, factors)
+    return block_bytes(name, codes, factors).view(rows, blocks * BLOCKS[name][1])

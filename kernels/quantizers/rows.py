@@ -1,25 +1,36 @@
 """Codes and scales as a GGUF file's block rows (ggml-common.h), the same bytes that llama.cpp would read."""
 
+from typing import NamedTuple
+
 import torch
 
-from .grids import Fit
+
+class Factors(NamedTuple):
+    """Of some blocks: what their numbers are codes of. `m` and `minimums` mean nothing in formats without minimums.
+
+    `d` and `m` f16 [blocks]; `scales` int8 and `minimums` uint8 [blocks, sub-blocks], without d and m.
+    """
+
+    d: torch.Tensor
+    scales: torch.Tensor
+    m: torch.Tensor
+    minimums: torch.Tensor
 
 
-def block_bytes(name: str, codes: torch.Tensor, fit: Fit) -> torch.Tensor:
-    """`codes` uint8 [rows, columns of a block] → uint8 [rows, bytes of a block]."""
+def block_bytes(name: str, codes: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """`codes` uint8 [blocks, columns of a block] → uint8 [blocks, bytes of a block]."""
     rows = len(codes)
-    d = _half(fit.d)
+    d = _half(factors.d)
     if name == "q8_0":
         return torch.cat([d, codes ^ 128], 1)  # code - 128 as two's complement
     if name == "iq4_nl":
         return torch.cat([d, codes[:, :16] | codes[:, 16:] << 4], 1)
-    scales = fit.scales
+    scales = factors.scales
     if name == "q2_k":
-        assert fit.m is not None and fit.minimums is not None
-        both = (scales | fit.minimums << 4).to(torch.uint8)
-        return torch.cat([both, _planes(codes, 2), d, _half(fit.m)], 1)
+        both = scales.view(torch.uint8) | factors.minimums << 4
+        return torch.cat([both, _planes(codes, 2), d, _half(factors.m)], 1)
     if name == "q3_k":
-        coded = (scales + 32).to(torch.uint8)
+        coded = (scales + 32).view(torch.uint8)
         low, high = coded & 15, coded >> 4
         packed = [low[:, :8] | low[:, 8:] << 4, _stack(high.view(rows, 4, 4), 2)]
         above = _stack((codes >> 2).view(rows, 8, 32), 1)
@@ -30,27 +41,27 @@ def block_bytes(name: str, codes: torch.Tensor, fit: Fit) -> torch.Tensor:
             [
                 (low[:, :, 0] | low[:, :, 1] << 4).flatten(1),
                 _planes(codes >> 4, 2),
-                scales.to(torch.int8).view(torch.uint8),
+                scales.view(torch.uint8),
                 d,
             ],
             1,
         )
     if name == "iq4_xs":
-        coded = scales + 32
+        coded = (scales + 32).view(torch.uint8)
         upper = _stack((coded >> 4).view(rows, 2, 4).transpose(1, 2), 2)
-        low = (coded & 15).to(torch.uint8)
+        low = coded & 15
         halves = codes.view(rows, 8, 2, 16)
         return torch.cat(
             [
                 d,
-                upper.to(torch.uint8),
+                upper,
                 low[:, 0::2] | low[:, 1::2] << 4,
                 (halves[:, :, 0] | halves[:, :, 1] << 4).flatten(1),
             ],
             1,
         )
-    assert name in ("q4_k", "q5_k") and fit.m is not None and fit.minimums is not None
-    s, m = scales.to(torch.uint8), fit.minimums.to(torch.uint8)
+    assert name in ("q4_k", "q5_k")
+    s, m = scales.view(torch.uint8), factors.minimums
     packed = [
         s[:, :4] | s[:, 4:] >> 4 << 6,
         m[:, :4] | m[:, 4:] >> 4 << 6,
@@ -59,7 +70,7 @@ def block_bytes(name: str, codes: torch.Tensor, fit: Fit) -> torch.Tensor:
     pairs = (codes & 15).view(rows, 4, 2, 32)
     low = (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
     fifth = [_stack((codes >> 4).view(rows, 8, 32), 1)] if name == "q5_k" else []
-    return torch.cat([d, _half(fit.m), *packed, *fifth, low], 1)
+    return torch.cat([d, _half(factors.m), *packed, *fifth, low], 1)
 
 
 def _half(factors: torch.Tensor) -> torch.Tensor:

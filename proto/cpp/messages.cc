@@ -2,6 +2,7 @@
 // a message's prefix, the windows (RFC 9113, 5.2 and 6.9). Whatever is not one whole message in one frame of that
 // stream, or is not taken, is left to Python (proto/wire/connection.py), in the order in which it came.
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 
@@ -15,11 +16,21 @@ constexpr int64_t kHeaderBytes = 9, kPrefixBytes = 5;
 constexpr int64_t kKeptBytes = 64 << 10;
 constexpr int64_t kHeadBytes = kHeaderBytes + kPrefixBytes;  // of a frame that is one message
 
+// proto/wire/windows.py has these, field for field. When a stream's latest message came and its latest reply went,
+// nanoseconds of this process's monotonic clock; 0: not yet.
+struct Times {
+  int64_t read_at;   // the reading of its bytes began
+  int64_t came_at;   // it was there; who takes the first of what one reading brought says so
+  int64_t ready_at;  // the latest reply's content was there; who takes says so
+  int64_t sent_at;   // a reply's bytes had left
+};
+
 // Takes a message: whether it did. A reply's bytes are at `*reply`, none if there are no bytes, and before them are
 // `kHeadBytes` of room.
-using Take = int32_t (*)(void* taker, const uint8_t* message, int64_t size, uint8_t** reply, int64_t* reply_size);
+using Take = int32_t (*)(void* taker, const uint8_t* message, int64_t size, Times* times, uint8_t** reply,
+                         int64_t* reply_size);
 
-// proto/wire/windows.py has these two, field for field. Of a connection:
+// Of a connection:
 struct Sending {
   Socket* socket;         // null: it is closed
   int64_t window;         // bytes that the other side takes, of all streams
@@ -46,6 +57,11 @@ struct Served {
 };
 
 namespace {
+
+int64_t now() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
 
 void write_head(uint8_t* to, int64_t number, int64_t size) {
   const int64_t length = size + kPrefixBytes;
@@ -93,9 +109,11 @@ using namespace moehive;
 // Reads what has come behind the `filled` bytes of `buffer`, which begin with a frame, and has `take` take the messages
 // at its front; its replies leave at once. The beginning of another such message stays for the next call. Bytes that
 // came, or kEnd, kWouldBlock, kBroken.
-EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Take take, void* taker, uint8_t* buffer, int64_t room,
-                             int64_t filled, Served* served) {
+EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Times* times, Take take, void* taker, uint8_t* buffer,
+                             int64_t room, int64_t filled, Served* served) {
   Socket* const socket = sending->socket;
+  if (filled == 0) times->read_at = now();  // else the beginning of a message is there
+  times->came_at = 0;
   *served = {};
   served->filled = filled;
   const int64_t came = socket->read(buffer + filled, room - filled);
@@ -113,7 +131,7 @@ EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Take take, void*
     }
     uint8_t* reply = nullptr;
     int64_t size = 0;
-    if (!take(taker, buffer + at + kHeadBytes, frame - kHeadBytes, &reply, &size)) break;
+    if (!take(taker, buffer + at + kHeadBytes, frame - kHeadBytes, times, &reply, &size)) break;
     at += frame;
     stream->receive -= frame - kHeaderBytes;
     served->taken += frame - kHeaderBytes;
@@ -126,6 +144,7 @@ EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Take take, void*
     const int64_t left = sent & ~kWaits;
     served->unsent_at = reply - kHeadBytes + left, served->unsent = size + kHeadBytes - left, served->refused = 0;
     if (sending->waiting) break;
+    times->sent_at = now();
   }
   served->filled = filled, served->consumed = at;
   return came;

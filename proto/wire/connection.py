@@ -60,6 +60,7 @@ class Connection:
         self.paused = False  # the transport has more than it wants
         self.lost: str | None = None  # why it is over, one sentence
         self.other_side = OtherSide()
+        self.read_at = 0  # nanoseconds, `perf_counter_ns`: when the reading of the latest bytes began
         self.ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # the other side has answered
         self.going = False  # the other side takes no new streams
         self._owner = owner
@@ -118,6 +119,7 @@ class Connection:
         got: int = self._native_serve(
             sending,
             stream.windows_at,
+            stream.times_at,
             taker.function,
             taker.context,
             *reader.place,
@@ -137,6 +139,7 @@ class Connection:
             if served.kept or served.consumed == served.filled:
                 reader.filled = served.filled - served.consumed
             elif self.lost is None:
+                self.read_at = stream.times.read_at
                 self._read(served.consumed, served.filled)
         return got
 

@@ -9,6 +9,7 @@ import inspect
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import grpc
@@ -24,7 +25,7 @@ from .stream import Stream
 from .tls import Context as TlsContext
 from .tls import OtherSide
 from .transport import Transport
-from .windows import Taker
+from .windows import Taker, Times
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Context:
         message = self._serialize(reply)
         self._stream.send(message if isinstance(message, tuple) else (message,))
         await self._stream.drain()
+        self._stream.times.sent_at = perf_counter_ns()
 
     async def read_message(self) -> Buffer | None:
         """The next request's bytes, which nobody else has; None after the last. Raises as `read`."""
@@ -93,9 +95,15 @@ class Context:
             if reply is None:
                 return False
             stream.send(reply)
+            stream.times.sent_at = perf_counter_ns()
             return True
 
         stream.on_message = take_message
+
+    @property
+    def times(self) -> Times:
+        """Of the message that was read last, or that is answered at once, and of the reply before."""
+        return self._stream.times
 
     def take_natively(self, taker: Taker) -> None:
         """See Stream.take_natively."""

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
+from time import perf_counter_ns
 from typing import TYPE_CHECKING
 
 import grpc
@@ -12,7 +13,7 @@ import grpc.aio
 from . import status
 from .frames import ErrorCode, FrameError
 from .messages import PREFIX_BYTES, Assembler, Buffer
-from .windows import Outlet, Taker, Windows
+from .windows import Outlet, Taker, Times, Windows
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -28,6 +29,8 @@ class Stream:
         self.number = number
         self.windows = Windows(number, connection.first_send_window, connection.window_bytes, connection.max_bytes)
         self.windows_at = ctypes.addressof(self.windows)
+        self.times = Times()
+        self.times_at = ctypes.addressof(self.times)
         self.outgoing: deque[memoryview] = deque()  # what the windows do not let through yet
         self.on_message: Callable[[Buffer], bool] | None = None
         """Called with each message as it comes, when none waits to be read; says whether it took it."""
@@ -39,7 +42,8 @@ class Stream:
         self._assembler = Assembler(connection.max_bytes)
         self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
         self._owed = 0  # bytes of messages that were taken since the last credit
-        self._messages: deque[Buffer] = deque()
+        self._began = 0  # when the reading of the message that is coming began
+        self._messages: deque[tuple[Buffer, int, int]] = deque()  # with when their reading began and ended
         self._reader: asyncio.Future[None] | None = None
         self.half_closed = False  # the other side sends no more
         self.closed = False  # this side does not
@@ -61,7 +65,7 @@ class Stream:
                 await self._reader
             finally:
                 self._reader = None
-        message = self._messages.popleft()
+        message, self.times.read_at, self.times.came_at = self._messages.popleft()
         self.owe(len(message) + PREFIX_BYTES)
         return message
 
@@ -143,13 +147,17 @@ class Stream:
         if length + PREFIX_BYTES > self.windows.receive:
             return False
         self.windows.receive -= length + PREFIX_BYTES
+        self._began = self._connection.read_at
         self._deliver(bytes(data))
         return True
 
     def feed(self, data: memoryview) -> None:
         """Bytes came. Raises AioRpcError for messages that are refused."""
+        if self._assembler.between:
+            self._began = self._connection.read_at
         for message in self._assembler.feed(data):
             self._deliver(message)
+            self._began = self._connection.read_at  # of the next one's
 
     def half_close(self) -> None:
         """The other side has sent its last message."""
@@ -171,10 +179,13 @@ class Stream:
             self.on_end()
 
     def _deliver(self, message: Buffer) -> None:
-        if self.on_message is not None and not self._messages and self.on_message(message):
-            self.owe(len(message) + PREFIX_BYTES)
-            return
-        self._messages.append(message)
+        came_at = perf_counter_ns()
+        if self.on_message is not None and not self._messages:
+            self.times.read_at, self.times.came_at = self._began, came_at
+            if self.on_message(message):
+                self.owe(len(message) + PREFIX_BYTES)
+                return
+        self._messages.append((message, self._began, came_at))
         self._wake()
 
     def owe(self, length: int) -> None:

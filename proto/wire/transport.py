@@ -9,6 +9,7 @@ import ctypes
 import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
+from time import perf_counter_ns
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,6 +39,7 @@ class Told(Protocol):
     """Who uses a transport: as asyncio.BufferedProtocol, and more."""
 
     sending: Sending
+    read_at: int  # nanoseconds, `perf_counter_ns`: when the reading of the latest bytes began
 
     def connection_made(self, transport: "Transport") -> None:
         """Bytes can be sent, and may come."""
@@ -227,6 +229,7 @@ class Transport:
             got = self._told.serve()
             if got is None:
                 room = self._told.get_buffer(-1)
+                self._told.read_at = perf_counter_ns()
                 got = self._native_read(self.handle, ctypes.addressof(ctypes.c_char.from_buffer(room)), len(room))
                 if got > 0:
                     self._told.buffer_updated(got)

@@ -31,6 +31,20 @@ class Windows(ctypes.Structure):
     largest: int  # bytes of a message that is taken
 
 
+class Times(ctypes.Structure):
+    """When a stream's latest message came and its latest reply went. Times of cpp/messages.cc, field for field.
+
+    Nanoseconds of this process's monotonic clock, as `perf_counter_ns`; 0: not yet.
+    """
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("read_at", "came_at", "ready_at", "sent_at"))
+
+    read_at: int  # the reading of its bytes began
+    came_at: int  # it was there
+    ready_at: int  # the latest reply's content was there; who answers says so
+    sent_at: int  # a reply's bytes had left
+
+
 class Served(ctypes.Structure):
     """What one reading found. Served of cpp/messages.cc, field for field."""
 

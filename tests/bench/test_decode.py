@@ -29,8 +29,22 @@ def test_a_link_costs_and_the_rest_adds_up(tmp_path):
     assert row["node_slice_bytes"] * 2 >= row["expert_bytes"]  # all eight are hit, and there are two nodes
     assert row["node_peak_bytes"] > row["node_slice_bytes"]
     assert row["limit_share"] == row["decode_tokens_per_s"] / row["limit_tokens_per_s"]
-    events = json.loads(trace.read_text())["traceEvents"]
-    assert {"wait", "round trip"} <= {event["name"] for event in events}
+    spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    assert {"sending", "waiting", "reading", "adding up"} <= {span["name"] for span in spans if span["pid"] == 1}
+    trips = [span for span in spans if span["name"] == "round trip"]
+    assert len(trips) == 2 * 2 * 4  # nodes, layers, passes: the prompt's and three of a token
+    for trip in trips:
+        begin, end = trip["ts"], trip["ts"] + trip["dur"]
+        mine = [s for s in spans if s["pid"] == trip["pid"] and s is not trip and begin <= s["ts"] < end]
+        assert {s["args"]["layer"] for s in mine} == {trip["args"]["layer"]}
+        assert sum(s["dur"] for s in mine) == pytest.approx(trip["dur"], abs=0.01)
+        assert {"link", "reading", "experts"} <= {s["name"] for s in mine}
+        # Each way takes 20 ms, and the node's clock is this machine's.
+        (experts,) = (s for s in mine if s["name"] == "experts")
+        assert min(mine, key=lambda s: s["ts"])["dur"] > 20_000
+        assert end - experts["ts"] - experts["dur"] > 20_000
+    writing = [span for span in spans if span["name"] == "writing"]
+    assert len(writing) == len(trips) - 2  # but each node's last
 
 
 def test_a_file_of_llama_cpp_is_measured(tmp_path):
@@ -49,6 +63,16 @@ def test_a_file_of_llama_cpp_is_measured(tmp_path):
     assert row["expert_bytes"] + row["trunk_bytes"] < file.stat().st_size  # not all experts are read for a token
     limit = row["read_bandwidth"] / (row["expert_bytes"] + row["trunk_bytes"])
     assert row["limit_tokens_per_s"] == pytest.approx(limit)
+
+
+def test_several_sequences_at_once(tmp_path):
+    model = ["--geometry", "qwen3-30b", "--layers", "1", "--experts", "8"]
+    short = ["--prompt", "4", "--tokens", "12", "--rounds", "1", "--json"]
+    done = run(tmp_path, *model, *short, "--sequences", "3")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["sequences"] == 3 and 0 <= row["micro_batches_share"] <= 1
+    assert row["decode_tokens_per_s"] == pytest.approx(3e3 / row["token_ms"])
 
 
 def test_a_layer_of_each_kind_of_qwen3_5(tmp_path):

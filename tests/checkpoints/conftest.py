@@ -1,6 +1,5 @@
 """Quantized checkpoints as other projects' code writes them, and helpers of the reader's tests."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -8,20 +7,13 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
+from by_path import load
 
 COORDINATOR = Path(__file__).parents[1] / "coordinator"
 
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_checkpoints_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-families = _module(COORDINATOR / "families.py")
-quantizers, reading = (_module(Path(__file__).with_name(f"{name}.py")) for name in ("quantizers", "reading"))
+families = load(COORDINATOR / "families.py")
+quantizers, reading = (load(Path(__file__).with_name(f"{name}.py")) for name in ("quantizers", "reading"))
 
 
 @pytest.fixture(scope="session", autouse=True)

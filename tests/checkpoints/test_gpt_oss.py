@@ -1,6 +1,5 @@
 """gpt-oss in the very layout of its publisher's repository: served, pulled without the copies that nobody needs."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from by_path import load
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -22,16 +22,7 @@ from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId
 
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_oss_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpt_oss = _module("gpt_oss")
+gpt_oss = load(Path(__file__).with_name("gpt_oss.py"))
 NAME = "openai/gpt-oss-tiny"
 
 

@@ -2,7 +2,6 @@
 and the tokens and logits of llama.cpp itself.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from by_path import load
 
 from moehive.coordinator.checkpoints.gguf.checkpoint import GgufCheckpoint
 from moehive.coordinator.checkpoints.opening import ModelSource, open_model, trunk_of
@@ -19,17 +19,8 @@ from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
 from moehive.kernels.geometry import ExpertId
 
-
-def _module(name: str) -> ModuleType:
-    path = Path(__file__).with_name("llama_cpp") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"moehive_llama_cpp_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make, archives = _module("make"), _module("archives")
+HERE = Path(__file__).with_name("llama_cpp")
+make, archives = load(HERE / "make.py"), load(HERE / "archives.py")
 CASES = [(family, kind) for family, kinds in make.OF_FAMILY.items() for kind in ("F32", *kinds)]
 EXPANDED = ("IQ3_XXS", "dynamic")  # experts of types that no kernel has, or gate and up of two types
 # Matrices whose rows and columns are where transformers has them.

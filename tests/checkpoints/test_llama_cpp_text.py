@@ -1,28 +1,18 @@
 """Texts and chats as llama.cpp's own code writes them (llama_cpp/text.py), and chats as transformers does."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from by_path import load
 
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.gguf.tokenizer import load_tokenizer
 
-
-def _module(name: str) -> ModuleType:
-    path = Path(__file__).with_name("llama_cpp") / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"moehive_llama_cpp_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-text, make, archives = _module("text"), _module("make"), _module("archives")
+HERE = Path(__file__).with_name("llama_cpp")
+text, make, archives = load(HERE / "text.py"), load(HERE / "make.py"), load(HERE / "archives.py")
 DAY = re.compile(r"\d{4}-\d{2}-\d{2}|\d{1,2} \w{3} \d{4}")  # that some templates write
 
 

@@ -1,15 +1,14 @@
 """GGUF files of each family against transformers' own model of the same weights; split and hostile files."""
 
 import asyncio
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import pytest
 import torch
+from by_path import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -23,16 +22,7 @@ from moehive.kernels.blob import decode_tensor, tensor_views
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import ExpertId
 
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-writer, families = _module("gguf_writer"), _module("families")
+writer, families = load(Path(__file__).with_name("gguf_writer.py")), load(Path(__file__).with_name("families.py"))
 FAMILIES = sorted(writer.ARCHITECTURES)
 TOKENS = torch.arange(3, 23)
 

@@ -22,6 +22,7 @@ from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.kernels.reference import expert_forward
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Reply, parse_reply, parse_request, read_request, reply_pieces
+from moehive.proto.wire.windows import Times
 
 EXPERTS, TOP_K, HIDDEN = 7, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -58,7 +59,7 @@ class FakeLink:
         asyncio.get_running_loop().call_soon(self._deliver, self._answer(ctypes.string_at(where, size)))
 
     def _deliver(self, reply: bytes) -> None:
-        assert self.flights.take(self, reply)
+        assert self.flights.take(self, reply, Times())
 
     def _answer(self, data: bytes) -> bytes:
         request = parse_request(data)

@@ -19,6 +19,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Reply, Request, parse_reply, parse_request, read_request, reply_pieces
+from moehive.proto.wire.windows import Times
 
 EXPERTS, TOP_K, HIDDEN = 6, 3, 32
 SPEC = ExpertSpec(hidden_size=HIDDEN, intermediate_size=24, activation="silu", format="f32")
@@ -85,7 +86,7 @@ class FakeLink:
             loop.call_soon(self._deliver, reply)
 
     def _deliver(self, reply: bytes) -> None:
-        if not self.flights.take(self, reply):
+        if not self.flights.take(self, reply, Times()):
             self.flights.take_strange(self, parse_reply(reply))
 
     def _answer(self, whole: Request) -> tuple[Any, bytes]:

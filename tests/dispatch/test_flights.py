@@ -22,8 +22,11 @@ from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import parse_reply, parse_request, read_request, rows_tensor
+from moehive.proto.wire.windows import Times
 
 HIDDEN, TOP_K = 24, 3
+
+ROW = torch.ones(1, HIDDEN)
 
 
 class Quiet:
@@ -101,7 +104,7 @@ def test_a_flight_asks_and_adds_up_what_a_larger_layer_would(
             rows = torch.randn(len(share.pairs) if pairs else len(share.tokens), HIDDEN).to(dtype)
             parts.append(Rows(share, link.node, rows_tensor(answer_values(rows), dtype, *rows.shape)))
             assert not flight.done.done()
-            assert made._flights.take(cast(Link, link), answer(message, rows))
+            assert made._flights.take(cast(Link, link), answer(message, rows), Times())
         assert flight.done.done() and flight.plain
         total, finite = made._flights.sum(flight)
         assert finite and torch.equal(total, add_up(parts, (tokens, TOP_K), flight.sent.hidden, reduction).total)
@@ -128,7 +131,7 @@ def test_a_reply_that_is_changed_is_taken_whole_or_left(data: st.DataObject) -> 
         for _ in range(data.draw(st.integers(0, 3))):
             reply[data.draw(st.integers(0, len(reply) - 1))] = data.draw(st.integers(0, 255))
         cut = bytes(reply[: data.draw(st.integers(0, len(reply)))]) + data.draw(st.binary(max_size=4))
-        if made._flights.take(cast(Link, link), cut):
+        if made._flights.take(cast(Link, link), cut, Times()):
             assert parse_reply(cut).head.rows == 2 and len(parse_reply(cut).values) == 8 * HIDDEN
             assert flight.view.waiting == 1
         else:
@@ -144,7 +147,7 @@ def test_nonsense_is_no_reply(message: bytes) -> None:
     async def main() -> None:
         made, links = dispatcher(["a"] * 4, Reduction.PARTIAL_SUM)
         flight = begin(made, 1, torch.float32)
-        assert not made._flights.take(cast(Link, links["a"]), message)
+        assert not made._flights.take(cast(Link, links["a"]), message, Times())
         made._flights.release(flight)
 
     asyncio.run(main())
@@ -156,12 +159,14 @@ def test_a_reply_of_another_link_or_another_layer_is_not_taken() -> None:
         flight, next_one = begin(made, 1, torch.float32), begin(made, 1, torch.float32)
         first, second = links["a"].asked
         reply = answer(first, torch.ones(1, HIDDEN))
-        assert not made._flights.take(cast(Link, links["b"]), reply)
-        assert made._flights.take(cast(Link, links["a"]), reply)
-        assert not made._flights.take(cast(Link, links["a"]), reply)  # not twice
+        assert not made._flights.take(cast(Link, links["b"]), reply, Times())
+        assert made._flights.take(cast(Link, links["a"]), reply, Times())
+        assert not made._flights.take(cast(Link, links["a"]), reply, Times())  # not twice
         assert (flight.view.waiting, next_one.view.waiting) == (1, 2)
         made._flights.release(next_one)
-        assert not made._flights.take(cast(Link, links["a"]), answer(second, torch.ones(1, HIDDEN)))  # given up
+        assert not made._flights.take(
+            cast(Link, links["a"]), answer(second, torch.ones(1, HIDDEN)), Times()
+        )  # given up
         made._flights.release(flight)
 
     asyncio.run(main())
@@ -183,7 +188,9 @@ def test_what_is_dropped_or_lost_leaves_nothing_in_hand() -> None:
         flight = begin(made, 1, torch.float32)
         made._flights.lost(cast(Link, links["a"]), NodeUnavailable(NodeName("a"), "Node a is gone."))
         assert not flight.done.done() and links["a"].peer.flying == 0 and not speeds[0].backlog_s
-        assert made._flights.take(cast(Link, links["b"]), answer(links["b"].asked[-1], torch.ones(1, HIDDEN)))
+        assert made._flights.take(
+            cast(Link, links["b"]), answer(links["b"].asked[-1], torch.ones(1, HIDDEN)), Times()
+        )
         assert flight.done.done() and not flight.plain
         assert made._flights._lookout.expected == 0
         parts, failed = made._flights.apart(flight)
@@ -250,7 +257,7 @@ def test_only_a_sum_that_was_given_back_is_written_over() -> None:
         def next_sum(value: float) -> torch.Tensor:
             flight = begin(made, 1, torch.float32)
             assert made._flights.take(
-                cast(Link, links["a"]), answer(links["a"].asked[-1], torch.full((1, HIDDEN), value))
+                cast(Link, links["a"]), answer(links["a"].asked[-1], torch.full((1, HIDDEN), value)), Times()
             )
             total, _ = made._flights.sum(flight)
             made._flights.release(flight)

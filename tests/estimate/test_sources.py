@@ -1,7 +1,6 @@
 """What an estimate is of: a directory, a GGUF, a pack, a hub id; nothing but headers and a config is read of them."""
 
 import copy
-import importlib.util
 import json
 import struct
 import subprocess
@@ -16,6 +15,7 @@ import gguf
 import pytest
 import torch
 import transformers
+from by_path import load
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -36,14 +36,6 @@ STORED = (
     "trunk_bytes_a_token",
     "parts",
 )
-
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_estimate_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +84,7 @@ def test_a_directory_has_the_bytes_of_its_tensors(directory: Path) -> None:
 
 def test_a_gguf_has_the_bytes_of_its_tensors(model: Any, tmp_path: Path) -> None:
     path = tmp_path / "small.gguf"
-    _module(TESTS / "coordinator" / "gguf_writer.py").write(copy.deepcopy(model).float(), model.config, path, "Q8_0")
+    load(TESTS / "coordinator" / "gguf_writer.py").write(copy.deepcopy(model).float(), model.config, path, "Q8_0")
     tensors = gguf.GGUFReader(path).tensors
     row = told(str(path))
     assert row["format"] == "q8_0"
@@ -162,7 +154,7 @@ def test_of_a_hub_id_headers_alone_are_asked_for(model: Any, hub: Any, tmp_path:
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "int4, groups of 32", "int4, by row", "int8 in words", "mxfp4"])
 def test_a_hub_ids_format_is_the_stored_one(method: str, model: Any, hub: Any, tmp_path: Path) -> None:
-    quantizers = _module(TESTS / "checkpoints" / "quantizers.py")
+    quantizers = load(TESTS / "checkpoints" / "quantizers.py")
     model.save_pretrained(tmp_path / "wide")
     quantizers.write(quantizers.METHODS[method], tmp_path / "wide", tmp_path / "small")
     hub.repositories[NAME] = held(tmp_path / "small")
@@ -177,9 +169,7 @@ def test_of_a_hubs_gguf_the_beginning_is_asked_for(model: Any, hub: Any, tmp_pat
     paths = [tmp_path / f"Small-{kind}.gguf" for kind in ("Q8_0", "Q4_0")]
     for path in paths:
         kind = path.stem.partition("-")[2]
-        _module(TESTS / "coordinator" / "gguf_writer.py").write(
-            copy.deepcopy(model).float(), model.config, path, kind
-        )
+        load(TESTS / "coordinator" / "gguf_writer.py").write(copy.deepcopy(model).float(), model.config, path, kind)
     hub.repositories[NAME] = {path.name: path.read_bytes() for path in paths}
     row = told(f"{NAME}:Q4_0")
     row["model"] = NAME

@@ -14,6 +14,7 @@
 
 #include "expert_mlp.h"
 #include "linear.h"
+#include "rounding.h"
 
 using moehive::Format;
 
@@ -138,6 +139,29 @@ void call_kernels(void* library) {
   std::printf("\n");
 }
 
+// One block, with an upper triangle through which errors are compensated.
+void call_rounding(void* library) {
+  auto* quantize = find<int32_t(const MoehiveRounding*, int32_t)>(library, "moehive_quantize");
+  constexpr int64_t rows = 19, columns = 250, width = 256;
+  const auto weight = numbers(rows * columns);
+  auto factor = numbers(width * width), importance = numbers(width);
+  for (int64_t i = 0; i < width; ++i) factor[i * width + i] = 4, importance[i] += 2;
+  for (Format format : {Format::q2_k, Format::q3_k, Format::q4_k, Format::q5_k, Format::q6_k, Format::q8_0,
+                        Format::iq4_xs, Format::iq4_nl}) {
+    std::vector<uint8_t> codes(rows * width), minimums(rows * width);
+    std::vector<int8_t> scales(rows * width);
+    std::vector<uint16_t> d(rows * width), m(rows * width);
+    const MoehiveRounding job{weight.data(), importance.data(), factor.data(), codes.data(), d.data(), m.data(),
+                              scales.data(), minimums.data(), rows, columns, width, static_cast<int32_t>(format)};
+    require(quantize(&job, kThreads) == 0, "quantize");
+    codes.insert(codes.end(), minimums.begin(), minimums.end());
+    codes.insert(codes.end(), scales.begin(), scales.end());
+    show_hash("codes-" + std::to_string(job.format), codes);
+    d.insert(d.end(), m.begin(), m.end());
+    show_hash("factors-" + std::to_string(job.format), d);
+  }
+}
+
 void call_proto(void* library) {
   auto* round = find<void(const char*, int32_t, int64_t, int64_t, int8_t*, float*)>(library, "moehive_round");
   constexpr int64_t rows = 5, columns = 200, groups = 4;
@@ -206,6 +230,7 @@ int main(int count, char** arguments) {
   void* libraries[5];
   for (int i = 0; i < 5; ++i) require(libraries[i] = dlopen(arguments[i + 1], RTLD_NOW), arguments[i + 1]);
   call_kernels(libraries[0]);
+  call_rounding(libraries[0]);
   call_proto(libraries[1]);
   call_dispatch(libraries[2]);
   call_planner(libraries[3]);

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moehive.kernels.native import FORMAT_NUMBERS
+from moehive.kernels.quantizers.feedback import SUB_BLOCKS
+
 HERE = Path(__file__).parent
 SYSROOT = "/usr/aarch64-linux-gnu"  # of Debian's cross compiler
 # Of a package, its library, and where CMake builds it.
@@ -53,6 +56,7 @@ def test_they_load_and_compute_the_same(aarch64_build: Path, tmp_path: Path) -> 
     here = results(native, [], installed, folders[0])
     there = results(cross, [emulator, "-L", SYSROOT], built, folders[1])
     assert {"layer-q4_0-neon", "layer-bf16-neon", "packed", "rounded", "chosen", "pairs", "file"} <= there.keys()
+    assert {f"{what}-{FORMAT_NUMBERS[name]}" for what in ("codes", "factors") for name in SUB_BLOCKS} <= there.keys()
     ours, theirs = (torch.tensor([float(number) for number in one.pop("linear")]) for one in (here, there))
     torch.testing.assert_close(ours, theirs)  # the trunk's bits are those of its processor
     for name, value in there.items():

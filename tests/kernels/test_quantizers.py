@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import tensor_bytes
-from moehive.kernels.quantizers.feedback import Moments, quantize
-from moehive.kernels.quantizers.grids import GRIDS
+from moehive.kernels.quantizers.feedback import SUB_BLOCKS, Moments, quantize
 
 # Mean square error by mean square of normal numbers; the best uniform quantizers of 2, 3, 4, 5, 6 bits reach 0.119,
 # 0.0374, 0.0115, 0.0035, 0.0010 (Max, 1960) with one scale for all; blocks do better.
@@ -27,14 +26,14 @@ def loss(weight: torch.Tensor, other: torch.Tensor, x: torch.Tensor) -> float:
     return float(((other - weight) @ x.T).square().mean() / (weight @ x.T).square().mean())
 
 
-@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("name", sorted(SUB_BLOCKS))
 def test_normal_numbers_lose_little(name: str) -> None:
     weight = torch.randn(32, 512, generator=torch.Generator().manual_seed(1)) * 0.02
     stored = read(name, quantize(name, weight))
     assert float((stored - weight).square().mean() / weight.square().mean()) < MOST[name]
 
 
-@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("name", sorted(SUB_BLOCKS))
 def test_errors_that_go_together_are_compensated(name: str) -> None:
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(32, 512, generator=generator) * 0.02
@@ -45,7 +44,7 @@ def test_errors_that_go_together_are_compensated(name: str) -> None:
     assert answered < 0.35 * plain
 
 
-@pytest.mark.parametrize("name", sorted(GRIDS))
+@pytest.mark.parametrize("name", sorted(SUB_BLOCKS))
 def test_columns_that_matter_are_kept_better(name: str) -> None:
     generator = torch.Generator().manual_seed(3)
     weight = torch.randn(16, 256, generator=generator)
@@ -57,7 +56,7 @@ def test_columns_that_matter_are_kept_better(name: str) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    name=st.sampled_from(sorted(GRIDS)),
+    name=st.sampled_from(sorted(SUB_BLOCKS)),
     rows=st.integers(1, 20),
     columns=st.integers(1, 300),
     exponent=st.integers(-3, 4),  # below, factors of 16 bits run out

@@ -11,8 +11,10 @@ from moehive.coordinator.types import NodeName
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 
 A = NodeName("a")
-SPEC = ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format="bf16")  # 9.4 MB
-EXPERTS = 24  # 226 MB: the rest is the larger part
+# The rest of a node's memory is about as large as either slice: 24 experts of 9.4 MB, 6 of 24.8 MB. The second one's
+# hidden states are wide.
+USUAL = ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format="bf16"), 24, 256
+WIDE = ExpertSpec(hidden_size=7168, intermediate_size=2048, activation="silu", format="q4_0"), 6, 128
 
 
 def peak_bytes(pid: int) -> int:
@@ -22,14 +24,17 @@ def peak_bytes(pid: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_peak_is_the_slice_and_200_mb(tmp_path, coordinator_class, authority, model_class, start_node, make_request):
-    bits = torch.randint(0, 64, (2 * SPEC.nbytes,), dtype=torch.uint8)  # of numbers below 1
-    blobs = {ExpertId(0, e): bits[e * 4096 : e * 4096 + SPEC.nbytes] for e in range(EXPERTS)}
-    model = model_class(Manifest("random", "a" * 64, (LayerGeometry(EXPERTS, 2, SPEC),)), blobs)
+@pytest.mark.parametrize(("spec", "experts", "tokens"), [USUAL, WIDE], ids=["usual", "wide"])
+def test_peak_is_the_slice_and_200_mb(
+    tmp_path, coordinator_class, authority, model_class, start_node, make_request, spec, experts, tokens
+):
+    bits = torch.randint(0, 64, (2 * spec.nbytes,), dtype=torch.uint8)  # of numbers below 1
+    blobs = {ExpertId(0, e): bits[e * 4096 : e * 4096 + spec.nbytes] for e in range(experts)}
+    model = model_class(Manifest("random", "a" * 64, (LayerGeometry(experts, 2, spec),)), blobs)
     limit = int(1.05 * model.manifest.total_bytes) + 200 * 10**6
 
     async def compute(coordinator):
-        prompt, _, _ = make_request(SPEC.hidden_size, list(range(EXPERTS)), tokens=256)
+        prompt, _, _ = make_request(spec.hidden_size, list(range(experts)), tokens=tokens)
         prompt.epoch = coordinator.membership.state.epoch
         reply = await coordinator.compute(prompt)
         assert not reply.HasField("refusal"), reply.refusal

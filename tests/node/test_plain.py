@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.plain import PlainRequests
-from moehive.expert_node.service import ExpertsService
+from moehive.expert_node.service import Came, ExpertsService
 from moehive.expert_node.store import ExpertStore
 from moehive.kernels.geometry import ExpertId
 from moehive.kernels.ops import ExpertOps, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import WireError, parse_request, read_request
+from moehive.proto.wire.windows import Times
 
 EXAMPLES = int(os.environ.get("MOEHIVE_FUZZ_EXAMPLES", "200"))
 fuzz = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -37,19 +38,19 @@ def held(model):
 def as_usual(service, request):
     """The reply that the node gives when it parses the request itself."""
     whole = parse_request(request.SerializeToString())
-    hidden, routing = read_request(whole)
-    reply = pb.ComputeReply.FromString(b"".join(service._answer(whole.head, hidden, routing, [])))
-    reply.ClearField("compute_ns")
-    return reply
+    came = Came(whole.head, *read_request(whole), 1, 2, Times())
+    return without_times(pb.ComputeReply.FromString(b"".join(service._answer(came, []))))
 
 
 def reply_to(plain, raw):
-    answer = plain.answer(raw)
-    if answer is None:
-        return None
-    reply = pb.ComputeReply.FromString(answer)
-    assert reply.compute_ns > 0
-    reply.ClearField("compute_ns")
+    answer = plain.answer(raw, Times())
+    return None if answer is None else without_times(pb.ComputeReply.FromString(answer))
+
+
+def without_times(reply):
+    assert reply.HasField("refusal") or (reply.compute_ns > 0 and reply.began_ns > 0)
+    for name in ("compute_ns", "began_ns", "reading_ns", "waited_ns", "wrote_ns"):
+        reply.ClearField(name)
     return reply
 
 
@@ -62,7 +63,7 @@ def test_the_reply_is_the_same_to_the_bit(held, make_request, dtype, reduction, 
         request = make_request(64, [0, 2, 5], tokens, layer=seed % 2, dtype=dtype, reduction=reduction, seed=seed)[0]
         request.id, request.epoch = 1 + seed * 1_000_003, 3
         assert reply_to(plain, request.SerializeToString()) == as_usual(service, request)
-    assert plain.answer(bytearray(request.SerializeToString())) is not None
+    assert plain.answer(bytearray(request.SerializeToString()), Times()) is not None
 
 
 def test_what_is_not_plain_is_left_alone(held, make_request):
@@ -72,7 +73,7 @@ def test_what_is_not_plain_is_left_alone(held, make_request):
         request = make_request(64, [0, 1], tokens)[0]
         request.epoch = 1
         change(request)
-        return plain.answer(request.SerializeToString()) is not None
+        return plain.answer(request.SerializeToString(), Times()) is not None
 
     assert answered(lambda request: None)
     assert not answered(lambda request: setattr(request, "epoch", 0))  # of another model

@@ -4,6 +4,7 @@ import asyncio
 import os
 import threading
 from contextlib import asynccontextmanager
+from time import perf_counter_ns
 
 import grpc
 import grpc.aio
@@ -92,6 +93,42 @@ def test_answers_are_the_reference(serving, model, make_request, monkeypatch, la
                 assert reply.compute_ns > 0
             assert not asked
             assert service._executor.totals.calls == len(kinds)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", ["native", "loop", "worker"])
+def test_a_reply_says_where_its_time_went(serving, make_request, monkeypatch, way):
+    if way == "worker":
+        monkeypatch.setattr(executor_module, "LARGE_WORK", 0)
+    request = make_request(64, [0, 2, 5], tokens=40 if way == "worker" else 1)[0]
+    request.epoch = 1
+    if way != "native":
+        request.likely.append(bytes(4))  # which only Python reads
+
+    async def main():
+        async with serving() as (service, channel):
+            call = experts_pb2_grpc.ExpertsStub(channel).Compute(metadata=metadata())
+            native = []
+            monkeypatch.setattr(service, "took", native.append)
+            before = 0
+            for number in range(3):
+                sent = perf_counter_ns()
+                await call.write(request)
+                reply = await call.read()
+                came = perf_counter_ns()
+                assert sent <= reply.began_ns - reply.waited_ns - reply.reading_ns
+                assert reply.began_ns + reply.compute_ns <= came
+                assert reply.reading_ns > 0 and bool(reply.wrote_ns) == (number > 0)
+                assert before + reply.wrote_ns <= reply.began_ns
+                before = reply.began_ns + reply.compute_ns
+            assert (sum(native) > 0) == (way == "native")  # the first may come before anybody takes it
+            if way == "worker":  # which takes one after the other
+                for _ in range(2):
+                    await call.write(request)
+                first, second = await call.read(), await call.read()
+                assert first.began_ns + first.compute_ns <= second.began_ns
+                assert second.waited_ns > 0
 
     asyncio.run(main())
 

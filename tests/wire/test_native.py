@@ -23,7 +23,7 @@ from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.messages import prefix
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import TlsError, server_context
-from moehive.proto.wire.windows import HEAD_BYTES
+from moehive.proto.wire.windows import HEAD_BYTES, Times
 
 METHOD = "/test.Service/Reverse"
 LARGEST, MAX_BYTES = 300_000, 300_010
@@ -32,6 +32,7 @@ _TAKE = ctypes.CFUNCTYPE(
     ctypes.c_void_p,
     ctypes.c_void_p,
     ctypes.c_int64,
+    ctypes.POINTER(Times),
     ctypes.POINTER(ctypes.c_void_p),
     ctypes.POINTER(ctypes.c_int64),
 )
@@ -55,7 +56,7 @@ class Reverser:
     def took(self, messages: int) -> None:
         self.told += messages
 
-    def _take(self, context: int, message: int, size: int, reply: Any, reply_size: Any) -> int:
+    def _take(self, context: int, message: int, size: int, times: Any, reply: Any, reply_size: Any) -> int:
         if size % 3 == 2 or size == 0:
             return 0
         at = ctypes.addressof(self._room) + HEAD_BYTES

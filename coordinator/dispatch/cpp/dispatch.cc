@@ -12,7 +12,7 @@ using moehive::Flights;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 5; }
+EXPORT int32_t moehive_dispatch_abi() { return 6; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,
@@ -79,15 +79,16 @@ EXPORT int64_t moehive_flight_ask(Flights* flights, const moehive::Way* way, uin
 EXPORT moehive::View* moehive_flight_view(Flights* flights, int64_t flight) { return &flights->at(flight).view; }
 
 // Takes a reply of `peer`; -1: it answers no flight, or not as usual.
-EXPORT int64_t moehive_flight_reply(Flights* flights, const moehive::Peer* peer, const uint8_t* message, int64_t size) {
-  return flights->reply(peer, message, size);
+EXPORT int64_t moehive_flight_reply(Flights* flights, const moehive::Peer* peer, const uint8_t* message, int64_t size,
+                                    moehive::Times* times) {
+  return flights->reply(peer, message, size, times);
 }
 
 // The same as who reads a connection natively calls it (proto/cpp/messages.cc's Take): whether it was taken.
-EXPORT int32_t moehive_flight_take(const moehive::Landing* landing, const uint8_t* message, int64_t size, uint8_t**,
-                                   int64_t* answer) {
+EXPORT int32_t moehive_flight_take(const moehive::Landing* landing, const uint8_t* message, int64_t size,
+                                   moehive::Times* times, uint8_t**, int64_t* answer) {
   *answer = 0;
-  return landing->flights && landing->flights->reply(landing->peer, message, size) >= 0;
+  return landing->flights && landing->flights->reply(landing->peer, message, size, times) >= 0;
 }
 
 // A share that `peer` was asked for with `id`, or with any.

@@ -61,6 +61,18 @@ struct Way {
 
 enum State : int64_t { kAsked, kHere, kTaken, kFailed };  // of a share; kHere: this process is to compute it
 
+// proto/wire/windows.py's Times: when a message came.
+struct Times {
+  int64_t read_at, came_at, ready_at, sent_at;
+};
+
+// When a share was asked for and answered, nanoseconds: the first three of this process's monotonic clock, `began` of
+// the node's; the others are what the node says it took (proto/experts.proto). flight.py has it, field for field.
+struct Trip {
+  int64_t sent, read, came;
+  int64_t began, reading, waited, computed, wrote;
+};
+
 // What Python sees of a flight.
 struct View {
   int64_t shares, waiting;  // and those of them that are not over
@@ -71,7 +83,7 @@ struct View {
   int64_t state[kMaxShares], node[kMaxShares];
   int64_t message[kMaxShares], size[kMaxShares];  // a message's address and bytes, behind room for its head
   int64_t sent[kMaxShares];                       // what the outlet said, or kNotSent
-  int64_t compute_ns[kMaxShares];                 // that a node says it took
+  Trip trip[kMaxShares];                          // of a share that is taken, if a node was asked
 };
 
 class Flight {
@@ -111,14 +123,14 @@ class Flight {
     for (int64_t i = 0; i < count; ++i) pairs += heads[i].pairs, rows += heads[i].rows;
     routing += 4 * (rows + count);
     uint8_t* to = messages_.data();
-    const double now = seconds();
+    const int64_t start = now();
     int64_t pair = 0, row = 0, out = 0;
     for (int64_t i = 0; i < count; ++i) {
       const ShareHead& head = heads[i];
       Share& share = shares_[i];
       const int64_t results = exact_ ? head.pairs : head.rows;
       share = {way.peers[head.node], 0, block_.data() + pair, block_.data() + n + row, head.pairs, head.rows,
-               0, out, results, 0.0, now};
+               0, out, results, 0.0, start};
       share.bytes = way.expert_bytes * (head.rows == 1 ? head.pairs : distinct(experts + pair, head.pairs, way.experts));
       view.node[i] = head.node, view.state[i] = kHere;
       if (head.node == way.local) {
@@ -135,8 +147,9 @@ class Flight {
   }
 
   // Takes a reply to the share that asked with `id`; whether it was a plain one, else nothing has happened.
-  bool take(int64_t share, const uint8_t* message, int64_t size, int64_t layers) {
+  bool take(int64_t share, const uint8_t* message, int64_t size, Times* times, int64_t layers) {
     Share& one = shares_[share];
+    Trip trip{};
     uint64_t nanoseconds = 0, rows = 0, length = 0;
     const uint8_t *at = message, *const end = message + size, *values = nullptr;
     while (at < end) {
@@ -150,6 +163,14 @@ class Flight {
         rows = value;
       } else if (tag == (4 << 3 | 2) && value <= static_cast<uint64_t>(end - at)) {
         values = at, length = value, at += value;
+      } else if (tag == 9 << 3) {
+        trip.began = static_cast<int64_t>(value);
+      } else if (tag == 10 << 3) {
+        trip.reading = static_cast<int64_t>(value);
+      } else if (tag == 11 << 3) {
+        trip.waited = static_cast<int64_t>(value);
+      } else if (tag == 12 << 3) {
+        trip.wrote = static_cast<int64_t>(value);
       } else {
         return false;
       }
@@ -158,10 +179,14 @@ class Flight {
     if (length) std::memcpy(rows_.data() + one.at, values, length);
     Peer& peer = *one.peer;
     const double took = nanoseconds / 1e9;
-    view.compute_ns[share] = static_cast<int64_t>(nanoseconds);
+    // What one reading brought is taken one after the other.
+    trip.sent = one.sent_at, trip.read = times->came_at ? times->came_at : times->read_at;
+    trip.came = times->came_at = now();
+    trip.computed = static_cast<int64_t>(nanoseconds);
+    view.trip[share] = trip;
     if (peer.flying + peer.others == 1) {  // else others shared the link, and the time says nothing
       const int64_t sent = one.rows * width_, came = static_cast<int64_t>(length);
-      peer.link->note(std::max(sent, came), sent + came, seconds() - one.sent_at - took);
+      peer.link->note(std::max(sent, came), sent + came, (trip.came - trip.sent) / 1e9 - took);
     }
     ++peer.counters->requests;
     peer.counters->expert_calls += one.pairs;
@@ -237,11 +262,13 @@ class Flight {
     int64_t bytes;    // of the experts that it reads
     int64_t at;       // where its results are
     int64_t results;  // rows of them
-    double expected, sent_at;
+    double expected;
+    int64_t sent_at;  // nanoseconds
   };
 
-  static double seconds() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+  static int64_t now() {
+    const auto since = std::chrono::steady_clock::now().time_since_epoch();
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(since).count();
   }
 
   static bool get_varint(const uint8_t*& at, const uint8_t* end, uint64_t& value) {
@@ -398,14 +425,14 @@ class Flights {
   }
 
   // As `find`, once the reply was taken.
-  int64_t reply(const Peer* peer, const uint8_t* message, int64_t size) {
+  int64_t reply(const Peer* peer, const uint8_t* message, int64_t size, Times* times) {
     uint64_t tag, id;
     const uint8_t* where = message;
     // Replies begin with their id, as nodes write them; others are left to Python.
     if (size < 2 || *where != 1 << 3 || !varint(where, message + size, tag, id)) return kNotPlain;
     const int64_t found = find(peer, &id);
     if (found == kNotPlain) return found;
-    if (!at(found >> 7).take(found & 127, message, size, layers_)) return kNotPlain;
+    if (!at(found >> 7).take(found & 127, message, size, times, layers_)) return kNotPlain;
     return close({found >> 7, found & 127}), found;
   }
 

@@ -10,7 +10,6 @@ weights are random but always the same (models.py); llama.cpp's logits depend a 
 reads Mixtral's tokenizer with the package sentencepiece; text.py asks tiktoken. Nothing else here needs the two.
 """
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -18,7 +17,6 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from types import ModuleType
 
 import gguf
 import numpy as np
@@ -26,17 +24,11 @@ from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1]
+sys.path.append(str(TESTS))  # as pytest does
 
+from by_path import load  # noqa: E402
 
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_llama_cpp_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-models = _module(HERE / "models.py")
+models = load(HERE / "models.py")
 TEXTS = ("the cat sat on the mat,\nthen left", "In 1969 the eagle (Apollo 11) landed!")
 # File → the arguments of llama-quantize; all are made of F32.
 KINDS: dict[str, tuple[str, ...]] = {
@@ -74,7 +66,7 @@ def convert(source: Path, split: str, folder: Path, path: Path, *options: str) -
 
 def published(checkpoint: Path, folder: Path) -> Path:
     """The checkpoint with its experts in MXFP4, as gpt-oss was published, in one file, in whose order all is read."""
-    _module(HERE.parent / "gpt_oss.py").publish(checkpoint, folder)
+    load(HERE.parent / "gpt_oss.py").publish(checkpoint, folder)
     parts = sorted(folder.glob("model-*.safetensors"))
     whole = {name: tensor for part in parts for name, tensor in load_file(part).items()}
     for file in (*parts, folder / "model.safetensors.index.json"):
@@ -183,13 +175,13 @@ def _plain(entry: tarfile.TarInfo) -> tarfile.TarInfo:
 
 def main() -> None:
     """Of the families named, or all, and of text."""
-    builder = _module(TESTS / "bench" / "build_llama_cpp.py")
+    builder = load(TESTS / "bench" / "build_llama_cpp.py")
     home = builder.default_folder()
     programs, source = builder.build(home), builder.source(home)
     for name in sys.argv[1:] or [*OF_FAMILY, "text"]:
         with tempfile.TemporaryDirectory() as folder:
             if name == "text":
-                _module(HERE / "text.py").make(source, programs, Path(folder), sys.modules[__name__])
+                load(HERE / "text.py").make(source, programs, Path(folder), sys.modules[__name__])
             else:
                 make(name, source, programs, Path(folder))
 
