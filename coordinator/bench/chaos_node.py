@@ -55,7 +55,7 @@ def _written(reply, *arguments, **keywords):
     return pieces
 executor.Executor.compute, service.reply_pieces = _computed, _written
 _answer = plain.PlainRequests.answer
-plain.PlainRequests.answer = lambda self, message: None if _fault in {LIES} else _answer(self, message)
+plain.PlainRequests.answer = lambda *arguments: None if _fault in {LIES} else _answer(*arguments)
 
 class _Disk:
     def __init__(self, file):
