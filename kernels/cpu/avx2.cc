@@ -21,6 +21,7 @@ struct Int8 {
     __m256i lo, hi;  // 16 bits, each twice
   };
   static constexpr bool kNarrow = true;
+  static constexpr int kRaised = 0;
 
   static inline Bytes load(const uint8_t* at) {
     return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)),
@@ -158,5 +159,5 @@ constexpr int kStreams = 4, kScaledStreams = 2;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kAvx2{"avx2", multiply, quantize};
+extern const Kernel kAvx2{"avx2", multiply, quantize, activate, join_gate};
 }  // namespace moehive

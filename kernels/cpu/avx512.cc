@@ -24,11 +24,13 @@ struct Int8 {
 #if defined(__AVX512VNNI__)
   using Wide = Sums;  // products of four are added in 32 bits by one instruction
   static constexpr bool kNarrow = false;
+  static constexpr int kRaised = 128;
 #else
   struct Wide {
     __m512i all;  // 16 bits, two for each row
   };
   static constexpr bool kNarrow = true;
+  static constexpr int kRaised = 0;
 #endif
 
   static inline Bytes load(const uint8_t* at) { return {_mm512_loadu_si512(at)}; }
@@ -50,16 +52,16 @@ struct Int8 {
   static inline Wide add(Wide w, Bytes b, const int8_t* x) {
     int32_t four;
     __builtin_memcpy(&four, x, 4);
-    __m512i xs = _mm512_set1_epi32(four), numbers = b.all;
-    if constexpr (Signed) {  // |b| * (x with b's sign)
-      const __mmask64 negative = _mm512_movepi8_mask(numbers);
-      numbers = _mm512_abs_epi8(numbers);
-      xs = _mm512_mask_sub_epi8(xs, negative, _mm512_setzero_si512(), xs);
-    }
+    const __m512i xs = _mm512_set1_epi32(four);
 #if defined(__AVX512VNNI__)
-    return {_mm512_dpbusd_epi32(w.all, numbers, xs)};
+    // A signed byte with its first bit the other way is 128 more, without sign.
+    return {_mm512_dpbusd_epi32(w.all, Signed ? _mm512_xor_si512(b.all, _mm512_set1_epi8(-128)) : b.all, xs)};
 #else
-    return {_mm512_add_epi16(w.all, _mm512_maddubs_epi16(numbers, xs))};
+    if constexpr (Signed) {  // |b| * (x with b's sign)
+      const __m512i signs = _mm512_mask_sub_epi8(xs, _mm512_movepi8_mask(b.all), _mm512_setzero_si512(), xs);
+      return {_mm512_add_epi16(w.all, _mm512_maddubs_epi16(_mm512_abs_epi8(b.all), signs))};
+    }
+    return {_mm512_add_epi16(w.all, _mm512_maddubs_epi16(b.all, xs))};
 #endif
   }
   static inline Sums flush(Sums s, Wide w) {
@@ -122,7 +124,13 @@ struct Vec {
 };
 
 // 32 registers: 16 for sums, 4 for four rows' weights, 4 for the vectors.
-constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4, kBlockTokens = 4;
+constexpr int kRowsForOne = 8, kRows = 4, kTokens = 4;
+// Block formats: 2 registers a token for sums; 3 where products are first added in 16 bits.
+#if defined(__AVX512VNNI__)
+constexpr int kBlockTokens = 8;
+#else
+constexpr int kBlockTokens = 4;
+#endif
 constexpr int kStreams = 1, kScaledStreams = 1;
 
 }  // namespace
@@ -132,8 +140,8 @@ constexpr int kStreams = 1, kScaledStreams = 1;
 
 namespace moehive {
 #if defined(__AVX512VNNI__)
-extern const Kernel kAvx512Vnni{"avx512_vnni", multiply, quantize};
+extern const Kernel kAvx512Vnni{"avx512_vnni", multiply, quantize, activate, join_gate};
 #else
-extern const Kernel kAvx512{"avx512", multiply, quantize};
+extern const Kernel kAvx512{"avx512", multiply, quantize, activate, join_gate};
 #endif
 }  // namespace moehive

@@ -8,8 +8,9 @@
 //     Wide                     sums, perhaps narrower: zero, add<Signed>(wide, numbers, four of x), flush(sums, wide)
 //     Factor                   16 factors, a row each: factor<Signed>(16 bytes), flush(sums, wide, factor),
 //                              even(factor, n) = factor * 2n, pairs(a, n, b, m) = a * n + b * m for bytes a and b;
-//                              |n| and |m| < 2^15
+//                              |n| and |m| < 2^15, but for even() where kRaised is not 0
 //     kNarrow                  whether Wide holds 16 bits, so that it must be flushed before it overflows
+//     kRaised                  how much add<true> adds to each number
 // and how it reads the weights of one token: kStreams parts of the rows in turns, kScaledStreams of formats with
 // sub-block scales.
 // Integers are exact, and floats are added block by block in a fixed order: the bits are the same everywhere, for any
@@ -45,7 +46,8 @@ struct Numbers {
   static constexpr bool kTable = F == Format::iq4_nl || F == Format::iq4_xs || F == Format::mxfp4;
   static constexpr bool kSigned = (kTable && F != Format::mxfp4) || F == Format::q8_0;
   // Subtracted from each number; by way of the sum of x.
-  static constexpr int kOffset = F == Format::q4_0    ? 8
+  static constexpr int kOffset = kSigned              ? Int8::kRaised
+                                 : F == Format::q4_0  ? 8
                                  : F == Format::mxfp4 ? 12
                                  : F == Format::q5_0  ? 16
                                  : F == Format::q6_k  ? 32
@@ -168,8 +170,10 @@ inline void step(const uint8_t* unit, const int8_t* const* x, const Int8::Factor
     for (int t = 0; t < T; ++t) {
       if constexpr (has_sub_scales<F>()) {
         dots[t] = Int8::flush(dots[t], wide[t], factor);
-      } else {
+      } else if constexpr (Int8::kNarrow) {
         dots[t] = Int8::flush(dots[t], wide[t]);
+      } else {
+        dots[t] = wide[t];
       }
       wide[t] = Int8::zero();
     }
@@ -185,7 +189,11 @@ inline void half_unit(const uint8_t* unit, const Quantized* const* tokens, int64
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {
     x[t] = tokens[t]->q + at * kUnitColumns;
-    wide[t] = Int8::zero();
+    if constexpr (has_sub_scales<F>() || Int8::kNarrow) {
+      wide[t] = Int8::zero();
+    } else {
+      wide[t] = dots[t];
+    }
   }
   step<F, T, Half, Half * 4>(unit, x, factor, wide, dots);
 }
@@ -295,7 +303,9 @@ inline void scaled_blocks(const uint8_t* block, const uint8_t* ahead, int64_t ap
 #pragma GCC unroll 8
         for (int t = 0; t < T; ++t) {
           if constexpr (N::kOffset != 0) {
-            const Int8::Sums off = Int8::even(factor, -N::kOffset / 2 * tokens[t]->s[2 * (at + u) + h]);
+            const int32_t* sums_of_x = tokens[t]->s + 2 * (at + u);
+            const int32_t sum = N::kHalves == 2 ? sums_of_x[h] : sums_of_x[0] + sums_of_x[1];
+            const Int8::Sums off = Int8::even(factor, -N::kOffset / 2 * sum);
             dots[t] = h ? Int8::add(dots[t], off) : off;
           } else if (h == 0) {
             dots[t] = Int8::splat(0);
@@ -399,16 +409,17 @@ inline void block_rows(const Product& p, int64_t token) {
   if (S > 1 && each * S < groups) block_streams<F, T, 1>(p, token, each * S * kGroupRows, groups - each * S);
 }
 
-template <Format F>
-void multiply_block(const Product& p) {
-  int64_t token = 0;
-  for (; token + kBlockTokens <= p.tokens; token += kBlockTokens) block_rows<F, kBlockTokens>(p, token);
-  if (kBlockTokens > 3 && token + 3 == p.tokens) return block_rows<F, 3>(p, token);
-  if (kBlockTokens > 2 && token + 2 == p.tokens) return block_rows<F, 2>(p, token);
-  if (token + 1 == p.tokens) block_rows<F, 1>(p, token);
+// The tokens from `token` on, T at a time, and what is left then by fewer.
+template <Format F, int T>
+void block_tokens(const Product& p, int64_t token) {
+  for (; token + T <= p.tokens; token += T) block_rows<F, T>(p, token);
+  if constexpr (T > 1) block_tokens<F, (T > 4 ? 4 : T - 1)>(p, token);
 }
 
-static_assert(kBlockTokens >= 2 && kBlockTokens <= 4, "multiply_block has no tile for the tokens that are left");
+template <Format F>
+void multiply_block(const Product& p) {
+  block_tokens<F, kBlockTokens>(p, 0);
+}
 
 void multiply_blocks(const Product& p) {
   switch (p.format) {

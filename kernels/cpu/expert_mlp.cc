@@ -6,7 +6,6 @@
 #include <new>
 #include <vector>
 
-#include "activation.h"
 #include "bf16.h"
 #include "pieces.h"
 
@@ -279,9 +278,9 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
         project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
         if (spec.gated) {
           project(1, up, next);
-          join_gate(spec, gate, up, rows * tokens);
+          kernel_.join_gate(spec, gate, up, rows * tokens);
         } else {
-          activate(spec, gate, rows * tokens);
+          kernel_.activate(spec, gate, rows * tokens);
         }
         float* to_rows = middles + (first - first_pair) * middle_stride + row;
         for (int64_t t = 0; t < tokens; ++t)

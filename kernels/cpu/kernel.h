@@ -5,6 +5,8 @@
 
 #include "blocks.h"
 
+struct MoehiveSpec;
+
 namespace moehive {
 
 // Of the formats that store each number by itself.
@@ -48,6 +50,9 @@ struct Kernel {
   void (*multiply)(const Product&);
   // x [columns] in 8 bits, into the arrays of quantized_at(memory, columns).
   void (*quantize)(const float* x, int64_t columns, void* memory);
+  // An expert's middles, in place: act(x), or gate = act(gate) * up as `spec` says.
+  void (*activate)(const MoehiveSpec& spec, float* x, int64_t n);
+  void (*join_gate)(const MoehiveSpec& spec, float* gate, const float* up, int64_t n);
 };
 
 extern const Kernel kScalar;

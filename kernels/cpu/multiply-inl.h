@@ -8,6 +8,7 @@
 
 #include <string.h>
 
+#include "activation-inl.h"
 #include "block-inl.h"
 #include "fp8-inl.h"
 #include "kernel.h"

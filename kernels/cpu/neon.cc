@@ -17,6 +17,7 @@ struct Int8 {
   using Wide = Sums;
   using Factor = Sums;
   static constexpr bool kNarrow = false;
+  static constexpr int kRaised = 0;
 
   static inline Bytes load(const uint8_t* at) {
     return {{vld1q_u8(at), vld1q_u8(at + 16), vld1q_u8(at + 32), vld1q_u8(at + 48)}};
@@ -162,5 +163,5 @@ constexpr int kStreams = 1, kScaledStreams = 1;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kNeon{"neon", multiply, quantize};
+extern const Kernel kNeon{"neon", multiply, quantize, activate, join_gate};
 }  // namespace moehive

@@ -9,11 +9,25 @@
 namespace moehive {
 namespace {
 
+typedef float Four __attribute__((vector_size(16)));
+typedef float Eight __attribute__((vector_size(32)));
+typedef int32_t FourInts __attribute__((vector_size(16)));
+typedef int32_t Ints __attribute__((vector_size(32)));
+
+// Of eight lanes one: halves with each other.
+template <class Half, class Whole, class Join>
+inline auto folded(const Whole& lanes, Join&& join) {
+  Half halves[2];
+  memcpy(halves, &lanes, sizeof halves);
+  Half all = join(halves[0], halves[1]);
+  all = join(all, __builtin_shufflevector(all, all, 2, 3, 0, 1));
+  return join(all, __builtin_shufflevector(all, all, 1, 0, 3, 2))[0];
+}
+
 // The largest number of a unit becomes 127. A unit with an infinity or a NaN becomes NaN. The largest of eight lanes
 // each, since the compiler may not change the order of comparisons of floats: one after the other takes three times as
 // long.
 void quantize(const float* x, int64_t columns, void* memory) {
-  typedef float Eight __attribute__((vector_size(32)));
   typedef uint32_t Words __attribute__((vector_size(32)));
   const Quantized to = quantized_at(memory, columns);
   int8_t* q = const_cast<int8_t*>(to.q);
@@ -35,26 +49,21 @@ void quantize(const float* x, int64_t columns, void* memory) {
       lanes = size > lanes ? size : lanes;
       poisons += eight * 0.0f;
     }
-    float largest = 0.0f, poison = 0.0f;
-    for (int i = 0; i < 8; ++i) {
-      largest = lanes[i] > largest ? lanes[i] : largest;
-      poison += poisons[i];
-    }
+    const float largest = folded<Four>(lanes, [](Four a, Four b) { return a > b ? a : b; });
+    const float poison = folded<Four>(poisons, [](Four a, Four b) { return a + b; });  // 0 or no number, in any order
     // Smaller numbers count as zeros: 127 / largest would be infinite.
     const float to_q = largest > 1e-30f && poison == 0.0f ? 127.0f / largest : 0.0f;
     d[u] = largest / 127.0f + poison;
-    int32_t rounded[kUnitColumns] = {};
+    Ints rounded[kUnitColumns / 8] = {};
     for (int i = 0; i < kUnitColumns / 8 && poison == 0.0f; ++i) {
       // Rounds to nearest, ties to even: adding 1.5 * 2^23 leaves the whole number in the low bits.
-      const Words bits = reinterpret_cast<Words>(unit[i] * to_q + 12582912.0f) - 0x4b400000u;
-      memcpy(rounded + 8 * i, &bits, sizeof bits);
+      rounded[i] = reinterpret_cast<Ints>(unit[i] * to_q + 12582912.0f) - 0x4b400000;
     }
-    for (int k = 0; k < kUnitColumns; ++k) q[k] = static_cast<int8_t>(rounded[k]);
-    for (int half = 0; half < 2; ++half) {
-      int32_t sum = 0;
-      for (int k = 0; k < 16; ++k) sum += rounded[16 * half + k];
-      s[half] = sum;
-    }
+    int32_t numbers[kUnitColumns];
+    memcpy(numbers, rounded, sizeof numbers);
+    for (int k = 0; k < kUnitColumns; ++k) q[k] = static_cast<int8_t>(numbers[k]);
+    for (int half = 0; half < 2; ++half)
+      s[half] = folded<FourInts>(rounded[2 * half] + rounded[2 * half + 1], [](FourInts a, FourInts b) { return a + b; });
     m[u] = d[u] * static_cast<float>(s[0] + s[1]);
   }
 }

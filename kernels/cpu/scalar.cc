@@ -18,6 +18,7 @@ struct Int8 {
   using Wide = Sums;
   using Factor = Sums;
   static constexpr bool kNarrow = false;
+  static constexpr int kRaised = 0;
 
   static inline Bytes load(const uint8_t* at) {
     Bytes to;
@@ -147,5 +148,5 @@ constexpr int kStreams = 1, kScaledStreams = 1;
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kScalar{"scalar", multiply, quantize};
+extern const Kernel kScalar{"scalar", multiply, quantize, activate, join_gate};
 }  // namespace moehive
