@@ -40,13 +40,14 @@ class WeightMemory:
         return taken
 
 
-def read_memory(memory: torch.Tensor, threads: int) -> None:
+def read_memory(memory: torch.Tensor, threads: int, streams: int = 1) -> None:
     """Reads each byte of `memory` (contiguous, on the CPU) once with `threads` threads; the caller takes the time.
 
-    Raises NativeLibraryError if the library is missing or can't start its threads.
+    Each thread reads so many streams in turns: a processor's prefetchers may bring several faster than one. Raises
+    NativeLibraryError if the library is missing or can't start its threads.
     """
     read = library().moehive_read
-    read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p)
+    read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32, ctypes.c_void_p)
     total = ctypes.c_uint64()
-    if read(memory.data_ptr(), memory.nbytes, threads, ctypes.byref(total)) != 0:
+    if read(memory.data_ptr(), memory.nbytes, threads, streams, ctypes.byref(total)) != 0:
         raise NativeLibraryError(f"The native library can't read memory with {threads} threads.")

@@ -15,7 +15,7 @@ from .geometry import Activation, ExpertSpec, Format
 from .library import NativeLibraryError, load
 from .quantizers.rows import Factors
 
-_ABI = 10
+_ABI = 11
 # Both in the order of the C side's enums.
 FORMAT_NUMBERS: dict[str, int] = {name: number for number, name in enumerate(get_args(Format))}
 _ACTIVATIONS: tuple[str, ...] = get_args(Activation)

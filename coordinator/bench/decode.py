@@ -19,7 +19,6 @@ import torch
 
 from moehive.kernels.geometry import ExpertId
 from moehive.kernels.machine import cores
-from moehive.kernels.memory import read_memory
 from moehive.proto.malloc import settle_heap
 
 from .. import timeline
@@ -31,6 +30,7 @@ from ..models.base import ExpertBackend, take_back_of
 from ..types import CoordinatorError, GenerationRequest, NodeName, SamplingParams
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
+from .timing import read_seconds
 from .trunk_bytes import read_bytes_a_token
 
 MAX_SEQUENCES = 64
@@ -144,9 +144,7 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> D
     rounds = []
     for number in range(1, settings.rounds + 1):
         done = await _round(settings, engine, backend, coordinator, number)
-        start = perf_counter()
-        read_memory(memory, cores())
-        done.bandwidth = len(memory) / (perf_counter() - start)
+        done.bandwidth = len(memory) / read_seconds(memory, cores())
         rounds.append(done)
     if settings.timeline is not None:
         with timeline.recording() as recorder:

@@ -27,7 +27,6 @@ from moehive.kernels.formats.file_rows import pack_file_rows
 from moehive.kernels.geometry import ExpertSpec, Format
 from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.machine import cores
-from moehive.kernels.memory import read_memory
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import Routing, write_head, write_routing
@@ -35,7 +34,7 @@ from moehive.proto.wire.windows import Times
 
 from ..estimate.geometries import TensorShape
 from .random_gguf import write_tensor
-from .timing import seconds_of, torch_threads
+from .timing import read_seconds, seconds_of, torch_threads
 
 TOP_K = 8
 _CPU = torch.device("cpu")
@@ -133,10 +132,10 @@ def _measure(
     slice_bytes = min(len(memory), max(64 << 20, calls * used * spec.nbytes))
     for _ in range(repeats):
         times[0].append(seconds_of(call, calls))
-        times[1].append(seconds_of(lambda: read_memory(memory[:slice_bytes], threads), 1))
-    seconds, read_seconds = (statistics.median(series) for series in times)
+        times[1].append(read_seconds(memory[:slice_bytes], threads))
+    seconds, of_read = (statistics.median(series) for series in times)
     nbytes = used * spec.nbytes
-    bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / read_seconds
+    bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / of_read
     return ExpertsRow(
         format=spec.format,
         batch=batch,

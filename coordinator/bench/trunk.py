@@ -19,7 +19,6 @@ from moehive.kernels.formats.plain import PLAIN_TYPES
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearOps, LinearWeights
-from moehive.kernels.memory import read_memory
 from moehive.kernels.trunk_ops import TrunkOps
 
 from ..models.base import SequenceInput, Trunk
@@ -27,7 +26,7 @@ from ..models.generic import GenericTrunk
 from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.tensors import Embedding, PlainEmbedding
-from .timing import seconds_of, torch_threads
+from .timing import read_seconds, seconds_of, torch_threads
 
 PROMPT = 128  # tokens in the cache before the first that is timed
 _READ_BYTES = 256 << 20
@@ -128,7 +127,7 @@ def _measure(case: Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
         for _ in range(repeats):
             times[0].append(seconds_of(lean_step.token, case.tokens))
             times[1].append(seconds_of(eager_step.token, case.eager_tokens))
-            times[2].append(seconds_of(lambda: read_memory(memory, threads), 1))
+            times[2].append(read_seconds(memory, threads))
         lean_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s = lean_s / case.tokens / layers
         nbytes = (tensors.layer_bytes + lean_step.state_bytes) // layers
