@@ -9,6 +9,7 @@ before and after each turn.
 """
 
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -93,7 +94,7 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
 
     `model`: whose answers cache-aware routing changes, beside the trained-like models'.
     """
-    layers, tokens = (6, 24) if quick else (12, 48)
+    layers, tokens = (6, 24) if quick else (48, 48)  # as many layers as Qwen3-30B has, which is about usual
     size = layers * EXPERTS * SPEC.nbytes
     with tempfile.TemporaryDirectory(prefix="moehive-tiers-", dir=folder) as name:
         place = Path(name)
@@ -214,5 +215,7 @@ def _write(place: Path, layers: int, trace: Trace) -> None:
     blob = build_blob(SPEC, tensors).numpy().tobytes()
     for layer in range(layers):
         for number in range(EXPERTS):
-            (place / f"{layer}-{number}.expert").write_bytes(blob)
+            with (place / f"{layer}-{number}.expert").open("wb") as file:
+                file.write(blob)
+                os.fsync(file.fileno())  # what is written later would take the disk from what is measured
     np.savez(place / "trace.npz", scores=trace.scores, ahead=trace.ahead)

@@ -152,6 +152,7 @@ constexpr int kBlockTokens = 3;
 // Zen 3, one thread, GB/s, one stream fetched 4 KiB ahead / as here: q4_0 13.7 / 18.1, q8_0 12.0 / 17.9, q4_k 15.3 / 17.6,
 // q6_k 14.7 / 19.9. Without fetching, four streams gave 10 to 12.
 constexpr int kStreams = 4, kScaledStreams = 2;
+constexpr bool fetches() { return true; }
 
 }  // namespace
 }  // namespace moehive

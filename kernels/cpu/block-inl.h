@@ -11,8 +11,8 @@
 //                              |n| and |m| < 2^15, but for even() where kRaised is not 0
 //     kNarrow                  whether Wide holds 16 bits, so that it must be flushed before it overflows
 //     kRaised                  how much add<true> adds to each number
-// and how it reads the weights of one token: kStreams parts of the rows in turns, kScaledStreams of formats with
-// sub-block scales.
+// and how it reads weights: fetches(), whether they are fetched ahead; with one token kStreams parts of the rows in turns,
+// kScaledStreams of formats with sub-block scales.
 // Integers are exact, and floats are added block by block in a fixed order: the bits are the same everywhere, for any
 // number of tokens, rows and threads. The activations' 8 bits are what ggml uses for these formats too.
 #pragma once
@@ -201,9 +201,10 @@ inline void half_unit(const uint8_t* unit, const Quantized* const* tokens, int64
 // Fetches Bytes bytes, of one unit: a core has about a dozen lines on their way at once and stops before the next. With
 // a whole block of 256 columns fetched at once, K-quants were read 0.8 times as fast.
 template <int64_t Bytes>
-inline void fetch(const uint8_t* at) {
+inline void fetch(const void* at) {
+  if (!fetches()) return;
 #pragma GCC unroll 8
-  for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(at + line);
+  for (int64_t line = 0; line < Bytes; line += 64) __builtin_prefetch(static_cast<const char*>(at) + line);
 }
 
 // A block whose rows each have one scale: adds to `sums`.

@@ -77,7 +77,7 @@ inline void fp8_one(const uint8_t* weights, int64_t apart, int64_t columns, Ahea
       const uint8_t* codes = block + kFp8Head;
       Vec sums[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};
       for (int64_t k = 0; k < n; k += 4) {
-        __builtin_prefetch(ahead->at + s * apart + k * kGroupRows);
+        fetch<64>(ahead->at + s * apart + k * kGroupRows);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i)
           sums[i] = Vec::fma(expand(codes + (k + i) * kGroupRows), Vec::splat(raised[k + i]), sums[i]);
@@ -137,7 +137,7 @@ inline void fp8_some(const uint8_t* weights, int64_t columns, Ahead* ahead, cons
   for (int64_t first = 0; first < columns; first += kFp8Columns, weights += kFp8Bytes) {
     const int64_t n = padded(columns - first < kFp8Columns ? columns - first : kFp8Columns);
     for (int64_t k = 0; k < n; ++k) {
-      __builtin_prefetch(ahead->at + k * kGroupRows);
+      fetch<1>(ahead->at + k * kGroupRows);
       Vec::store(wide + k * kGroupRows, Vec::mul(expand(weights + kFp8Head + k * kGroupRows), Vec::splat(kFp8Raised)));
     }
     ahead->step(kFp8Bytes);

@@ -16,4 +16,19 @@ const Kernel* usable_kernel(int place) {
   return place == 0 ? &kScalar : nullptr;
 }
 
+namespace {
+
+bool fetches_ahead() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // this runs before main
+  return !(__builtin_cpu_is("amd") && __builtin_cpu_supports("avx512f"));
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+const bool kFetchesAhead = fetches_ahead();
+
 }  // namespace moehive

@@ -68,7 +68,7 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       wide[r] = W::load(w + r * stride + k);
-      __builtin_prefetch(ahead + r * stride + k);
+      fetch<1>(ahead + r * stride + k);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {

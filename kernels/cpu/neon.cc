@@ -156,6 +156,7 @@ struct Vec {
 // 32 registers: 24 for sums, the rest for weights and vectors.
 constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3, kBlockTokens = 3;
 constexpr int kStreams = 1, kScaledStreams = 1;
+constexpr bool fetches() { return true; }
 
 }  // namespace
 }  // namespace moehive

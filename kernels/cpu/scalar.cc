@@ -141,6 +141,7 @@ struct Vec {
 
 constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2, kBlockTokens = 2;
 constexpr int kStreams = 1, kScaledStreams = 1;
+constexpr bool fetches() { return true; }
 
 }  // namespace
 }  // namespace moehive
