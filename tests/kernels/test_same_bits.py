@@ -41,6 +41,7 @@ def build(compiler: str, sources: dict[str, list[str]], folder: Path, made: Path
 
     files = [
         ("same_bits", HERE / "same_bits.cc", []),
+        ("kernel", CPU / "kernel.cc", []),
         *((name, CPU / f"{name}.cc", sources[name]) for name in sources if made is None),
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # the kernels, some ten seconds each, on all processors
