@@ -39,8 +39,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 class Checkpoint:
     """One model's weights on disk. Opening reads headers only; `expert_blob` may be called from several threads.
 
-    `manifest` describes the experts; `trunk_bytes` is what `load_trunk` will hold in memory; `shapes` are those of
-    the model's parameters.
+    `manifest` describes the experts, `described` what the model computes with them, wherever they lie; `trunk_bytes`
+    is what `load_trunk` will hold in memory; `shapes` are those of the model's parameters.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Checkpoint:
         self.context_length = context_length(config)
         self.shapes = outline.shapes
         self.trunk_bytes = outline.trunk_bytes
+        self.described = outline.layers
         self._tensors = tensors
         self._outline = outline
         self._layouts: list[ExpertLayout] = []
@@ -69,7 +70,7 @@ class Checkpoint:
         self._own_bits: list[dict[str, list[OwnBits]]] = []  # of projections that are quantized, by place
         own = OwnBitsFinder()
         layers: list[LayerGeometry] = []
-        for layer in outline.layers:
+        for layer in outline.layers if manifest is None else ():
             parameters = {
                 short: ExpertParameter(one, tensors, whole.get(one.name)) for short, one in layer.parameters.items()
             }

@@ -52,7 +52,7 @@ def outline_of(
 ) -> tuple[Outline, dict[str, WholeConversion]]:
     """The outline of a checkpoint's `tensors`; and how parameters without a recipe are converted, by full name.
 
-    `path` is for errors. Without experts, as in the trunk of a pack, the outline has no layers. Raises
+    `path` is for errors. Without experts, as in the trunk of a pack, layers have no parameters. Raises
     CoordinatorError.
     """
     model = architecture.model
@@ -61,7 +61,7 @@ def outline_of(
     used = {name for source in sources.values() for names in source.tensors.values() for name in names}
     finder = _Finder(path, architecture, tensors, sources)
     outline = Outline(
-        layers=tuple(map(finder.layer, architecture.experts if with_experts else ())),
+        layers=tuple(map(finder.layer if with_experts else finder.described, architecture.experts)),
         shapes={name: tuple(tensor.shape) for name, tensor in model.named_parameters()},
         trunk_bytes=_trunk_bytes(architecture),
         plain={
@@ -123,16 +123,20 @@ class _Finder:
     sources: Mapping[str, _Source]
     whole: dict[str, WholeConversion] = field(default_factory=dict)
 
-    def layer(self, layer: ExpertsModule) -> ExpertsOutline:
+    def described(self, layer: ExpertsModule) -> ExpertsOutline:
         layout = layout_of(self.architecture.family, layer, self.architecture.dtype)
+        return ExpertsOutline(layer.name, layer.module.num_experts, layer.top_k, layout)
+
+    def layer(self, layer: ExpertsModule) -> ExpertsOutline:
+        found = self.described(layer)
         parameters: dict[str, ParameterOutline] = {}
-        for short in layout.names:
+        for short in found.layout.names:
             full = f"{layer.name}.{short}"
             source = self.sources.get(full)
             if source is None:
                 raise CoordinatorError(f"{self.path} has no tensors for {full}; download the checkpoint again.")
             parameters[short] = self._parameter(full, source)
-        return ExpertsOutline(layer.name, layer.module.num_experts, layer.top_k, layout, parameters)
+        return replace(found, parameters=parameters)
 
     def _parameter(self, name: str, source: _Source) -> ParameterOutline:
         parameter, config = self.architecture.model.get_parameter(name), self.architecture.config

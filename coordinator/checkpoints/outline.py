@@ -24,7 +24,7 @@ from .recipe import Recipe
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is kept; raise it when the same checkpoint would give another outline
+VERSION = 2  # of what is kept; raise it when the same checkpoint would give another outline
 MAX_BYTES = 256 << 20
 KEPT = 16  # models
 
@@ -44,7 +44,10 @@ class ParameterOutline:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsOutline:
-    """One layer's routed experts. `parameters` are by their names in the experts module; none in a GGUF."""
+    """One layer's routed experts. `parameters` are by their names in the experts module.
+
+    There are none in a GGUF, and in the trunk of a pack, whose experts lie elsewhere.
+    """
 
     name: str  # of the module
     experts: int

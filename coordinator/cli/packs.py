@@ -115,7 +115,7 @@ def convert(
 
 
 def verify(pack: Pack, as_json: Json = False) -> None:
-    """Reads a whole pack and compares each expert with its hash; says which are damaged (exit code 1)."""
+    """Reads a whole pack and compares experts and trunk with their hashes; says what is damaged (exit code 1)."""
     from moehive.kernels.machine import cores
 
     from ..checkpoints.pack.verify import verify as run
@@ -128,15 +128,26 @@ def verify(pack: Pack, as_json: Json = False) -> None:
             "bytes": found.nbytes,
             "damaged": [{"layer": expert.layer, "expert": expert.expert} for expert in found.damaged],
             "damaged_files": list(found.damaged_files),
+            "trunk_hashed": found.trunk_hashed,
         }
         typer.echo(json.dumps(row))
     if found.damaged or found.damaged_files:
         parts = [f"expert {expert.expert} of MoE layer {expert.layer}" for expert in found.damaged[:20]]
         parts += [f"the trunk's {name}" for name in found.damaged_files]
         more = f" and {len(found.damaged) - 20} more experts" if len(found.damaged) > 20 else ""
-        raise CoordinatorError(f"{pack} is damaged: {', '.join(parts)}{more}; copy or convert the model again.")
+        where, then = (
+            (f"{found.source}, which {pack} serves in place,", "get it again, and convert it into a new pack")
+            if found.source
+            else (str(pack), "copy or convert the model again")
+        )
+        raise CoordinatorError(f"{where} is damaged: {', '.join(parts)}{more}; {then}.")
     if not as_json:
         typer.echo(f"{pack} is whole: {found.experts:,} experts, {found.nbytes / 1e9:,.2f} GB.")
+        if not found.trunk_hashed:
+            typer.echo(
+                "Its trunk was not read: an earlier version made the pack, without hashes of the trunk. The same "
+                "`moehive convert` again adds them."
+            )
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from moehive.coordinator.checkpoints.gguf.config import read_config
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.json_files import INDEX
 from moehive.coordinator.checkpoints.pack.manifest import NAME as PACK
-from moehive.coordinator.checkpoints.pack.manifest import PackManifest, TrunkFile, read_manifest, write_manifest
+from moehive.coordinator.checkpoints.pack.manifest import PackManifest, TrunkPart, read_manifest, write_manifest
 from moehive.coordinator.checkpoints.quantized.find import ordinary_tensors
 from moehive.coordinator.checkpoints.quantized.method import method_of
 from moehive.coordinator.checkpoints.safetensors_file import read_header
@@ -283,7 +283,7 @@ def _packed(value: Any) -> bytes:
 def _pack_body() -> bytes:
     described = _described()
     hashes = tuple(bytes(32 * layer.experts) for layer in described.layers)
-    pack = PackManifest(described, bytes(32), hashes, "", "0" * 64, (TrunkFile("config.json", 2, bytes(32)),))
+    pack = PackManifest(described, bytes(32), hashes, "", "0" * 64, (TrunkPart("config.json", 2, bytes(32)),))
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), pack)
         outer = msgpack.unpackb((Path(folder) / PACK).read_bytes())

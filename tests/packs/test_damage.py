@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +18,23 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.opening import open_model, trunk_of
+from moehive.coordinator.checkpoints.pack import manifest
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.convert import convert
 from moehive.coordinator.checkpoints.pack.journal import Journal
-from moehive.coordinator.checkpoints.pack.manifest import NAME, offsets, read_manifest
+from moehive.coordinator.checkpoints.pack.manifest import (
+    NAME,
+    content_fingerprint,
+    offsets,
+    read_manifest,
+    write_manifest,
+)
 from moehive.coordinator.checkpoints.pack.verify import verify
 from moehive.coordinator.cli import packs
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
+from moehive.kernels.manifest import to_bytes
 
 SPEC = ExpertSpec(hidden_size=64, intermediate_size=32, activation="silu")
 MANIFEST = Manifest("small", "0" * 64, (LayerGeometry(8, 2, SPEC), LayerGeometry(4, 2, SPEC)))
@@ -60,6 +70,9 @@ def test_a_pack_of_an_older_version_is_checked_by_its_sha256(version: int, whole
         [name, nbytes, hashlib.sha256((pack / "trunk" / name).read_bytes()).digest()]
         for name, nbytes, _ in inner["trunk"]
     ]
+    described = read_manifest(pack).manifest
+    fingerprint = content_fingerprint(described, tuple(inner["hashes"]))
+    inner["manifest"] = to_bytes(replace(described, fingerprint=fingerprint))
     body = msgpack.packb(inner)
     (pack / NAME).write_bytes(msgpack.packb({"body": body, "sha256": hashlib.sha256(body).digest()}))
     found = verify(pack, threads=2)
@@ -70,6 +83,71 @@ def test_a_pack_of_an_older_version_is_checked_by_its_sha256(version: int, whole
     assert verify(pack, threads=2).damaged == (ExpertId(0, 0),)
     with pytest.raises(CoordinatorError, match="is damaged"):
         old.expert_blob(ExpertId(0, 0))
+
+
+Layers = tuple[LayerGeometry, ...]
+
+
+def _with_spec(layers: Layers, **changes: Any) -> Layers:
+    return tuple(replace(layer, spec=replace(layer.spec, **changes)) for layer in layers)
+
+
+# Each takes as many bytes as the truth.
+LIES: dict[str, Callable[[Layers], Layers]] = {
+    "the hidden_size of MoE layer 0 is 96, where its model has 64": lambda layers: _with_spec(
+        layers, hidden_size=96, intermediate_size=64
+    ),
+    "the activation of MoE layer 0 is 'gelu'": lambda layers: _with_spec(layers, activation="gelu"),
+    "the up_offset of MoE layer 0 is 1.0": lambda layers: _with_spec(layers, up_offset=1.0),
+    "the top_k of MoE layer 1 is 1, where its model has 2": lambda layers: (
+        layers[0],
+        replace(layers[1], top_k=1),
+        layers[2],
+    ),
+    "a number of MoE layers is 2, where its model has 3": lambda layers: layers[:2],
+}
+
+
+@pytest.mark.parametrize("which", ["safetensors_model", "gguf_model", "in place"])
+@pytest.mark.parametrize("words", LIES)
+def test_a_manifest_that_lies_while_its_files_are_there(
+    words: str, which: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    model: Path = request.getfixturevalue("gguf_model" if which == "in place" else which)
+    pack = tmp_path / "pack"
+    convert(open_model(str(model)), pack, None if which == "in place" else "keep", workers=1)
+    made = read_manifest(pack)
+    layers = LIES[words](made.manifest.layers)
+    hashes = made.hashes[: len(layers)]
+    wrong = replace(made.manifest, layers=layers)
+    write_manifest(pack, replace(made, manifest=wrong, hashes=hashes))
+    for read in (lambda: open_model(str(pack)), lambda: verify(pack, threads=1)):
+        with pytest.raises(CoordinatorError, match="contradicts itself"):
+            read()
+    # And one that is true to itself.
+    wrong = replace(wrong, fingerprint=content_fingerprint(wrong, hashes))
+    write_manifest(pack, replace(made, manifest=wrong, hashes=hashes))
+    for read in (lambda: open_model(str(pack)), lambda: verify(pack, threads=1)):
+        with pytest.raises(CoordinatorError, match=words):
+            read()
+
+
+def test_a_manifest_of_another_format_of_the_same_size(whole: Path, safetensors_model: Path, tmp_path: Path) -> None:
+    pack = Path(shutil.copytree(whole, tmp_path / "pack"))
+    made = read_manifest(pack)
+    write_manifest(
+        pack, replace(made, manifest=replace(made.manifest, layers=_with_spec(made.manifest.layers, format="f16")))
+    )
+    with pytest.raises(CoordinatorError, match="contradicts itself"):
+        open_model(str(pack))
+    # One in place has the source's own formats to be held against, whatever it says.
+    convert(open_model(str(safetensors_model)), tmp_path / "in place", None, workers=1)
+    made = read_manifest(tmp_path / "in place")
+    wrong = replace(made.manifest, layers=_with_spec(made.manifest.layers, format="f16"))
+    wrong = replace(wrong, fingerprint=content_fingerprint(wrong, made.hashes))
+    write_manifest(tmp_path / "in place", replace(made, manifest=wrong))
+    with pytest.raises(CoordinatorError, match="names other formats than"):
+        open_model(str(tmp_path / "in place"))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -111,6 +189,57 @@ def test_a_flipped_bit_of_a_source_in_place_is_found(gguf_model: Path, tmp_path:
     flip(source, place.begin + 5 * place.nbytes // 6 + 7, 0)
     os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a disk that forgets
     assert verify(tmp_path / "pack", threads=2).damaged == (ExpertId(1, 5),)
+
+
+@pytest.mark.parametrize("which", ["gguf_model", "safetensors_model"])
+def test_a_flipped_bit_of_the_trunk_of_a_source_in_place_is_found(
+    which: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Path = request.getfixturevalue(which)
+    copy = shutil.copytree if model.is_dir() else shutil.copyfile
+    source = Path(copy(model, tmp_path / model.name))
+    pack = tmp_path / "pack"
+    convert(open_model(str(source)), pack, None, workers=1)
+    assert verify(pack, threads=1).damaged_files == ()
+    trunk = trunk_of(open_model(str(source))).trunk_stored()
+    stored = (
+        trunk["model.layers.0.self_attn.v_proj.weight"]
+        if isinstance(trunk, dict)
+        else next(one.stored for one in trunk if one.name == "blk.0.attn_v.weight")
+    )
+    stat = stored.path.stat()
+    flip(stored.path, stored.begin + stored.nbytes // 2, 2)
+    os.utime(stored.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as a disk that forgets
+    found = verify(pack, threads=1)
+    assert found.damaged == () and found.damaged_files == (stored.name,)
+    with pytest.raises(
+        CoordinatorError, match=f"{source}, which .* in place, is damaged: the trunk's {stored.name}; get"
+    ):
+        packs.verify(pack)
+    flip(stored.path, stored.begin + stored.nbytes // 2, 2)
+    os.utime(stored.path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    if model.is_dir():  # a GGUF's tokenizer is in its header
+        (source / "merges.txt").write_text("#version: 0.3\n")
+        assert verify(pack, threads=1).damaged_files == ("merges.txt",)
+
+
+def test_a_pack_in_place_without_hashes_of_its_trunk(
+    gguf_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier builds made them: it opens, verify says what it did not read, and converting again adds them."""
+    source, pack = open_model(str(gguf_model)), tmp_path / "pack"
+    convert(source, pack, None, workers=1)
+    made = read_manifest(pack)
+    monkeypatch.setattr(manifest, "VERSION", 3)
+    write_manifest(pack, replace(made, trunk=()))
+    monkeypatch.undo()
+    assert read_manifest(pack).version == 3
+    packs.verify(pack)
+    assert "Its trunk was not read" in capsys.readouterr().out
+    assert convert(source, pack, None, workers=1).in_place
+    assert read_manifest(pack) == made
+    packs.verify(pack)
+    assert "Its trunk was not read" not in capsys.readouterr().out
 
 
 def test_files_of_another_size_or_that_are_gone_are_refused(whole: Path, tmp_path: Path) -> None:

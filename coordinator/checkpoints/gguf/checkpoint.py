@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 class GgufCheckpoint:
     """One model's weights in a GGUF file. Opening reads headers only; `expert_blob` may be called from threads.
 
-    `manifest` describes the experts, in the file's own formats.
+    `manifest` describes the experts, in the file's own formats, `described` what the model computes with them,
+    wherever they lie.
     """
 
     def __init__(
@@ -46,12 +47,16 @@ class GgufCheckpoint:
         self.dtype = dtype_of(config)
         self.context_length = context_length(config)
         self._file = file
-        self._layers = [_layer(file, self.family, layer) for layer in layers]
-        geometries = tuple(
-            LayerGeometry(layer.experts, layer.top_k, found.spec)
-            for layer, found in zip(layers, self._layers, strict=True)
+        self.described = layers
+        self._layers = [_layer(file, self.family, layer) for layer in layers] if manifest is None else []
+        self.manifest = manifest or Manifest(
+            name,
+            file.fingerprint,
+            tuple(
+                LayerGeometry(layer.experts, layer.top_k, found.spec)
+                for layer, found in zip(layers, self._layers, strict=True)
+            ),
         )
-        self.manifest = manifest or Manifest(name, file.fingerprint, geometries)
         # Whether no expert's numbers are rounded anew when it is read.
         self.computed_as_stored = all(layer.computed_as_stored for layer in self._layers)
 
@@ -73,8 +78,7 @@ class GgufCheckpoint:
         file = open_gguf(path)
         config = read_config(file)
         try:
-            layers = _layers(file, config, outlines) if manifest is None else ()
-            return cls(file, name or _short_name(path), config, layers, manifest)
+            return cls(file, name or _short_name(path), config, _layers(file, config, outlines), manifest)
         except GeometryError as error:
             raise CoordinatorError(f"{path}: {error}") from error
 

@@ -19,7 +19,8 @@ from ...types import CoordinatorError
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
 from ..outline import Outlines
-from .manifest import NAME, TRUNK, VERSION, PackManifest, file_name, offsets, read_manifest
+from .fit import check_fit
+from .manifest import NAME, TRUNK, PackManifest, file_name, offsets, read_manifest
 from .matrices import NAME as MATRICES
 from .matrices import map_matrices
 from .trunk import GGUF_NAME
@@ -59,7 +60,7 @@ class PackCheckpoint:
     def open(cls, path: Path, outlines: Outlines | None = None) -> PackCheckpoint:
         """Opens the pack in directory `path`; `outlines` as for `open_model`.
 
-        Raises CoordinatorError, one sentence, for a pack that is not whole.
+        Raises CoordinatorError, one sentence, for a pack that is not whole, or whose manifest does not fit its model.
         """
         pack = read_manifest(path)
         if pack.in_place:
@@ -71,16 +72,11 @@ class PackCheckpoint:
             trunk = _open(source, pack, outlines)
             if trunk.manifest.fingerprint != pack.source_fingerprint:
                 raise CoordinatorError(f"{source} was changed after {path} was made of it; convert it again.")
+            check_fit(path, pack, trunk)
             return cls(path, pack, trunk)
         gguf = path / TRUNK / GGUF_NAME
         trunk = _open(gguf if gguf.exists() else path / TRUNK, pack, outlines)
-        shapes = trunk.shapes if isinstance(trunk, Checkpoint) else {}
-        for one in pack.matrices:
-            if shapes.get(one.name) != (one.rows, one.columns):
-                raise CoordinatorError(
-                    f"{path} holds {one.name} as {one.rows} x {one.columns}, which does not fit its model; convert "
-                    "the model again."
-                )
+        check_fit(path, pack, trunk)
         return cls(path, pack, trunk)
 
     def expert_blob(self, expert: ExpertId) -> torch.Tensor:
@@ -101,7 +97,7 @@ class PackCheckpoint:
 
     def expert_digest(self, expert: ExpertId) -> bytes | None:
         """One expert's hash (kernels/digest.py) as it was when the pack was made; None in packs with older hashes."""
-        return self.pack.digest(expert) if self.pack.version == VERSION else None
+        return self.pack.digest(expert) if self.pack.has_blake3 else None
 
     def expert_range(self, expert: ExpertId) -> FileRange | None:
         """Where one expert's blob lies, for who sends or maps it as it is; None in a pack that is served in place."""

@@ -40,6 +40,7 @@ from .manifest import (
 )
 from .matrices import Encode as EncodeMatrix
 from .matrices import TrunkMatrix
+from .source_trunk import hash_source
 from .trunk import hash_trunk, write_trunk
 from .unfinished import another_pack, check_way, finish, is_begun
 
@@ -159,7 +160,7 @@ def _convert(wanted: Wanted, workers: int, progress: Progress, commit_bytes: int
         if files is not None:
             files.finish()
             write_trunk(folder, trunk_of(source), wanted.matrices, wanted.encode_matrix)
-        trunk = () if in_place else hash_trunk(folder)
+        trunk = hash_source(trunk_of(source)) if in_place else hash_trunk(folder)
         pack = PackManifest(
             replace(target, fingerprint=content_fingerprint(target, hashes)),
             wanted.identity,
@@ -177,7 +178,7 @@ def _convert(wanted: Wanted, workers: int, progress: Progress, commit_bytes: int
         sum(layer.experts for layer in target.layers),
         resumed,
         target.total_bytes,
-        sum(file.nbytes for file in trunk),
+        0 if in_place else sum(part.nbytes for part in trunk),
         monotonic() - started,
     )
 
@@ -240,13 +241,18 @@ def _owned(folder: Path) -> Iterator[None]:
 
 
 def _whole(wanted: Wanted) -> PackManifest | None:
-    """The pack if this conversion has been made already. Raises CoordinatorError for that of another."""
+    """The pack if this conversion has been made already, with all hashes that one has now.
+
+    Raises CoordinatorError for the pack of another conversion.
+    """
     folder = wanted.folder
     if not (folder / NAME).exists():
         return None
     found = read_manifest(folder)
     if found.identity != wanted.identity:
         raise another_pack(folder)
+    if not found.trunk_hashed:
+        return None
     finish(folder)
     return found
 

@@ -6,7 +6,7 @@
     trunk/               the rest of the model as its source has it: a checkpoint without routed experts; what of it
                          has a format of its own is in matrices.bin (matrices.py)
 
-A pack that is served in place has neither files nor trunk, only where its source lies.
+A pack that is served in place has neither files nor trunk, only where its source lies, and hashes of both.
 """
 
 import hashlib
@@ -30,14 +30,16 @@ from . import matrices as own
 NAME = "pack.msgpack"
 TRUNK = "trunk"
 PAGE = 4096  # bytes
-VERSION = 3
-_KNOWN_VERSIONS = (1, 2, VERSION)  # 1 had no matrices of the trunk's; 1 and 2 had SHA-256
+VERSION = 4
+# 1 had no matrices of the trunk's; 1 and 2 had SHA-256; up to 3 one in place had no hashes of its trunk.
+_KNOWN_VERSIONS = (1, 2, 3, VERSION)
 MAX_BYTES = 256 << 20
+_MAX_PARTS = 1 << 16  # of the trunk
 
 
 @dataclass(frozen=True, slots=True)
-class TrunkFile:
-    """One file of `trunk/`: its name, size in bytes, and hash."""
+class TrunkPart:
+    """One file of `trunk/`, or of a source in place a tensor or file: its name, size in bytes, and hash."""
 
     name: str
     nbytes: int
@@ -58,7 +60,7 @@ class PackManifest:
     hashes: tuple[bytes, ...]
     source: str = ""
     source_fingerprint: str = ""
-    trunk: tuple[TrunkFile, ...] = field(default=())
+    trunk: tuple[TrunkPart, ...] = field(default=())
     matrices: tuple[own.TrunkMatrix, ...] = field(default=())
     version: int = VERSION
 
@@ -67,9 +69,19 @@ class PackManifest:
         """Whether the experts stay in the source's files."""
         return bool(self.source)
 
+    @property
+    def has_blake3(self) -> bool:
+        """Whether its hashes are kernels/digest.py's."""
+        return self.version >= 3
+
+    @property
+    def trunk_hashed(self) -> bool:
+        """Whether it has hashes of its trunk: one in place has none if an earlier build made it."""
+        return not self.in_place or self.version >= 4
+
     def new_digest(self) -> Digest:
         """What its hashes are made with: kernels/digest.py's, in older packs SHA-256."""
-        return new_digest() if self.version == VERSION else hashlib.sha256()
+        return new_digest() if self.has_blake3 else hashlib.sha256()
 
     def digest(self, expert: ExpertId) -> bytes:
         """The hash of one expert's blob."""
@@ -115,7 +127,7 @@ def write_manifest(folder: Path, pack: PackManifest) -> None:
         "hashes": list(pack.hashes),
         "source": pack.source,
         "source_fingerprint": pack.source_fingerprint,
-        "trunk": [[file.name, file.nbytes, file.digest] for file in pack.trunk],
+        "trunk": [[part.name, part.nbytes, part.digest] for part in pack.trunk],
         "matrices": [list(one) for one in pack.matrices],
     }
     body = cast(bytes, msgpack.packb(packed))
@@ -146,13 +158,19 @@ def read_manifest(folder: Path) -> PackManifest:
         outer: Any = msgpack.unpackb(data, max_map_len=2, max_bin_len=MAX_BYTES)
         if hashlib.sha256(outer["body"]).digest() != outer["sha256"]:
             raise CoordinatorError(f"{path} is damaged; copy the pack again, or convert the model again.")
-        pack = _checked(msgpack.unpackb(outer["body"], max_map_len=64, max_array_len=4096, max_bin_len=MAX_BYTES))
+        pack = _checked(
+            msgpack.unpackb(outer["body"], max_map_len=64, max_array_len=_MAX_PARTS, max_bin_len=MAX_BYTES)
+        )
     except CoordinatorError:
         raise
     except GeometryError as error:
         raise CoordinatorError(f"{path}: {error}") from error
     except Exception as error:  # msgpack raises many kinds for hostile bytes, and so do fields of the wrong type
         raise CoordinatorError(f"{path} is not a pack's manifest, or is damaged; convert the model again.") from error
+    if content_fingerprint(pack.manifest, pack.hashes) != pack.manifest.fingerprint:
+        raise CoordinatorError(
+            f"{path} contradicts itself (its fingerprint is of other experts); copy the pack again."
+        )
     _check_files(folder, pack)
     return pack
 
@@ -178,7 +196,7 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         tuple(packed["hashes"]),
         packed["source"],
         packed["source_fingerprint"],
-        tuple(TrunkFile(*file) for file in packed["trunk"]),
+        tuple(TrunkPart(*part) for part in packed["trunk"]),
         own.checked(packed["matrices"]) if packed["version"] > 1 else (),
         packed["version"],
     )
@@ -190,12 +208,11 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         and type(pack.source) is str
         and type(pack.source_fingerprint) is str
         and all(
-            type(file.name) is str
-            and type(file.nbytes) is int
-            and type(file.digest) is bytes
-            and Path(file.name).name == file.name
-            and file.name not in ("", ".", "..")
-            for file in pack.trunk
+            type(part.name) is str
+            and type(part.nbytes) is int
+            and type(part.digest) is bytes
+            and (pack.in_place or (Path(part.name).name == part.name and part.name not in ("", ".", "..")))
+            for part in pack.trunk
         )
     )
     if not whole:
@@ -207,7 +224,7 @@ def _check_files(folder: Path, pack: PackManifest) -> None:
     if pack.in_place:
         return
     wanted = {folder / file_name(number): offsets(layer)[-1] for number, layer in enumerate(pack.manifest.layers)}
-    wanted |= {folder / TRUNK / file.name: file.nbytes for file in pack.trunk}
+    wanted |= {folder / TRUNK / part.name: part.nbytes for part in pack.trunk}
     if pack.matrices:
         wanted[folder / TRUNK / own.NAME] = own.offsets(pack.matrices)[-1]
     for path, nbytes in wanted.items():

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moehive.kernels.digest import new_digest
-
 from ...types import CoordinatorError
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
@@ -22,7 +20,8 @@ from ..gguf.file import GgufTensor, first_part
 from ..gguf.formats import TYPES
 from ..safetensors_file import DTYPES, StoredTensor
 from . import matrices as own
-from .manifest import TRUNK, TrunkFile, sync_folder
+from .hashing import hashed
+from .manifest import TRUNK, TrunkPart, sync_folder
 
 GGUF_NAME = "trunk.gguf"
 _BESIDE = ("*.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
@@ -51,7 +50,9 @@ def write_trunk(
     if isinstance(source, GgufCheckpoint):
         _write_gguf(part / GGUF_NAME, source)
     else:
-        for file in _files_beside(source.path):
+        for file in files_beside(source.path):
+            if file.stat().st_size > _LARGEST_BESIDE:
+                raise CoordinatorError(f"{file} is too large for a tokenizer's file or a config; move it elsewhere.")
             shutil.copyfile(file, part / file.name)
             _sync(part / file.name)
         plain = source.trunk_tensors().plain_matrices()
@@ -65,26 +66,16 @@ def write_trunk(
     sync_folder(folder)
 
 
-def hash_trunk(folder: Path) -> tuple[TrunkFile, ...]:
-    """The files of `folder`/trunk with their hashes. Raises OSError."""
-    found = []
-    for path in sorted((folder / TRUNK).iterdir()):
-        digest = new_digest()
-        with path.open("rb", buffering=0) as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
-        found.append(TrunkFile(path.name, path.stat().st_size, digest.digest()))
-    return tuple(found)
+def hash_trunk(folder: Path) -> tuple[TrunkPart, ...]:
+    """The files of `folder`/trunk with their hashes. Raises OSError, CoordinatorError."""
+    sizes = {path: path.stat().st_size for path in sorted((folder / TRUNK).iterdir())}
+    return tuple(TrunkPart(path.name, nbytes, hashed(path, 0, nbytes)) for path, nbytes in sizes.items())
 
 
-def _files_beside(directory: Path) -> list[Path]:
+def files_beside(directory: Path) -> list[Path]:
     """Config and tokenizer of a checkpoint's directory."""
     found = {file for pattern in _BESIDE for file in directory.glob(pattern) if file.is_file()}
-    kept = sorted(file for file in found if not file.name.endswith(_WEIGHTS))
-    for file in kept:
-        if file.stat().st_size > _LARGEST_BESIDE:
-            raise CoordinatorError(f"{file} is too large for a tokenizer's file or a config; move it elsewhere.")
-    return kept
+    return sorted(file for file in found if not file.name.endswith(_WEIGHTS))
 
 
 def _write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:

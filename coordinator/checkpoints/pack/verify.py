@@ -1,42 +1,49 @@
 """`moehive verify`: every byte of a pack that has a hash is read and compared."""
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from moehive.kernels.digest import Digest, digest_of, new_digest
+from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 
-from ...types import CoordinatorError
 from .checkpoint import PackCheckpoint
+from .hashing import hashed
 from .manifest import TRUNK, PackManifest, file_name, offsets, read_manifest
+from .source_trunk import damaged_parts
 
-_PIECE = 4 << 20  # bytes read at once
 _AHEAD = 64  # experts handed to the threads at once
 
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """What was found: experts whose blob differs from its hash (or can't be read), files of the trunk likewise."""
+    """What was found: experts whose blob differs from its hash (or can't be read), parts of the trunk likewise.
+
+    Parts are files, or of a `source` in place tensors too. `trunk_hashed`: False for a pack in place that an earlier
+    build made; its trunk was not read, for it has no hashes of it.
+    """
 
     experts: int  # read
     nbytes: int  # of them and of the trunk
     damaged: tuple[ExpertId, ...]
     damaged_files: tuple[str, ...]
+    source: str  # empty unless it is served in place
+    trunk_hashed: bool
 
 
 def verify(folder: Path, threads: int, progress: Callable[[int, int], None] = lambda *_: None) -> Verified:
     """Reads the pack in `folder` with `threads` threads; `progress` is told of bytes read, and of all.
 
-    Raises CoordinatorError when it is no pack, or its manifest or a file's size is wrong.
+    Raises CoordinatorError when it is no pack, its manifest or a file's size is wrong, or when nothing is damaged but
+    the manifest does not fit the model.
     """
     pack = read_manifest(folder)
-    check = _in_place(folder, pack) if pack.in_place else _copied(folder, pack)
+    in_place = PackCheckpoint.open(folder) if pack.in_place else None
+    check = _copied(folder, pack) if in_place is None else _in_place(in_place)
     experts = [ExpertId(n, e) for n, layer in enumerate(pack.manifest.layers) for e in range(layer.experts)]
-    total = pack.manifest.total_bytes + sum(file.nbytes for file in pack.trunk)
+    total = pack.manifest.total_bytes + sum(part.nbytes for part in pack.trunk)
     done = 0
     damaged: list[ExpertId] = []
     with ThreadPoolExecutor(threads, "verify") as pool:
@@ -46,13 +53,11 @@ def verify(folder: Path, threads: int, progress: Callable[[int, int], None] = la
                 if not good:
                     damaged.append(expert)
                 progress(done, total)
-    files = []
-    for file in pack.trunk:
-        if _read(folder / TRUNK / file.name, 0, file.nbytes, pack.new_digest()) != file.digest:
-            files.append(file.name)
-        done += file.nbytes
-        progress(done, total)
-    return Verified(len(experts), total, tuple(damaged), tuple(files))
+    parts = _damaged_files(folder, pack) if in_place is None else damaged_parts(in_place.trunk, pack.trunk)
+    progress(total, total)
+    if not damaged and not parts and in_place is None:
+        PackCheckpoint.open(folder)  # not before: what is damaged is to be named
+    return Verified(len(experts), total, tuple(damaged), tuple(parts), pack.source, pack.trunk_hashed)
 
 
 def _pieces(experts: list[ExpertId]) -> Iterator[list[ExpertId]]:
@@ -68,36 +73,25 @@ def _copied(folder: Path, pack: PackManifest) -> Callable[[ExpertId], bool]:
         begin, following = offsets(pack.manifest.layers[expert.layer])[expert.expert : expert.expert + 2]
         padding = following - begin - nbytes
         empty = digest_of(bytes(padding))  # up to the next page
-        whole = _read(path, begin, nbytes, pack.new_digest()) == pack.digest(expert)
-        return whole and _read(path, begin + nbytes, padding, new_digest()) == empty
+        whole = hashed(path, begin, nbytes, pack.new_digest()) == pack.digest(expert)
+        return whole and hashed(path, begin + nbytes, padding) == empty
 
     return check
 
 
-def _in_place(folder: Path, pack: PackManifest) -> Callable[[ExpertId], bool]:
-    opened = PackCheckpoint.open(folder)
-
+def _in_place(opened: PackCheckpoint) -> Callable[[ExpertId], bool]:
     def check(expert: ExpertId) -> bool:
-        digest = pack.new_digest()
+        digest = opened.pack.new_digest()
         digest.update(opened.trunk.expert_blob(expert).numpy())
-        return digest.digest() == pack.digest(expert)
+        return digest.digest() == opened.pack.digest(expert)
 
     return check
 
 
-def _read(path: Path, offset: int, nbytes: int, digest: Digest) -> bytes:
-    """The hash of some bytes of a file; of no bytes at all when the file ends before them."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            while nbytes:
-                piece = os.pread(descriptor, min(nbytes, _PIECE), offset)
-                if not piece:
-                    return b""
-                digest.update(piece)
-                offset, nbytes = offset + len(piece), nbytes - len(piece)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CoordinatorError(f"{path} can't be read: {error.strerror}.") from error
-    return digest.digest()
+def _damaged_files(folder: Path, pack: PackManifest) -> list[str]:
+    trunk = folder / TRUNK
+    return [
+        file.name
+        for file in pack.trunk
+        if hashed(trunk / file.name, 0, file.nbytes, pack.new_digest()) != file.digest
+    ]
