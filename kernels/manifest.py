@@ -47,7 +47,8 @@ def from_bytes(data: bytes) -> Manifest:
     try:
         if packed["version"] != VERSION:
             raise GeometryError(
-                f"The manifest has version {packed['version']!r}; this build reads {VERSION}. Update the older side."
+                f"The manifest has version {repr(packed['version'])[:40]}; this build reads {VERSION}. Update the "
+                "older side."
             )
         kinds = [_layer(kind) for kind in packed["kinds"]]
         order: list[Any] = packed["layers"]
@@ -77,7 +78,7 @@ def _layer(packed: dict[str, Any]) -> LayerGeometry:
         value = spec[name]
         optional = value is None and name in ("limit", "post_norm_eps", "down_format")
         if not optional and (type(value) not in kinds[kind]):
-            raise GeometryError(f"The manifest's {name} must be of type {kind}, not {value!r}.")
+            raise GeometryError(f"The manifest's {name} must be of type {kind}, not {repr(value)[:40]}.")
     if type(packed["experts"]) is not int or type(packed["top_k"]) is not int:
         raise GeometryError("The manifest's experts and top_k must be integers.")
     return LayerGeometry(packed["experts"], packed["top_k"], ExpertSpec(**spec), _formats(packed["formats"]))

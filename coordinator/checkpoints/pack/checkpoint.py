@@ -65,7 +65,11 @@ class PackCheckpoint:
         pack = read_manifest(path)
         if pack.in_place:
             source = Path(pack.source)
-            if not source.exists():
+            try:
+                there = source.exists()
+            except OSError as error:
+                raise CoordinatorError(f"{source} cannot be read: {error.strerror}.") from error
+            if not there:
                 raise CoordinatorError(
                     f"{path} serves {source} in place, which is gone; bring it back or convert it."
                 )

@@ -35,6 +35,8 @@ VERSION = 4
 _KNOWN_VERSIONS = (1, 2, 3, VERSION)
 MAX_BYTES = 256 << 20
 _MAX_PARTS = 1 << 16  # of the trunk
+_MAX_NAME = 512  # characters of a part's name
+_MAX_PATH = 4096  # characters of a source's
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +189,8 @@ def sync_folder(folder: Path) -> None:
 def _checked(packed: dict[str, Any]) -> PackManifest:
     if packed["version"] not in _KNOWN_VERSIONS:
         raise CoordinatorError(
-            f"The pack has version {packed['version']!r}; this build reads {VERSION}. Convert the model again."
+            f"The pack has version {repr(packed['version'])[:40]}; this build reads {VERSION}. Convert the model "
+            "again."
         )
     manifest = from_bytes(packed["manifest"])
     pack = PackManifest(
@@ -206,18 +209,25 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         and all(type(found) is bytes for found in pack.hashes)
         and [len(found) for found in pack.hashes] == [layer.experts * DIGEST_BYTES for layer in manifest.layers]
         and type(pack.source) is str
+        and len(pack.source) <= _MAX_PATH
         and type(pack.source_fingerprint) is str
         and all(
             type(part.name) is str
+            and len(part.name) <= _MAX_NAME
             and type(part.nbytes) is int
             and type(part.digest) is bytes
-            and (pack.in_place or (Path(part.name).name == part.name and part.name not in ("", ".", "..")))
+            and (pack.in_place or _is_file_name(part.name))
             for part in pack.trunk
         )
     )
     if not whole:
         raise GeometryError("A pack's manifest has a field of the wrong type or size.")
     return pack
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it names something directly in a folder."""
+    return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
 
 
 def _check_files(folder: Path, pack: PackManifest) -> None:
