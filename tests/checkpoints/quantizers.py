@@ -57,15 +57,19 @@ def make_wide(families: ModuleType, family: str, folder: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(folder)
 
 
-def fp8(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """transformers' FineGrainedFP8: a scale for 128 x 128 numbers."""
-    quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config())
-    stored = Fp8Quantize(quantizer).convert({"x.weight": weight})
-    if "x.weight_scale_inv" not in stored:  # sizes that are no multiples of 128 stay as they are
-        return {"weight": weight}, weight.float()
-    codes, scales = stored["x.weight"], stored["x.weight_scale_inv"]
-    means = Fp8Dequantize(quantizer)._dequantize_one(codes, scales, torch.float32)
-    return {"weight": codes, "weight_scale_inv": scales}, means
+def fp8(*block: int) -> Quantize:
+    """transformers' FineGrainedFP8: a scale for so many rows and columns."""
+    quantizer = SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=block))
+
+    def run(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+        stored = Fp8Quantize(quantizer).convert({"x.weight": weight})
+        if "x.weight_scale_inv" not in stored:  # sizes that are no multiples of a block's stay as they are
+            return {"weight": weight}, weight.float()
+        codes, scales = stored["x.weight"], stored["x.weight_scale_inv"]
+        means = Fp8Dequantize(quantizer)._dequantize_one(codes, scales, torch.float32)
+        return {"weight": codes, "weight_scale_inv": scales}, means
+
+    return run
 
 
 def compressed(kind: str, **arguments: Any) -> Quantize:
@@ -155,6 +159,10 @@ def awq(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     }, means
 
 
+def _fp8_of(*block: int) -> dict[str, Any]:
+    return FineGrainedFP8Config(weight_block_size=block).to_dict() | {"quant_method": "fp8"}
+
+
 def _of(kind: str, **weights: Any) -> dict[str, Any]:
     groups = {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}} if weights else {}
     return {"quant_method": "compressed-tensors", "format": kind, **groups}
@@ -162,7 +170,8 @@ def _of(kind: str, **weights: Any) -> dict[str, Any]:
 
 # name → the config's section, how a matrix is quantized, the format in which it is computed (None: expanded)
 METHODS: dict[str, tuple[dict[str, Any], Quantize, str | None]] = {
-    "fp8": (FineGrainedFP8Config().to_dict() | {"quant_method": "fp8"}, fp8, "fp8_block"),
+    "fp8": (_fp8_of(128, 128), fp8(128, 128), "fp8_block"),
+    "fp8, blocks of 64 x 32": (_fp8_of(64, 32), fp8(64, 32), None),
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}, gptq(1), "int4_g64"),
     "gptq v2": ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}, gptq(2, 32), "int4_g32"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, awq, "int4_g128"),
@@ -191,6 +200,26 @@ METHODS: dict[str, tuple[dict[str, Any], Quantize, str | None]] = {
         _of("int-quantized"),
         compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=True),
         "q8_0",
+    ),
+    "int8, zero points": (
+        _of("int-quantized"),
+        compressed("int-quantized", num_bits=8, type="int", strategy="channel", symmetric=False),
+        None,
+    ),
+    "int8, groups of 32": (
+        _of("int-quantized"),
+        compressed("int-quantized", num_bits=8, type="int", strategy="group", group_size=32, symmetric=True),
+        "q8_0",
+    ),
+    "int8, groups of 16": (
+        _of("int-quantized"),
+        compressed("int-quantized", num_bits=8, type="int", strategy="group", group_size=16, symmetric=True),
+        None,
+    ),
+    "int8 in words, groups of 64, zero points": (
+        _of("pack-quantized", num_bits=8, type="int", strategy="group", group_size=64, symmetric=False),
+        compressed("pack-quantized", num_bits=8, type="int", strategy="group", group_size=64, symmetric=False),
+        None,
     ),
     "fp8 by row": (
         _of("float-quantized"),

@@ -1,5 +1,5 @@
 """GGUF files whose matrices are of every type, mixed by tensor and layer, in one file or split: the gguf package's
-own numbers, and transformers' text on them.
+own numbers, and transformers' text on them. What no kernel computes in is rounded to bf16.
 
 Most types can't be quantized by the package, so the blocks are random bits with scales of the right size; what they
 mean is the package's own dequantization.
@@ -37,26 +37,40 @@ SCALES: dict[str, tuple[int, ...]] = {
     "Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "IQ4_NL": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_XS": (0,), "MXFP4": (),
 }  # fmt: skip
+# Of types that no kernel computes in. An IQ1_M block has its scale in four pieces.
+EXPANDED: dict[str, tuple[int, ...]] = {
+    "IQ1_S": (0,), "IQ1_M": (), "IQ2_XXS": (0,), "IQ2_XS": (0,), "IQ2_S": (0,), "IQ3_XXS": (0,), "IQ3_S": (0,),
+    "TQ1_0": (52,), "TQ2_0": (64,),
+}  # fmt: skip
 
 
 def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [..., bytes of a row] of random bits whose numbers deviate by some 0.06, and these numbers in f32."""
+    """uint8 [..., bytes of a row] of random bits whose numbers deviate by some 0.06, and these numbers in f32.
+
+    Numbers of a type that no kernel computes in are rounded to bf16.
+    """
     columns, nbytes = gguf.GGML_QUANT_SIZES[Type[kind]]
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (*shape[:-1], shape[-1] // columns, nbytes), dtype=np.uint8)
+    places = (SCALES | EXPANDED)[kind]
 
     def means(scale: float) -> np.ndarray:
         if kind == "MXFP4":
             raw[..., 0] = rng.integers(119, 122, raw.shape[:-1])
-        for at in SCALES[kind]:
+        if kind == "IQ1_M":  # the upper 4 bits of each 16, the lowest first
+            pieces = int(np.float16(scale).view(np.uint16)) >> np.arange(0, 16, 4) & 15
+            raw[..., 49::2] = raw[..., 49::2] & 15 | pieces.astype(np.uint8) << 4
+        for at in places:
             raw[..., at : at + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-        if len(SCALES[kind]) == 2 and kind in ("Q4_1", "Q5_1"):  # a minimum, not a factor of one
+        if len(places) == 2 and kind in ("Q4_1", "Q5_1"):  # a minimum, not a factor of one
             raw[..., 2:4] = np.frombuffer(np.float16(-8 * scale).tobytes(), np.uint8)
         flat = raw.reshape(*shape[:-1], -1)
         return gguf.dequantize(flat, Type[kind]).reshape(shape)
 
     numbers = means(0.01)
     numbers = means(0.01 * 0.06 / float(numbers.std()))
+    if kind in EXPANDED:
+        numbers = torch.from_numpy(numbers).bfloat16().float().numpy()
     return raw.reshape(*shape[:-1], -1), numbers
 
 
@@ -98,17 +112,21 @@ def make(kinds: Callable[[str], str], path: Path, split: int = 0) -> tuple[Any, 
     return model, used
 
 
+def computed_as(kind: str) -> str:
+    return "bf16" if kind in EXPANDED else kind.lower()
+
+
 def check(model: Any, checkpoint: GgufCheckpoint, used: dict[str, str], reading: ModuleType) -> None:
     trunk = checkpoint.trunk_tensors()
     for part, stored in (("q", "attn_q"), ("k", "attn_k"), ("v", "attn_v"), ("o", "attn_output")):
         for layer in range(2):
             matrix = trunk.linear(f"model.layers.{layer}.self_attn.{part}_proj.weight")
-            assert matrix.format == used[f"blk.{layer}.{stored}.weight"].lower()
+            assert matrix.format == computed_as(used[f"blk.{layer}.{stored}.weight"])
             expected = getattr(model.model.layers[layer].self_attn, f"{part}_proj").weight
             torch.testing.assert_close(matrix.matrix, expected.detach(), rtol=1e-6, atol=1e-7)
     for layer in range(2):
         spec = checkpoint.manifest.layers[layer].spec
-        assert spec.back_format == used[f"blk.{layer}.ffn_down_exps.weight"].lower()
+        assert spec.back_format == computed_as(used[f"blk.{layer}.ffn_down_exps.weight"])
         found = reading.decoded(checkpoint, ExpertId(layer, 3))
         experts = model.model.layers[layer].mlp.experts
         torch.testing.assert_close(found["up"], experts.gate_up_proj[3].detach(), rtol=1e-6, atol=1e-7)
@@ -116,12 +134,12 @@ def check(model: Any, checkpoint: GgufCheckpoint, used: dict[str, str], reading:
     reading.check_text(model, checkpoint)
 
 
-@pytest.mark.parametrize("kind", sorted(SCALES))
+@pytest.mark.parametrize("kind", [*sorted(SCALES), *sorted(EXPANDED)])
 def test_every_type_from_a_file(kind: str, tmp_path: Path, reading: ModuleType) -> None:
     model, used = make(lambda _: kind, tmp_path / "x.gguf")
     checkpoint = GgufCheckpoint.open(tmp_path / "x.gguf")
-    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {kind.lower()}
-    assert checkpoint.computed_as_stored
+    assert {layer.spec.format for layer in checkpoint.manifest.layers} == {computed_as(kind)}
+    assert checkpoint.computed_as_stored == (kind in SCALES)
     check(model, checkpoint, used, reading)
 
 

@@ -14,6 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.checkpoints.opening import open_model
+from moehive.coordinator.checkpoints.pack.convert import KEEP, convert
+from moehive.coordinator.checkpoints.pack.verify import verify
 from moehive.coordinator.models.generic import GenericTrunk
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
@@ -197,9 +200,31 @@ def test_parts_that_are_missing_or_do_not_fit(method: str, wide: Wide, tmp_path:
         assert refusal(tmp_path / "x")
 
 
-def test_a_pack_of_a_quantized_checkpoint(wide: Wide, tmp_path: Path) -> None:
-    """Its trunk keeps codes and scales, and opens as the checkpoint did."""
-    quantizers.write(quantizers.METHODS["fp8"], wide("qwen3_moe"), tmp_path / "x")
-    stored = Checkpoint.open(tmp_path / "x").trunk_stored()
-    assert "model.layers.0.self_attn.q_proj.weight_scale_inv" in stored
-    assert not any(".experts." in name for name in stored)
+@pytest.mark.parametrize(
+    "method", ["fp8", "gptq", "awq", "int4, groups of 32", "int4, groups of 128, zero points", "mxfp4"]
+)
+def test_a_pack_of_a_quantized_checkpoint(method: str, wide: Wide, tmp_path: Path) -> None:
+    """Copied or in place it has the source's experts and says what the source says, bit by bit."""
+    quantizers.write(quantizers.METHODS[method], wide("qwen3_moe"), tmp_path / "x")
+    source = Checkpoint.open(tmp_path / "x")
+    layers = source.manifest.layers
+    experts = [ExpertId(n, expert) for n, layer in enumerate(layers) for expert in range(layer.experts)]
+    wanted = reading.logits(source, reading.PROMPT)
+    for name, format in (("kept", KEEP), ("in place", None)):
+        made = convert(source, tmp_path / name, format, workers=1)
+        assert made.in_place == (format is None)
+        pack = open_model(str(tmp_path / name))
+        assert pack.manifest.layers == layers
+        assert {layer.spec.format for layer in layers} == {quantizers.METHODS[method][2]}
+        for expert in experts:
+            assert torch.equal(pack.expert_blob(expert), source.expert_blob(expert))
+        assert torch.equal(reading.logits(pack, reading.PROMPT), wanted)
+        found = verify(tmp_path / name, threads=1)
+        assert found.damaged == () and found.damaged_files == ()
+    # The trunk of the copy keeps its codes and scales, and no expert's.
+    stored = Checkpoint.open(tmp_path / "kept" / "trunk", manifest=source.manifest).trunk_stored()
+    assert stored.keys() == source.trunk_stored().keys()
+    own = load_file(tmp_path / "x" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "kept" / "trunk" / "model.safetensors").items():
+        assert ".experts." not in name and tensor.dtype == own[name].dtype
+        assert torch.equal(tensor.view(torch.uint8), own[name].view(torch.uint8))

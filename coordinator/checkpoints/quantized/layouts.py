@@ -97,18 +97,21 @@ def packed(parts: Parts, method: Method, dtype: torch.dtype) -> QuantizedTensor:
         )
 
     def load8(_: int | None) -> Matrix:
-        octets = words.read().view(torch.uint8)[:, :columns]  # little-endian; the codes plus 128
-        return Int8Matrix((octets.int() - 128).to(torch.int8), scale.read().float())
+        codes = _signed_octets(words.read())[:, :columns]
+        if zeros is None:
+            return Int8Matrix(codes, scale.read().float())
+        points = _signed_octets(zeros.read().T.contiguous())[:, :rows].T  # packed along the output
+        return Int8Matrix(codes, scale.read().float(), points)
 
     if width == -(-columns // 8):
         scattered = order is not None and groups > 1  # actorder: group
         return _int4(parts, "weight_packed", (rows, columns), groups, dtype, load4, scattered)
-    if width == -(-columns // 4) and zeros is None and order is None:
-        name = _weight(words)
-        return QuantizedTensor(
-            name, dtype, (rows, columns), _int8_format(columns, groups), tuple(parts.values()), load8
-        )
-    raise _wrong(words, f"has {width} words a row for {columns} columns, which are not 4 bits each (or 8, symmetric)")
+    if width == -(-columns // 4) and order is None and words.dtype == torch.int32:
+        if zeros is not None and (zeros.dtype, zeros.shape) != (torch.int32, (-(-rows // 4), groups)):
+            raise _wrong(zeros, f"has the shape {list(zeros.shape)} for {rows} rows in {groups} groups")
+        format = _int8_format(columns, groups) if zeros is None else None
+        return QuantizedTensor(_weight(words), dtype, (rows, columns), format, tuple(parts.values()), load8)
+    raise _wrong(words, f"has {width} words a row for {columns} columns, which are not 4 or 8 bits each")
 
 
 def mxfp4_stack(name: str, blocks: StoredTensor, scales: StoredTensor, dtype: torch.dtype) -> QuantizedTensor:
@@ -217,6 +220,11 @@ def _int4(
 
 def _int8_format(columns: int, groups: int) -> Format | None:
     return "q8_0" if groups == 1 or (columns % groups == 0 and columns // groups % Q8_COLUMNS == 0) else None
+
+
+def _signed_octets(words: torch.Tensor) -> torch.Tensor:
+    """int8 [n, 4 * columns] of words int32 [n, columns], little-endian, of 4 numbers plus 128 each."""
+    return (words.view(torch.uint8) ^ 128).view(torch.int8)
 
 
 def _factors(scales: torch.Tensor) -> torch.Tensor:
