@@ -1,8 +1,9 @@
 """`moehive bench convert --kills`: conversions that run into a full disk, are killed twice, and go on to their end.
 
-The model is kept in its format and encoded in another, in turns. Every second pair begins on a disk (a tmpfs) that is
-full at one of the places where a conversion writes. Kills come at random moments after a write to the journal, or
-while the trunk or the manifest is written. Each run is a process forked of this one, so it must run no threads.
+The model is kept in its format, encoded in another, and hashed in place where kernels compute in its format, in
+turns. Every fourth copy begins on a disk (a tmpfs) that is full at one of the places where a conversion writes. Kills
+come at random moments after a write to the journal, or while the trunk (in place: its hashes) or the manifest is
+made. Each run is a process forked of this one, so it must run no threads.
 """
 
 import os
@@ -28,11 +29,12 @@ from ..types import CoordinatorError
 from .small_disk import fill, small_disk
 
 _COMMITS: Final = 16  # entries in the journal of one conversion, about
-FORMATS: Final = (KEEP, "q8_0")
+FORMATS: Final = (KEEP, "q8_0", None)  # None: in place
 # Where the disk is full: before a write to an expert's file, to the journal; when the latter is made; before the
 # trunk, before the manifest.
 PLACES: Final = ("experts", "journal", "new journal", "trunk", "manifest")
 _KILLED_AT: Final = ("journal",) * 4 + ("trunk", "manifest")  # drawn from
+_MADE_BY: Final = {"trunk": ("write_trunk", "hash_source"), "manifest": ("write_manifest",)}  # in convert.py
 _LAST_S: Final = 0.02  # of writing the manifest, and of a small trunk
 
 Hook = Callable[[], None]
@@ -44,14 +46,16 @@ def measure_kills(model: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
     `resumed` is what the last run found finished, `journaled` what the journal said after the second kill; `same`:
     the pack has the bytes of one that was made without a kill; `full_disk`: where there was none left, empty if this
     disk was not to be full, or may not be mounted; `refused`: the run there ended with a sentence. Raises
-    CoordinatorError for a model that can't be read.
+    CoordinatorError for a model that can't be read, or can't be served in place.
     """
     torch.set_num_threads(1)
     source = open_model(model)
+    if not source.computed_as_stored:
+        raise CoordinatorError(f"{model} can't be served in place, which is measured too; give another model.")
     rows = []
     with ExitStack() as stack:
         whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
-        straight = {format: _straight(source, whole / format, format) for format in FORMATS}
+        straight = {format: _straight(source, whole / str(format), format) for format in FORMATS}
         for seed in range(seeds):
             with TemporaryDirectory(dir=folder, prefix="killed-") as place:
                 rows.append(_Seed(source, Path(place), seed, straight).run())
@@ -65,7 +69,7 @@ class _Straight(NamedTuple):
     commit_s: float
 
 
-def _straight(source: ModelSource, pack: Path, format: str) -> _Straight:
+def _straight(source: ModelSource, pack: Path, format: str | None) -> _Straight:
     start = perf_counter()
     _forked(lambda: _convert(source, pack, format), None)
     return _Straight(_contents(pack), (perf_counter() - start) / _COMMITS)
@@ -74,14 +78,16 @@ def _straight(source: ModelSource, pack: Path, format: str) -> _Straight:
 class _Seed:
     """One conversion, in a folder of its own."""
 
-    def __init__(self, source: ModelSource, folder: Path, seed: int, straight: dict[str, _Straight]) -> None:
+    def __init__(self, source: ModelSource, folder: Path, seed: int, straight: dict[str | None, _Straight]) -> None:
         self._source = source
         self._folder = folder
         self._seed = seed
         self._draw = random.Random(seed)
-        self._format = FORMATS[seed % 2]
+        turn, kind = divmod(seed, len(FORMATS) + 1)
+        copied = kind == len(FORMATS)
+        self._format = FORMATS[turn % 2 if copied else kind]
         self._straight = straight[self._format]
-        self._full = PLACES[seed // 4 % len(PLACES)] if seed // 2 % 2 else ""
+        self._full = PLACES[turn % len(PLACES)] if copied else ""
         self._pack = folder / "pack"
 
     def run(self) -> dict[str, Any]:
@@ -107,7 +113,7 @@ class _Seed:
         resumed = int(_forked(self._convert, None))
         return {
             "seed": self._seed,
-            "format": self._format,
+            "format": self._format or "in place",
             "full_disk": full,
             "refused": refused,
             "first_kill": kills[0][0],
@@ -160,8 +166,8 @@ class _Hooks:
         if self._place == "start":
             self._happen()
         elif self._place in ("trunk", "manifest"):
-            name = f"write_{self._place}"
-            setattr(conversions, name, self._before(getattr(conversions, name)))
+            for name in _MADE_BY[self._place]:
+                setattr(conversions, name, self._before(getattr(conversions, name)))
         else:
             append = Journal.append
             counted = self._counted(append)
@@ -192,7 +198,7 @@ def _kill_in(seconds: float) -> None:
     timer.start()
 
 
-def _convert(source: ModelSource, pack: Path, format: str) -> str:
+def _convert(source: ModelSource, pack: Path, format: str | None) -> str:
     """Experts that were there already, or what was wrong."""
     commit_bytes = wanted_pack(source, pack, format).target.total_bytes // _COMMITS
     try:

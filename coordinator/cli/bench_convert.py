@@ -20,7 +20,7 @@ def convert(
         int,
         typer.Option(
             min=0,
-            help="Instead: so many conversions, killed twice at random moments, half of them on a full disk.",
+            help="Instead: so many conversions, killed twice at random moments, a quarter of them on a full disk.",
         ),
     ] = 0,
     budget: Annotated[
