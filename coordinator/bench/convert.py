@@ -28,7 +28,7 @@ _PIECE = 8 << 20  # bytes copied at once
 _BASE_BYTES = 10**9  # allowed beside two experts of each worker
 RANDOM = (
     *((stored, KEEP) for stored in ("bf16", "q8_0", "q4_k", "q3_k", "q5_0")),  # GGUF
-    *((stored, KEEP) for stored in ("bf16_safetensors", "fp8_block", "gptq", "int4_g128", "mxfp4")),
+    *((stored, KEEP) for stored in ("bf16_safetensors", "fp8_block", "gptq", "awq", "int4_g128", "int8", "mxfp4")),
     ("bf16", "q8_0"),
 )
 

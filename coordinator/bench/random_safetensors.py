@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _BF16: Final = 30  # ggml's number
 _QUANTIZED: Final = re.compile(r"proj(_with_mqa|_qkv|_z)?\.weight")  # not in_proj_a and _b, a number for each head
 _INT4_RMS: Final = (sum(code**2 for code in range(-8, 8)) / 16) ** 0.5
+_INT8_RMS: Final = (sum(code**2 for code in range(-128, 128)) / 256) ** 0.5
 
 Make = Callable[[np.random.Generator], bytes]
 
@@ -165,6 +166,24 @@ def _gptq(name: str, rows: int, columns: int, group: int) -> list[_Tensor]:
     ]
 
 
+def _awq(name: str, rows: int, columns: int, group: int) -> list[_Tensor]:
+    groups = columns // group
+    scale, eights = np.float32(columns**-0.5 / _INT4_RMS), np.int32(-0x77777778)  # eight times 8
+    return [
+        _Tensor(f"{name}.qweight", "I32", (columns, rows // 8), _bits(columns // 2 * rows)),
+        _Tensor(f"{name}.qzeros", "I32", (groups, rows // 8), _all(eights, "I32", (groups, rows // 8))),
+        _Tensor(f"{name}.scales", "F16", (groups, rows), _all(scale, "F16", (groups, rows))),
+    ]
+
+
+def _int8(name: str, rows: int, columns: int) -> list[_Tensor]:
+    scale = np.float32(columns**-0.5 / _INT8_RMS)
+    return [
+        _Tensor(f"{name}.weight", "I8", (rows, columns), _bits(rows * columns)),
+        _Tensor(f"{name}.weight_scale", "BF16", (rows, 1), _all(scale, "BF16", (rows, 1))),
+    ]
+
+
 def _words(name: str, rows: int, columns: int, group: int) -> list[_Tensor]:
     groups, scale = columns // group, np.float32(columns**-0.5 / _INT4_RMS)
     return [
@@ -200,7 +219,8 @@ def _words_layout(group: int) -> _Layout:
     return _Layout(partial(_words, group=group), _compressed("pack-quantized", weights))
 
 
-# By the format that kernels compute in, but for bf16, of which there is a GGUF too, and GPTQ, which is int4_g128.
+# By the format that kernels compute in, but for bf16, of which there is a GGUF too, for GPTQ and AWQ, which are
+# int4_g128, and for int8, which is q8_0.
 LAYOUTS: Final[dict[str, _Layout]] = {
     "bf16_safetensors": _Layout(_bf16, {}),
     "fp8_block": _Layout(
@@ -211,6 +231,11 @@ LAYOUTS: Final[dict[str, _Layout]] = {
         partial(_gptq, group=128),
         {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True},
     ),
+    "awq": _Layout(
+        partial(_awq, group=128),
+        {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
+    ),
+    "int8": _Layout(_int8, _compressed("int-quantized", {"type": "int", "strategy": "channel", "num_bits": 8})),
     "mxfp4": _Layout(
         _mxfp4,
         _compressed("mxfp4-pack-quantized", {"type": "float", "strategy": "group", "group_size": 32}),

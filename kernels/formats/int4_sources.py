@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 
 from ..geometry import GeometryError
-from .nibbles import PER_WORD, pack_nibbles, unpack_nibbles
+from .nibbles import PER_WORD, pack_nibbles, turn_nibbles, unpack_nibbles
 
 # How GPTQ's zero points are stored: the layout's second version as they are, the first less 1. auto-round subtracts
 # from each (15 stands for 0), GPTQModel from whole words, where a 0 borrows from the next (convert_gptq_v2_to_v1_*).
@@ -97,11 +97,12 @@ def from_awq(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor) 
     _fits("scales", scales, (groups, out), groups > 0 and columns % groups == 0)
     place_of = torch.tensor([_AWQ_ORDER.index(j) for j in range(PER_WORD)])
 
-    def columns_of(packed: torch.Tensor) -> torch.Tensor:
-        places = unpack_nibbles(packed).view(len(packed), -1, PER_WORD)
-        return places[:, :, place_of].reshape(len(packed), -1).T.contiguous()
+    def words_of(packed: torch.Tensor) -> torch.Tensor:
+        """int32 [out, ceil(rows of `packed` / 8)]: rows lie side by side, as GPTQ has them."""
+        return turn_nibbles(packed)[:, place_of].transpose(1, 2).flatten(1).T
 
-    return Int4Weights.of_codes(columns_of(qweight), _floats(scales.T), columns_of(qzeros), columns // groups)
+    zeros = unpack_nibbles(words_of(qzeros), groups)
+    return Int4Weights(words_of(qweight), columns, _floats(scales.T), zeros, columns // groups)
 
 
 def from_awq_gemv(qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, group: int) -> Int4Weights:

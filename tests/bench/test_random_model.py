@@ -65,7 +65,8 @@ def test_directories_are_read_in_the_format_that_they_name(small, tmp_path, form
         str(random_model(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path))
     )
     (layer,) = source.manifest.layers
-    wanted = {"gptq": "int4_g128", "bf16_safetensors": "bf16"}.get(format, format)
+    names = {"gptq": "int4_g128", "awq": "int4_g128", "int8": "q8_0", "bf16_safetensors": "bf16"}
+    wanted = names.get(format, format)
     assert (layer.experts, layer.spec.format, source.computed_as_stored) == (5, wanted, True)
     views = tensor_views(layer.spec, source.expert_blob(ExpertId(0, 4)))
     for place in layer.spec.tensors:

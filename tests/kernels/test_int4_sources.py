@@ -16,6 +16,7 @@ from moehive.kernels.formats.int4_sources import (
     from_compressed_tensors,
     from_gptq,
 )
+from moehive.kernels.formats.nibbles import turn_nibbles, unpack_nibbles
 from moehive.kernels.geometry import GeometryError
 
 SHAPES = st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([32, 64, 128]), st.integers(0, 2**31))
@@ -92,6 +93,20 @@ def test_gptq_out_of_order() -> None:
     for wrong in (parts[3] + 1, parts[3] - 1, parts[3][:-1]):
         with pytest.raises(GeometryError, match="2 groups for each of 64 columns"):
             from_gptq(*parts[:3], wrong, zeros="plain", ordered=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 20), st.integers(0, 3), st.integers(0, 2**31))
+def test_words_are_turned_as_a_matrix_of_codes(rows: int, count: int, seed: int) -> None:
+    given_words = torch.randint(
+        -(2**31), 2**31, (rows, count), generator=torch.Generator().manual_seed(seed), dtype=torch.int32
+    )
+    before = given_words.clone()
+    turned = turn_nibbles(given_words)
+    assert turned.shape == (-(-rows // 8), 8, count) and torch.equal(given_words, before)
+    codes = unpack_nibbles(given_words)
+    found = unpack_nibbles(turned.permute(2, 1, 0).flatten(0, 1), rows)
+    assert torch.equal(found, codes.T)
 
 
 @settings(max_examples=25, deadline=None)
