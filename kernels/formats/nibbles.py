@@ -22,7 +22,7 @@ def turn_nibbles(words: torch.Tensor) -> torch.Tensor:
     turned = torch.zeros(-(-rows // PER_WORD), PER_WORD, count, dtype=torch.int32)
     turned.flatten(0, 1)[:rows] = words
     for step, mask in ((4, 0x0000FFFF), (2, 0x00FF00FF), (1, 0x0F0F0F0F)):
-        pairs = turned.view(len(turned), -1, 2, step, count)
+        pairs = turned.view(len(turned), 4 // step, 2, step, count)
         first, second = pairs[:, :, 0], pairs[:, :, 1]
         change = (first >> 4 * step ^ second) & mask
         second ^= change
