@@ -14,7 +14,10 @@ from .pack.checkpoint import PackCheckpoint, is_pack
 
 @dataclass(frozen=True, slots=True)
 class FoundModel:
-    """One model. Bytes are as it is computed; `problem` says why it can't be used, and then they are 0."""
+    """One model. Bytes are as it is computed; `problem` says why it can't be used, and then they are 0.
+
+    `file_bytes` are on the disk, of a pack in place with its source's.
+    """
 
     name: str  # what `--model` takes
     path: Path
@@ -40,15 +43,25 @@ def inventory(folders: list[Path]) -> Iterator[FoundModel]:
 def look(name: str, path: Path) -> FoundModel:
     """What a model needs. Never raises for one that can't be read: `problem` says why."""
     kind = "GGUF" if path.is_file() else "pack" if is_pack(path) else "safetensors"
-    files = [path] if path.is_file() else [file for file in path.iterdir() if file.is_file()]
-    if kind == "GGUF" and (split := path.name.partition("-of-"))[1]:
-        files = list(path.parent.glob(f"{split[0][:-5]}*-of-{split[2]}"))
-    size = sum(file.stat().st_size for file in files)
+    size = _file_bytes(path)
     try:
         source = open_model(str(path))
+        if isinstance(source, PackCheckpoint) and source.pack.in_place:
+            size += _file_bytes(Path(source.pack.source))
     except (CoordinatorError, OSError) as error:
         return FoundModel(name, path, kind, size, problem=str(error))
     return FoundModel(name, path, kind, size, source.manifest.total_bytes, _trunk_bytes(source), _formats(source))
+
+
+def _file_bytes(path: Path) -> int:
+    """Of a GGUF with all its parts, of a directory, or of a pack with what lies below it."""
+    if path.is_dir():
+        files = list(path.rglob("*") if is_pack(path) else path.iterdir())
+    elif (split := path.name.partition("-of-"))[1]:
+        files = list(path.parent.glob(f"{split[0][:-5]}*-of-{split[2]}"))
+    else:
+        files = [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _trunk_bytes(source: ModelSource) -> int:

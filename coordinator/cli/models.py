@@ -80,11 +80,12 @@ def models(
 
 @dataclass(frozen=True, slots=True)
 class _Room:
-    """Bytes for experts, and the nodes that give them; 0 nodes: what is free on this machine."""
+    """Bytes for experts, and the nodes that give them; 0 nodes: what is free on this machine, for the trunk too."""
 
     memory_bytes: int
     disk_bytes: int  # that are used when memory is not enough
     nodes: int
+    trunk_bytes: int | None = None  # for the trunk, where the coordinator runs; not known of another machine
 
 
 def _room(address: str, api_key: str | None, ca_file: Path | None) -> _Room:
@@ -92,13 +93,19 @@ def _room(address: str, api_key: str | None, ca_file: Path | None) -> _Room:
     from moehive.client import Client, MoehiveError
     from moehive.kernels.machine import available_memory
 
+    from ..serving.doors import is_loopback
+
     try:
         with Client(address, api_key=api_key, ca_file=ca_file) as client:
-            nodes = client.status().nodes
+            status = client.status()
     except MoehiveError:
         return _Room(available_memory(), 0, 0)
-    staying = [node for node in nodes if node.state in _STAYING and node.ram_bytes]
-    return _Room(sum(n.ram_bytes for n in staying), sum(n.disk_bytes for n in staying), len(staying))
+    staying = [node for node in status.nodes if node.state in _STAYING and node.ram_bytes]
+    # The trunk that is served now makes way for another.
+    trunk = (
+        available_memory() + status.resident_bytes if is_loopback(address.rpartition(":")[0].strip("[]")) else None
+    )
+    return _Room(sum(n.ram_bytes for n in staying), sum(n.disk_bytes for n in staying), len(staying), trunk)
 
 
 def _need(model: "FoundModel", room: _Room) -> int:
@@ -106,13 +113,22 @@ def _need(model: "FoundModel", room: _Room) -> int:
     return model.expert_bytes if room.nodes else model.expert_bytes + model.trunk_bytes
 
 
+def _trunk_lacks(model: "FoundModel", room: _Room) -> int:
+    """Bytes that the coordinator lacks for the trunk, as far as is known."""
+    return 0 if room.trunk_bytes is None else max(0, model.trunk_bytes - room.trunk_bytes)
+
+
 def _fits(model: "FoundModel", room: _Room) -> bool:
-    return model.problem is None and _need(model, room) <= room.memory_bytes + room.disk_bytes
+    if model.problem is not None or _trunk_lacks(model, room):
+        return False
+    return _need(model, room) <= room.memory_bytes + room.disk_bytes
 
 
 def _in_words(model: "FoundModel", room: _Room) -> str:
     if model.problem is not None:
         return model.problem
+    if lacks := _trunk_lacks(model, room):
+        return f"no, the coordinator needs {_size(lacks)} more memory for the trunk"
     beyond = _need(model, room) - room.memory_bytes
     if beyond <= 0:
         return "yes"
