@@ -1,6 +1,6 @@
-"""What the RAM tier knows of an expert, of what it foresees, and of how well it does."""
+"""What the RAM tier knows of an expert, and of how well it does."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from moehive.kernels.geometry import ExpertId, ExpertSpec
@@ -8,7 +8,6 @@ from moehive.kernels.ops import ExpertWeights
 
 from .arena import Buffer
 from .reader import SPARE, ReadJob
-from .use import Guesses
 
 
 @dataclass(slots=True, eq=False)
@@ -29,16 +28,8 @@ class DiskExpert:
     held: int = 0  # by leases and prefetches: may not leave
     in_heap: bool = False
     foreseen: bool = False  # read ahead, and not used yet
+    removed: bool = False  # this node holds it no more
     error: OSError | None = None
-
-
-@dataclass(slots=True)
-class Ahead:
-    """Experts that are held for a layer that is yet to come."""
-
-    experts: list[DiskExpert] = field(default_factory=list)
-    nbytes: int = 0
-    guesses: Guesses = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.store import ExpertStore, StoreFull
 from moehive.expert_node.tiers.arena import Arena, padded
-from moehive.expert_node.tiers.ram import DiskReadError, RamTier
+from moehive.expert_node.tiers.lease import DiskReadError
+from moehive.expert_node.tiers.ram import RamTier
 from moehive.expert_node.tiers.reader import THREADS, DiskReader
 from moehive.expert_node.tiers.use import used
 from moehive.kernels.geometry import ExpertId, ExpertSpec
@@ -259,7 +260,7 @@ def test_what_only_fills_free_room_makes_way_first(tmp_path):
     tier.lease(0, [14, 15]).close()
     tier.settle()
     tier.fill()
-    assert tier.ram_bytes == tier._arena.capacity_bytes
+    assert tier.ram_bytes == 8 * padded(spec.nbytes)
     lease = tier.lease(0, [12, 13])  # in place of two that are in line
     assert tier.resident(0) == {14, 15}
     for number in range(THREADS):

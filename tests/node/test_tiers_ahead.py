@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moehive.expert_node.tiers.arena import padded
-from moehive.expert_node.tiers.ram import AHEAD_SHARE, RamTier
+from moehive.expert_node.tiers.prefetch import AHEAD_SHARE
+from moehive.expert_node.tiers.ram import RamTier
 from moehive.expert_node.tiers.reader import DiskReader
 from moehive.expert_node.tiers.use import LAGS, PLACES, Chances, Transitions, place_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec
@@ -79,7 +80,7 @@ def test_guesses_hold_a_share_and_are_counted_once(make, seed, room):
         ask(tier, layer, rng.choice(EXPERTS, 3, replace=False).tolist())
         likely = rng.integers(0, 2 * EXPERTS, (int(rng.integers(0, 3)), 6)).tolist()  # some are no experts, or twice
         tier.prefetch(layer, likely, chosen=3)
-        assert sum(ahead.nbytes for ahead in tier._ahead.values()) <= room * SIZE // AHEAD_SHARE
+        assert tier._prefetcher.nbytes <= room * SIZE // AHEAD_SHARE
         assert tier.ram_bytes <= room * SIZE
         totals = tier.totals
         assert totals.foreseen <= totals.here <= totals.lookups
