@@ -140,7 +140,8 @@ class Room:
         del self._reading[job]
 
     def _drop(self, expert: DiskExpert) -> None:
-        self.resident[expert.id.layer].discard(expert.id.expert)
+        if not expert.removed:  # else one that came back may be here under its number
+            self.resident[expert.id.layer].discard(expert.id.expert)
         expert.weights = None
         self.totals.unused += expert.foreseen
         expert.foreseen = False

@@ -192,6 +192,19 @@ def test_a_slice_that_shrinks_and_grows(stores):
         executors(small)[0].compute(0, hidden, routing, Reduction.PARTIAL_SUM)
 
 
+def test_an_expert_that_comes_back_while_a_request_computes_with_the_former_one(stores):
+    whole, make, folder = stores
+    tier, expert = make(8).tier, ExpertId(0, 1)
+    computing = tier.lease(0, [1])
+    next(computing)
+    tier.remove(expert)
+    tier.add(expert, whole.spec(0), path_of(folder, expert))
+    tier.lease(0, [1]).close()
+    tier.settle()
+    computing.close()
+    assert 1 in tier.resident(0) and 1 not in tier.on_disk(0)
+
+
 def test_too_little_of_both(model_class):
     model = model_class.random(spec_of("f32"), LAYERS, EXPERTS)
     nbytes = model.manifest.total_bytes
