@@ -1,6 +1,6 @@
 // Messages of gRPC on a connection's busiest stream, read, answered and sent without Python in between: a frame's header,
 // a message's prefix, the windows (RFC 9113, 5.2 and 6.9). Whatever is not one whole message in one frame of that
-// stream, or is not taken, is left to Python (proto/wire/connection.py), in the order in which it came.
+// stream, or is not taken, is left to Python (proto/wire/serving.py), in the order in which it came.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

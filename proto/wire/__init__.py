@@ -5,6 +5,7 @@ A layer's way to a node and back is one small message each way, and there is one
 Python stack takes longer over it than the wire and the arithmetic together, which is why the cluster's own streams go
 without it (docs/benchmarks.md). Mutual TLS only but for tests and benchmarks, no compression.
 
-frames.py, messages.py: how bytes are cut; connection.py, stream.py: one connection and what goes on on it;
+frames.py, messages.py: how bytes are cut; connection.py, stream.py: one connection and what goes on on it; reader.py,
+sender.py: what comes and what goes; serving.py: the messages that native code takes; transport.py: the socket below;
 server.py, channel.py: its two ends; tls.py: whom they trust.
 """

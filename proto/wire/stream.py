@@ -27,7 +27,7 @@ class Stream:
 
     def __init__(self, connection: "Connection", number: int) -> None:
         self.number = number
-        self.windows = Windows(number, connection.first_send_window, connection.window_bytes, connection.max_bytes)
+        self.windows = Windows(number, connection.sender.first_window, connection.window_bytes, connection.max_bytes)
         self.windows_at = ctypes.addressof(self.windows)
         self.times = Times()
         self.times_at = ctypes.addressof(self.times)
@@ -39,6 +39,7 @@ class Stream:
         self.fields: list[tuple[str, str]] = []  # the headers that began it here
         self.answered = False  # headers were sent
         self._connection = connection
+        self._sender = connection.sender
         self._assembler = Assembler(connection.max_bytes)
         self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
         self._owed = 0  # bytes of messages that were taken since the last credit
@@ -76,25 +77,25 @@ class Stream:
         ended.
         """
         if not self.closed and self.failure is None:
-            self._connection.send(self, message)
+            self._sender.send(self, message)
 
     def outlet(self) -> Outlet:
         """How native code sends messages on this stream, for as long as it has not ended."""
-        return self._connection.outlet(self)
+        return self._sender.outlet(self)
 
     def sent_natively(self, where: int, size: int, taken: int) -> None:
         """Sends what is left of a message of `size` bytes at an address, of which an outlet has said `taken`."""
         if not self.closed and self.failure is None:
-            self._connection.sent_natively(self, where, size, taken)
+            self._sender.sent_natively(self, where, size, taken)
 
     def take_natively(self, taker: Taker) -> None:
         """From now on `taker` gets each whole message before `on_message` does; of one stream of a connection."""
-        self._connection.take_natively(self, taker)
+        self._connection.serving.take(self, taker)
 
     async def drain(self) -> None:
         """Returns once what was sent has left, or nearly. Raises AioRpcError when the call has failed."""
-        while self.failure is None and (self.outgoing or self._connection.paused):
-            await self._connection.progress()
+        while self.failure is None and (self.outgoing or self._sender.paused):
+            await self._sender.progress()
         if self.failure is not None:
             raise self.failure
 

@@ -295,7 +295,7 @@ def test_a_call_that_is_not_answered_in_time_or_not_with_one_message() -> None:
         await service.cancelled.wait()
         assert not channel.over
         await server.stop(0)
-        assert await (await channel.connect()).progress() is None
+        assert await (await channel.connect()).sender.progress() is None
         assert channel.over
         await channel.close()
         refused = Channel(f"127.0.0.1:{port}", None, "a")

@@ -1,0 +1,76 @@
+"""Messages of a connection's busiest stream, taken and answered natively as they are read (cpp/messages.cc)."""
+
+import ctypes
+from typing import TYPE_CHECKING
+
+from ..native import library
+from .keepalive import Keepalive
+from .reader import FrameReader
+from .sender import Sender
+from .stream import Stream
+from .windows import Served, Taker
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+
+class Serving:
+    """Of one connection. Whatever is not taken goes the connection's usual way, in the order in which it came."""
+
+    def __init__(self, connection: "Connection", reader: FrameReader, sender: Sender, keepalive: Keepalive) -> None:
+        self._connection = connection
+        self._streams = connection.streams
+        self._count = connection.count
+        self._reader = reader
+        self._sender = sender
+        self._sending = sender.sending
+        self._keepalive = keepalive
+        self._taking: tuple[Stream, Taker] | None = None  # the stream whose messages are taken
+        self._served = Served()
+        self._places = ctypes.addressof(self._sending), ctypes.addressof(self._served)
+        self._native_serve = library().moehive_serve
+
+    def take(self, stream: Stream, taker: Taker) -> None:
+        """See Stream.take_natively."""
+        if stream.number in self._streams:
+            self._taking = stream, taker
+
+    def end(self) -> None:
+        """The connection is over."""
+        self._taking = None
+
+    def serve(self) -> int | None:
+        """See Told."""
+        if self._taking is None:
+            return None
+        stream, taker = self._taking
+        reader, served = self._reader, self._served
+        # A stream that this end has ended is none of the connection's any more, whatever still comes on it.
+        if stream.number not in self._streams or not (reader.at_frame and stream.between and taker.ready()):
+            return None
+        sending, found = self._places
+        got: int = self._native_serve(
+            sending,
+            stream.windows_at,
+            stream.times_at,
+            taker.function,
+            taker.context,
+            *reader.place,
+            reader.filled,
+            found,
+        )
+        taker.took(served.messages)
+        if got > 0:
+            self._keepalive.quiet_ticks = 0
+            if served.messages:
+                self._count(served.taken)
+                stream.owe(served.taken)
+            if served.refused:
+                stream.send((ctypes.string_at(served.unsent_at, served.unsent),))
+            elif served.unsent_at and self._sending.waiting:
+                self._sender.later(served.unsent_at, served.unsent)
+            if served.kept or served.consumed == served.filled:
+                reader.filled = served.filled - served.consumed
+            elif not reader.closed:
+                self._connection.read_on(served.consumed, served.filled, stream.times.read_at)
+        return got
