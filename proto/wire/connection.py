@@ -156,6 +156,7 @@ class Connection:
         """Ends a stream at once."""
         if self.streams.pop(stream.number, None) is not None and self.lost is None:
             self._transport.write(frames.reset(stream.number, code))
+        self.sender.give_up(stream)
 
     def credit(self, stream: Stream, length: int) -> None:
         """So many bytes of a stream were read."""
@@ -203,6 +204,8 @@ class Connection:
         """See Frames."""
         if self._owner is None:  # who answers has said all, so there is nothing more to ask either
             self.streams.pop(stream.number, None)
+            stream.closed = True
+            self.sender.give_up(stream)
             if not stream.fields and stream.failure is None:
                 stream.fail(status.error(grpc.StatusCode.INTERNAL, "The answer ended without a status."))
         stream.half_close()
@@ -291,13 +294,13 @@ class Connection:
             return
         self.lost = why
         self._reader.closed = True
-        self.sender.end()
         self.serving.end()
         self._keepalive.stop()
         if code is not ErrorCode.NO_ERROR:
             log.warning("A connection is ended: %s", why)
             self._transport.write(frames.go_away(max(self._last_stream, 0), code, why))
         self._transport.close()
+        self.sender.end()
         streams = list(self.streams.values())
         self.streams.clear()
         for stream in streams:

@@ -143,6 +143,11 @@ class Sender:
             self.transport.writelines((header(length, frames.DATA, flags, stream.number), *pieces))
         self.advance()
 
+    def give_up(self, stream: Stream) -> None:
+        """Nothing more is sent on a stream: the other side takes no more of it."""
+        stream.outgoing.clear()
+        self.advance()
+
     # Who waits until something has left.
 
     async def progress(self) -> None:
@@ -168,4 +173,5 @@ class Sender:
     def end(self) -> None:
         """The connection is over."""
         self.over = True
+        self.paused = False
         self.advance()

@@ -200,6 +200,55 @@ def test_who_asks_and_does_not_listen_is_left() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("asking", [True, False])
+def test_who_waits_to_send_on_a_stream_that_has_ended_is_let_go(asking: bool) -> None:
+    """The other side takes no more of it: its answer was over before the question was, or this side gave it up."""
+
+    async def main() -> None:
+        if asking:
+            connection = Connection(MAX_BYTES, WINDOW)
+            connection.connection_made(Transport())  # type: ignore[arg-type]
+            feed(connection, frames.settings({}))
+            stream = connection.open([(":method", "POST")])
+        else:
+            connection, _, keeper = serving()
+            feed(connection, OPENING + call())
+            stream = keeper.streams[0]
+        stream.send((bytes(1 << 20),))
+        assert stream.outgoing
+        drained = asyncio.create_task(stream.drain())
+        await asyncio.sleep(0)
+        if asking:
+            answer = hpack.Encoder().encode([(":status", "200"), ("grpc-status", "0")])
+            feed(connection, frames.headers(1, answer, 1 << 14, end=True))
+        else:
+            stream.end([("grpc-status", "0")])
+        await asyncio.wait_for(drained, 10)
+        stream.send((bytes(1 << 20),))
+        assert not stream.outgoing
+        connection.close("The test is over.")
+
+    asyncio.run(main())
+
+
+def test_nobody_waits_to_send_on_a_connection_that_is_over() -> None:
+    """Also on a stream that had ended well before, of which the connection knows no more."""
+
+    async def main() -> None:
+        connection, _, keeper = serving()
+        feed(connection, OPENING + call())
+        stream = keeper.streams[0]
+        connection.pause_writing()
+        stream.end([("grpc-status", "0")])
+        drained = asyncio.create_task(stream.drain())
+        await asyncio.sleep(0)
+        assert not drained.done()
+        connection.close("The test is over.")
+        await asyncio.wait_for(drained, 10)
+
+    asyncio.run(main())
+
+
 def run(main: Callable[[], Any]) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
