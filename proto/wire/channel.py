@@ -11,7 +11,7 @@ from google.protobuf.message import DecodeError
 from ..bounds import host_port
 from ..channel import MAX_MESSAGE_BYTES, Identity
 from . import status
-from .connection import HANDSHAKE_SECONDS, Connection
+from .connection import Connection
 from .stream import Stream
 from .tls import client_context
 from .transport import CertificateError, HandshakeError, Transport, connect
@@ -125,8 +125,7 @@ class Channel:
                 found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
                 end = await connect([(family, address) for family, _, _, _, address in found])
                 transport = Transport(end, context, self._server_name)
-                async with asyncio.timeout(HANDSHAKE_SECONDS):
-                    await transport.shake_hands()
+                await transport.shake_hands()
         except TimeoutError as error:
             if transport is not None:
                 transport.abort()

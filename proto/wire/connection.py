@@ -27,8 +27,6 @@ from .transport import Transport
 
 log = logging.getLogger(__name__)
 
-HANDSHAKE_SECONDS = 10.0  # for TLS's
-
 
 class Connection:
     """Use it on one event loop. Its transport tells it of bytes as asyncio's tell a BufferedProtocol."""

@@ -18,7 +18,7 @@ import grpc.aio
 from ..channel import MAX_MESSAGE_BYTES
 from ..interceptor import CallGuard
 from . import status
-from .connection import HANDSHAKE_SECONDS, Connection
+from .connection import Connection
 from .frames import ErrorCode
 from .messages import Buffer
 from .stream import Stream
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_CONNECTIONS = 4096  # a cluster has 1,024 nodes, which fetch experts on a connection of their own
 MAX_CALLS = 128  # of one connection
+HANDSHAKE_SECONDS = 10.0  # for TLS's
 BACKLOG = 128  # connections that wait to be taken
 REST_SECONDS = 1.0  # when no more files can be opened
 

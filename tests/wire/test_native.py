@@ -288,6 +288,28 @@ def test_a_handshake_that_never_ends_is_given_up(authority: Authority, monkeypat
     run(main)
 
 
+def test_a_server_that_does_not_shake_hands_is_given_up(
+    authority: Authority, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moehive.proto.wire import channel as channels
+
+    monkeypatch.setattr(channels, "CONNECT_SECONDS", 0.05)
+
+    async def main() -> None:
+        async def nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.read()
+
+        silent = await asyncio.start_server(nothing, "127.0.0.1", 0)
+        address = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+        channel = Channel(address, authority.issue_coordinator(), node_dns_name("a"))
+        with pytest.raises(grpc.aio.AioRpcError, match="did not answer within"):
+            await channel.open(METHOD, metadata())
+        assert channel.over
+        silent.close()
+
+    run(main)
+
+
 def test_a_system_without_openssl_is_said(
     authority: Authority, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
