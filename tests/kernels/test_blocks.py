@@ -1,14 +1,19 @@
 """Block formats: the layout against gguf's own dequantization, products against torch on the same numbers."""
 
+from dataclasses import replace
+from typing import get_args
+
 import gguf
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from moehive.kernels.blob import pack_blob
+from moehive.kernels.blob import empty_blob, pack_blob
 from moehive.kernels.formats.file_rows import FILE_FORMATS, pack_file_rows
+from moehive.kernels.formats.int4_sources import Int4Weights
+from moehive.kernels.formats.quantized import Int4Format
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import BLOCKS, ExpertSpec, Format, GeometryError, tensor_bytes
 from moehive.kernels.library import NativeLibraryError
@@ -23,6 +28,7 @@ FACTORS = {
     "q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "iq4_nl": (0,), "q2_k": (80, 82),
     "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "iq4_xs": (0,), "mxfp4": (),
 }  # fmt: skip
+INT4_FORMATS = ("int4_g32", "int4_g64", "int4_g128")
 every_format = pytest.mark.parametrize("name", FACTORS)
 
 
@@ -105,15 +111,42 @@ def test_encoding_is_that_of_gguf(name: str) -> None:
     assert torch.equal(out, pack(name, wanted, 64))
 
 
-@every_format
+@pytest.mark.parametrize("name", get_args(Format))
 @settings(max_examples=10, deadline=None)
-@given(rows=st.integers(1, 70), blocks=st.integers(1, 9), tokens=st.integers(0, 9), seed=st.integers(0, 99))
-def test_linear(name: str, rows: int, blocks: int, tokens: int, seed: int) -> None:
-    columns = blocks * BLOCKS[name][0]
-    source = random_rows(name, rows, columns, seed)
-    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    weights = LinearWeights(name, rows, columns, pack(name, source, columns))  # type: ignore[arg-type]
-    close(LinearOps(2).linear(weights, x), meant(name, source), x)
+@given(
+    rows=st.integers(1, 70), columns=st.integers(1, 600), tokens=st.one_of(st.integers(0, 9), st.integers(31, 70)),
+    bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+@example(rows=37, columns=300, tokens=70, bias=True, seed=0)  # 32 are computed at once
+def test_linear(name: Format, rows: int, columns: int, tokens: int, bias: bool, seed: int) -> None:
+    """Against the product with what the weights mean: gguf says it of a file's rows, of others their decoding."""
+    generator = torch.Generator().manual_seed(seed)
+    if name in FACTORS:
+        columns = -(-columns // BLOCKS[name][0]) * BLOCKS[name][0]
+        source = random_rows(name, rows, columns, seed)
+        weights, matrix = LinearWeights(name, rows, columns, pack(name, source, columns)), meant(name, source)
+    else:
+        blob = empty_blob(tensor_bytes(name, rows, columns))
+        if name in INT4_FORMATS:
+            group = BLOCKS[name][0]
+            codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+            scales = torch.rand(rows, -(-columns // group), generator=generator).half().float()
+            zeros = torch.randint(0, 16, scales.shape, generator=generator, dtype=torch.uint8)
+            Int4Format(name).pack(Int4Weights.of_codes(codes, scales, zeros, group), blob)
+        else:
+            FORMATS[name].encode(torch.randn(rows, columns, generator=generator), blob)
+        weights = LinearWeights(name, rows, columns, blob)
+        matrix = weights.matrix
+    x = torch.randn(tokens, columns, generator=generator)
+    added = torch.randn(rows, generator=generator) if bias else torch.zeros(rows)
+    if bias:
+        weights = replace(weights, bias=added)
+    found = LinearOps(2).linear(weights, x) - added
+    if weights.is_plain or name == "fp8_block":  # vectors stay in f32
+        terms = x.double().abs() @ matrix.double().abs().T + added.abs()
+        assert ((found - x.double() @ matrix.double().T).abs() <= 1e-5 * terms).all()
+    else:
+        close(found, matrix, x)
 
 
 @every_format

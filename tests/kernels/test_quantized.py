@@ -20,7 +20,7 @@ from moehive.kernels.formats.quantized import (
 )
 from moehive.kernels.geometry import ExpertSpec, Format, GeometryError, tensor_bytes
 from moehive.kernels.native import NativeExperts, kernels
-from moehive.kernels.ops import load_expert
+from moehive.kernels.ops import ExpertWeights, load_expert
 from moehive.kernels.reference import expert_forward, intermediate
 
 INT4: tuple[Format, ...] = ("int4_g32", "int4_g64", "int4_g128")
@@ -110,6 +110,40 @@ def test_what_would_lose_something_is_refused() -> None:
         Fp8Format().pack(Fp8Weights(nan, torch.ones(1, 1)), empty("fp8_block", 1, 64))
 
 
+def random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
+    return [
+        load_expert(spec, build_blob(spec, {p.name: torch.randn(p.shape) / p.shape[1] ** 0.5 for p in spec.tensors}))
+        for _ in range(count)
+    ]
+
+
+def check(spec: ExpertSpec, held: list[ExpertWeights], routing: list[list[int]], native: NativeExperts) -> None:
+    """Each pair's row is the reference on the decoded weights; `routing` names each token's experts."""
+    x = torch.randn(len(routing), spec.hidden_size)
+    numbers = np.array([number for chosen in routing for number in chosen], dtype=np.int64)
+    owners = np.repeat(np.arange(len(routing)), [len(chosen) for chosen in routing])
+    out = torch.full((len(numbers), spec.hidden_size), torch.nan)
+    native.pairs(
+        spec, x, np.cumsum([0, *map(len, routing)]).astype(np.uint32),
+        np.array([held[number].address for number in numbers], dtype=np.uint64),
+        np.ones(len(numbers), dtype=np.float32), out,
+    )  # fmt: skip
+    for number in set(numbers.tolist()):
+        tensors, places = held[number].tensors, np.flatnonzero(numbers == number)
+        mine, rows = x[owners[places]], out[places]
+        if spec.format == "fp8_block":  # activations are f32
+            wanted = expert_forward(spec, tensors, mine)
+            assert ((rows - wanted).norm(dim=1) <= 1e-5 * (wanted.norm(dim=1) + 0.1)).all()
+            continue
+        up, down = (decode_tensor(place, tensors[place.name]).double() for place in spec.tensors)
+        between = in_eight_bits(intermediate(spec, in_eight_bits(mine).double() @ up.T).float())
+        found = between.double() @ down.T
+        terms = between.double().abs() @ down.abs().T
+        # A number between the projections may round to the neighbouring one of its 8 bits; at most two do.
+        step = between.abs().amax(1, keepdim=True).double() / 127 * down.abs().max()
+        assert ((rows - found).abs() <= 1e-4 * terms + 2.02 * step + 1e-6).all()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(ALL), st.integers(1, 300), st.integers(1, 150), st.integers(0, 9), st.integers(1, 3),
@@ -120,30 +154,19 @@ def test_experts_are_the_reference_on_the_decoded_weights(
 ) -> None:
     torch.manual_seed(seed)
     spec = ExpertSpec(hidden_size=hidden, intermediate_size=middle, activation="silu", format=name)
-    held = [
-        load_expert(spec, build_blob(spec, {p.name: torch.randn(p.shape) / p.shape[1] ** 0.5 for p in spec.tensors}))
-        for _ in range(experts)
-    ]
-    x = torch.randn(tokens, hidden)
-    chosen = [held[i % experts] for i in range(tokens)]
-    out = torch.empty(tokens, hidden)
-    NativeExperts(kernel, threads).pairs(
-        spec, x, np.arange(tokens + 1, dtype=np.uint32), np.array([e.address for e in chosen], dtype=np.uint64),
-        np.ones(tokens, dtype=np.float32), out,
-    )  # fmt: skip
-    for t, expert in enumerate(chosen):
-        if name == "fp8_block":  # activations are f32
-            wanted = expert_forward(spec, expert.tensors, x[t : t + 1])[0]
-            assert (out[t] - wanted).norm() <= 1e-5 * (wanted.norm() + 0.1)
-            continue
-        places = {place.name: place for place in spec.tensors}
-        up, down = (decode_tensor(places[part], expert.tensors[part]).double() for part in ("up", "down"))
-        between = in_eight_bits(intermediate(spec, in_eight_bits(x[t : t + 1]).double() @ up.T).float())
-        found = between.double() @ down.T
-        terms = between.double().abs() @ down.abs().T
-        # A number between the projections may round to the neighbouring one of its 8 bits; at most two do.
-        step = between.abs().max().double() / 127 * down.abs().max()
-        assert ((out[t] - found[0]).abs() <= 1e-4 * terms[0] + 2.02 * step + 1e-6).all()
+    routing = [[token % experts] for token in range(tokens)]
+    check(spec, random_experts(spec, experts), routing, NativeExperts(kernel, threads))
+
+
+@pytest.mark.parametrize("kernel", kernels())
+@pytest.mark.parametrize("name", ALL)
+def test_more_tokens_than_are_computed_at_once(name: Format, kernel: str) -> None:
+    """An expert's tokens are computed in groups of 48."""
+    torch.manual_seed(4)
+    spec = ExpertSpec(hidden_size=160, intermediate_size=130, activation="silu", format=name)
+    held, native = random_experts(spec, 3), NativeExperts(kernel, 2)
+    for routing in ([[1]] * 70, [[2, token % 2] for token in range(49)], [[], [0], []], [[], []]):
+        check(spec, held, routing, native)
 
 
 def test_every_format_is_there() -> None:
