@@ -70,7 +70,7 @@ def tolerance(fmt: str, terms: torch.Tensor, tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("fmt", BLOCK_COLUMNS)
-@pytest.mark.parametrize("tokens", [0, 1, 3, 17])
+@pytest.mark.parametrize("tokens", [0, 1, 3, 17, 70])  # 70: a tile of 64, and one that is not full
 def test_linear(fmt: str, tokens: int) -> None:
     rows, columns = 70, max(2 * BLOCK_COLUMNS[fmt], 96)
     source, weights = random_source(fmt, rows, columns, seed=tokens)
@@ -130,6 +130,10 @@ ROUTINGS = {
     "uneven": [[0, 1], [1], [], [2, 1, 0], [1, 3]],
     "none": [[], []],
 }
+SEVERAL_TILES = {  # of one expert
+    "tiles of 64": [[1]] * 70,
+    "tiles of 16": [[0, 1], [0, 2], [3, 0], *[[0]] * 37],
+}
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
@@ -141,13 +145,19 @@ def test_experts_in_each_format(fmt: str, routing: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", Reduction)
-@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("routing", ROUTINGS | SEVERAL_TILES)
 def test_routings(routing: str, reduction: Reduction) -> None:
     check(
         ExpertSpec(hidden_size=64, intermediate_size=70, activation="silu", format="f32"),
-        ROUTINGS[routing],
+        (ROUTINGS | SEVERAL_TILES)[routing],
         reduction,
     )
+
+
+@pytest.mark.parametrize("routing", SEVERAL_TILES)
+def test_several_tiles_of_block_formats(routing: str) -> None:
+    spec = ExpertSpec(hidden_size=32, intermediate_size=32, activation="silu", format="q4_0")
+    check(spec, SEVERAL_TILES[routing], Reduction.PER_EXPERT)
 
 
 @pytest.mark.parametrize(
