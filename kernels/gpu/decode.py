@@ -2,7 +2,7 @@
 
 A launch costs some 5 µs of the CPU's time and the arrays of a call some 10 more, which is as long as a small layer
 computes. Shapes of decoding never change, so the launches are recorded once for a number of experts; a call fills the
-buffers that they read. Without CUDA (interpreted) the launches are made anew each time, with the same buffers.
+buffers that they read. Without CUDA the launches are made anew each time, with the same buffers.
 """
 
 from collections.abc import Mapping
@@ -14,6 +14,7 @@ import torch
 from ..geometry import ExpertSpec
 from ..ops import Reduction
 from .experts import GpuExpert, GpuExperts
+from .graphs import Recorder
 
 
 class DecodeLayer:
@@ -30,6 +31,8 @@ class DecodeLayer:
         self._out = torch.zeros(pairs, spec.hidden_size, device=device)
         self._sum = torch.zeros(1, spec.hidden_size, device=device)
         self._offsets = torch.tensor([0, pairs], device=device)
+        self._recorder = Recorder(device) if device.type == "cuda" else None
+        self._compiled = False
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(
@@ -45,16 +48,12 @@ class DecodeLayer:
         self._weights.copy_(torch.from_numpy(weights), non_blocking=True)
         tiles = np.array([(self._gpu.address(held[n]), i, 1) for i, n in enumerate(experts.tolist())], dtype=np.int64)
         self._tiles.copy_(torch.from_numpy(tiles), non_blocking=True)
-        if self._gpu.device.type != "cuda":
+        if self._recorder is None or not self._compiled:
             self._launch()
-        elif self._graph is None:
-            self._launch()  # compiles the kernels, which must not happen while they are recorded
-            torch.cuda.synchronize(self._gpu.device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._launch()
-            self._graph.replay()
+            self._compiled = True  # kernels must not be compiled while they are recorded
         else:
+            if self._graph is None:
+                self._graph = self._recorder.record(self._launch)
             self._graph.replay()
         return self._out if reduction is Reduction.PER_EXPERT else self._sum
 

@@ -1,25 +1,31 @@
-"""Compiles the trunk's kernels for NVIDIA GPUs on a machine that has none, as far as the driver's own assembler.
+"""Compiles the kernels for GPUs on a machine that has none, as far as assembly.
 
-    python compile_kernels.py 80 90      # for these compute capabilities
+    python compile_kernels.py 80                        # compute capability 8.0; half a minute
+    python compile_kernels.py --every 80 90 gfx942      # and AMD's CDNA 3, all formats in all tiles; five minutes
 
-Run without TRITON_INTERPRET. The launches are a trunk's, of real shapes; each is compiled, none is run.
+Run without TRITON_INTERPRET. The launches are a trunk's and a node's, of real shapes; each is compiled, none is run.
+Prints the kernels that were compiled for all of them.
 """
 
 import sys
-from typing import Any
+from collections import defaultdict
+from typing import Any, get_args
 
 import torch
 import triton.backends.nvidia.compiler as nvidia
+from triton.backends.amd.compiler import HIPBackend
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from moehive.kernels.blob import empty_blob
 from moehive.kernels.delta_net import DeltaNetLayer
-from moehive.kernels.geometry import tensor_bytes
+from moehive.kernels.geometry import Activation, ExpertSpec, tensor_bytes
 from moehive.kernels.gpu.attention import GpuAttention
 from moehive.kernels.gpu.batch import DeviceBatch, Rows
 from moehive.kernels.gpu.delta_net import GpuDeltaNet
+from moehive.kernels.gpu.experts import GpuExperts
 from moehive.kernels.gpu.latent import GpuLatentAttention
 from moehive.kernels.gpu.linear import GpuLinears
 from moehive.kernels.gpu.planes import BLOCK_COLUMNS
@@ -29,45 +35,59 @@ from moehive.kernels.mla import MlaLayer
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
 
 CPU = torch.device("cpu")
-compiled: set[str] = set()
+WAVES = {
+    "gfx942": 64,
+    "gfx1100": 32,
+}  # threads of a wave: CDNA 3, RDNA 3
+TILES = (1, 16, 64)
+compiled: dict[str, set[str]] = defaultdict(set)  # the kernels, by architecture
 
 
 class Driver:
     """Stands for a GPU of one kind."""
 
-    def __init__(self, capability: int) -> None:
-        self._target = GPUTarget("cuda", capability, 32)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._target = GPUTarget("cuda", int(name), 32) if name.isdecimal() else GPUTarget("hip", name, WAVES[name])
 
     def get_current_target(self) -> GPUTarget:
         return self._target
 
-    def get_current_device(self) -> int:
-        return self._target.arch  # kernels are kept by device
+    def get_current_device(self) -> str:
+        return self.name  # kernels are kept by device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
-def without_assembler() -> None:
-    """Leaves out the last step, and the question which version of the assembler there is."""
-    stages, begin, run = nvidia.CUDABackend.add_stages, nvidia.CUDABackend.__init__, JITFunction.run
-
-    def add_stages(self: Any, found: Any, options: Any, language: Any) -> None:
-        stages(self, found, options, language)
-        del found["cubin"]
-
-    def init(self: Any, target: Any) -> None:
-        begin(self, target)
-        self.binary_ext = "ptx"
+def up_to_assembly() -> None:
+    """Leaves out what makes machine code of it, and the question which version of NVIDIA's assembler there is."""
+    run = JITFunction.run
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        assert b".visible .entry" in kernel.asm["ptx"]
-        compiled.add(self.fn.__name__)
+        assert b".visible .entry" in kernel.asm.get("ptx", b"") or b".amdhsa_kernel" in kernel.asm["amdgcn"]
+        compiled[driver.active.name].add(self.fn.__name__)
 
-    nvidia.CUDABackend.add_stages, nvidia.CUDABackend.__init__ = add_stages, init
+    for backend, machine_code, assembly in ((CUDABackend, "cubin", "ptx"), (HIPBackend, "hsaco", "amdgcn")):
+        leave_out(backend, machine_code, assembly)
     nvidia.get_ptx_version_from_options = lambda options, arch: 84
     JITFunction.run = compile_only
+
+
+def leave_out(backend: Any, last: str, before: str) -> None:
+    """Ends a backend's stages one before the last."""
+    stages, begin = backend.add_stages, backend.__init__
+
+    def add_stages(self: Any, found: Any, options: Any, language: Any) -> None:
+        stages(self, found, options, language)
+        del found[last]
+
+    def init(self: Any, target: Any) -> None:
+        begin(self, target)
+        self.binary_ext = before
+
+    backend.add_stages, backend.__init__ = add_stages, init
 
 
 def batch(tokens: int, whole: bool, angles: int) -> DeviceBatch:
@@ -128,18 +148,41 @@ def mixers() -> None:
     GpuDeltaNet(net, (0, 1), CPU)(torch.zeros(2, net.row), batch(2, False, 0))
 
 
-def linears() -> None:
+def linears(every: bool) -> None:
     for fmt in BLOCK_COLUMNS:
         weights = LinearWeights(fmt, 64, 256, empty_blob(tensor_bytes(fmt, 64, 256)).zero_(), torch.zeros(64))
-        for tokens in (1, 2):
-            GpuLinears([weights], CPU)(torch.zeros(tokens, 256))
+        for tile in TILES if every else TILES[:2]:
+            GpuLinears([weights], CPU)(torch.zeros(tile, 256))
+
+
+def experts(every: bool) -> None:
+    """Both projections in each format, in tiles of each size if `every` kernel counts, else of one in turn."""
+    gpu, tiles = GpuExperts(CPU), torch.zeros(1, 3, dtype=torch.int64)
+
+    def project(spec: ExpertSpec, tile: int) -> None:
+        x, numbers = torch.zeros(tile, spec.hidden_size), torch.zeros(2, tile, dtype=torch.int64)
+        gpu.project(spec, x, tile, tiles, numbers, torch.zeros(tile), torch.zeros(tile, spec.hidden_size))
+
+    for number, fmt in enumerate(BLOCK_COLUMNS):
+        for tile in TILES if every else (TILES[number % 3],):
+            project(ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format=fmt), tile)
+    gpt_oss = ExpertSpec(
+        hidden_size=2880, intermediate_size=2880, activation="silu", format="mxfp4", alpha=1.702, limit=7.0,
+        up_offset=1.0, bias=True,
+    )  # fmt: skip
+    project(gpt_oss, 1)
+    for activation in get_args(Activation):
+        project(ExpertSpec(hidden_size=64, intermediate_size=64, activation=activation, gated=False), 1)
+    gpu.add_up(torch.zeros(2, 2048), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2048))
 
 
 if __name__ == "__main__":
-    without_assembler()
-    for capability in sys.argv[1:]:
-        driver.set_active(Driver(int(capability)))
+    up_to_assembly()
+    every = "--every" in sys.argv
+    for name in sys.argv[1 + every :]:
+        driver.set_active(Driver(name))
         single_rows()
         mixers()
-        linears()
-    print(" ".join(sorted(compiled)))
+        linears(every)
+        experts(every)
+    print(" ".join(sorted(set.intersection(*compiled.values()))))

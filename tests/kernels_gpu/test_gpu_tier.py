@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tape import TapeRecorder
 
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.store import ExpertStore
@@ -214,16 +215,19 @@ def test_where_copying_never_pays_nothing_is_copied(blobs, monkeypatch):
     assert measured and clock.copies == measured
 
 
-def test_the_recorded_layer_is_the_layer(blobs):
+def test_the_recorded_layer_is_the_layer(blobs, monkeypatch):
     spec, all_blobs = blobs
     gpu = GpuExperts(DEVICE)
     held = {number: gpu.load_blob(spec, blob) for number, blob in all_blobs.items()}
-    recorded = DecodeLayer(gpu, spec, 2)
-    for seed, experts in enumerate([[0, 1], [4, 2], [5, 0]]):
+    recorded, recorder = DecodeLayer(gpu, spec, 2), TapeRecorder(monkeypatch)
+    if recorded._recorder is None:
+        recorded._recorder = recorder
+    for seed, experts in enumerate([[0, 1], [4, 2], [5, 0], [3, 4]]):
         hidden, routing = request(experts, 1, seed)
         for reduction in Reduction:
             got = recorded(held, hidden, routing.experts, routing.weights, reduction).cpu()
             assert torch.equal(got, gpu.moe_layer(spec, held, hidden, *routing, reduction).cpu())
+    assert DEVICE.type == "cuda" or [len(tape.calls) for tape in recorder.tapes] == [3]  # projections, and the sum
 
 
 def test_a_format_without_a_kernel_stays_on_the_cpu(blobs):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from triton import next_power_of_2
 
+from moehive.kernels.gpu.graphs import Recorder
 from moehive.kernels.gpu.linear import GpuLinears
 from moehive.kernels.linear import FEW_TOKENS
 from moehive.kernels.trunk_ops import RouterLayer
@@ -26,7 +27,7 @@ from ..mlp import MoeMlp
 from ..parts import Layer, Parts
 from ..trunk import PREFILL_CHUNK
 from .layer import GpuLayer
-from .step import GpuStep, Recorder, Sizes
+from .step import GpuStep, Sizes
 
 
 class GpuTrunk:
