@@ -31,7 +31,7 @@ from ..types import CoordinatorError, GenerationRequest, NodeName, SamplingParam
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
 from .timing import read_seconds
-from .trunk_bytes import read_bytes_a_token
+from .trunk_bytes import read_bytes_a_token, state_bytes
 
 MAX_SEQUENCES = 64
 _READ_BYTES = 256 << 20  # of plain memory; far more than caches hold
@@ -82,7 +82,7 @@ class DecodeRow:
     waiting_share: float
     experts_ms: float  # the slowest node's computing for one token
     expert_bytes: int  # read for one token
-    trunk_bytes: int  # read for one token
+    trunk_bytes: int  # read for one token: weights and recurrent state
     read_bandwidth: float
     limit_tokens_per_s: float
     limit_share: float  # decode_tokens_per_s of it
@@ -158,7 +158,7 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> D
     )
     rate = settings.sequences / token
     expert_bytes = sum(layer.top_k * layer.expert_bytes for layer in manifest.layers)
-    trunk_bytes = read_bytes_a_token(settings.model)
+    trunk_bytes = read_bytes_a_token(settings.model) + state_bytes(coordinator.trunk)
     limit = bandwidth / (expert_bytes + trunk_bytes)
     slices = {name: _slice_bytes(coordinator, NodeName(name)) for name in cluster.node_pids}
     largest = max(slices, key=lambda name: slices[name])

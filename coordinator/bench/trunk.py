@@ -27,6 +27,7 @@ from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.tensors import Embedding, PlainEmbedding
 from .timing import read_seconds, seconds_of, torch_threads
+from .trunk_bytes import state_bytes_of
 
 PROMPT = 128  # tokens in the cache before the first that is timed
 _READ_BYTES = 256 << 20
@@ -250,7 +251,7 @@ class Decode:
     @property
     def state_bytes(self) -> int:
         """Of recurrent layers, which a token reads whatever came before; of a lean trunk's sequence."""
-        return sum(state.nbytes for state in self._cache.states)
+        return state_bytes_of(self._cache)
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
         return _finish(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]

@@ -1,10 +1,24 @@
-"""How many bytes of a checkpoint's trunk one token reads, from the headers of its files alone."""
+"""How many bytes of a checkpoint's trunk one token reads: weights, from the files' headers, and recurrent state."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from ..checkpoints.directory import open_directory
 from ..checkpoints.gguf.file import open_gguf
+from ..models.base import Trunk
+from ..models.lean.cache import SequenceCache
+
+# Latent attention multiplies these in 16 bits, or in 32 where the checkpoint is in f32, however they are stored
+# (models/lean/deepseek.py).
+_UNPACKED = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight", "kv_b_proj.weight")
+
+
+class _Tensor(NamedTuple):
+    name: str
+    numbers: int
+    nbytes: int
 
 
 def read_bytes_a_token(model: Path) -> int:
@@ -13,15 +27,35 @@ def read_bytes_a_token(model: Path) -> int:
     Raises CoordinatorError when the headers can't be read.
     """
     if model.suffix == ".gguf":
-        tensors = open_gguf(model).tensors
-        sizes = {name: tensor.stored.nbytes for name, tensor in tensors.items()}
-        return _sum(sizes, "_exps.", "token_embd.weight", "output.weight")
-    stored = open_directory(model).tensors
-    return _sum({name: t.nbytes for name, t in stored.items()}, ".experts.", "embed_tokens.weight", "lm_head.weight")
+        stored = open_gguf(model).tensors
+        found = [_Tensor(name, math.prod(one.shape), one.stored.nbytes) for name, one in stored.items()]
+        return _sum(found, "_exps.", "token_embd.weight", "output.weight")
+    tensors = open_directory(model).tensors
+    found = [_Tensor(name, math.prod(one.shape), one.nbytes) for name, one in tensors.items()]
+    return _sum(found, ".experts.", "embed_tokens.weight", "lm_head.weight")
 
 
-def _sum(sizes: Mapping[str, int], expert: str, embedding: str, head: str) -> int:
-    headed = any(name.endswith(head) for name in sizes)
-    return sum(
-        nbytes for name, nbytes in sizes.items() if expert not in name and not (headed and name.endswith(embedding))
-    )
+def state_bytes(trunk: Trunk) -> int:
+    """Bytes of a sequence's recurrent state, which each of its tokens reads; 0 of a trunk that is not lean."""
+    cache = trunk.new_cache()
+    total = state_bytes_of(cache)
+    trunk.free_cache(cache)
+    return total
+
+
+def state_bytes_of(cache: object) -> int:
+    """The same of a sequence that is there."""
+    return sum(state.nbytes for state in cache.states) if isinstance(cache, SequenceCache) else 0
+
+
+def _sum(tensors: Iterable[_Tensor], expert: str, embedding: str, head: str) -> int:
+    trunk = [one for one in tensors if expert not in one.name]
+    headed = any(one.name.endswith(head) for one in trunk)
+    in_f32 = any(one.name.endswith(embedding) and one.nbytes == 4 * one.numbers for one in trunk)
+    total = 0
+    for one in trunk:
+        if one.name.endswith(_UNPACKED):
+            total += one.numbers * (4 if in_f32 else 2)
+        elif not (headed and one.name.endswith(embedding)):
+            total += one.nbytes
+    return total
