@@ -1,8 +1,8 @@
 """The one door to expert arithmetic: picks an implementation once and says in the log what it picked and why.
 
-An expert with few tokens in a call is computed by the native library, which streams the stored weights once; one
-with many by torch's matrix products. The choice looks at nothing but that number of tokens, so a (token, expert)
-pair comes out the same on whichever node the expert lives.
+An expert in a block format is computed by the native library; one in a plain format, too, if it has few tokens in a
+call, else by torch's matrix products. The choice looks at nothing but the format and that number of tokens, so a
+(token, expert) pair comes out the same on whichever node the expert lives.
 """
 
 import logging
@@ -23,9 +23,9 @@ from .native import NativeExperts, kernels
 
 log = logging.getLogger(__name__)
 
-# An expert with more tokens than this in one call is computed by torch. Measured on one Zen 3 core (AVX2), hidden
-# 2048, intermediate 512, best of 12, native / torch in ms: bf16 16 tokens 2.2 / 3.9, 32 4.0 / 4.8, 48 5.9 / 6.3,
-# 64 7.9 / 6.9, 128 17 / 13; f32 8 tokens 1.8 / 1.9, 16 3.1 / 2.9, 32 9.4 / 5.9.
+# A plain expert with more tokens than this in one call is computed by torch. Measured on one Zen 3 core (AVX2),
+# hidden 2048, intermediate 512, best of 12, native / torch in ms: bf16 16 tokens 2.2 / 3.9, 32 4.0 / 4.8,
+# 48 5.9 / 6.3, 64 7.9 / 6.9, 128 17 / 13; f32 8 tokens 1.8 / 1.9, 16 3.1 / 2.9, 32 9.4 / 5.9.
 FEW_TOKENS = 32
 
 _DTYPES = (np.dtype(np.uint32), np.dtype(np.uint32), np.dtype(np.float32))  # of offsets, expert numbers, weights
@@ -64,7 +64,7 @@ def load_expert(spec: ExpertSpec, blob: torch.Tensor) -> ExpertWeights:
 class ExpertOps:
     """Computes routed experts on this machine's CPU. Safe to call from several threads, which then wait in line."""
 
-    kernel: str  # what computes an expert with few tokens: "avx512", "avx2", "neon", "scalar" or "torch"
+    kernel: str  # of the native library: "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; "torch" without it
 
     def __init__(self, threads: int) -> None:
         """`threads`: how many cores the native library may use, at least 1. Torch's are torch's own setting."""
@@ -78,12 +78,12 @@ class ExpertOps:
             return
         self.kernel = usable[0]
         log.info(
-            "Experts with up to %d tokens in a call are computed by the native kernel %s with %d threads (this "
-            "processor can run %s; the first is the fastest), those with more by torch.",
-            FEW_TOKENS,
+            "Experts are computed by the native kernel %s with %d threads (this processor can run %s; the first is "
+            "the fastest), those in f32, bf16 or f16 with more than %d tokens in a call by torch.",
             self.kernel,
             threads,
             ", ".join(usable),
+            FEW_TOKENS,
         )
 
     def moe_layer(
