@@ -58,6 +58,7 @@ class HopRow:
             "tls": self.tls,
             "link": self.link,
             "dtype": self.dtype,
+            "exact": self.exact,
             "chain": self.chain,
             "eight_bit": self.eight_bit,
             "p50_us": ours,

@@ -14,6 +14,19 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *options], capture_output=True, text=True, timeout=250)
 
 
+def covered(outer, spans):
+    """The time of a pass that is in one of its own spans, microseconds."""
+    begin = outer["ts"]
+    end = begin + outer["dur"]
+    mine = [s for s in spans if (s["pid"], s["tid"]) == (outer["pid"], outer["tid"]) and s is not outer]
+    total, until = 0.0, begin
+    for span in sorted((s for s in mine if begin <= s["ts"] < end), key=lambda s: s["ts"]):
+        here = min(span["ts"] + span["dur"], end)
+        total += max(0.0, here - max(span["ts"], until))
+        until = max(until, here)
+    return total
+
+
 def test_a_link_costs_and_the_rest_adds_up(tmp_path):
     trace = tmp_path / "trace.json"
     model = ["--geometry", "qwen3-30b", "--layers", "2", "--experts", "8", "--format", "q8_0"]
@@ -31,6 +44,11 @@ def test_a_link_costs_and_the_rest_adds_up(tmp_path):
     assert row["limit_share"] == row["decode_tokens_per_s"] / row["limit_tokens_per_s"]
     spans = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
     assert {"sending", "waiting", "reading", "adding up"} <= {span["name"] for span in spans if span["pid"] == 1}
+    passes = [span for span in spans if span["name"] == "1 sequences, 1 tokens"]
+    assert len(passes) == 3 and min(covered(one, spans) / one["dur"] for one in passes) > 0.9
+    waiting, working = ([s for s in spans if (s["name"] == "waiting") is so] for so in (True, False))
+    # Of what the coordinator does itself, too; in one of them, as it may lose its processor between two spans.
+    assert max(covered(one, working) / (one["dur"] - covered(one, waiting)) for one in passes) > 0.75
     trips = [span for span in spans if span["name"] == "round trip"]
     assert len(trips) == 2 * 2 * 4  # nodes, layers, passes: the prompt's and three of a token
     for trip in trips:
@@ -97,6 +115,26 @@ def test_formats_of_safetensors(tmp_path, format, bits):
     assert weights * bits // 8 < row["expert_bytes"] < weights * (bits + 1) // 8
     attention, head = 2048 * (2 * 4096 + 2 * 512), 4096 * 2048 * 2
     assert attention * bits // 8 < row["trunk_bytes"] - head < attention * (bits + 1) // 8 + 2**20
+
+
+def test_the_table_has_the_figures(tmp_path):
+    """A layer of Qwen3.5-397B's width, without --json."""
+    model = ["--geometry", "qwen3.5-397b", "--layers", "1", "--experts", "10"]
+    threads = ["--nodes", "1", "--threads-per-node", "2", "--trunk-threads", "1"]
+    done = run(tmp_path, *model, *threads, "--prompt", "2", "--tokens", "2", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    figures = {}
+    for line in done.stdout.splitlines():
+        cells = [cell.strip() for cell in line.strip("│┃ ").replace("┃", "│").split("│")]
+        if len(cells) == 2:
+            figures[cells[0]] = cells[1]
+    assert figures["nodes"] == "1" and figures["threads per node"] == "2" and figures["link"] == "loopback"
+    number, unit = figures["expert bytes"].split()
+    assert float(number) == pytest.approx(10 * 3 * 4096 * 1024 * 18 / 32 / 1e6, abs=0.05) and unit == "MB"
+    assert figures["read bandwidth"].endswith(" GB/s") and float(figures["read bandwidth"].split()[0]) > 0
+    shares = ("trunk share", "experts share", "hop share", "waiting share", "limit share")
+    assert all(figures[name].endswith("%") and 0 <= int(figures[name][:-1]) <= 200 for name in shares)
+    assert float(figures["decode tokens per s"]) == pytest.approx(1e3 / float(figures["token ms"]), abs=0.02)
 
 
 def test_wrong_options_are_sentences(tmp_path):

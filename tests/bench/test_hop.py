@@ -60,10 +60,16 @@ def test_every_way_is_measured(link: str) -> None:
             assert min(row.ours + row.raw + row.plain) >= 2 * hop.LINK.delay_s
 
 
-def test_the_summary_is_of_the_rows_that_it_names() -> None:
-    def row(seconds: float, *arguments: Any, compute: float = 0.0, **named: Any) -> hop.HopRow:
-        return hop.HopRow(*arguments, **named, ours=[seconds], compute=[compute], raw=[1e-3], plain=[4e-3])
+def row(seconds: float, *arguments: Any, compute: float = 0.0, **named: Any) -> hop.HopRow:
+    return hop.HopRow(*arguments, **named, ours=[seconds], compute=[compute], raw=[1e-3], plain=[4e-3])
 
+
+def test_printed_rows_say_whether_states_travelled_exactly() -> None:
+    exact, rounded = (row(1e-3, 1, hop.PAYLOADS[-1], True, str(hop.LINK), exact=exact) for exact in (True, False))
+    assert {name for name, value in exact.figures().items() if value != rounded.figures()[name]} == {"exact"}
+
+
+def test_the_summary_is_of_the_rows_that_it_names() -> None:
     small, large, slow = hop.PAYLOADS[0], hop.PAYLOADS[-1], str(hop.LINK)
     rows = [
         row(2e-3, 1, small, False, "loopback"),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from time import thread_time
+from time import perf_counter, thread_time
 
 import pytest
 import torch
@@ -87,19 +87,31 @@ def awake() -> None:
     ops, (thread,) = pool_of(2)
     trunk = TrunkOps(2)  # the same pool
     ops.linear(weights, x)
-    before = sleeps(thread)
-    for _ in range(CALLS):
+    # Where others take the processors a gap may be longer than anybody should watch, and the next one is watched for
+    # less: what counts are gaps after gaps, both as short as they should be.
+    counted = slept = 0
+    short = False
+    for _ in range(10 * CALLS):
         ops.linear(weights, x)
+        before, begin = sleeps(thread), perf_counter()
         work_for(GAP_S)
-    of_a_step = sleeps(thread) - before
+        after, was_short = sleeps(thread), short
+        short = perf_counter() - begin < 1.5 * GAP_S
+        if short and was_short:
+            counted += 1
+            slept += after > before
+        if counted == CALLS:
+            break
+    assert slept <= counted // 5, (
+        slept,
+        counted,
+    )  # some 10 of 200 where others are busy; 100 and more unless it watches
     before = sleeps(thread)
     for _ in range(CALLS):
         ops.linear(weights, x)
         trunk.rest()
         wait_until_asleep(thread)
     assert sleeps(thread) - before >= CALLS - 1  # the last one may not be counted yet
-    # Where others take the processors, the time to the next call may be longer than anybody should watch.
-    assert of_a_step < CALLS // 2, of_a_step
 
 
 def idle() -> None:
