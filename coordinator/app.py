@@ -247,6 +247,8 @@ class Coordinator:
             held = max(held, assigned)  # the last heartbeat may be older than the slice
         if name == LOCAL and self._local is not None:
             held, nbytes = self._local.count, self._local.nbytes
+        # The last report of a slice that is there may be from before its end.
+        loaded, to_load = (node.bytes_done, node.bytes_total) if node.loads else (0, 0)
         return NodeStatus(
             name=name,
             state=state.phase(name).value,
@@ -260,9 +262,9 @@ class Coordinator:
             compute_ns=counters.compute_ns,
             load=node.figures.load,
             resident_bytes=node.figures.resident_bytes,
-            load_progress=node.bytes_done / node.bytes_total if node.bytes_total else 0.0,
-            load_bytes=node.bytes_done,
-            load_total_bytes=node.bytes_total,
+            load_progress=loaded / to_load if to_load else 0.0,
+            load_bytes=loaded,
+            load_total_bytes=to_load,
             load_bytes_per_s=self._server.rates.rate(name),
             source_fault=self._server.sources.fault(name),
             tiers=_tier_status(node.figures.tiers),

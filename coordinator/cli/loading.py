@@ -34,7 +34,7 @@ def wait_started(started: "Future[None]", cluster: "LocalCluster") -> None:
                     raise
             for node in _loading(cluster):
                 if node.name not in tasks:
-                    tasks[node.name] = progress.add_task(node.name)
+                    tasks[node.name] = progress.add_task(node.name, total=node.load_total_bytes)
                 progress.update(tasks[node.name], completed=node.load_bytes, total=node.load_total_bytes)
 
 
@@ -49,7 +49,7 @@ def _loading(cluster: "LocalCluster") -> "list[NodeStatus]":
 def load_sentences(nodes: "Sequence[NodeSeen]") -> Iterator[str]:
     """One for each node that loads a slice, and for each that gave wrong bytes to another."""
     for node in nodes:
-        if node.state == "loading" and node.load_total_bytes:
+        if node.load_total_bytes:  # also of a node that serves what it has meanwhile
             text = f"{node.name} has loaded {node.load_bytes / 1e9:.2f} of {node.load_total_bytes / 1e9:.2f} GB"
             if node.load_bytes_per_s > 0:
                 left = (node.load_total_bytes - node.load_bytes) / node.load_bytes_per_s

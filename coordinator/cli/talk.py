@@ -138,7 +138,8 @@ def _show(found: "Status") -> None:
     for node in found.nodes:
         experts = f"{node.experts_held:,}"
         if node.experts_held != node.experts_assigned:
-            experts += f" of {node.experts_assigned:,} ({node.load_progress:.0%})"
+            experts += f" of {node.experts_assigned:,}"
+            experts += f" ({node.load_progress:.0%})" if node.load_total_bytes else ""
         held = node.bytes_held if node.tiers is None else node.tiers.ram_bytes
         memory = f"{_size(held)} of {_size(node.ram_bytes)}"
         computed = f"{node.compute_ns / 1e9:,.1f} s"

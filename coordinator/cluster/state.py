@@ -88,6 +88,11 @@ class Node:
     figures: Figures = field(default_factory=Figures)
 
     @property
+    def loads(self) -> bool:
+        """Whether it was told to hold a slice that it does not hold yet; it may serve another one meanwhile."""
+        return bool(self.assigned - self.ready)
+
+    @property
     def stays(self) -> bool:
         """Whether the next plan may count on it, if it is here."""
         return not self.leaving and not self.drained
@@ -131,7 +136,7 @@ class ClusterState:
             return Phase.DRAINING if needed or node.figures.experts_held else Phase.DRAINED
         if self.active is not None and self.active.epoch in node.ready:
             return Phase.READY  # it serves, even while it loads the pending plan's slice
-        if node.assigned - node.ready:
+        if node.loads:
             return Phase.LOADING
         return Phase.READY if node.ready else Phase.JOINING
 

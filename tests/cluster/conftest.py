@@ -21,6 +21,9 @@ from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
 from moehive.coordinator.settings import CoordinatorSettings
+from moehive.expert_node.node import Node, start
+from moehive.expert_node.settings import Settings
+from moehive.proto.join_token import parse
 
 DEADLINE = 120.0  # seconds; only a broken cluster takes so long
 
@@ -85,22 +88,46 @@ class TestCluster:
 
         Nodes from before come back by themselves; those beyond `nodes` are ended.
         """
-        values: dict[str, Any] = {
-            "model": str(model), "state_dir": self.state, "grpc_port": 0, "http_port": 0, "min_nodes": nodes,
-            "cluster_port": self._ports[0], "join_port": self._ports[1], "kv_bytes": 256 << 20, "threads": 1,
-        }  # fmt: skip
         for name in [name for name in self.nodes if int(name.removeprefix("node-")) >= nodes]:
             self.nodes.pop(name).end(signal.SIGKILL)
-        coordinator = Coordinator(CoordinatorSettings(**(values | changes)))
-        await coordinator.start()
-        try:
-            self._ports = (coordinator.cluster_port, coordinator.join_port)
+        async with self.coordinator_alone(model, nodes, **changes) as coordinator:
             for number in range(nodes):
                 self.start_node(f"node-{number}")
             await coordinator.wait_ready(DEADLINE)
             yield coordinator
+
+    @asynccontextmanager
+    async def coordinator_alone(self, model: Path, min_nodes: int, **changes: Any) -> AsyncIterator[Coordinator]:
+        """Starts no nodes, and waits for none."""
+        values: dict[str, Any] = {
+            "model": str(model), "state_dir": self.state, "grpc_port": 0, "http_port": 0, "min_nodes": min_nodes,
+            "cluster_port": self._ports[0], "join_port": self._ports[1], "kv_bytes": 256 << 20, "threads": 1,
+        }  # fmt: skip
+        coordinator = Coordinator(CoordinatorSettings(**(values | changes)))
+        await coordinator.start()
+        try:
+            self._ports = (coordinator.cluster_port, coordinator.join_port)
+            yield coordinator
         finally:
             await coordinator.stop()
+
+    @asynccontextmanager
+    async def node_here(self, name: str) -> AsyncIterator[Node]:
+        """A node on the test's own event loop, which starts faster than a process."""
+        state = self.folder / name
+        state.mkdir(mode=0o700)
+        (state / "bandwidth.json").write_bytes(self._bandwidth)
+        word = parse(self.token())
+        node = await start(Settings(state=state, token=word, name=name, memory_bytes=64 << 20, threads=1))
+        stopped = asyncio.create_task(asyncio.Event().wait())  # never
+        serving = asyncio.create_task(node.serve(stopped))
+        try:
+            yield node
+        finally:
+            for task in (serving, stopped):
+                task.cancel()
+            await asyncio.gather(serving, stopped, return_exceptions=True)
+            await node.close()
 
     def start_node(self, name: str) -> NodeProcess:
         """Starts the node's process unless it runs; it joins with a token the first time."""
