@@ -20,7 +20,7 @@ SMALL = MixtralConfig(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("grouped", [True, False], ids=["in a group if one can be made", "without"])
+@pytest.mark.parametrize("grouped", [True, False], ids=["in a group", "without"])
 def test_a_small_run_stays_within_its_memory(grouped, tmp_path, monkeypatch):
     spec = ExpertSpec(hidden_size=2048, intermediate_size=1024, activation="silu", format="q8_0")
     monkeypatch.setattr(tiers, "SPEC", spec)
@@ -40,7 +40,7 @@ def test_a_small_run_stays_within_its_memory(grouped, tmp_path, monkeypatch):
         assert row.ram_bytes < row.process_bytes <= row.process_limit_bytes
         assert 0 < row.hit_rate < 1 and row.decode_tokens_per_s > 0
         assert row.most_ram_bytes <= row.ram_bytes and row.killed == 0
-        assert row.group_limit_bytes in (0, row.process_limit_bytes)
+        assert row.group_limit_bytes in ((0, row.process_limit_bytes) if grouped else (0,))
         if row.group_limit_bytes:
             assert row.ram_bytes < row.group_peak_bytes <= row.group_limit_bytes
     assert report.rows[0].foreseen_rate == 0 < report.rows[1].foreseen_rate
@@ -53,6 +53,8 @@ def test_a_small_run_stays_within_its_memory(grouped, tmp_path, monkeypatch):
     for named, came in report.transitions:  # chance would name an eighth, of which an eighth came
         assert 1 / 8 < came <= 1 and 0 < named < 1
     assert list(tmp_path.iterdir()) == []
+    if grouped and not report.rows[0].group_limit_bytes:
+        pytest.skip("this user may make no control group: the figures are right, but nothing enforced the limit")
 
 
 def test_what_cache_aware_routing_costs(tmp_path):
@@ -75,6 +77,6 @@ def test_what_cache_aware_routing_costs(tmp_path):
 def test_a_group_is_gone_afterwards():
     with memory_group(64 << 20) as group:
         if group is None:
-            return  # this user may make none
+            pytest.skip("this user may make no control group with a memory limit")
         assert group.folder.exists() and group.killed() == 0
     assert not group.folder.exists()

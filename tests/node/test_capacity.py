@@ -1,6 +1,13 @@
 """What a node gives by default: head-room is left."""
 
+import shutil
+from collections import namedtuple
+
+import torch
+
 from moehive.expert_node.tiers import capacity
+
+Usage = namedtuple("Usage", "total used free")
 
 
 def test_memory_default_leaves_head_room():
@@ -9,10 +16,26 @@ def test_memory_default_leaves_head_room():
     assert capacity.memory_for_experts(1 << 29) == 0
 
 
-def test_disk_counts_what_the_cache_has(tmp_path):
+def test_disk_counts_what_the_cache_has(tmp_path, monkeypatch):
+    asked = []
+
+    def usage(path):
+        asked.append(path)
+        return Usage(100_000, 90_000, 10_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
     folder = tmp_path / "state/cache"
-    before = capacity.disk_for_experts(folder)  # not made yet
-    assert before > 0
+    assert capacity.disk_for_experts(folder) == 8_000  # not made yet
     (folder / "model").mkdir(parents=True)
-    (folder / "model/0-1.expert").write_bytes(bytes(1 << 20))
-    assert capacity.disk_for_experts(folder) > 0
+    (folder / "model/0-1.00ff.expert").write_bytes(bytes(3_000))
+    (folder / "model/0-2.00ff.expert").write_bytes(bytes(2_000))
+    (folder / "model/0-3.part").write_bytes(bytes(500))
+    assert capacity.disk_for_experts(folder) == 12_000
+    assert asked == [tmp_path, folder]
+
+
+def test_a_gpu_keeps_a_tenth_of_what_is_free(monkeypatch):
+    from moehive.expert_node.tiers.gpu import free_bytes  # imports Triton
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000, 24_000))
+    assert free_bytes(torch.device("cuda")) == 18_000

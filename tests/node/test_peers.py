@@ -3,6 +3,7 @@
 import asyncio
 from collections import Counter
 from contextlib import AsyncExitStack
+from typing import ClassVar
 
 import grpc
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from moehive.coordinator.types import NodeName, Plan
 from moehive.expert_node import download
+from moehive.expert_node.sources import SourceChannels
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 from moehive.proto import chunks, cluster_pb2_grpc
@@ -78,6 +80,53 @@ def test_each_expert_leaves_the_coordinator_once(scene, tmp_path, monkeypatch):
         assert all(right(coordinator, tmp_path / name) for name in ("a", "b", "c"))
 
     scene(main, min_nodes=3)
+
+
+class Counted:
+    """A FetchSlice that nobody answers before `together` are open at once, and those that are open now."""
+
+    now: ClassVar[set["Counted"]] = set()
+    most: ClassVar[int] = 0
+    together: ClassVar[int] = 0
+    reached: ClassVar[asyncio.Event]
+
+    @classmethod
+    def expect(cls, together):
+        cls.most, cls.together, cls.reached = 0, together, asyncio.Event()
+
+    def __init__(self, call):
+        self._call = call
+        self.now.add(self)
+        Counted.most = max(self.most, len(self.now))
+        if len(self.now) >= self.together:
+            self.reached.set()
+
+    async def read(self):
+        await self.reached.wait()
+        return await self._call.read()
+
+    def cancel(self):
+        self.now.discard(self)
+        self._call.cancel()
+
+
+def test_three_streams_come_at_once_from_the_coordinator_and_from_a_node(scene, tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "BATCH_EXPERTS", 2)  # six batches
+    fetch_slice = SourceChannels.fetch_slice
+    monkeypatch.setattr(
+        SourceChannels, "fetch_slice", lambda self, peer, request: Counted(fetch_slice(self, peer, request))
+    )
+
+    async def main(coordinator, add):
+        for count, name in enumerate(("a", "b"), 1):
+            Counted.expect(together=3)
+            await add(name)
+            await all_ready(coordinator, count)
+            assert Counted.most == 3 and not Counted.now
+        assert len(asked(coordinator)) == 12  # by the first; the second had all from it
+        assert right(coordinator, tmp_path / "a") and right(coordinator, tmp_path / "b")
+
+    scene(main)
 
 
 def test_an_expert_that_is_on_its_way_is_waited_for(scene, tmp_path, monkeypatch, eventually):

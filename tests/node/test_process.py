@@ -6,6 +6,7 @@ import socket
 import stat
 from pathlib import Path
 
+import pytest
 import torch
 
 from moehive.coordinator.types import NodeName
@@ -80,8 +81,10 @@ def test_sigkill_and_restart_rejoin_from_the_cache(tmp_path, coordinator_class, 
     asyncio.run(main())
 
 
-def test_killed_in_mid_fetch_resumes_after_restart(
-    tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch, eventually
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
+def test_ended_in_mid_fetch_resumes_after_restart(
+    number, tmp_path, coordinator_class, authority, model_class, start_node, monkeypatch, eventually
 ):
     from moehive.kernels.geometry import ExpertSpec
     from moehive.proto import chunks
@@ -111,16 +114,25 @@ def test_killed_in_mid_fetch_resumes_after_restart(
         await asyncio.wait_for(reached.wait(), 60)
         await eventually(lambda: [p for p in state.glob("cache/*/0-1.part") if p.stat().st_size >= 3 * 4096])
         (part,) = state.glob("cache/*/0-1.part")
-        node.signal(signal.SIGKILL)
-        await node.wait()
+        before = len(node.text)
+        node.signal(number)
+        code = await node.wait()
         go_on.set()
-        with part.open("r+b") as file:  # the power went off: the last bytes did not reach the disk
-            file.truncate(2 * 4096 + 100)
+        if number == signal.SIGINT:
+            assert code == 0
+            said = node.text[before:].splitlines()  # that it leaves; no warning, no traceback
+            assert said[0] == "I Leaving the cluster." and all(line.startswith("I ") for line in said), said
+            offset = part.stat().st_size
+            assert offset >= 3 * 4096
+        else:
+            offset = 2 * 4096 + 100
+            with part.open("r+b") as file:  # the power went off: the last bytes did not reach the disk
+                file.truncate(offset)
         coordinator.slices.requests.clear()
         start_node()
         await coordinator.until_ready()
         (request,) = coordinator.slices.requests
-        assert [(e.expert, e.offset) for e in request.experts] == [(1, 2 * 4096 + 100)]
+        assert [(e.expert, e.offset) for e in request.experts] == [(1, offset)]
         await coordinator.stop()
 
     asyncio.run(main())

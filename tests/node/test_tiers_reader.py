@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moehive.expert_node.tiers import reader as reader_module
 from moehive.expert_node.tiers.arena import Arena
 from moehive.expert_node.tiers.reader import NOW, SPARE, DiskReader, ReadJob, sample_rate
 
@@ -117,15 +118,33 @@ def test_a_reader_that_is_closed_leaves_the_rest_unread(tmp_path, threads):
     assert not inbox
 
 
-def test_both_ways_of_reading(tmp_path):
+def test_both_ways_of_reading_are_measured(tmp_path):
     files = [tmp_path / str(number) for number in range(4)]
     for path in files:
         path.write_bytes(bytes(30_000))
     assert sample_rate(files, direct=False) > 0
     assert sample_rate(files, direct=True) > 0  # or through the page cache, where the file system has no O_DIRECT
-    reader = DiskReader()
-    reader.choose(files)
-    reader.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="the system has only one way")
+@pytest.mark.parametrize(("direct", "cached", "kept"), [(1, 2, False), (2, 1, True), (2, 0, None), (0, 1, None)])
+def test_the_quicker_way_of_reading_is_kept(tmp_path, monkeypatch, direct, cached, kept):
+    """With a way that could not be measured nothing is chosen."""
+    files = [tmp_path / str(number) for number in range(5)]
+    seen = []
+
+    def rate(paths, way):
+        seen.extend(paths)
+        return float(direct if way else cached)
+
+    monkeypatch.setattr(reader_module, "sample_rate", rate)
+    for before in (False, True):
+        reader = DiskReader()
+        reader.direct = before
+        reader.choose(files)
+        assert reader.direct is (before if kept is None else kept) and reader.bandwidth == max(direct, cached)
+        reader.close()
+    assert sorted(seen) == sorted(2 * files)  # none of them both ways: it would be in the page cache
 
 
 def test_how_busy_the_disk_is(tmp_path):
