@@ -15,6 +15,7 @@ and columns to whole blocks; gate and up are then two matrices, each padded.
 """
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -202,7 +203,7 @@ class LayerGeometry:
         """Bytes of all the layer's blobs."""
         if not self.formats:
             return self.experts * self.spec.nbytes
-        return sum(self.spec_of(expert).nbytes for expert in range(self.experts))
+        return sum(count * _with_formats(self.spec, pair).nbytes for pair, count in Counter(self.formats).items())
 
     @property
     def expert_bytes(self) -> int:
@@ -213,7 +214,7 @@ class LayerGeometry:
     def largest_bytes(self) -> int:
         """Bytes of the largest expert."""
         return (
-            max(_with_formats(self.spec, formats).nbytes for formats in self.formats)
+            max(_with_formats(self.spec, formats).nbytes for formats in set(self.formats))
             if self.formats
             else self.spec.nbytes
         )

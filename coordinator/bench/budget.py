@@ -157,7 +157,7 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
                 ratio=own / best[0],
                 calibrated_ratio=own / same,
                 expected_kl=chosen.damage,
-                gap=1 - chosen.bound / chosen.damage,
+                gap=chosen.gap,
                 exact_text=judge.exact_text,
                 uniform_text=best[1],
                 chosen_text=answer,

@@ -114,8 +114,8 @@ class BudgetChooser:
         if not self.quiet:
             counts = Counter(fmt for layer in kept.formats for formats in layer for fmt in formats)
             typer.echo(
-                f"Experts take {choice.precision.nbytes / 1e9:,.2f} GB; expected divergence "
-                f"{kept.damage:.3g} nats a token. Projections: {_named(counts)}."
+                f"Experts take {choice.precision.nbytes / 1e9:,.2f} GB; expected divergence {kept.damage:.3g} nats a "
+                f"token, of which the best choice would spare {kept.gap:.2%} at most. Projections: {_named(counts)}."
             )
             if kept.trunk:
                 counts = Counter(one.format for one in kept.trunk)

@@ -29,7 +29,8 @@ def estimate(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Bytes for the whole model, as 120GB, or 'cluster'.", show_default="what the cluster holds"
+            help="Bytes for the whole model, as 120GB, or 'cluster': what `moehive convert --budget` would fill.",
+            show_default="none: one format for all",
         ),
     ] = None,
     format: Annotated[
@@ -43,12 +44,17 @@ def estimate(
     """
     from ..estimate.cluster import read_cluster
     from ..estimate.estimate import estimate as run
+    from ..estimate.holding import room_for_weights
     from ..estimate.this_machine import this_machine
     from ..settings import parse_size
 
     machines = read_cluster(cluster) if cluster is not None else this_machine()
-    limit = None if budget is None or budget == "cluster" else parse_size(budget)
-    found = run(_models(model), machines, limit, format)
+    models = _models(model)
+    limit = None
+    if budget is not None:
+        stored = next(iter(models.values()))  # as a conversion counts: its experts are the largest
+        limit = room_for_weights(stored, machines) if budget == "cluster" else parse_size(budget)
+    found = run(models, machines, limit, format)
     if as_json:
         typer.echo(json.dumps(found.row()))
     else:
@@ -98,6 +104,12 @@ def _show(found: "Estimate") -> None:
         f"[bold]{model.name}[/bold] in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
         f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}"
     )
+    if model.mixture:
+        mixture = " and ".join(f"{share:.0%} in {name}" for name, share in model.mixture)
+        console.print(
+            f"It fills the budget with {mixture}, for what `moehive convert --budget` chooses part by part.",
+            soft_wrap=True,
+        )
     for sentence in found.warnings:
         console.print(f"[bold]Mind:[/bold] {sentence}", soft_wrap=True)
     step = found.step

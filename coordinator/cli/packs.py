@@ -71,6 +71,8 @@ def convert(
 
     from ..checkpoints.opening import open_model
     from ..checkpoints.pack.convert import convert as run
+    from ..checkpoints.pack.unfinished import CHOICE
+    from ..precision.kept_choice import kept_choice
 
     torch.set_num_threads(1)  # each worker is one thread
     opened = open_model(source)
@@ -95,6 +97,8 @@ def convert(
             "trunk_bytes": made.trunk_bytes,
             "seconds": made.seconds,
         }
+        if budget is not None and (kept := kept_choice(pack / CHOICE)) is not None:
+            row |= {"budget_bytes": kept.budget, "expected_nats_a_token": kept.damage, "gap": kept.gap}
         typer.echo(json.dumps(row))
         return
     size = f"{made.experts:,} experts of {made.manifest.name}, {made.expert_bytes / 1e9:,.2f} GB"

@@ -12,6 +12,7 @@ from .cautions import warn
 from .cluster import Cluster
 from .constants import COORDINATOR_BYTES, NODE_BYTES
 from .holding import Placed, hold
+from .mixture import within
 from .model import CHOICES, Model
 from .step import Step, decode_step, load_seconds, prefill_rate
 
@@ -55,6 +56,7 @@ class Estimate:
         return {
             "model": self.model.name,
             "format": self.model.format,
+            "mixture": dict(self.model.mixture),
             "fits": self.fits,
             "total_bytes": self.model.total_bytes,
             "expert_bytes": self.model.expert_bytes,
@@ -96,9 +98,9 @@ def estimate(
 ) -> Estimate:
     """The estimate for one of `models` (by format, the best first): the best that memory holds.
 
-    `budget`: bytes that the whole model may have. `format` takes that one, whether it fits or not. Where no format
-    fits into memory, the one of which least lies on disks is answered for, and the smallest where none fits at all.
-    Raises CoordinatorError when `format` is none of them.
+    `budget`: bytes that the whole model may have, which a conversion fills (mixture.py). `format` takes that one,
+    whether it fits or not. Without either, where no format fits into memory, the one of which least lies on disks is
+    answered for, and the smallest where none fits at all. Raises CoordinatorError when `format` is none of them.
     """
     if format is not None and format not in models:
         raise CoordinatorError(f"The model is not to be had in {format}; it is in {', '.join(models)}.")
@@ -112,8 +114,12 @@ def estimate(
         )
         for name, model in models.items()
     )
-    chosen = str(format) if format is not None else _choose(sizes)
-    model, where = models[chosen], placed[chosen]
+    if budget is not None and format is None:
+        model = within(models, budget)
+        where = hold(model, cluster)
+    else:
+        chosen = str(format) if format is not None else _choose(sizes)
+        model, where = models[chosen], placed[chosen]
     step = decode_step(model, cluster, where)
     warnings = warn(model, cluster, where, step)
     if budget is not None and model.total_bytes > budget:
@@ -122,7 +128,7 @@ def estimate(
             f"No format keeps within the budget of {budget / 1e9:.4g} GB; the smallest takes "
             f"{model.total_bytes / 1e9:.4g} GB."
             if format is None
-            else f"In {chosen} the model takes {model.total_bytes / 1e9:.4g} GB, more than the budget.",
+            else f"In {format} the model takes {model.total_bytes / 1e9:.4g} GB, more than the budget.",
         )
     return Estimate(
         model,

@@ -116,7 +116,7 @@ class _Part:
 
 def kernel_share(model: Model) -> float:
     """Of what memory could deliver, the part that kernels of the model's format reach."""
-    return STEP_SHARE * KERNEL_SHARES.get(model.format, OTHER_SHARE)
+    return STEP_SHARE * model.by_format(KERNEL_SHARES, OTHER_SHARE)
 
 
 def room_for_weights(model: Model, cluster: Cluster) -> int:

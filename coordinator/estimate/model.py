@@ -37,7 +37,7 @@ class Model:
     """One model. `layers` are its MoE layers in the chosen format, `decoder_layers` all of them.
 
     `parts`: the trunk's matrices by part; `tied`: the table of tokens is the head too. `format` is "as stored" for
-    a checkpoint that is taken as it is.
+    a checkpoint that is taken as it is. `mixture`: the formats of a model in several, and their shares of its bytes.
     """
 
     name: str
@@ -49,6 +49,7 @@ class Model:
     tied: bool
     kv_bytes_a_token: int  # of one token in all layers' caches, f16
     state_bytes: int  # recurrent state of one sequence in all layers, f32; each token reads and writes it
+    mixture: tuple[tuple[str, float], ...] = ()
 
     @property
     def expert_bytes(self) -> int:
@@ -62,7 +63,11 @@ class Model:
 
     def part_bytes(self) -> dict[str, int]:
         """Bytes of each part of the trunk."""
-        return {part: sum(_matrix_bytes(m, self._trunk_format(part)) for m in self.parts[part]) for part in PARTS}
+        return {part: sum(self.matrix_bytes(part)) for part in PARTS}
+
+    def matrix_bytes(self, part: str) -> list[int]:
+        """Bytes of each matrix of a part of the trunk."""
+        return [_matrix_bytes(matrix, self._trunk_format(part)) for matrix in self.parts[part]]
 
     @property
     def trunk_bytes(self) -> int:
@@ -110,9 +115,14 @@ class Model:
     def in_format(self, format: Format) -> "Model":
         """The same model in another format; a trunk whose bytes are known stays as it is."""
         layers = tuple(
-            replace(layer, spec=replace(layer.spec, format=format, down_format=None)) for layer in self.layers
+            replace(layer, spec=replace(layer.spec, format=format, down_format=None), formats=())
+            for layer in self.layers
         )
         return replace(self, format=format, layers=layers)
+
+    def by_format(self, known: Mapping[str, float], other: float) -> float:
+        """A rate for this model's bytes, of rates that are `known` by format; `other`: of formats that are not."""
+        return 1 / sum(share / known.get(name, other) for name, share in self.mixture or ((self.format, 1.0),))
 
     def _trunk_format(self, part: str) -> str:
         if part == SMALL:

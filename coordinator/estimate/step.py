@@ -160,7 +160,7 @@ def _shared_s(model: Model, cluster: Cluster) -> float:
 
 def _products_s(model: Model, products: float, bytes_per_s: float) -> float:
     """Seconds to multiply with weights that are at hand, on a machine that reads so many bytes a second."""
-    return products / (bytes_per_s * PRODUCTS_PER_BYTE.get(model.format, OTHER_PRODUCTS))
+    return products / (bytes_per_s * model.by_format(PRODUCTS_PER_BYTE, OTHER_PRODUCTS))
 
 
 def _speed(holding: Holding) -> float:

@@ -19,7 +19,7 @@ from ..whole_file import whole_file
 from .choice import BudgetChoice
 from .inputs import InputsFile
 
-VERSION = 1
+VERSION = 2
 _MAX_BYTES = 256 << 20
 
 
@@ -38,12 +38,14 @@ class KeptMatrix:
 class KeptChoice:
     """`key`: 32 bytes that say which source and options it was made for; `budget`: bytes of the whole model.
 
-    `damage`: the divergence that is expected, nats a token. `formats`: of each layer's experts.
+    `damage`: the divergence that is expected, nats a token; `gap`: the share of it, at most, that the best choice for
+    the same bytes would spare. `formats`: of each layer's experts.
     """
 
     key: bytes
     budget: int
     damage: float
+    gap: float
     formats: tuple[tuple[tuple[Format, Format], ...], ...]
     trunk: tuple[KeptMatrix, ...]
     inputs: tuple[InputsFile, ...]
@@ -56,7 +58,8 @@ class KeptChoice:
             for one in choice.trunk
         )
         formats = tuple(layer.formats for layer in choice.precision.layers)
-        return cls(key, budget, choice.precision.damage, formats, trunk, choice.inputs.files)
+        chosen = choice.precision
+        return cls(key, budget, chosen.damage, chosen.gap, formats, trunk, choice.inputs.files)
 
     def layers(self, source: Manifest) -> tuple[LayerGeometry, ...]:
         """The source's layers as they are to be."""
@@ -72,6 +75,7 @@ def keep_choice(path: Path, choice: KeptChoice) -> None:
         "key": choice.key,
         "budget": choice.budget,
         "damage": choice.damage,
+        "gap": choice.gap,
         "formats": choice.formats,
         "trunk": [
             [one.name, one.format, one.rows, one.columns, one.squares.numpy().tobytes()] for one in choice.trunk
@@ -103,6 +107,7 @@ def kept_choice(path: Path) -> KeptChoice | None:
             packed["key"],
             packed["budget"],
             packed["damage"],
+            packed["gap"],
             packed["formats"],
             tuple(_matrix(*row) for row in packed["trunk"]),
             tuple(InputsFile(*file) for file in packed["inputs"]),

@@ -55,6 +55,11 @@ class Precision:
     bound: float
     trunk: Mapping[str, Format] = field(default_factory=dict)
 
+    @property
+    def gap(self) -> float:
+        """By how much, at most, the expected damage is above the least possible, as a share of itself."""
+        return 1 - self.bound / self.damage if self.damage else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Calibrated:

@@ -11,7 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from moehive.coordinator.cli.main import app
 from moehive.coordinator.estimate import headers
 from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_cluster
 from moehive.coordinator.estimate.constants import (
@@ -26,8 +28,10 @@ from moehive.coordinator.estimate.constants import (
 from moehive.coordinator.estimate.estimate import estimate, in_all_formats
 from moehive.coordinator.estimate.geometries import MODELS, find_shape
 from moehive.coordinator.estimate.holding import hold, room_for_weights
+from moehive.coordinator.estimate.mixture import within
 from moehive.coordinator.estimate.model import Model, of_shape
 from moehive.coordinator.estimate.step import _distinct, decode_step
+from moehive.coordinator.precision.candidates import CANDIDATES
 from moehive.coordinator.types import CoordinatorError
 
 GB = 10**9
@@ -203,10 +207,56 @@ def test_the_best_format_that_memory_holds_is_chosen() -> None:
     wanted = next(name for name, known in models.items() if known.total_bytes + beside <= 24 * GB)
     assert found.fits and found.model.format == wanted != "bf16"
     assert estimate(models, Cluster(0.0, 1e9, (BIG,))).model.format == "bf16"
-    assert estimate(models, Cluster(0.0, 1e9, (BIG,)), budget=20 * GB).model.total_bytes <= 20 * GB
     assert estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q2_k").model.format == "q2_k"
     with pytest.raises(CoordinatorError, match="not to be had in q1_0"):
         estimate(models, Cluster(0.0, 1e9, (BIG,)), format="q1_0")
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(0, 1), st.sampled_from(["bf16", "fp8_block"]), st.sampled_from([3, 48]))
+def test_a_budget_is_filled_by_two_neighbours(share: float, stored: str, layers: int) -> None:
+    """Bytes are the budget's but for a part of an expert, and a step takes as long as they let it."""
+    best = of_shape("m", MODELS["qwen3-30b"], "bf16", layers=layers).in_format(stored)  # type: ignore[arg-type]
+    others = {fmt: best.in_format(fmt) for fmt in CANDIDATES} | {stored: best}
+    sizes = [other.total_bytes for other in others.values()]
+    budget = int(min(sizes) + share * (best.total_bytes - min(sizes)))
+    mixed = within({stored: best}, budget)
+    if not mixed.mixture:
+        assert mixed.total_bytes == budget and mixed.format in (stored, "q2_k")
+        return
+    large, small = (others[fmt] for fmt, _ in mixed.mixture)
+    assert small.total_bytes <= mixed.total_bytes <= budget < large.total_bytes
+    assert not any(small.total_bytes < size < large.total_bytes for size in sizes)
+    assert budget - mixed.total_bytes <= large.layers[0].spec.nbytes + 1000  # and a byte for each matrix of the trunk
+    assert sum(part for _, part in mixed.mixture) == pytest.approx(1)
+    counts = [layer.formats.count((large.format, large.format)) for layer in mixed.layers]  # type: ignore[arg-type]
+    assert max(counts) - min(counts) <= 1 and {len(layer.formats) for layer in mixed.layers} == {128}
+    cluster = Cluster(0.0, 1e9, (BIG,))
+    seconds = [decode_step(one, cluster, hold(one, cluster)).seconds for one in (small, mixed, large)]
+    assert 0.999 * min(seconds[::2]) <= seconds[1] <= 1.001 * max(seconds[::2])
+
+
+def test_a_budget_that_no_format_keeps_is_said() -> None:
+    found = estimate(in_all_formats(model()), Cluster(0.0, 1e9, (BIG,)), 5 * GB)
+    assert found.model.format == "q2_k" and "keeps within the budget of 5 GB" in found.warnings[0]
+
+
+def test_a_clusters_budget_is_what_a_conversion_has(tmp_path: Path) -> None:
+    cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(16 * GB, 5e10)), Machine("n", ram=Tier(8 * GB, 6e10))))
+    write_cluster(tmp_path / "cluster.toml", cluster)
+    known = model(format="bf16")
+    room = room_for_weights(known, cluster)
+    done = CliRunner().invoke(
+        app, ["estimate", "qwen3-30b", "--budget", "cluster", "--cluster", str(tmp_path / "cluster.toml"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    row = json.loads(done.stdout)
+    assert row["fits"] and room - 2e7 < row["total_bytes"] <= room
+    assert sum(row["mixture"].values()) == pytest.approx(1) and row["format"] == " and ".join(row["mixture"])
+    told = CliRunner().invoke(
+        app, ["estimate", "qwen3-30b", "--budget", str(room), "--cluster", str(tmp_path / "cluster.toml")]
+    )
+    assert "It fills the budget with" in told.stdout and "for what `moehive convert --budget` chooses" in told.stdout
 
 
 def test_what_a_cluster_leaves_for_weights_is_what_fits() -> None:

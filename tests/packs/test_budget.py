@@ -22,6 +22,7 @@ from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_c
 from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
 from moehive.coordinator.estimate.headers import of_files
 from moehive.coordinator.precision.choice import BudgetChoice, choose_formats
+from moehive.coordinator.precision.kept_choice import kept_choice
 from moehive.coordinator.serving.text import Text
 from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
@@ -40,6 +41,8 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path, text
     done = run("convert", chat_model, pack, "--budget", limit, "--calibration", text, "--json")
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
+    assert made["budget_bytes"] == limit and made["expected_nats_a_token"] > 0
+    assert 0 <= made["gap"] < 0.2  # of some hundred parts one may be a step short
     trunk = sum((pack / "trunk" / name).stat().st_size for name in ("model.safetensors", "matrices.bin"))
     assert limit // 2 < made["expert_bytes"] + trunk <= limit + 8192  # headers and padding come on top
     assert made["expert_bytes"] < source.manifest.total_bytes
@@ -72,6 +75,7 @@ class Convert:
     pack: Path
     text: Path
     calibrations: int = 0
+    chosen: BudgetChoice | None = None  # the last time
 
     def __call__(self, budget: str) -> None:
         packs.convert(str(self.model), self.pack, budget=budget, calibration=self.text, workers=1)
@@ -83,7 +87,8 @@ def convert(chat_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.Mo
 
     def counted(*arguments: Any) -> BudgetChoice:
         convert.calibrations += 1
-        return choose_formats(*arguments)
+        convert.chosen = choose_formats(*arguments)
+        return convert.chosen
 
     monkeypatch.setattr("moehive.coordinator.cli.budget.choose_formats", counted)
     for module in ("candidates", "plan"):  # a choice among three takes half the time of one among all
@@ -111,6 +116,7 @@ def test_a_choice_is_made_once(
         patched.setattr("moehive.coordinator.cli.budget.KeptInputs", _killed)  # the choice is made, no expert is
         with pytest.raises(Killed):
             convert("cluster")
+    said = capsys.readouterr().out
     assert {path.name for path in convert.pack.iterdir()} == {"choice.msgpack", "calibration"}
     with pytest.raises(CoordinatorError, match="not finished; run the same"):
         open_model(str(convert.pack))
@@ -122,6 +128,11 @@ def test_a_choice_is_made_once(
     capsys.readouterr()
     convert("cluster")
     assert "Formats were chosen before" in capsys.readouterr().out
+    kept = kept_choice(convert.pack / "choice.msgpack")
+    assert kept is not None and convert.chosen is not None
+    best = convert.chosen.precision
+    assert (kept.damage, kept.gap) == (best.damage, best.gap) and best.gap == 1 - best.bound / best.damage
+    assert f"the best choice would spare {best.gap:.2%} at most" in said
     convert("cluster")
     assert "is whole already" in capsys.readouterr().out
     assert convert.calibrations == 1
