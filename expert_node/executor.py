@@ -110,7 +110,17 @@ class Executor:
         tier = self.store.tier
         if tier is None or self.store.spec(layer) is None:
             return True
-        return tier.resident(layer).issuperset(set(routing.experts.tolist()) - self.store.layer(layer).keys())
+        wanted = set(routing.experts.tolist()) - self.store.layer(layer).keys() - self._on_gpu(layer)
+        return tier.resident(layer).issuperset(wanted)
+
+    def on_disk(self, layer: int) -> set[int] | None:
+        """The experts of a layer that would have to be read first; None: this node keeps none on disk."""
+        tier = self.store.tier
+        return None if tier is None else tier.on_disk(layer) - self._on_gpu(layer)
+
+    def _on_gpu(self, layer: int) -> frozenset[int]:
+        """The experts of a layer that lie on a GPU, at a glance: another thread may change that."""
+        return frozenset() if self.store.gpu is None else frozenset(self.store.gpu.layer(layer))
 
     def _above_disk(
         self,
@@ -160,12 +170,19 @@ class Executor:
         lease = tier.lease(layer, numbers - staying.keys() - there)
         try:
             if likely is not None and len(hidden) <= FORESEEN_TOKENS:
-                tier.prefetch(layer, likely, len(hidden) * self.store.top_k(layer))
+                ahead = [self._below(layer + distance, guess) for distance, guess in enumerate(likely, 1)]
+                tier.prefetch(layer, ahead, len(hidden) * self.store.top_k(layer))
             groups = itertools.chain([staying], lease)
             pairs = self._in_groups(groups, layer, spec, hidden, routing, gpu, frozenset(there))
             return self._reduce(pairs, hidden, routing, reduction)
         finally:
             lease.close()
+
+    def _below(self, layer: int, guess: Sequence[int]) -> list[int]:
+        """A guess for a layer; in place of an expert on the GPU, which need not be read, a number that none has."""
+        assert self.store.manifest is not None
+        there = self._on_gpu(layer % len(self.store.manifest.layers))
+        return [-1 - number if number in there else number for number in guess]
 
     def _in_groups(
         self,

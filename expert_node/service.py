@@ -234,9 +234,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             rows, reply = self._rows(came, likely)
         except Refused as refused:
             return refused.reply(request)
-        tier = self._executor.store.tier
-        if tier is not None:
-            write_on_disk(reply, tier.on_disk(request.layer))
+        on_disk = self._executor.on_disk(request.layer)
+        if on_disk is not None:
+            write_on_disk(reply, on_disk)
         return reply_pieces(reply, rows, request.dtype)
 
     def _rows(self, came: Came, likely: list[list[int]]) -> tuple[torch.Tensor, pb.ComputeReply]:

@@ -37,6 +37,17 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "iq4_xs": (256, 136),
     "int4_g32": (32, 19), "int4_g64": (64, 35), "int4_g128": (128, 67), "mxfp4": (32, 17), "fp8_block": (128, 129),
 }  # fmt: skip
+GPU_BLOCKS = (
+    "int4_g32",
+    "int4_g64",
+    "int4_g128",
+    "fp8_block",
+    "mxfp4",
+    "q8_0",
+    "q4_0",
+    "q4_k",
+    "q6_k",
+)  # with kernels
 GROUP_ROWS = 16  # that lie side by side in a block format
 
 # Bounds on what a manifest may claim, checked before anything is allocated.
@@ -131,6 +142,13 @@ class ExpertSpec:
         return self.down_format or self.format
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes it where there is one (kernels/gpu); else it stays on the CPU."""
+        if self.format == "fp8_block" and self.gated and self.intermediate_size % BLOCKS["fp8_block"][0]:
+            return False
+        return all(fmt in PLAIN_BYTES or fmt in GPU_BLOCKS for fmt in (self.format, self.back_format))
+
+    @property
     def projected_size(self) -> int:
         """Rows of the first projection: gate and up, or up alone."""
         return 2 * self.intermediate_size if self.gated else self.intermediate_size
@@ -204,6 +222,15 @@ class LayerGeometry:
         if not self.formats:
             return self.experts * self.spec.nbytes
         return sum(count * _with_formats(self.spec, pair).nbytes for pair, count in Counter(self.formats).items())
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes all of them."""
+        return (
+            all(_with_formats(self.spec, pair).on_gpu for pair in set(self.formats))
+            if self.formats
+            else self.spec.on_gpu
+        )
 
     @property
     def expert_bytes(self) -> int:

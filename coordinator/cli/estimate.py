@@ -133,7 +133,7 @@ def _show(found: "Estimate") -> None:
     formats = Table("format", "bytes", "", box=SIMPLE_HEAD)
     for size in found.formats:
         where = (
-            "does not fit" if not size.fits else f"{_size(size.disk_bytes)} on disk" if size.disk_bytes else "fits"
+            "does not fit" if not size.fits else f"{_size(size.read_bytes)} on disk" if size.read_bytes else "fits"
         )
         formats.add_row(size.format, _size(size.total_bytes), where)
     console.print(formats)

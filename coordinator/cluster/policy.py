@@ -38,13 +38,15 @@ def usable(
 ) -> dict[NodeName, int]:
     """The nodes that a new plan may count on, and the bytes that each gives: of memory while that is enough.
 
-    When the experts of `layers` are more, each node gives disk as well, in proportion to its memory as far as its
-    disk allows: one that reads twice as many experts from memory should read twice as many from disk. Memory that is
-    less than an expert on a node holds nothing, so bytes count in whole experts. `without`: a node that is about to
-    leave.
+    When the experts of `layers` are more than RAM holds, a GPU's memory counts as well, if it computes them: what
+    lies there need not be in RAM, only on the node's disk. When they are more than that, each node gives disk, in
+    proportion to its memory as far as its disk allows: one that reads twice as many experts from memory should read
+    twice as many from disk. Memory that is less than an expert on a node holds nothing, so bytes count in whole
+    experts. `without`: a node that is about to leave.
     """
     here = {name: capacity for name, capacity in _here(state).items() if name != without}
     ram = {name: capacity.ram_bytes for name, capacity in here.items()}
+    memory = {name: capacity.ram_bytes + _gpu_bytes(capacity, layers) for name, capacity in here.items()}
     most = {name: capacity.ram_bytes + capacity.disk_bytes for name, capacity in here.items()}
     needed = sum(layer.nbytes for layer in layers)
 
@@ -55,13 +57,20 @@ def usable(
         return ram
 
     def share(factor: float) -> dict[NodeName, int]:
-        return {name: min(int(factor * ram[name]), most[name]) for name in ram}
+        return {name: min(int(factor * size), most[name]) for name, size in memory.items()}
 
-    low, high = 1.0, max((most[name] / size for name, size in ram.items() if size), default=1.0)
+    low, high = 1.0, max((most[name] / size for name, size in memory.items() if size), default=1.0)
     for _ in range(SHARE_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if enough(share(middle)) else (middle, high)
     return share(high)
+
+
+def _gpu_bytes(capacity: Capacity, layers: Sequence[LayerGeometry]) -> int:
+    """Bytes of a GPU's memory that experts fill whose files lie on the node's disk; they come through its RAM."""
+    if not capacity.ram_bytes or not all(layer.on_gpu for layer in layers):
+        return 0
+    return bytes_filled(min(capacity.vram_bytes, capacity.disk_bytes), layers)
 
 
 def _here(state: ClusterState) -> dict[NodeName, Capacity]:

@@ -1,6 +1,8 @@
 """What a person must know before trying: a model that does not fit, disks that are read for each token, Wi-Fi."""
 
-from .cluster import Cluster
+from collections.abc import Sequence
+
+from .cluster import Cluster, Machine
 from .constants import WIFI_RTT_S
 from .holding import Placed
 from .model import Model
@@ -20,10 +22,21 @@ def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str
             f"It does not fit: {_gb(placed.missing_bytes)} of {_gb(model.expert_bytes)} of experts have no place; the"
             " speeds are those of a cluster that has room for them."
         )
-    if placed.disk_bytes:
-        share = placed.disk_bytes / model.expert_bytes
-        read = "which are read for each token" if placed.read_bytes else "until GPUs have copies of as many"
-        found.append(f"{_gb(placed.disk_bytes)} of experts ({share:.0%}) lie on disks, {read}.")
+    if placed.read_bytes:
+        share = placed.read_bytes / model.expert_bytes
+        found.append(
+            f"{_gb(placed.read_bytes)} of experts ({share:.0%}) lie on disks, which are read for each token."
+        )
+    gpus = [machine for machine in cluster.machines if machine.vram is not None]
+    if gpus and not model.on_gpu:
+        found.append(
+            f"Experts in {model.format} are not computed by a GPU, so that of {_names(gpus)} does not count."
+        )
+    if placed.missing_bytes and model.on_gpu and (bare := [gpu for gpu in gpus if gpu.disk is None]):
+        found.append(
+            f"The GPU of {_names(bare)} is no room without a disk that its experts come from: say disk_bytes and "
+            "disk_Bps."
+        )
     remote = [h for h in placed.holdings if h.expert_bytes and not h.machine.coordinator]
     if remote and cluster.rtt_s >= WIFI_RTT_S:
         waiting = len(model.layers) * cluster.rtt_s
@@ -33,6 +46,10 @@ def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str
             f"{1 / waiting:.2g} tokens/s. Use cables."
         )
     return found
+
+
+def _names(machines: Sequence[Machine]) -> str:
+    return ", ".join(machine.name for machine in machines)
 
 
 def _gb(nbytes: float) -> str:

@@ -19,12 +19,12 @@ from .step import Step, decode_step, load_seconds, prefill_rate
 
 @dataclass(frozen=True, slots=True)
 class FormatSize:
-    """A format that the model could be in: bytes, and whether the cluster's RAM, or its disks too, hold it."""
+    """A format that the model could be in: bytes, whether the cluster holds it, and how many are read from disks."""
 
     format: str
     total_bytes: int
     fits: bool
-    disk_bytes: int
+    read_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Estimate:
                 for holding in self.placed.holdings
             ],
             "formats": [
-                {"format": f.format, "total_bytes": f.total_bytes, "fits": f.fits, "disk_bytes": f.disk_bytes}
+                {"format": f.format, "total_bytes": f.total_bytes, "fits": f.fits, "read_bytes": f.read_bytes}
                 for f in self.formats
             ],
             "advice": [
@@ -110,7 +110,7 @@ def estimate(
             name,
             model.total_bytes,
             placed[name].fits and (budget is None or model.total_bytes <= budget),
-            placed[name].disk_bytes,
+            placed[name].read_bytes,
         )
         for name, model in models.items()
     )
@@ -151,9 +151,9 @@ def in_all_formats(model: Model) -> dict[str, Model]:
 def _choose(sizes: Sequence[FormatSize]) -> str:
     """The best that fits into memory; else the one of which least lies on disks; else the smallest."""
     fitting = [size for size in sizes if size.fits]
-    in_memory = [size for size in fitting if not size.disk_bytes]
+    in_memory = [size for size in fitting if not size.read_bytes]
     if in_memory:
         return in_memory[0].format
     if fitting:
-        return min(fitting, key=lambda size: size.disk_bytes).format
+        return min(fitting, key=lambda size: size.read_bytes).format
     return min(sizes, key=lambda size: size.total_bytes).format

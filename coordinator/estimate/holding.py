@@ -2,11 +2,11 @@
 
 Each layer's experts are split alike, so a machine is described by its share of every layer. A machine's time for its
 share of one token's experts is what it costs to ask it, and its bytes by the speed of the memory that they are read
-from. Shares are such that all machines are done at once, as far as their memories reach. Disks get only what no RAM
-holds, and only beside some RAM.
+from. Shares are such that all machines are done at once, as far as their memories reach. Disks get only what no
+memory holds, and only beside some RAM.
 
-As in the running cluster (coordinator/cluster/policy.py), a GPU's memory is no room: it holds copies of experts that
-lie in RAM or on disk, which it computes. Those need not be in RAM meanwhile, so RAM above a disk keeps others.
+As in the running cluster (coordinator/cluster/policy.py), a GPU that computes the model's format holds copies of
+experts that lie in RAM or on disk. Those need not be in RAM meanwhile: above a disk its memory is room, as RAM is.
 """
 
 from collections.abc import Sequence
@@ -40,6 +40,11 @@ class Holding:
         """All that it holds."""
         return self.ram_bytes + self.disk_bytes
 
+    @property
+    def read_bytes(self) -> int:
+        """Those that are read from the disk whenever a token asks for them."""
+        return self.read_from().get("disk", 0)
+
     def read_from(self) -> dict[str, int]:
         """Bytes of experts by the tier that they are read from when a token asks for them."""
         disk = max(0, self.disk_bytes - self.vram_bytes)
@@ -71,14 +76,9 @@ class Placed:
         return not (self.missing_bytes or self.missing_trunk_bytes)
 
     @property
-    def disk_bytes(self) -> int:
-        """Of experts that lie on disks."""
-        return sum(holding.disk_bytes for holding in self.holdings)
-
-    @property
     def read_bytes(self) -> int:
         """Of experts that are read from disks whenever a token asks for them."""
-        return sum(holding.read_from().get("disk", 0) for holding in self.holdings)
+        return sum(holding.read_bytes for holding in self.holdings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,8 @@ class _Room:
 
     cost: float  # seconds to ask it
     ram: int
-    disk: int
+    memory: int  # RAM, and above a disk a GPU's memory
+    disk: int  # beyond those
     steps: tuple[tuple[int, float], ...]  # bytes, bytes a second; the quickest first
 
     def slice(self, begin: int, end: int) -> "_Part":
@@ -139,23 +140,22 @@ def hold(model: Model, cluster: Cluster) -> Placed:
     share = kernel_share(model)
     rooms = [_room(machine, cluster, model, share) for machine in cluster.machines]
     scale = model.active_expert_bytes / len(model.layers) / model.expert_bytes  # of what it holds, read for a layer
-    in_ram = [int(n) for n in _split([r.slice(0, r.ram) for r in rooms], model.expert_bytes, scale)]
-    on_disk = [0] * len(rooms)
-    rest = model.expert_bytes - sum(in_ram)
+    held = [int(n) for n in _split([r.slice(0, r.memory) for r in rooms], model.expert_bytes, scale)]
+    rest = model.expert_bytes - sum(held)
     if rest > len(rooms):  # more than rounding
-        disks = [r.slice(r.ram, r.ram + r.disk) for r in rooms]
-        on_disk = [int(n) for n in _split(disks, rest, scale)]
-        rest -= sum(on_disk)
+        more = [int(n) for n in _split([r.slice(r.memory, r.memory + r.disk) for r in rooms], rest, scale)]
+        held = [a + b for a, b in zip(held, more, strict=True)]
+        rest -= sum(more)
     holdings = tuple(
         Holding(
             machine,
-            ram,
-            disk,
-            min(ram + disk, machine.vram.nbytes if machine.vram else 0),
+            min(nbytes, room.ram),
+            nbytes - min(nbytes, room.ram),
+            min(nbytes, _gpu_bytes(machine, model)),
             model.trunk_bytes if machine.coordinator else 0,
             kv if machine.coordinator else 0,
         )
-        for machine, ram, disk in zip(cluster.machines, in_ram, on_disk, strict=True)
+        for machine, room, nbytes in zip(cluster.machines, rooms, held, strict=True)
     )
     return Placed(holdings, rest if rest > 2 * len(rooms) else 0, max(0, needed - room))
 
@@ -165,21 +165,28 @@ def _beside(machine: Machine, model: Model) -> int:
     return CONTEXT_TOKENS * model.kv_bytes_a_token + COORDINATOR_BYTES if machine.coordinator else NODE_BYTES
 
 
+def _gpu_bytes(machine: Machine, model: Model) -> int:
+    """Bytes of GPU memory that hold the model's experts."""
+    return machine.vram.nbytes if machine.vram is not None and model.on_gpu else 0
+
+
 def _room(machine: Machine, cluster: Cluster, model: Model, share: float) -> _Room:
     cost = 0.0 if machine.coordinator else cluster.rtt_s + HOP_S
     beside = _beside(machine, model) + (model.trunk_bytes if machine.coordinator else 0)
     if machine.ram is None or machine.ram.nbytes <= beside:
-        return _Room(cost, 0, 0, ())
+        return _Room(cost, 0, 0, 0, ())
     left = machine.ram.nbytes - beside
-    ram = bytes_filled(left, model.layers)
+    ram = memory = bytes_filled(left, model.layers)
     steps = [(ram, machine.ram.bytes_per_s * share)]
-    if machine.vram is not None:
-        steps.insert(0, (machine.vram.nbytes, machine.vram.bytes_per_s * share))
-    disk = 0
+    on_gpu, disk = _gpu_bytes(machine, model), 0
+    if machine.vram is not None and on_gpu:
+        steps.insert(0, (on_gpu, machine.vram.bytes_per_s * share))
     if machine.disk is not None:
-        disk = bytes_filled(left + machine.disk.nbytes, model.layers) - ram
-        steps.append((ram + disk, machine.disk.bytes_per_s))
-    return _Room(cost, ram, disk, tuple(steps))
+        above = bytes_filled(min(on_gpu, machine.disk.nbytes), model.layers)
+        memory = bytes_filled(left + above, model.layers)
+        disk = bytes_filled(left + machine.disk.nbytes, model.layers) - memory
+        steps.append((memory + disk, machine.disk.bytes_per_s))
+    return _Room(cost, ram, memory, disk, tuple(steps))
 
 
 def _split(rooms: Sequence[_Part], wanted: float, scale: float) -> list[float]:

@@ -112,6 +112,11 @@ class Model:
         """How many numbers of the trunk each token of a prompt is multiplied with; the head is for the last alone."""
         return sum(m.rows * m.columns for part, ms in self.parts.items() for m in ms if part not in (EMBEDDING, HEAD))
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether a GPU computes its experts."""
+        return all(layer.on_gpu for layer in self.layers)
+
     def in_format(self, format: Format) -> "Model":
         """The same model in another format; a trunk whose bytes are known stays as it is."""
         layers = tuple(

@@ -15,6 +15,7 @@ import numpy as np
 
 from moehive.kernels.geometry import LayerGeometry
 
+from ..estimate.constants import VRAM_BYTES_PER_S
 from ..types import LOCAL, CoordinatorError, NodeName, Owners, Pins, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
 from .pins import covered, pinned
@@ -45,7 +46,12 @@ class Measured:
     token_s: float = 0.0  # on the wire, of one token's hidden states, there and back
     machine: str = ""  # where the node runs; empty: on one of its own
     ram_bytes: int = 0  # of what it gives to experts; the rest is disk
-    vram_bytes: int = 0  # of a GPU, beside those
+    vram_bytes: int = 0  # of a GPU, beside those; its experts' files lie on the disk
+
+    def read_speed(self, nbytes: int) -> float:
+        """Bytes a second of so many bytes of experts, as many of them as fit on the GPU."""
+        bandwidth, on_gpu = self.bandwidth or USUAL_BANDWIDTH, min(nbytes, self.vram_bytes)
+        return nbytes / (on_gpu / VRAM_BYTES_PER_S + (nbytes - on_gpu) / bandwidth) if on_gpu else bandwidth
 
 
 def place(
@@ -60,6 +66,7 @@ def place(
     # Beyond what the planner knows, the nodes that give least hold nothing.
     names = sorted(capacities, key=lambda name: (-capacities[name], name))[:MAX_NODES]
     capacities = {name: capacities[name] for name in sorted(names)}
+    measured = _with_usable_gpus(measured, layers)
     alike = _by_machine(measured)
     plan = _uniform(capacities, alike, layers, epoch, previous)
     if trace is None:
@@ -110,6 +117,7 @@ def better(
 
     Without better owners it may be the present ones with other experts in their fast tiers, which costs no copies.
     """
+    measured = _with_usable_gpus(measured, layers)
     owners = _better_owners(capacities, measured, layers, trace, current, steps_per_s)
     kept = current.owners if owners is None else owners
     pins = _pins(kept, measured, layers, trace)
@@ -173,6 +181,15 @@ def _uniform(
     return uniform_plan(cluster, slots, capacities, layers, epoch, previous)
 
 
+def _with_usable_gpus(
+    measured: Mapping[NodeName, Measured], layers: Sequence[LayerGeometry]
+) -> Mapping[NodeName, Measured]:
+    """Without GPUs where one does not compute the experts."""
+    if all(layer.on_gpu for layer in layers):
+        return measured
+    return {name: replace(found, vram_bytes=0) for name, found in measured.items()}
+
+
 def _by_machine(measured: Mapping[NodeName, Measured]) -> dict[NodeName, Measured]:
     """Nodes of one machine share its memory and its network: what they measured one by one is evened out."""
     together: dict[str, list[Measured]] = {}
@@ -209,7 +226,7 @@ def _with_replicas(
     """Bytes of each node that experts and their replicas may take: by its bandwidth, as far as its memory goes."""
     most = _filled(capacities)
     left = int((1 + SPARE) * sum(layer.nbytes for layer in layers))
-    rates = {name: measured.get(name, Measured()).bandwidth or USUAL_BANDWIDTH for name in most}
+    rates = {name: measured.get(name, Measured()).read_speed(nbytes) for name, nbytes in most.items()}
     given = {}
     # Who is full first takes what it has; the rest is split anew among the others.
     for name in sorted(most, key=lambda name: (most[name] / rates[name], name)):
@@ -238,8 +255,8 @@ def _owners(made: Placement, names: Sequence[NodeName], layers: Sequence[LayerGe
 
 def _node(name: NodeName, nbytes: int, measured: Measured) -> Node:
     rtt = 0.0 if name == LOCAL else measured.rtt_s or USUAL_RTT_S
-    bandwidth = measured.bandwidth or USUAL_BANDWIDTH
-    return Node(name=name, rtt_s=rtt, token_s=measured.token_s, tiers=(Tier(nbytes, bandwidth),))
+    speed = measured.read_speed(nbytes)
+    return Node(name=name, rtt_s=rtt, token_s=measured.token_s, tiers=(Tier(nbytes, speed),))
 
 
 def _fits_beside(

@@ -25,6 +25,7 @@ import torch
 
 from ..formats.plain import PLAIN_TYPES
 from ..formats.quantized import int4_factors
+from ..geometry import BLOCKS, GPU_BLOCKS
 
 ALIGNMENT: Final = 128  # bytes; what one warp loads at once
 
@@ -32,13 +33,7 @@ _GROUP = {"int4_g32": 32, "int4_g64": 64, "int4_g128": 128}
 # Columns of one block: a row is padded to whole blocks, and a kernel's step is a multiple of the smaller ones.
 BLOCK_COLUMNS: Final = {
     **dict.fromkeys(PLAIN_TYPES, 1),
-    **_GROUP,
-    "fp8_block": 128,
-    "mxfp4": 32,
-    "q8_0": 32,
-    "q4_0": 32,
-    "q4_k": 256,
-    "q6_k": 256,
+    **{fmt: BLOCKS[fmt][0] for fmt in GPU_BLOCKS},
 }
 
 

@@ -81,7 +81,7 @@ def test_the_prose_has_its_figures(cluster: Cluster) -> None:
     processes = constants.COORDINATOR_BYTES + (len(cluster.machines) - 1) * constants.NODE_BYTES
     ram = [machine.ram.nbytes / 1e9 for machine in cluster.machines if machine.ram is not None]
     more = of(with_ram(cluster, {"desktop": 32 << 30}), "q2_k")
-    assert more.placed.disk_bytes == 0
+    assert more.placed.read_bytes == 0
     wifi = of(replace(cluster, rtt_s=0.004), "q2_k")
     assert any("Wi-Fi" in sentence for sentence in wifi.warnings)
 
@@ -98,7 +98,7 @@ def test_the_prose_has_its_figures(cluster: Cluster) -> None:
         constants.CONTEXT_TOKENS,
         coordinator.kv_bytes / 1e9,
         (found.model.total_bytes + processes + coordinator.kv_bytes) / 1e9,
-        found.placed.disk_bytes / 1e9,
+        found.placed.read_bytes / 1e9,
         found.step.seconds * 1e3,
         found.load_s / 60,
         more.decode_tokens_per_s,
@@ -107,22 +107,22 @@ def test_the_prose_has_its_figures(cluster: Cluster) -> None:
         "In q4_k (`--format q4_k`), which loses less, # GB lie on the disk and each token waits for it: # tokens/s. "
         "The same machines over Wi-Fi with a round trip of # ms do # tokens/s in q2_k",
         MODELS,
-        sizes["q4_k"].disk_bytes / 1e9,
+        sizes["q4_k"].read_bytes / 1e9,
         of(cluster, "q4_k").decode_tokens_per_s,
         4,
         wifi.decode_tokens_per_s,
     )
     twice = of(with_ram(cluster, {machine.name: machine.ram.nbytes for machine in cluster.machines if machine.ram}))
     in_prose("with # GB the model fits in int4_g32 and in q4_k", MODELS, 2 * sum(ram))
-    assert twice.model.format == "int4_g32" and not twice.placed.disk_bytes
-    assert not {size.format: size for size in twice.formats}["q4_k"].disk_bytes
+    assert twice.model.format == "int4_g32" and not twice.placed.read_bytes
+    assert not {size.format: size for size in twice.formats}["q4_k"].read_bytes
 
     in_prose(
         "Qwen3.5-397B on # GB in four odd machines (#, #, # and # GB, 1 Gbit/s): # GB in bf16, # GB in q4_k, # GB in "
         "q2_k, of which # GB lie on a disk: an estimated # tokens/s, and # with 32 GB more in one of them.",
         README,
         sum(ram), *ram, *(sizes[name].total_bytes / 1e9 for name in ("bf16", "q4_k", "q2_k")),
-        found.placed.disk_bytes / 1e9, found.decode_tokens_per_s, more.decode_tokens_per_s,
+        found.placed.read_bytes / 1e9, found.decode_tokens_per_s, more.decode_tokens_per_s,
     )  # fmt: skip
 
 

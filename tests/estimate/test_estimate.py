@@ -190,7 +190,7 @@ def test_bytes_are_conserved_and_no_memory_holds_more_than_it_has(cluster: Clust
         assert sum(holding.read_from().values()) == holding.expert_bytes
         assert holding.read_from().get("ram", 0) <= ram
     memory = sum(m.ram.nbytes for m in cluster.machines if m.ram)
-    if placed.disk_bytes and memory > known.total_bytes + len(cluster.machines) * GB + placed.holdings[0].kv_bytes:
+    if placed.read_bytes and memory > known.total_bytes + len(cluster.machines) * GB + placed.holdings[0].kv_bytes:
         raise AssertionError("a disk is used though memory is left")
     if held:
         step = decode_step(known, cluster, placed)
@@ -260,7 +260,7 @@ def test_a_clusters_budget_is_what_a_conversion_has(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_leaves_for_weights_is_what_fits() -> None:
-    node = Machine("node", vram=Tier(24 * GB, 9e11), ram=Tier(12 * GB, 6e10))
+    node = Machine("node", vram=Tier(24 * GB, 9e11), ram=Tier(12 * GB, 6e10))  # without a disk
     cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(12 * GB, 5e10)), node))
     known = model()
     room = room_for_weights(known, cluster)
@@ -280,7 +280,7 @@ def test_what_does_not_fit_says_what_is_missing_and_what_would_help() -> None:
     assert found.advice and found.advice[0].fits  # one more machine, or 32 GB more, does it
     with_disk = (machines[0], replace(machines[1], disk=Tier(500 * GB, 3e9)))
     slow = estimate(models, Cluster(0.0003, 1.25e8, with_disk))
-    assert slow.fits and slow.placed.disk_bytes > 0
+    assert slow.fits and slow.placed.read_bytes > 0
     assert any("lie on disks" in sentence for sentence in slow.warnings)
     assert slow.decode_tokens_per_s < found.decode_tokens_per_s
 
@@ -325,7 +325,7 @@ def test_advice_is_ranked_by_what_it_brings() -> None:
             for one in found.advice
         )
     # Where all fits and 5 ms are waited for in each of 60 layers, cables bring most.
-    assert found.fits and not found.placed.disk_bytes
+    assert found.fits and not found.placed.read_bytes
     assert found.advice[0].what.startswith("cables")
     # Where it does not fit, nothing that only makes it quicker comes before what makes it fit.
     short = estimate({"q2_k": models["q2_k"]}, cluster)

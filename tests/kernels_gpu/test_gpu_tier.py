@@ -244,3 +244,24 @@ def test_a_format_without_a_kernel_stays_on_the_cpu(blobs):
     got, _ = both.compute(0, hidden, routing, Reduction.PARTIAL_SUM)
     assert torch.isfinite(got).all() and both.store.gpu.bytes_held == 0
     assert not both.store.gpu.break_even
+
+
+def test_above_a_disk_a_gpu_is_room(blobs, tmp_path):
+    """RAM for four experts and a GPU for the other two: once all were asked for nothing is read, nor foreseen."""
+    both = executor_of(blobs, 2, tmp_path)
+    assert both.store.tier is not None and both.store.capacity_bytes < both.store.bytes_held
+    everything = list(range(EXPERTS))
+    for turn in range(5):
+        if turn == 2:
+            both.store.tier.settle()
+            read = both.store.tier.reader.totals.nbytes
+        for first in (0, 2, 4):
+            both.compute(0, *request([first, first + 1]), Reduction.PARTIAL_SUM, (everything, everything))
+    both.store.tier.settle()
+    on_gpu, in_ram = both.store.gpu.layer(0).keys(), both.store.tier.resident(0)
+    assert len(on_gpu) == 2 and on_gpu | in_ram == set(everything)
+    assert both.store.tier.reader.totals.nbytes == read
+    assert both.on_disk(0) == set() and both.in_memory(0, request(everything)[1])
+    gone = next(iter(on_gpu))
+    del both.store.gpu._held[0][gone]
+    assert both.on_disk(0) == {gone} - in_ram and both.in_memory(0, request([gone])[1]) is (gone in in_ram)

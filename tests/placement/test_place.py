@@ -1,8 +1,11 @@
 """The running cluster's plan: for even use without traffic, by its traffic with it, within memory."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from moehive.coordinator.estimate.constants import VRAM_BYTES_PER_S
 from moehive.coordinator.placement import plan as planning
 from moehive.coordinator.placement import search, synthetic
 from moehive.coordinator.placement.place import Measured, better, place
@@ -35,6 +38,22 @@ def test_with_traffic_a_quick_node_is_asked_for_more_and_hot_experts_have_replic
     load = np.bincount(TRACE.experts[0].ravel(), minlength=24)
     asked = [nodes[0] == "quick" for nodes in plan.owners[0]]
     assert load[asked].sum() > load.sum() / 2
+
+
+def test_a_node_whose_gpu_computes_the_experts_is_quicker():
+    assert Measured(10e9).read_speed(100) == 10e9
+    assert Measured(10e9, vram_bytes=100).read_speed(100) == VRAM_BYTES_PER_S
+    assert Measured(10e9, vram_bytes=50).read_speed(100) == pytest.approx(2 / (1 / 10e9 + 1 / VRAM_BYTES_PER_S))
+    capacities = dict.fromkeys("ab", 60 * SPEC.nbytes)
+    measured = {"a": Measured(10e9, 1e-6, vram_bytes=60 * SPEC.nbytes), "b": Measured(10e9, 1e-6)}
+    on_cpu = replace(SPEC, format="q5_0")
+    for trace in (None, TRACE):
+        shares = []
+        for spec in (SPEC, on_cpu):
+            plan = place(capacities, measured, [LayerGeometry(24, 4, spec)] * 2, trace, 1)
+            shares.append(sum(nodes[0] == "a" for layer in plan.owners for nodes in layer))
+            assert spec is SPEC or not any(pins.in_vram != ((), ()) for pins in plan.pins.values())
+        assert shares[0] > 40 > shares[1]  # of 48
 
 
 def test_the_coordinators_own_memory_has_no_hop():
