@@ -40,11 +40,25 @@ class NativeBackend:
 
 
 def logits(checkpoint: Any, tokens: list[int]) -> torch.Tensor:
+    """[tokens, vocabulary], of one pass."""
+    return passes(checkpoint, tokens)[0]
+
+
+def passes(checkpoint: Any, tokens: list[int], steps: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits of one pass over all tokens, and those of the last `steps`, one by one as a text is continued."""
     trunk, backend = load_trunk(checkpoint, 1), NativeBackend(checkpoint)
 
-    async def run() -> torch.Tensor:
-        sequence = SequenceInput(torch.tensor(tokens), trunk.new_cache(), all_logits=True)
-        return (await trunk.forward([sequence], backend))[0].float()
+    async def run() -> tuple[torch.Tensor, torch.Tensor]:
+        async def forward(tokens: list[int], cache: Any) -> torch.Tensor:
+            sequence = SequenceInput(torch.tensor(tokens), cache, all_logits=True)
+            return (await trunk.forward([sequence], backend))[0].float()
+
+        whole, rows = await forward(tokens, trunk.new_cache()), []
+        if steps:
+            cache = trunk.new_cache()
+            await forward(tokens[:-steps], cache)
+            rows = [await forward([token], cache) for token in tokens[-steps:]]
+        return whole, torch.cat(rows) if rows else whole[:0]
 
     return asyncio.run(run())
 

@@ -42,6 +42,7 @@ Files = Callable[[str], Path]
 # DeepSeek-V3's queries, keys and values go through four more, with which llama.cpp multiplies what it rounded: up to
 # 0.0063 nats. A wrong scale, row or type costs 0.1 and more.
 DIVERGENCE, DIVERGENCE_LATENT = 4e-3, 1e-2
+STEPS = 6  # tokens that are decoded
 SURE = 0.5  # nats between the two likeliest tokens, five deviations of the difference of two logits
 
 
@@ -72,17 +73,22 @@ def test_tokens_and_logits_are_llama_cpps(family: str, kind: str, files: Files, 
         tokens = said[f"tokens {number}"].tolist()
         assert tokenizer(text)["input_ids"] == tokens
         theirs = torch.from_numpy(said[f"{kind} {number}"]).float()
-        ours = reading.logits(checkpoint, tokens)
+        ours, continued = reading.passes(checkpoint, tokens, 0 if number else STEPS)
         if kind == "F32":
             torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+            torch.testing.assert_close(continued, theirs[len(theirs) - len(continued) :], atol=1e-3, rtol=0)
             continue
-        ours, theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+        ours, continued, theirs = (rows.log_softmax(-1) for rows in (ours, continued, theirs))
         bound = DIVERGENCE_LATENT if family == "deepseek_v3" else DIVERGENCE
         assert (theirs.exp() * (theirs - ours)).sum(-1).mean() < bound
         top = theirs.topk(2, -1).values
         sure = (top[:, 0] - top[:, 1]) > SURE
         assert sure.sum() > len(sure) // 2
         assert torch.equal(ours.argmax(-1)[sure], theirs.argmax(-1)[sure])
+        if not number:  # as a greedy text is made: the token after each of the last ones, which come one by one
+            theirs, sure = theirs[-STEPS:], sure[-STEPS:]
+            assert sure.any() and (theirs.exp() * (theirs - continued)).sum(-1).mean() < 2 * bound  # of a few tokens
+            assert torch.equal(continued.argmax(-1)[sure], theirs.argmax(-1)[sure])
 
 
 @pytest.mark.parametrize(("family", "kind"), CASES)

@@ -27,6 +27,7 @@ FORMATS = {
 }  # fmt: skip
 BACK = {("gptqmodel", "ordered_version_2"): "int4_g128"}  # its down projections are one group
 TOKENS = [3, 17, 5, 99, 42, 8, 61, 7, 30, 77, 12, 110]
+STEPS = 6  # of them, that are decoded
 DIVERGENCE = 1e-3  # nats a token: inputs are rounded to 8 bits here and to f16 there; a wrong row costs 0.1 and more
 
 
@@ -58,9 +59,13 @@ def test_it_says_what_its_project_says(
     assert isinstance(load_trunk(checkpoint, 1), LeanTrunk)
     assert checkpoint.trunk_tensors().linear("model.layers.0.self_attn.o_proj.weight").format == format
     theirs = load_file(files(project) / "logits.safetensors")[name].log_softmax(-1)
-    ours = reading.logits(checkpoint, TOKENS).log_softmax(-1)
+    ours, continued = (rows.log_softmax(-1) for rows in reading.passes(checkpoint, TOKENS, STEPS))
     assert (theirs.exp() * (theirs - ours)).sum(-1).mean() < DIVERGENCE
     top = theirs.topk(2, -1).values
     sure = (top[:, 0] - top[:, 1]) > 0.2
     assert sure.sum() >= len(sure) // 2
     assert torch.equal(ours.argmax(-1)[sure], theirs.argmax(-1)[sure])
+    # As a greedy text is made: the token after each of the last ones, which come one by one.
+    theirs, sure = theirs[-STEPS:], sure[-STEPS:]
+    assert sure.any() and (theirs.exp() * (theirs - continued)).sum(-1).mean() < DIVERGENCE
+    assert torch.equal(continued.argmax(-1)[sure], theirs.argmax(-1)[sure])
