@@ -1,7 +1,7 @@
 """Divergence of a model at a budget of bytes, beside the best uniform format: `moehive bench budget` runs this."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,18 +14,21 @@ from moehive.kernels.ops import ExpertOps
 
 from ..app import text_of
 from ..checkpoints.opening import ModelSource, open_model
+from ..cli.budget import trunk_matrices
 from ..models.base import Trunk
 from ..precision.candidates import CANDIDATES, Progress
 from ..precision.encode import encode
 from ..precision.forward import Experts, Read, divergence, greedy, log_probabilities
-from ..precision.plan import Calibrated, calibrate, measure, plan
+from ..precision.plan import Calibrated, calibrate, measure, plan, probes_of
 from ..precision.text import calibration_texts
+from ..precision.trunk_parts import TrunkPart
 from ..serving.text import Text
 from ..trunk import load_trunk
 from ..types import InvalidRequest
 from .trained_like import CONFIGS, save_trained_like, texts
 
-BITS: Final = (3.0, 3.5, 4.5)  # a weight
+BITS: Final = (3.0, 3.5, 4.5)  # a weight of the experts, beside a trunk as it is
+WHOLE_BITS: Final = 3.5  # a weight of the experts and of the trunk's matrices
 _MEMORY = 4 << 30  # bytes of experts that are kept from one pass to the next
 _PIECE = 256  # tokens of one text
 _TRAINED_LIKE = 3072, 768  # tokens to calibrate a trained-like model with, and to measure it on
@@ -35,12 +38,13 @@ _ANSWER = 64  # tokens
 
 @dataclass(frozen=True, slots=True)
 class BudgetRow:
-    """One budget: `bits` a weight of the experts; divergences in nats a token on text that nothing was fitted to.
+    """One budget: `bits` a weight of what is `rounded`; divergences, nats a token, on text nothing was fitted to.
 
     A budget in which no uniform format fits is that of the smallest one.
     """
 
     model: str
+    rounded: str  # experts; or all: the matrices of the trunk as well
     bits: float
     uniform_format: str  # the one with least divergence among those that fit
     uniform_bits: float
@@ -92,19 +96,19 @@ class _Judge:
         self._sample = sample
         self._text = text_of(source)
         self._reference = list(log_probabilities(trunk, exact, sample.held_back))
-        self.exact_text = self._answer(exact)
+        self.exact_text = self._answer(exact, trunk)
 
-    def of(self, manifest: Manifest, read: Read) -> tuple[float, str]:
-        """The KL divergence, nats a token, and the answer to the question."""
-        experts = Experts(manifest, read, self._ops, _MEMORY)
-        kl = divergence(self._reference, log_probabilities(self._trunk, experts, self._sample.held_back))
-        return kl, self._answer(experts)
+    def of(self, manifest: Manifest, read: Read, trunk: Trunk | None = None) -> tuple[float, str]:
+        """The KL divergence, nats a token, and the answer to the question; `trunk`: in place of the model's own."""
+        experts, trunk = Experts(manifest, read, self._ops, _MEMORY), trunk or self._trunk
+        kl = divergence(self._reference, log_probabilities(trunk, experts, self._sample.held_back))
+        return kl, self._answer(experts, trunk)
 
-    def _answer(self, experts: Experts) -> str:
+    def _answer(self, experts: Experts, trunk: Trunk) -> str:
         if self._sample.question is None:
             return ""
         stops = self._text.stop_tokens
-        return self._text.decode(greedy(self._trunk, experts, self._sample.question, _ANSWER, stops))
+        return self._text.decode(greedy(trunk, experts, self._sample.question, _ANSWER, stops))
 
 
 def _measure(source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
@@ -147,6 +151,7 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
         rows.append(
             BudgetRow(
                 model=manifest.name,
+                rounded="experts",
                 bits=budget,
                 uniform_format=best[2],
                 uniform_bits=best[3],
@@ -163,7 +168,50 @@ def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, prog
                 chosen_text=answer,
             )
         )
+    matrices = trunk_matrices(source, threads)
+    fitting = [one for one in uniform if one[3] <= WHOLE_BITS]
+    if matrices is None or not fitting:
+        return rows
+
+    progress("Quantizing the trunk, too", 0, 1)
+    parts = matrices.measure(exact, sample.calibration, probes_of(sample.calibration), progress)
+    weights += sum(part.rows * part.columns for part in parts)
+    chosen = plan(measured, round(WHOLE_BITS * weights / 8), parts)
+    if chosen is None:  # small matrices, whose rows few formats' blocks fit into
+        return rows
+    fmt = min(fitting)[2]
+    changed = _uniform(manifest, fmt)
+    other = {part.name: fmt for part in parts if fmt in part.formats}  # a block must fit into a row
+    plain, text = judge.of(changed, _reader(manifest, changed, read, None), matrices.rounded(other, weighted=False))
+    same, _ = judge.of(changed, _reader(manifest, changed, read, calibrated), matrices.rounded(other))
+    mixed = replace(manifest, layers=chosen.layers)
+    own, answer = judge.of(mixed, _reader(manifest, mixed, read, calibrated), matrices.rounded(chosen.trunk))
+    rows.append(
+        BudgetRow(
+            model=manifest.name,
+            rounded="all",
+            bits=WHOLE_BITS,
+            uniform_format=fmt,
+            uniform_bits=(changed.total_bytes + _trunk_bytes(parts, other)) * 8 / weights,
+            uniform_kl=plain,
+            calibrated_kl=same,
+            chosen_bits=(chosen.nbytes + _trunk_bytes(parts, chosen.trunk)) * 8 / weights,
+            chosen_kl=own,
+            ratio=own / plain,
+            calibrated_ratio=own / same,
+            expected_kl=chosen.damage,
+            gap=chosen.gap,
+            exact_text=judge.exact_text,
+            uniform_text=text,
+            chosen_text=answer,
+        )
+    )
     return rows
+
+
+def _trunk_bytes(parts: Sequence[TrunkPart], formats: Mapping[str, Format]) -> int:
+    """Of the trunk's matrices, those that `formats` does not name in their own."""
+    return sum(part.options[part.formats.index(formats.get(part.name, part.formats[0]))].nbytes for part in parts)
 
 
 def _uniform(manifest: Manifest, fmt: Format) -> Manifest:

@@ -18,7 +18,10 @@ def budget(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """KL divergence at 3.0, 3.5 and 4.5 bits a weight: formats chosen for the bytes, beside the best uniform one."""
+    """KL divergence at 3.0, 3.5 and 4.5 bits a weight: formats chosen for the bytes, beside the best uniform one.
+
+    Of the experts, the trunk as it is; and once, at 3.5 bits, of the trunk's matrices as well.
+    """
     prepare(verbose=False, hop=False)
     import torch
 

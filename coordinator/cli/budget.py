@@ -47,6 +47,15 @@ def budget_bytes(source: str, budget: str, cluster: Path | None) -> int | None:
     return None if cluster is None else room_for_weights(of_files(source), read_cluster(cluster))
 
 
+def trunk_matrices(source: ModelSource, threads: int) -> TrunkMatrices | None:
+    """What of the trunk may be rounded; a GGUF's keeps the formats that its maker chose."""
+    files = trunk_of(source)
+    if not isinstance(files, Checkpoint):
+        return None
+    plain = frozenset(files.trunk_tensors().plain_matrices())
+    return TrunkMatrices.of(source.config.get_text_config(decoder=True), source.trunk_tensors(), plain, threads)
+
+
 @dataclass(frozen=True, slots=True)
 class BudgetChooser:
     """Chooses the formats of `opened`, or takes up what was chosen before; it is called with the pack's folder.
@@ -87,11 +96,7 @@ class BudgetChooser:
             budget = room_for_weights(of_files(self.source), this_machine())
         texts = asyncio.run(calibration_texts(text_of(self.opened), self.calibration))
         left = budget - of_files(self.source).trunk_bytes
-        matrices, files = None, trunk_of(self.opened)
-        if isinstance(files, Checkpoint):  # a GGUF's trunk keeps the formats that its maker chose
-            config = self.opened.config.get_text_config(decoder=True)
-            plain = frozenset(files.trunk_tensors().plain_matrices())
-            matrices = TrunkMatrices.of(config, self.opened.trunk_tensors(), plain, self.threads)
+        matrices = trunk_matrices(self.opened, self.threads)
         if matrices is not None:
             left += matrices.own_bytes
         calibration = folder / CALIBRATION

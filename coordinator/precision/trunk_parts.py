@@ -14,7 +14,7 @@ Routers and their like, norms, biases and what is quantized already keep their b
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -117,7 +117,7 @@ class TrunkMatrices:
             kinds.setdefault(re.sub(r"\.\d+\.", ".", name), []).append(name)
         probed = {kind: spread(len(names), _PROBED_LAYERS) for kind, names in kinds.items()}
         tried = [names[number] for kind, names in kinds.items() for number in probed[kind]]
-        passes = ((self._rounded(name, _probe(self._matrices[name])), experts) for name in tried)
+        passes = ((self.rounded({name: _probe(self._matrices[name])}), experts) for name in tried)
         kl: dict[str, float] = {}
         progress("Measuring the trunk", 0, len(tried))
         for name, found in zip(tried, divergences(reference, passes, probes), strict=True):
@@ -154,13 +154,18 @@ class TrunkMatrices:
             rows, counts, inputs = tokens[most], uses[most] / uses.sum(), _looked_up(weights)
         return _Sample(weights.stored[rows].float(), counts, inputs)
 
-    def _rounded(self, name: str, format: Format) -> Trunk:
-        """The trunk with one matrix in another format; it shares all others with this one."""
-        weights = self._matrices[name]
-        inputs = self._linear.inputs.get(weights) or _looked_up(weights)
-        blob = torch.cat(list(encode_matrix(weights, format, inputs.squares)))
-        changed = Replaced(self._tensors, {name: LinearWeights(format, weights.rows, weights.columns, blob)})
-        return families.build(self._config, changed, self._ops)
+    def rounded(self, formats: Mapping[str, Format], weighted: bool = True) -> Trunk:
+        """The trunk with some matrices in other formats; it shares all others with this one.
+
+        `weighted`: columns count by their inputs, once `measure` knows those.
+        """
+        changed = {}
+        for name, fmt in formats.items():
+            weights = self._matrices[name]
+            inputs = (self._linear.inputs.get(weights) if weighted else None) or _looked_up(weights)
+            blob = torch.cat(list(encode_matrix(weights, fmt, inputs.squares)))
+            changed[name] = LinearWeights(fmt, weights.rows, weights.columns, blob)
+        return families.build(self._config, Replaced(self._tensors, changed), self._ops)
 
 
 def encode_matrix(weights: LinearWeights, format: Format, squares: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -223,10 +223,12 @@ def test_the_benchmark_shows_divergence_and_text(
         return [torch.tensor(await words.encode("The harbour lies open to the west. " * 36))]
 
     monkeypatch.setattr(budget, "calibration_texts", short)
+    monkeypatch.setattr(budget, "WHOLE_BITS", 5.0)
     rows = budget.measure_budgets(str(chat_model), tmp_path, 1, lambda *_: None)
-    assert [row.bits for row in rows] == [3.5, 4.5]  # 128 columns fill half a block, so q2_k takes 3.5
+    assert [row.bits for row in rows] == [3.5, 4.5, 5.0]  # 128 columns fill half a block, so q2_k takes 3.5
+    assert [row.rounded for row in rows] == ["experts", "experts", "all"]
     for row in rows:
-        assert row.chosen_bits <= row.bits and row.uniform_bits <= row.bits
+        assert row.chosen_bits <= row.bits + 0.01 and (row.uniform_bits <= row.bits or row.rounded == "all")
         assert row.ratio == row.chosen_kl / row.uniform_kl < 1
         assert row.exact_text and row.uniform_text and row.chosen_text
 
