@@ -46,6 +46,7 @@ def estimate(
     from ..estimate.estimate import estimate as run
     from ..estimate.holding import room_for_weights
     from ..estimate.this_machine import this_machine
+    from ..precision.candidates import CANDIDATES
     from ..settings import parse_size
 
     machines = read_cluster(cluster) if cluster is not None else this_machine()
@@ -54,7 +55,7 @@ def estimate(
     if budget is not None:
         stored = next(iter(models.values()))  # as a conversion counts: its experts are the largest
         limit = room_for_weights(stored, machines) if budget == "cluster" else parse_size(budget)
-    found = run(models, machines, limit, format)
+    found = run(models, machines, limit, format, CANDIDATES)
     if as_json:
         typer.echo(json.dumps(found.row()))
     else:

@@ -1,6 +1,6 @@
 """Whether a model fits a cluster, in which format, and how fast it would be: an estimate's parts put together."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,13 +94,18 @@ class Estimate:
 
 
 def estimate(
-    models: Mapping[str, Model], cluster: Cluster, budget: int | None = None, format: Format | str | None = None
+    models: Mapping[str, Model],
+    cluster: Cluster,
+    budget: int | None = None,
+    format: Format | str | None = None,
+    mixed: Iterable[Format] = CHOICES,
 ) -> Estimate:
     """The estimate for one of `models` (by format, the best first): the best that memory holds.
 
-    `budget`: bytes that the whole model may have, which a conversion fills (mixture.py). `format` takes that one,
-    whether it fits or not. Without either, where no format fits into memory, the one of which least lies on disks is
-    answered for, and the smallest where none fits at all. Raises CoordinatorError when `format` is none of them.
+    `budget`: bytes that the whole model may have, which a conversion fills (mixture.py) that chooses among `mixed`.
+    `format` takes that one, whether it fits or not. Without either, where no format fits into memory, the one of
+    which least lies on disks is answered for, and the smallest where none fits at all. Raises CoordinatorError when
+    `format` is none of them.
     """
     if format is not None and format not in models:
         raise CoordinatorError(f"The model is not to be had in {format}; it is in {', '.join(models)}.")
@@ -115,7 +120,7 @@ def estimate(
         for name, model in models.items()
     )
     if budget is not None and format is None:
-        model = within(models, budget)
+        model = within(models, budget, mixed)
         where = hold(model, cluster)
     else:
         chosen = str(format) if format is not None else _choose(sizes)

@@ -4,22 +4,21 @@
 weights tells. Its bytes are the budget's, and so are these; which experts are the larger ones changes no figure here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from moehive.kernels.geometry import Format, LayerGeometry
 
-from ..precision.candidates import CANDIDATES
 from .model import PARTS, Matrix, Model
 
 
-def within(models: Mapping[str, Model], budget: int) -> Model:
+def within(models: Mapping[str, Model], budget: int, formats: Iterable[Format]) -> Model:
     """The first of `models`, the best, if it takes no more than `budget` bytes; else a mixture that fills them.
 
-    The smallest that a conversion makes where even that takes more.
+    `formats`: those that a conversion chooses among; the smallest of them where even that takes more.
     """
     best = next(iter(models.values()))
-    choices = sorted([best, *(best.in_format(fmt) for fmt in CANDIDATES)], key=lambda model: model.total_bytes)
+    choices = sorted([best, *(best.in_format(fmt) for fmt in formats)], key=lambda model: model.total_bytes)
     fitting = [model for model in choices if model.total_bytes <= budget]
     if best in fitting:
         return best

@@ -15,7 +15,6 @@ import numpy as np
 
 from moehive.kernels.geometry import LayerGeometry
 
-from ..estimate.constants import VRAM_BYTES_PER_S
 from ..types import LOCAL, CoordinatorError, NodeName, Owners, Pins, Plan
 from .cluster import MAX_NODES, Cluster, Node, Tier
 from .pins import covered, pinned
@@ -33,6 +32,7 @@ EFFORT = 0.2  # of the search: a node that joins or goes should not wait for the
 COPY_BYTES_PER_S = 30e6  # a quarter of 1 Gbit/s
 HORIZON_SECONDS = 3600.0  # for which traffic is expected to stay as it is
 USUAL_BANDWIDTH = 10e9  # bytes a second, of a node that has not said
+USUAL_GPU_BANDWIDTH = 360e9  # of experts on a GPU, which nodes do not measure; as estimates assume
 USUAL_RTT_S = 3e-4
 PIN_GAIN = 0.02  # of all uses: a plan that pins others must find so many more of them in a fast tier
 
@@ -51,7 +51,7 @@ class Measured:
     def read_speed(self, nbytes: int) -> float:
         """Bytes a second of so many bytes of experts, as many of them as fit on the GPU."""
         bandwidth, on_gpu = self.bandwidth or USUAL_BANDWIDTH, min(nbytes, self.vram_bytes)
-        return nbytes / (on_gpu / VRAM_BYTES_PER_S + (nbytes - on_gpu) / bandwidth) if on_gpu else bandwidth
+        return nbytes / (on_gpu / USUAL_GPU_BANDWIDTH + (nbytes - on_gpu) / bandwidth) if on_gpu else bandwidth
 
 
 def place(

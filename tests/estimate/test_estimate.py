@@ -220,7 +220,7 @@ def test_a_budget_is_filled_by_two_neighbours(share: float, stored: str, layers:
     others = {fmt: best.in_format(fmt) for fmt in CANDIDATES} | {stored: best}
     sizes = [other.total_bytes for other in others.values()]
     budget = int(min(sizes) + share * (best.total_bytes - min(sizes)))
-    mixed = within({stored: best}, budget)
+    mixed = within({stored: best}, budget, CANDIDATES)
     if not mixed.mixture:
         assert mixed.total_bytes == budget and mixed.format in (stored, "q2_k")
         return

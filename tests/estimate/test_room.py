@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from moehive.coordinator.cluster.policy import usable
 from moehive.coordinator.cluster.state import Capacity, ClusterState, Node
 from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier
-from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES, NODE_BYTES
+from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES, NODE_BYTES, VRAM_BYTES_PER_S
 from moehive.coordinator.estimate.estimate import estimate
 from moehive.coordinator.estimate.geometries import MODELS
 from moehive.coordinator.estimate.holding import hold
 from moehive.coordinator.estimate.model import Model, of_shape
 from moehive.coordinator.estimate.step import decode_step
-from moehive.coordinator.placement.place import place
+from moehive.coordinator.placement.place import USUAL_GPU_BANDWIDTH, place
 from moehive.coordinator.types import CoordinatorError, NodeName
 from moehive.kernels.geometry import bytes_filled
 
@@ -100,6 +100,10 @@ def test_above_a_disk_a_gpu_is_room_before_other_disks_are() -> None:
     larger = of_shape("qwen3-30b", MODELS["qwen3-30b"], "q4_k", layers=12)
     shares = counted(cluster, larger)
     assert shares["gpu"] / shares["plain"] == pytest.approx(2.25 / 0.5, rel=0.01)
+
+
+def test_a_gpus_speed_is_assumed_alike() -> None:
+    assert USUAL_GPU_BANDWIDTH == VRAM_BYTES_PER_S
 
 
 def test_without_a_disk_a_gpu_makes_no_room_and_reads_for_it() -> None:

@@ -5,10 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moehive.coordinator.estimate.constants import VRAM_BYTES_PER_S
 from moehive.coordinator.placement import plan as planning
 from moehive.coordinator.placement import search, synthetic
-from moehive.coordinator.placement.place import Measured, better, place
+from moehive.coordinator.placement.place import USUAL_GPU_BANDWIDTH, Measured, better, place
 from moehive.coordinator.types import LOCAL
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry
 
@@ -42,8 +41,8 @@ def test_with_traffic_a_quick_node_is_asked_for_more_and_hot_experts_have_replic
 
 def test_a_node_whose_gpu_computes_the_experts_is_quicker():
     assert Measured(10e9).read_speed(100) == 10e9
-    assert Measured(10e9, vram_bytes=100).read_speed(100) == VRAM_BYTES_PER_S
-    assert Measured(10e9, vram_bytes=50).read_speed(100) == pytest.approx(2 / (1 / 10e9 + 1 / VRAM_BYTES_PER_S))
+    assert Measured(10e9, vram_bytes=100).read_speed(100) == USUAL_GPU_BANDWIDTH
+    assert Measured(10e9, vram_bytes=50).read_speed(100) == pytest.approx(2 / (1 / 10e9 + 1 / USUAL_GPU_BANDWIDTH))
     capacities = dict.fromkeys("ab", 60 * SPEC.nbytes)
     measured = {"a": Measured(10e9, 1e-6, vram_bytes=60 * SPEC.nbytes), "b": Measured(10e9, 1e-6)}
     on_cpu = replace(SPEC, format="q5_0")
