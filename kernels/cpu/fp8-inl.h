@@ -29,9 +29,10 @@ constexpr float kFp8Raised = 0x1p80f, kFp8Missing = 0x1p40f;
 constexpr float kFp8Raised = 1.0f, kFp8Missing = 0x1p8f;
 #endif
 
-// The numbers of 16 rows in one column. An f32's bits take half as long to make as an f16's to be widened (Zen 4: 27 and
-// 19 GB/s of codes in cache). Subnormals, one code in some ten thousand, are then denormal: Intel's processors spend 150
-// cycles on a product with one, so that a product itself must never be.
+// The numbers of 16 rows in one column. An f32's bits take less time to make than an f16's to be widened (Zen 4: 27 and
+// 19 GB/s of codes in cache). Subnormals, one code in some ten thousand, are then denormal, and Intel's processors spend
+// 150 cycles on a product with one. Products would all be, but for the other factor, which is raised: it may be up to
+// 2^47, and is exact below.
 inline Vec expand(const uint8_t* at) {
 #if defined(__AVX512F__)
   const __m512i wide = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
