@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
 import pytest
 import torch
+from node_here import node_here as running_node
 
 from moehive.client import Client
 from moehive.coordinator.app import Coordinator
@@ -21,9 +22,7 @@ from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
 from moehive.coordinator.settings import CoordinatorSettings
-from moehive.expert_node.node import Node, start
-from moehive.expert_node.settings import Settings
-from moehive.proto.join_token import parse
+from moehive.expert_node.node import Node
 
 DEADLINE = 120.0  # seconds; only a broken cluster takes so long
 
@@ -111,23 +110,9 @@ class TestCluster:
         finally:
             await coordinator.stop()
 
-    @asynccontextmanager
-    async def node_here(self, name: str) -> AsyncIterator[Node]:
-        """A node on the test's own event loop, which starts faster than a process."""
-        state = self.folder / name
-        state.mkdir(mode=0o700)
-        (state / "bandwidth.json").write_bytes(self._bandwidth)
-        word = parse(self.token())
-        node = await start(Settings(state=state, token=word, name=name, memory_bytes=64 << 20, threads=1))
-        stopped = asyncio.create_task(asyncio.Event().wait())  # never
-        serving = asyncio.create_task(node.serve(stopped))
-        try:
-            yield node
-        finally:
-            for task in (serving, stopped):
-                task.cancel()
-            await asyncio.gather(serving, stopped, return_exceptions=True)
-            await node.close()
+    def node_here(self, name: str) -> AbstractAsyncContextManager[Node]:
+        """See node_here.py."""
+        return running_node(self.folder / name, self._bandwidth, self.token(), name)
 
     def start_node(self, name: str) -> NodeProcess:
         """Starts the node's process unless it runs; it joins with a token the first time."""

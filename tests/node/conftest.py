@@ -7,8 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from node_here import node_here as running_node
 
 from moehive.coordinator.checkpoints.slices import SliceSource
 from moehive.coordinator.cluster import membership as membership_module
@@ -29,8 +30,7 @@ from moehive.coordinator.cluster.tokens import create_token
 from moehive.coordinator.cluster.trust import Authority
 from moehive.coordinator.placement.place import place
 from moehive.coordinator.types import CoordinatorError, NodeName, Plan
-from moehive.expert_node.node import Node, start
-from moehive.expert_node.settings import Settings
+from moehive.expert_node.node import Node
 from moehive.kernels.blob import build_blob, tensor_views
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.reference import expert_forward
@@ -38,7 +38,6 @@ from moehive.proto import cluster_pb2, experts_pb2, experts_pb2_grpc
 from moehive.proto.channel import node_dns_name, open_channel
 from moehive.proto.chunks import Message
 from moehive.proto.handshake import metadata
-from moehive.proto.join_token import parse
 from moehive.proto.tensors import Routing, head_bytes, routing_bytes, write_head
 
 DEADLINE = 60.0  # seconds; only a broken node takes so long
@@ -243,29 +242,12 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
         node.end()
 
 
-@asynccontextmanager
-async def _node_here(state: Path, token: str | None = None, name: str = "a") -> AsyncIterator[Node]:
-    word = None if token is None else parse(token)
-    node = await start(Settings(state=state, token=word, name=name, memory_bytes=64 << 20, threads=1))
-    stopped = asyncio.create_task(asyncio.Event().wait())  # never
-    serving = asyncio.create_task(node.serve(stopped))
-    try:
-        yield node
-    finally:
-        for task in (serving, stopped):
-            task.cancel()
-        await asyncio.gather(serving, stopped, return_exceptions=True)
-        await node.close()
-
-
 @pytest.fixture
 def node_here(bandwidth: bytes) -> Callable[..., AbstractAsyncContextManager[Node]]:
-    """A node on the test's own event loop, which starts faster than a process."""
+    """See node_here.py."""
 
-    def start_here(state: Path, *arguments: Any) -> AbstractAsyncContextManager[Node]:
-        state.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (state / "bandwidth.json").write_bytes(bandwidth)
-        return _node_here(state, *arguments)
+    def start_here(state: Path, token: str | None = None, name: str = "a") -> AbstractAsyncContextManager[Node]:
+        return running_node(state, bandwidth, token, name)
 
     return start_here
 
