@@ -1,7 +1,8 @@
 """A process that was told to end does end, whatever its threads do: make a plan, read a disk that does not answer."""
 
+import atexit
+import contextlib
 import faulthandler
-import logging
 import os
 import sys
 from typing import NoReturn
@@ -22,13 +23,15 @@ def ended() -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
-def end_now() -> NoReturn:
-    """Ends this process, exit code 0, once everything that others see has been closed.
+def end_now(code: int = 0) -> NoReturn:
+    """Ends this process with this exit code, once everything that others see has been closed.
 
     Python would wait for all threads first, and some take minutes: a plan in the making, a model that is being read.
-    What they do is of no use any more, and what they write is whole or not there, as when a process is killed.
+    What they do is of no use any more, and what they write is whole or not there, as when a process is killed. Nor are
+    modules taken apart, at which Triton's complains of all that is still in use.
     """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or it is closed
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

@@ -6,6 +6,8 @@ import sys
 
 import typer
 
+from moehive.proto.ending import end_now
+
 from . import (
     bench,
     bench_budget,
@@ -88,13 +90,17 @@ def main() -> None:
     """Runs the command line. Exit codes: 1 failed, 2 wrong usage or settings, 130 interrupted."""
     # A crash of native code leaves its place on stderr, and in the service's journal.
     faulthandler.enable(sys.__stderr__ or sys.stderr)
+    code = 0
     try:
         app()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except Exception as error:  # the last place where one can be put into words
         if os.environ.get("MOEHIVE_DEBUG"):
             raise
         print(f"moehive: {sentence(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
+        code = exit_code(error)
+    end_now(code)
 
 
 if __name__ == "__main__":
