@@ -27,8 +27,8 @@ def end_now(code: int = 0) -> NoReturn:
     """Ends this process with this exit code, once everything that others see has been closed.
 
     Python would wait for all threads first, and some take minutes: a plan in the making, a model that is being read.
-    What they do is of no use any more, and what they write is whole or not there, as when a process is killed. Nor are
-    modules taken apart, at which Triton's complains of all that is still in use.
+    What they do is of no use any more, and what they write is whole or not there, as when a process is killed. Nor
+    are modules taken apart, at which Triton's complains of all that is still in use.
     """
     atexit._run_exitfuncs()
     with contextlib.suppress(OSError, ValueError):  # nobody reads any more, or it is closed
