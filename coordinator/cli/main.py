@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -86,21 +87,25 @@ keys.command("list")(cluster.list_keys)
 keys.command("revoke")(cluster.revoke_key)
 
 
-def main() -> None:
+def run() -> int:
     """Runs the command line. Exit codes: 1 failed, 2 wrong usage or settings, 130 interrupted."""
-    # A crash of native code leaves its place on stderr, and in the service's journal.
-    faulthandler.enable(sys.__stderr__ or sys.stderr)
-    code = 0
     try:
         app()
     except SystemExit as ended:
-        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except Exception as error:  # the last place where one can be put into words
         if os.environ.get("MOEHIVE_DEBUG"):
             raise
         print(f"moehive: {sentence(error)}", file=sys.stderr)
-        code = exit_code(error)
-    end_now(code)
+        return exit_code(error)
+    return 0
+
+
+def main() -> NoReturn:
+    """Runs the command line and ends the process."""
+    # A crash of native code leaves its place on stderr, and in the service's journal.
+    faulthandler.enable(sys.__stderr__ or sys.stderr)
+    end_now(run())
 
 
 if __name__ == "__main__":

@@ -139,10 +139,8 @@ def test_an_error_that_nobody_foresaw_is_a_sentence_too(
 
     monkeypatch.setattr(cli, "app", fail)
     monkeypatch.delenv("MOEHIVE_DEBUG", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 1
+    assert cli.run() == 1
     assert "MOEHIVE_DEBUG=1" in capsys.readouterr().err
     monkeypatch.setenv("MOEHIVE_DEBUG", "1")
     with pytest.raises(ZeroDivisionError):
-        cli.main()
+        cli.run()
