@@ -18,7 +18,7 @@ from .library import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
 MAX_HEAD = 512  # numbers of a head
-_ABI = 5
+_ABI = 6
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _SCORES = {"softmax": 0, "sigmoid": 1, "chosen_softmax": 2}
 
@@ -29,7 +29,7 @@ class _Attention(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "rotary")),
         *((name, ctypes.c_int64) for name in ("row", "query_stride", "gate_at", "keys_at", "values_at")),
-        *((name, ctypes.c_int64) for name in ("page_keys", "page_values", "window")),
+        *((name, ctypes.c_int64) for name in ("page_at", "window")),
         *((name, ctypes.c_void_p) for name in ("query_norm", "key_norm", "sinks")),
         *((name, ctypes.c_float) for name in ("eps", "scale")),
         *((name, ctypes.c_int32) for name in ("interleaved", "half")),
@@ -107,8 +107,7 @@ class AttentionLayer:
             gate_at=self.head_dim if self.gated else -1,
             keys_at=heads * self.head_dim,
             values_at=(heads + self.kv_heads) * self.head_dim,
-            page_keys=self.page_at,
-            page_values=self.page_at + self.keys_bytes,
+            page_at=self.page_at,
             window=self.window or 0,
             query_norm=_pointer(self.query_norm),
             key_norm=_pointer(self.key_norm),

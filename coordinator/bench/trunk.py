@@ -3,7 +3,8 @@
 Two questions. Layers 64 wide read nothing worth mentioning: what is left is overhead. Layers of real sizes should
 take as long as memory takes to give their weights. The lean trunk and transformers' eager layer (the generic trunk)
 have the same random weights and take turns, and between them the same threads read plain memory. Only the first rows
-of a large quantized matrix are really quantized, and stand for the others too: times do not depend on the numbers.
+of a large quantized matrix are really quantized, and stand for the others too: times do not depend on the numbers. In one
+case many tokens are in the cache, and attention reads as much as the weights are.
 """
 
 import statistics
@@ -27,9 +28,10 @@ from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.tensors import Embedding, PlainEmbedding
 from .timing import read_seconds, seconds_of, torch_threads
-from .trunk_bytes import state_bytes_of
+from .trunk_bytes import cache_bytes_of
 
 PROMPT = 128  # tokens in the cache before the first that is timed
+_LONG_PROMPT, _LONG_LAYERS = 4096, 8
 _READ_BYTES = 256 << 20
 _QUANTIZED_ROWS = 128  # whole blocks of every format
 _SMALL: dict[str, Any] = {  # what the layers are asked for is their width; the rest as little as goes
@@ -40,7 +42,8 @@ _SMALL: dict[str, Any] = {  # what the layers are asked for is their width; the 
     "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 32, "kv_lora_rank": 32,
     "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
 }  # fmt: skip
-# The routed experts are computed elsewhere: they are one wide here, so that they take no memory.
+# The routed experts are computed elsewhere: they are one wide here, so that they take no memory. All layers together
+# are far larger than caches.
 _REAL: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5-35b": ("qwen3_5_moe_text", {
         "hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 256,
@@ -50,7 +53,7 @@ _REAL: dict[str, tuple[str, dict[str, Any]]] = {
     }),
     "qwen3-30b": ("qwen3_moe", {
         "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
-        "num_hidden_layers": 4, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1,
+        "num_hidden_layers": 16, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1,
     }),
 }  # fmt: skip
 _SMALL_FAMILIES = ("mixtral", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "deepseek_v3", "gpt_oss", "glm4_moe")
@@ -59,8 +62,8 @@ _REAL_FORMATS = ("bf16", "q8_0", "q4_0", "q4_k", "q6_k", "fp8_block")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrunkRow:
-    """One layer, the mean over a trunk's layers. Times in microseconds, bytes of weights and recurrent state that a
-    layer reads for a token.
+    """One layer, the mean over a trunk's layers, with `context` tokens in the cache. Times in microseconds, bytes of
+    weights, recurrent state and cache that a layer reads for a token.
 
     `bandwidth` and `read_bandwidth` are bytes a second, of the layer and of a plain read in the same run; `ratio` is
     the first by the second, and means something where the layer does not fit into caches. `eager_us` is of the same
@@ -70,6 +73,7 @@ class TrunkRow:
     family: str
     shape: str
     format: str
+    context: int
     threads: int
     layer_us: float
     eager_us: float
@@ -80,7 +84,8 @@ class TrunkRow:
 
 
 class Case(NamedTuple):
-    """One trunk to be measured; tokens in a repetition, of transformers' layers `eager_tokens`."""
+    """One trunk to be measured with `prompt` tokens in the cache; tokens in a repetition, of transformers' layers
+    `eager_tokens`."""
 
     shape: str
     family: str
@@ -88,6 +93,7 @@ class Case(NamedTuple):
     formats: tuple[str, ...]
     tokens: int
     eager_tokens: int
+    prompt: int = PROMPT
 
 
 def measure_trunk(quick: bool, threads: int) -> list[dict[str, Any]]:
@@ -110,7 +116,14 @@ def cases(quick: bool) -> list[Case]:
     real = list(_REAL)[:1] if quick else list(_REAL)
     formats = tuple(fmt for fmt in (_REAL_FORMATS[:3] if quick else _REAL_FORMATS) if fmt in FORMATS)
     found = [Case("64 wide", family, _SMALL, ("f32",), 40, 10) for family in small]
-    return found + [Case(name, *_REAL[name], formats, 6, 1) for name in real]
+    for name in real:
+        family, config = _REAL[name]
+        found.append(Case(name, family, config, formats, 96 // config["num_hidden_layers"], 1))
+    if not quick:
+        family, config = _REAL["qwen3-30b"]
+        long = config | {"num_hidden_layers": _LONG_LAYERS}
+        found.append(Case("qwen3-30b", family, long, ("q4_0",), 12, 1, _LONG_PROMPT))
+    return found
 
 
 def _measure(case: Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
@@ -118,25 +131,30 @@ def _measure(case: Case, threads: int, repeats: int) -> Iterator[TrunkRow]:
     model = random_model(case)
     layers = model.config.num_hidden_layers
     eager = GenericTrunk(model, experts_of(model), case.family, 4096)
-    eager_step = Decode(eager)
+    eager_step = Decode(eager, case.prompt)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     for fmt in case.formats:
         tensors = ModelTensors(model, fmt)
         lean = families.build(model.config, tensors, ops)
-        lean_step = Decode(lean)
+        lean_step = Decode(lean, case.prompt)
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
-            times[0].append(seconds_of(lean_step.token, case.tokens))
-            times[1].append(seconds_of(eager_step.token, case.eager_tokens))
+            for series, step, tokens in (
+                (times[0], lean_step, case.tokens),
+                (times[1], eager_step, case.eager_tokens),
+            ):
+                step.token()  # wakes the threads: a decode's tokens come one after the other
+                series.append(seconds_of(step.token, tokens))
             times[2].append(read_seconds(memory, threads))
         lean_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s = lean_s / case.tokens / layers
-        nbytes = (tensors.layer_bytes + lean_step.state_bytes) // layers
+        nbytes = (tensors.layer_bytes + lean_step.cache_bytes) // layers
         read_bandwidth = _READ_BYTES / read_s
         yield TrunkRow(
             family=case.family,
             shape=case.shape,
             format=fmt,
+            context=case.prompt,
             threads=threads,
             layer_us=layer_s * 1e6,
             eager_us=eager_s / case.eager_tokens / layers * 1e6,
@@ -153,7 +171,7 @@ def random_model(case: Case) -> Any:
     config = configs[case.family](vocab_size=256, max_position_embeddings=4096, pad_token_id=0)
     known = config.to_dict()
     for name, value in case.config.items():
-        if name in known:
+        if name in known or name == "head_dim":  # which some families' configs have only if they are told
             setattr(config, name, value)
     if "kv_lora_rank" in known:  # each head has keys of its own, made of the latent
         config.num_key_value_heads = config.num_attention_heads
@@ -249,9 +267,9 @@ class Decode:
         return self._run(torch.tensor([3]))
 
     @property
-    def state_bytes(self) -> int:
-        """Of recurrent layers, which a token reads whatever came before; of a lean trunk's sequence."""
-        return state_bytes_of(self._cache)
+    def cache_bytes(self) -> int:
+        """Of the sequence, which a token reads; of a lean trunk's."""
+        return cache_bytes_of(self._cache)
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
         return _finish(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]

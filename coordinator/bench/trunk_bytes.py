@@ -38,14 +38,19 @@ def read_bytes_a_token(model: Path) -> int:
 def state_bytes(trunk: Trunk) -> int:
     """Bytes of a sequence's recurrent state, which each of its tokens reads; 0 of a trunk that is not lean."""
     cache = trunk.new_cache()
-    total = state_bytes_of(cache)
+    total = sum(state.nbytes for state in cache.states) if isinstance(cache, SequenceCache) else 0
     trunk.free_cache(cache)
     return total
 
 
-def state_bytes_of(cache: object) -> int:
-    """The same of a sequence that is there."""
-    return sum(state.nbytes for state in cache.states) if isinstance(cache, SequenceCache) else 0
+def cache_bytes_of(cache: object) -> int:
+    """Bytes of a sequence's recurrent state and of its cached tokens, of which a window sees the newest.
+
+    0 of a trunk that is not lean.
+    """
+    if not isinstance(cache, SequenceCache):
+        return 0
+    return sum(state.nbytes for state in cache.states) + sum(table.nbytes for table in cache.tables)
 
 
 def _sum(tensors: Iterable[_Tensor], expert: str, embedding: str, head: str) -> int:

@@ -22,7 +22,7 @@ from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.lean.gpu.trunk import GpuTrunk
 from .timing import seconds_of
-from .trunk import PROMPT, Case, Decode, ModelTensors, TrunkRow, cases, experts_of, random_model
+from .trunk import Case, Decode, ModelTensors, TrunkRow, cases, experts_of, random_model
 
 _READ_BYTES = 1 << 30
 
@@ -31,21 +31,21 @@ def measure_gpu_trunk(quick: bool, device: torch.device) -> list[dict[str, Any]]
     """All shapes in all formats that a GPU computes, with 0 threads. Raises NativeLibraryError, PlanesError."""
     with torch.no_grad():
         repeats = 3 if quick else 9
-        rows = [row for case in cases(quick) for row in measure(case, device, repeats, PROMPT, _READ_BYTES)]
+        rows = [row for case in cases(quick) for row in measure(case, device, repeats, _READ_BYTES)]
     return [asdict(row) for row in rows]
 
 
-def measure(case: Case, device: torch.device, repeats: int, prompt: int, read_bytes: int) -> Iterator[TrunkRow]:
-    """`device` is a GPU, or the CPU in the interpreter; `prompt` tokens are in the cache before those that count."""
+def measure(case: Case, device: torch.device, repeats: int, read_bytes: int) -> Iterator[TrunkRow]:
+    """`device` is a GPU, or the CPU in the interpreter."""
     ops = Ops(LinearOps(cores()), TrunkOps(cores()))
     model = random_model(case)
     layers = model.config.num_hidden_layers
-    eager = _Eager(random_model(case).to(device), prompt)
+    eager = _Eager(random_model(case).to(device), case.prompt)
     memory = torch.ones(read_bytes // 4, device=device)
     for fmt in case.formats:
         tensors = ModelTensors(model, fmt)
         trunk = GpuTrunk(families.read(model.config, tensors, ops), ops, device)
-        decode = Decode(trunk, prompt)
+        decode = Decode(trunk, case.prompt)
         for warm in (decode.token, eager.token, memory.sum):  # compiles, records
             warm()
         times: list[list[float]] = [[], [], []]
@@ -55,12 +55,13 @@ def measure(case: Case, device: torch.device, repeats: int, prompt: int, read_by
             times[2].append(_seconds(memory.sum, 1, device))
         layer_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s /= layers
-        nbytes = (tensors.layer_bytes + decode.state_bytes) // layers
+        nbytes = (tensors.layer_bytes + decode.cache_bytes) // layers
         read_bandwidth = memory.nbytes / read_s
         yield TrunkRow(
             family=case.family,
             shape=case.shape,
             format=fmt,
+            context=case.prompt,
             threads=0,
             layer_us=layer_s * 1e6,
             eager_us=eager_s / layers * 1e6,

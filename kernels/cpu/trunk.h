@@ -1,4 +1,4 @@
-// The trunk's own arithmetic (all but its linear layers): norms, rotary embedding, paged attention, router.
+// The trunk's own arithmetic (all but its linear layers): norms, rotary embedding, paged attention (attention.h), router.
 //
 // All numbers are f32, the KV cache f32 or bf16. What one instruction set contributes is `TrunkKernel`; the schedule
 // over threads is in trunk_api.cc. A row's result depends on that row alone, never on what else is in the batch.
@@ -11,10 +11,10 @@
 // One attention layer. A token's row holds queries, keys and values: query head i begins at i * query_stride, its
 // output gate (if gate_at >= 0) gate_at behind it; key head i at keys_at + i * head_dim, values likewise.
 struct MoehiveAttention {
-  int64_t heads, kv_heads, head_dim;
+  int64_t heads, kv_heads, head_dim;  // head_dim is even
   int64_t rotary;  // numbers of a head that are turned, the first ones; even
   int64_t row, query_stride, gate_at, keys_at, values_at;
-  int64_t page_keys, page_values;  // where this layer's part lies in a page, in bytes
+  int64_t page_at;  // where this layer's part begins in a page, in bytes
   int64_t window;                  // keys that a query sees, itself included; 0: all before it
   const float* query_norm;         // [head_dim], or null
   const float* key_norm;
@@ -62,25 +62,8 @@ __attribute__((visibility("default"))) int32_t moehive_trunk_route(void* trunk, 
 
 namespace moehive {
 
-// Tokens of a page. Its part of one layer: keys [kv_heads][head_dim][kPage], so that a vector holds one number of
-// many tokens; values [kv_heads][kPage][padded head_dim].
+// Tokens of a page.
 constexpr int64_t kPage = 32;
-constexpr int64_t kMaxHead = 512;
-constexpr int64_t kMaxQueries = 16;  // rows (query heads and tokens) that pass over a page together
-
-struct Attend {
-  const MoehiveAttention& layer;
-  float* rows;  // [tokens, layer.row]; queries are turned in place
-  const float* cos;
-  const float* sin;  // [tokens, rotary / 2]
-  float* out;        // [tokens, heads * head_dim]
-};
-
-// Query heads `head` .. `head + heads` (all of one key head) of tokens `token` .. `token + tokens`.
-struct AttendPart {
-  const MoehiveSequence* sequence;
-  int64_t token, tokens, head, heads;
-};
 
 // hidden += add + more * sigmoid(gate); then, with `norm`, out = hidden / rms(hidden) * norm, also to half_out.
 struct AddNorm {
@@ -99,8 +82,6 @@ struct AddNorm {
 
 struct TrunkKernel {
   void (*add_norm)(const AddNorm&, int64_t token);
-  void (*prepare)(const Attend&, const MoehiveSequence&, int64_t token);  // token of the sequence
-  void (*attend)(const Attend&, const AttendPart&);
   void (*gate)(const float* in, int64_t middle, int32_t activation, float* out);  // in [gate | up]
   void (*route)(const MoehiveRouter&, const float* logits, float* scratch, int64_t* ids, float* weights);
 };

@@ -21,19 +21,10 @@ const TrunkKernel& best() {
   return kTrunkPlain;
 }
 
-bool sound(const MoehiveAttention& a) {
-  return a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0 && a.head_dim > 0 && a.head_dim <= kMaxHead &&
-         a.rotary >= 0 && a.rotary <= a.head_dim && a.rotary % 2 == 0 && a.window >= 0;
-}
-
-int64_t keys_seen(const MoehiveAttention& a, int64_t position) {
-  return a.window && a.window < position + 1 ? a.window : position + 1;
-}
-
 }  // namespace
 
 // Raised with every change of this file's functions or of trunk.h's structs, or of layer.cc's.
-MOEHIVE_API int32_t moehive_trunk_abi() { return 5; }
+MOEHIVE_API int32_t moehive_trunk_abi() { return 6; }
 
 // Null without memory or threads. To be freed by moehive_trunk_destroy.
 MOEHIVE_API void* moehive_trunk_create(int32_t threads) {
@@ -68,40 +59,6 @@ MOEHIVE_API void moehive_trunk_rope(const MoehiveSequence* sequences, int64_t co
         cos[(s->first + t) * half + i] = std::cos(angle) * scaling;
         sin[(s->first + t) * half + i] = std::sin(angle) * scaling;
       }
-}
-
-// Norms and turns queries and keys of `rows` (see MoehiveAttention), appends keys and values to the sequences' pages
-// and attends: out [tokens, heads * head_dim]. Returns 0; 1 if an argument can't be; 2 without memory.
-MOEHIVE_API int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer, float* rows,
-                                         const MoehiveSequence* sequences, int64_t count, const float* cos,
-                                         const float* sin, float* out) {
-  if (!trunk || !layer || !sound(*layer)) return 1;
-  Trunk& self = *static_cast<Trunk*>(trunk);
-  const MoehiveAttention& a = *layer;
-  const Attend p{a, rows, cos, sin, out};
-  const int64_t group = a.heads / a.kv_heads, heads = group < kMaxQueries ? group : kMaxQueries;
-  const int64_t tokens = kMaxQueries / heads;
-  try {
-    thread_local std::vector<AttendPart> parts;
-    parts.clear();
-    int64_t work = 0;
-    for (int64_t s = 0; s < count; ++s) {
-      const MoehiveSequence& sequence = sequences[s];
-      self.each(sequence.tokens, sequence.tokens * a.row,
-                [&](int64_t token) { self.kernel().prepare(p, sequence, token); });
-      for (int64_t token = 0; token < sequence.tokens; token += tokens)
-        for (int64_t kv_head = 0; kv_head < a.kv_heads; ++kv_head)
-          for (int64_t head = 0; head < group; head += heads)
-            parts.push_back({&sequence, token, tokens < sequence.tokens - token ? tokens : sequence.tokens - token,
-                             kv_head * group + head, heads < group - head ? heads : group - head});
-      work += sequence.tokens * a.heads * a.head_dim * keys_seen(a, sequence.start + sequence.tokens - 1);
-    }
-    const AttendPart* list = parts.data();  // of this thread: the others must not look for their own
-    self.each(static_cast<int64_t>(parts.size()), work, [&](int64_t i) { self.kernel().attend(p, list[i]); });
-  } catch (const std::exception&) {
-    return 2;
-  }
-  return 0;
 }
 
 // out[t] = activation(in[t][0 .. middle]) * in[t][middle .. 2 middle], rows of `in` `stride` apart.

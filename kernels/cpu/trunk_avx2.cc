@@ -5,8 +5,10 @@ constexpr int kWidth = 8;
 }
 }  // namespace moehive
 
+#include "attention-inl.h"
 #include "trunk-inl.h"
 
 namespace moehive {
-extern const TrunkKernel kTrunkAvx2{add_norm, prepare, attend, gate, route};
+extern const TrunkKernel kTrunkAvx2{add_norm, gate, route};
+extern const AttentionKernel kAttentionAvx2{prepare, attend, join, finish};
 }  // namespace moehive

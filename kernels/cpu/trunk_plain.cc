@@ -5,8 +5,10 @@ constexpr int kWidth = 4;
 }
 }  // namespace moehive
 
+#include "attention-inl.h"
 #include "trunk-inl.h"
 
 namespace moehive {
-extern const TrunkKernel kTrunkPlain{add_norm, prepare, attend, gate, route};
+extern const TrunkKernel kTrunkPlain{add_norm, gate, route};
+extern const AttentionKernel kAttentionPlain{prepare, attend, join, finish};
 }  // namespace moehive

@@ -9,6 +9,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "bf16.h"
 
 namespace moehive {
@@ -35,12 +39,22 @@ inline void store(float* at, V v) { memcpy(at, &v, sizeof v); }
 
 inline V same(float x) { return x - V{}; }
 
-// Halves are added until one number is left.
+// Halves are added until one number is left, or compared. GCC makes this of it with AVX-512 by way of memory.
+#if defined(__AVX512F__)
+inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
+inline float largest(V v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
 inline float sum(V v) {
   for (int half = kWidth / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) v[i] += v[i + half];
   return v[0];
 }
+inline float largest(V v) {
+  for (int half = kWidth / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] = v[i + half] > v[i] ? v[i + half] : v[i];
+  return v[0];
+}
+#endif
 
 // e^x in each lane, relative error about 1e-7; 0 below -87, e^88 above 88. After Cephes' expf; see activation.h.
 inline V exponential(V x) {

@@ -27,20 +27,30 @@ def test_both_trunks_give_the_same_logits(family: str) -> None:
 
 
 def test_a_gpu_s_row_holds_what_was_measured() -> None:
-    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 1, 1)
+    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 1, 1, prompt=3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
-        (row,) = trunk_gpu.measure(case, device, repeats=1, prompt=3, read_bytes=1 << 20)
+        (row,) = trunk_gpu.measure(case, device, repeats=1, read_bytes=1 << 20)
     assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 0)
     assert min(row.layer_us, row.eager_us, row.bytes, row.read_bandwidth) > 0
     assert row.bandwidth == pytest.approx(row.bytes / row.layer_us * 1e6)
 
 
 def test_a_row_holds_what_was_measured() -> None:
-    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1)
+    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1, prompt=40)
     with torch.no_grad():
         (row,) = bench._measure(case, 1, repeats=1)
     assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 1)
     assert min(row.layer_us, row.eager_us, row.bytes, row.read_bandwidth) > 0
     assert row.bandwidth == pytest.approx(row.bytes / row.layer_us * 1e6)
     assert row.ratio == pytest.approx(row.bandwidth / row.read_bandwidth)
+    assert row.context == 40 and row.bytes > 40 * 2 * 16 * 2 * 4, "keys and values of the tokens are counted"
+
+
+def test_the_real_shapes_are_the_models_own() -> None:
+    case = next(case for case in bench.cases(quick=False) if case.shape == "qwen3-30b")
+    model = bench.random_model(case._replace(config=case.config | {"num_hidden_layers": 1}))
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert shapes["model.layers.0.self_attn.q_proj.weight"] == (32 * 128, 2048)
+    assert shapes["model.layers.0.self_attn.v_proj.weight"] == (4 * 128, 2048)
+    assert shapes["model.layers.0.mlp.gate.weight"] == (128, 2048)

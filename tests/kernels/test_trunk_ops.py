@@ -91,6 +91,39 @@ def test_attention(data: st.DataObject) -> None:
     torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kv_heads", "group", "window"), [(2, 8, None), (1, 5, 700), (3, 1, 513)])
+def test_attention_over_many_pages_has_the_same_bits_however_it_is_shared_out(
+    kv_heads: int, group: int, window: int | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(kv_heads)
+    heads, n, tokens = kv_heads * group, 48, 1300  # three spans of 512 tokens
+    layer = AttentionLayer(
+        heads=heads, kv_heads=kv_heads, head_dim=n, rotary=n, scale=n**-0.5, page_at=0, dtype=dtype, window=window,
+        gated=True, sinks=torch.randn(heads),
+    )  # fmt: skip
+    rows, angles = torch.randn(tokens, layer.row), torch.randn(tokens, n // 2)
+    cos, sin = angles.cos().contiguous(), angles.sin().contiguous()
+    expected = reference(layer, rows, cos, sin)
+    results = []
+    for threads, last in ((1, tokens), (3, tokens), (1, 1), (2, 1), (5, 1), (2, 3), (3, 40)):
+        ops = TrunkOps(threads)
+        pages = [torch.full((layer.page_bytes,), 0xFF, dtype=torch.uint8) for _ in range(-(-tokens // PAGE))]
+        addresses = (ctypes.c_uint64 * len(pages))(*(page.data_ptr() for page in pages))
+        out, own = torch.empty(tokens, heads * n), rows.clone()
+        # All at once, or the last ones of them after the others.
+        for start, count in ((0, tokens - last), (tokens - last, last)):
+            if count:
+                here = slice(start, start + count)
+                batch = sequences([(0, count, start, ctypes.addressof(addresses))])
+                ops.attend(layer.structure(), own[here], batch, cos[here], sin[here], out[here])
+        results.append(out)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(results[0], expected, rtol=tolerance, atol=tolerance)
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_add_norm(half: bool) -> None:
     torch.manual_seed(1)

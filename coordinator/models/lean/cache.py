@@ -62,6 +62,11 @@ class PageTable:
         """The pages' addresses, 0 for those that were given back; until the next `extend`."""
         return np.frombuffer(memoryview(self._addresses), np.int64, len(self._pages))
 
+    @property
+    def nbytes(self) -> int:
+        """Of the pages that it holds."""
+        return (len(self._pages) - self._behind) * self._pool.page_bytes
+
     def extend(self, tokens: int) -> None:
         """Room for `tokens` in all."""
         wanted = -(-tokens // PAGE)
