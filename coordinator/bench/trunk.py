@@ -3,8 +3,8 @@
 Two questions. Layers 64 wide read nothing worth mentioning: what is left is overhead. Layers of real sizes should
 take as long as memory takes to give their weights. The lean trunk and transformers' eager layer (the generic trunk)
 have the same random weights and take turns, and between them the same threads read plain memory. Only the first rows
-of a large quantized matrix are really quantized, and stand for the others too: times do not depend on the numbers. In one
-case many tokens are in the cache, and attention reads as much as the weights are.
+of a large quantized matrix are really quantized, and stand for the others too: times do not depend on the numbers.
+One case has many tokens in the cache, where attention reads as much as the weights are.
 """
 
 import statistics
