@@ -122,7 +122,7 @@ class DeltaNet:
     def __init__(self, ops: TrunkOps, layer: DeltaNetLayer) -> None:
         """Raises NativeLibraryError if the shapes are larger than what the native library has room for."""
         self.layer = layer
-        self._handle = ops.handle
+        self._ops = ops  # whose handle is used
         library = native_trunk()
         self._run = library.moehive_trunk_delta_net
         self._run.argtypes = (ctypes.c_void_p,) * 3
@@ -181,5 +181,5 @@ class DeltaNet:
             mixed=mixed.data_ptr(),
             out=out.data_ptr(),
         )
-        if self._run(self._handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
+        if self._run(self._ops.handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
             raise NativeLibraryError("The native library refuses the DeltaNet layer's arguments.")

@@ -63,16 +63,16 @@ class MlaLayer:
 
 
 class Mla:
-    """A layer ready to compute; keeps its tensors alive."""
+    """A layer ready to compute; keeps its tensors and threads alive."""
 
     def __init__(self, ops: TrunkOps, layer: MlaLayer) -> None:
         """Raises NativeLibraryError if the shapes are larger than what the native library has room for."""
         self.layer = layer
-        self._handle = ops.handle
+        self._ops = ops  # whose handle is used
         self._run = native_trunk().moehive_trunk_mla
         self._run.argtypes = (ctypes.c_void_p,) * 3
         self._run.restype = ctypes.c_int32
-        if layer.rank > MAX_RANK or max(layer.nope, layer.rope) > MAX_HEAD_PART or layer.rope % 2:
+        if layer.rank > MAX_RANK or max(layer.nope, layer.rope) > MAX_HEAD_PART or (layer.rope | layer.rank) % 2:
             raise NativeLibraryError(
                 f"Latent attention of rank {layer.rank} with heads of {layer.nope} and {layer.rope} numbers is "
                 f"not supported; a rank of {MAX_RANK} and {MAX_HEAD_PART} each, even, are."
@@ -121,5 +121,5 @@ class Mla:
             absorbed=absorbed.data_ptr(),
             out=out.data_ptr(),
         )
-        if self._run(self._handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
+        if self._run(self._ops.handle, ctypes.addressof(self.structure), ctypes.addressof(call)):
             raise NativeLibraryError("The native library refuses the latent attention's arguments.")

@@ -23,6 +23,8 @@ namespace {
 // Query rows at once, with two sums for each in registers.
 constexpr int kTile = kWidth == 16 ? 8 : 4;
 constexpr float kNone = -1e30f;
+constexpr int64_t kMaxQuery = kMaxRank + kMaxRope;
+static_assert(kMaxHead <= kMaxQuery, "a query of either kind has room");
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -271,6 +273,47 @@ inline void soften(float* scores, int64_t low, int64_t high, float& top, float& 
   total += sum(share);
 }
 
+inline void begin(const Seen& seen, int64_t rows) {
+  for (int64_t i = 0; i < rows * seen.stride; ++i) seen.sums[i] = 0.0f;
+  for (int64_t r = 0; r < rows; ++r) seen.top[r] = kNone;
+  for (int64_t r = 0; r < rows; ++r) seen.total[r] = 0.0f;
+}
+
+// A row's query of n numbers times `scale`, as factors.
+template <class Stored>
+inline void take_query(const Seen& seen, int64_t row, const float* query, int64_t n, float scale) {
+  using Factor = typename Cached<Stored>::Factor;
+  alignas(64) float scaled[Seen::stride_of(kMaxQuery)];
+  for (int64_t i = 0; i < seen.query_stride; ++i) scaled[i] = i < n ? query[i] * scale : 0.0f;
+  Cached<Stored>::factors(scaled, seen.query_stride, reinterpret_cast<Factor*>(seen.queries) + row * seen.query_stride);
+}
+
+// Rows first .. first + rows, at most kMaxQueries, over a page: keys [n][kPage], values of `width` numbers in blocks.
+// bounds(r, low, high) says which tokens row r sees, all of them from `low` to `high`.
+template <class Stored, class Bounds>
+inline void attend_page(const Seen& seen, int64_t first, int64_t rows, const Stored* keys, int64_t n,
+                        const Stored* values, int64_t width, int64_t low, int64_t high, Bounds&& bounds) {
+  using Cache = Cached<Stored>;
+  using Factor = typename Cache::Factor;
+  alignas(64) float scores[kMaxQueries][kPage];
+  alignas(64) Factor weights[kMaxQueries * kPage];
+  const Factor* queries = reinterpret_cast<const Factor*>(seen.queries) + first * seen.query_stride;
+  float* sums = seen.sums + first * seen.stride;
+  for_tiles<kTile>(0, rows, [&](auto tile, int64_t r) {
+    score<decltype(tile)::value>(queries + r * seen.query_stride, seen.query_stride, keys, n, scores + r);
+  });
+  for (int64_t r = 0; r < rows; ++r) {
+    int64_t from, to;
+    bounds(first + r, from, to);
+    soften(scores[r], from, to, seen.top[first + r], seen.total[first + r], sums + r * seen.stride, width);
+  }
+  Cache::factors(scores[0], rows * kPage, weights);
+  low = low / Cache::kStep * Cache::kStep;
+  for_tiles<kTile>(0, rows, [&](auto tile, int64_t r) {
+    gather<decltype(tile)::value>(weights + r * kPage, low, high, values, width, sums + r * seen.stride, seen.stride);
+  });
+}
+
 inline const float* query_of(const Attend& p, const AttendPart& part, int64_t row, int64_t& token, int64_t& head) {
   const MoehiveAttention& a = p.layer;
   const int64_t each = part.tokens * part.heads, kv_head = part.kv_head + row / each;
@@ -280,53 +323,26 @@ inline const float* query_of(const Attend& p, const AttendPart& part, int64_t ro
 }
 
 template <class Stored>
-inline void begin(const Attend& p, const AttendPart& part, const Seen& seen) {
-  using Factor = typename Cached<Stored>::Factor;
-  alignas(64) float scaled[Seen::stride_of(kMaxHead)];
-  for (int64_t r = 0, token, head; r < part.rows(); ++r) {
-    const float* query = query_of(p, part, r, token, head);
-    for (int64_t i = 0; i < seen.stride; ++i) scaled[i] = i < p.layer.head_dim ? query[i] * p.layer.scale : 0.0f;
-    Cached<Stored>::factors(scaled, seen.stride, reinterpret_cast<Factor*>(seen.queries) + r * seen.stride);
-    for (int64_t i = 0; i < seen.stride; ++i) seen.sums[r * seen.stride + i] = 0.0f;
-    seen.top[r] = kNone;
-    seen.total[r] = 0.0f;
-  }
-}
-
-template <class Stored>
 void attend_as(const Attend& p, const AttendPart& part, int64_t span, const Seen& seen) {
-  using Cache = Cached<Stored>;
-  using Factor = typename Cache::Factor;
-  begin<Stored>(p, part, seen);
   const MoehiveAttention& a = p.layer;
-  const MoehiveSequence& sequence = *part.sequence;
-  const int64_t rows = part.tokens * part.heads, n = a.head_dim, width = padded_head(n), stride = seen.stride;
-  const int64_t begin = sequence.start + part.token, end = begin + part.tokens;
-  const int64_t first = a.window ? most(0, begin - a.window + 1) : 0;
+  const uint64_t* pages = part.sequence->pages;
+  const int64_t rows = part.tokens * part.heads, n = a.head_dim;
+  begin(seen, part.rows());
+  for (int64_t r = 0, token, head; r < part.rows(); ++r)
+    take_query<Stored>(seen, r, query_of(p, part, r, token, head), n, a.scale);
+  const int64_t position = part.position(), end = position + part.tokens;
+  const int64_t first = a.window ? most(0, position - a.window + 1) : 0;
   const int64_t last = least((span + 1) * kSpan, (end - 1) / kPage + 1);
-  alignas(64) float scores[kMaxQueries][kPage];
-  alignas(64) Factor weights[kMaxQueries * kPage];
   for (int64_t page = most(span * kSpan, first / kPage); page < last; ++page) {
     const int64_t base = page * kPage;
-    const int64_t from = most(0, first - base) / Cache::kStep * Cache::kStep, to = least(kPage, end - base);
     for (int64_t head = 0; head < part.kv_heads; ++head) {
-      const Stored* keys = keys_of<Stored>(a, sequence.pages[page], part.kv_head + head);
-      const Factor* queries = reinterpret_cast<const Factor*>(seen.queries) + head * rows * stride;
-      float* sums = seen.sums + head * rows * stride;
-      for_tiles<kTile>(0, rows, [&](auto tile, int64_t r) {
-        score<decltype(tile)::value>(queries + r * stride, stride, keys, n, scores + r);
-      });
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t position = begin + r / part.heads;
-        const int64_t low = a.window ? most(0, position - a.window + 1 - base) : 0;
-        const int64_t high = most(0, least(kPage, position + 1 - base));
-        soften(scores[r], least(low, kPage), high, seen.top[head * rows + r], seen.total[head * rows + r],
-               sums + r * stride, width);
-      }
-      Cache::factors(scores[0], rows * kPage, weights);
-      for_tiles<kTile>(0, rows, [&](auto tile, int64_t r) {
-        gather<decltype(tile)::value>(weights + r * kPage, from, to, keys + n * kPage, width, sums + r * stride, stride);
-      });
+      const Stored* keys = keys_of<Stored>(a, pages[page], part.kv_head + head);
+      attend_page(seen, head * rows, rows, keys, n, keys + n * kPage, padded_head(n), most(0, first - base),
+                  least(kPage, end - base), [&](int64_t r, int64_t& low, int64_t& high) {
+                    const int64_t at = position + r % rows / part.heads;
+                    low = a.window ? least(kPage, most(0, at - a.window + 1 - base)) : 0;
+                    high = most(0, least(kPage, at + 1 - base));
+                  });
     }
   }
 }
@@ -339,8 +355,8 @@ void attend(const Attend& p, const AttendPart& part, int64_t span, const Seen& s
   }
 }
 
-void join(const AttendPart& part, const Seen& seen, const Seen& more) {
-  for (int64_t r = 0; r < part.rows(); ++r) {
+void join(int64_t rows, const Seen& seen, const Seen& more) {
+  for (int64_t r = 0; r < rows; ++r) {
     const float top = seen.top[r] > more.top[r] ? seen.top[r] : more.top[r];
     const float mine = expf(seen.top[r] - top), its = expf(more.top[r] - top);
     float* sums = seen.sums + r * seen.stride;

@@ -1,6 +1,7 @@
 // Attention of query heads over a paged KV cache: what one instruction set contributes, and what its callers must know.
 #pragma once
 
+#include "mla.h"
 #include "trunk.h"
 
 namespace moehive {
@@ -28,26 +29,27 @@ struct AttendPart {
   const MoehiveSequence* sequence;
   int64_t token, tokens, kv_head, kv_heads, head, heads;
   int64_t rows() const { return kv_heads * tokens * heads; }
+  int64_t position() const { return sequence->start + token; }
 };
 
 inline constexpr int64_t padded_head(int64_t n) { return (n + 15) / 16 * 16; }
 
-// What a part's rows have seen of their keys: the largest score, the sum of e^(score - largest), and the sum of values
-// with those weights. A power of two between rows would put all of them into a few lines of the first cache.
+// What query rows have seen of their keys: the largest score, the sum of e^(score - largest), and the sum of values with
+// those weights. A power of two between rows would put all of them into a few lines of the first cache.
 struct Seen {
   float* sums;     // [rows][stride]
-  float* queries;  // [rows][stride], in the kernel's form
+  float* queries;  // [rows][query_stride], in the kernel's form
   float* top;      // [rows]
   float* total;
-  int64_t stride;
+  int64_t stride, query_stride;
 
-  Seen(float* memory, int64_t rows, int64_t head_dim)
-      : sums(memory), queries(sums + rows * stride_of(head_dim)), top(queries + rows * stride_of(head_dim)),
-        total(top + rows), stride(stride_of(head_dim)) {}
-  static constexpr int64_t stride_of(int64_t head_dim) { return padded_head(head_dim) + 16; }
+  Seen(float* memory, int64_t rows, int64_t query, int64_t value)
+      : sums(memory), queries(sums + rows * stride_of(value)), top(queries + rows * stride_of(query)),
+        total(top + rows), stride(stride_of(value)), query_stride(stride_of(query)) {}
+  static constexpr int64_t stride_of(int64_t numbers) { return padded_head(numbers) + 16; }
   // Of the memory, a multiple of 16.
-  static constexpr int64_t floats(int64_t rows, int64_t head_dim) {
-    return rows * 2 * stride_of(head_dim) + (2 * rows + 15) / 16 * 16;
+  static constexpr int64_t floats(int64_t rows, int64_t query, int64_t value) {
+    return rows * (stride_of(query) + stride_of(value)) + (2 * rows + 15) / 16 * 16;
   }
 };
 
@@ -56,11 +58,17 @@ struct AttentionKernel {
   void (*prepare)(const Attend&, const MoehiveSequence&, int64_t token);
   // What a part's rows see in a span.
   void (*attend)(const Attend&, const AttendPart&, int64_t span, const Seen&);
-  // ... and then `more`.
-  void (*join)(const AttendPart&, const Seen&, const Seen& more);
   // What they have seen in all to their output.
   void (*finish)(const Attend&, const AttendPart&, const Seen&);
+  // The same of latent attention (mla.h), where absorbed queries become what they sum.
+  void (*attend_latent)(const MoehiveMla&, const MoehiveMlaCall&, const LatentPart&, int64_t span, const Seen&);
+  void (*finish_latent)(const MoehiveMla&, const MoehiveMlaCall&, const LatentPart&, const Seen&);
+  // What rows have seen, and then `more`.
+  void (*join)(int64_t rows, const Seen&, const Seen& more);
 };
+
+// Of this processor.
+const AttentionKernel& attention_kernel();
 
 extern const AttentionKernel kAttentionPlain;
 #if defined(__x86_64__)

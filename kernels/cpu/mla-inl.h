@@ -100,17 +100,13 @@ void absorb(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head, i
                     : absorb_as<float>(layer, call, head, token, tokens);
 }
 
-template <class Stored>
-inline Stored* cached_row(const MoehiveMla& layer, const MoehiveSequence& sequence, int64_t position) {
-  const uint64_t page = sequence.pages[position / kPage] + layer.page_at;
-  return reinterpret_cast<Stored*>(page) + position % kPage * (layer.rank + layer.rope);
-}
-
-inline void put(float* at, float x) { *at = x; }
-inline void put(uint16_t* at, float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  *at = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+// Number i of the page's token `slot`. The token after it is multiplied by zero until it comes, and must not be what no
+// number is.
+inline void put(float* page, int64_t i, int64_t slot, float x) { page[i * kPage + slot] = x; }
+inline void put(uint16_t* page, int64_t i, int64_t slot, float x) {
+  uint16_t* at = page + (i / 2 * kPage + slot) * 2 + i % 2;
+  *at = to_bf16(x);
+  if (slot % 2 == 0) at[2] = 0;
 }
 
 template <class Stored>
@@ -119,10 +115,11 @@ void append_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const Moehiv
   const float* from = call.compressed + row * call.compressed_row;
   float turned[kMaxRope];
   rotate(turned, from + rank, call.cos + angle, call.sin + angle, layer.rope, layer.interleaved);
-  Stored* to = cached_row<Stored>(layer, sequence, sequence.start + token);
+  const int64_t position = sequence.start + token;
+  Stored* page = reinterpret_cast<Stored*>(sequence.pages[position / kPage] + layer.page_at);
   const float scale = 1.0f / sqrtf(dot(from, from, rank) / static_cast<float>(rank) + layer.norm_eps);
-  for (int64_t i = 0; i < rank; ++i) put(to + i, from[i] * scale * layer.norm[i]);
-  for (int64_t i = 0; i < layer.rope; ++i) put(to + rank + i, turned[i]);
+  for (int64_t i = 0; i < rank; ++i) put(page, i, position % kPage, from[i] * scale * layer.norm[i]);
+  for (int64_t i = 0; i < layer.rope; ++i) put(page, rank + i, position % kPage, turned[i]);
 }
 
 // Writes a token to its sequence's cache: the latent normed, the rotary key rotated.
@@ -131,9 +128,11 @@ void append(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSe
                     : append_as<float>(layer, call, sequence, token);
 }
 
-// scores[q][key] for a few queries with a few keys: eight sums in registers. A score's bits depend on nothing else.
+constexpr int64_t kTokensTogether = 4;  // tokens that share each row that is read
+
+// products[q][k] of a few vectors and a few rows: eight sums in registers. One's bits depend on nothing else.
 template <int kQueries, int kKeys, class Stored>
-inline void score(const float* const* query, const Stored* const* keys, int64_t n, float scale, float (*scores)[kPage]) {
+inline void multiply(const float* const* query, const Stored* const* keys, int64_t n, float (*products)[8]) {
   V sums[kQueries][kKeys] = {};
   int64_t i = 0;
   for (; i + kWidth <= n; i += kWidth) {
@@ -153,102 +152,9 @@ inline void score(const float* const* query, const Stored* const* keys, int64_t 
     for (int k = 0; k < kKeys; ++k) {
       float total = sum(sums[q][k]);
       for (int64_t rest = i; rest < n; ++rest) total += query[q][rest] * widen(keys[k][rest]);
-      scores[q][k] = total * scale;
+      products[q][k] = total;
     }
   }
-}
-
-// sums[h] = sums[h] * fade[h] + the latents weighted by scores[h].
-template <class Stored>
-inline void weigh(float (*sums)[kMaxRank], const float* fade, const float (*scores)[kPage],
-                  const Stored* const* latents, int64_t keys, int64_t rank) {
-  int64_t c = 0;
-  for (; c + 2 * kWidth <= rank; c += 2 * kWidth) {
-    V total[kHeadsTogether][2];
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeadsTogether; ++h) {
-      total[h][0] = load(sums[h] + c) * fade[h];
-      total[h][1] = load(sums[h] + c + kWidth) * fade[h];
-    }
-    for (int64_t key = 0; key < keys; ++key) {
-      const V low = load(latents[key] + c), high = load(latents[key] + c + kWidth);
-#pragma GCC unroll 4
-      for (int h = 0; h < kHeadsTogether; ++h) {
-        const V score = same(scores[h][key]);
-        total[h][0] = fma(score, low, total[h][0]);
-        total[h][1] = fma(score, high, total[h][1]);
-      }
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < kHeadsTogether; ++h) {
-      store(sums[h] + c, total[h][0]);
-      store(sums[h] + c + kWidth, total[h][1]);
-    }
-  }
-  for (; c < rank; ++c) {
-    for (int h = 0; h < kHeadsTogether; ++h) {
-      float total = sums[h][c] * fade[h];
-      for (int64_t key = 0; key < keys; ++key) total += scores[h][key] * widen(latents[key][c]);
-      sums[h][c] = total;
-    }
-  }
-}
-
-template <class Stored>
-void attend_as(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token,
-               int64_t head) {
-  const int64_t full = layer.rank + layer.rope, left = layer.heads - head, seen = sequence.start + token + 1;
-  const int64_t heads = left < kHeadsTogether ? left : kHeadsTogether;
-  const int64_t first_query = (sequence.first + token) * layer.heads + head;
-  const float* query[kHeadsTogether];
-  for (int64_t h = 0; h < kHeadsTogether; ++h) {  // what is missing repeats the last, and is thrown away
-    query[h] = call.absorbed + (first_query + (h < heads ? h : heads - 1)) * full;
-  }
-  alignas(64) float sums[kHeadsTogether][kMaxRank] = {};
-  float top[kHeadsTogether], total[kHeadsTogether] = {}, fade[kHeadsTogether];
-  for (float& value : top) value = -INFINITY;
-
-  for (int64_t first = 0; first < seen; first += kPage) {
-    const int64_t keys = seen - first < kPage ? seen - first : kPage;
-    const Stored* latents[kPage];
-    for (int64_t key = 0; key < kPage; ++key) {
-      latents[key] = key < keys ? cached_row<Stored>(layer, sequence, first + key) : latents[keys - 1];
-    }
-    alignas(64) float scores[kHeadsTogether][kPage];
-    const int64_t even = (keys + 1) / 2 * 2;
-    for (int64_t key = 0; key < even; key += 2) {
-      float pair[kHeadsTogether][kPage];
-      score<kHeadsTogether, 2>(query, latents + key, full, layer.scale, pair);
-      for (int h = 0; h < kHeadsTogether; ++h) memcpy(scores[h] + key, pair[h], 2 * sizeof(float));
-    }
-    for (int h = 0; h < kHeadsTogether; ++h) {
-      float highest = top[h];
-      for (int64_t key = 0; key < keys; ++key) highest = scores[h][key] > highest ? scores[h][key] : highest;
-      for (int64_t key = keys; key < kPage; ++key) scores[h][key] = -INFINITY;
-      fade[h] = expf(top[h] - highest);
-      top[h] = highest;
-      V added = {};
-      for (int64_t key = 0; key < kPage; key += kWidth) {
-        const V weight = exponential(load(scores[h] + key) - highest);
-        store(scores[h] + key, weight);
-        added += weight;
-      }
-      for (int64_t key = keys; key < kPage; ++key) added[key % kWidth] -= scores[h][key];
-      total[h] = total[h] * fade[h] + sum(added);
-    }
-    weigh(sums, fade, scores, latents, keys, layer.rank);
-  }
-  for (int64_t h = 0; h < heads; ++h) {
-    float* to = call.absorbed + (first_query + h) * full;
-    for (int64_t i = 0; i < layer.rank; ++i) to[i] = sums[h][i] / total[h];
-  }
-}
-
-// Four heads of one token attend; what they sum takes the place of their absorbed queries.
-void attend(const MoehiveMla& layer, const MoehiveMlaCall& call, const MoehiveSequence& sequence, int64_t token,
-            int64_t head) {
-  return layer.half ? attend_as<uint16_t>(layer, call, sequence, token, head)
-                    : attend_as<float>(layer, call, sequence, token, head);
 }
 
 // One head's weighted latents to its values: out = W_uv * latent.
@@ -263,15 +169,15 @@ void expand_as(const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t head
     const int64_t wide = layer.value - r < step ? layer.value - r : step;
     const Stored* from[8];
     for (int64_t k = 0; k < step; ++k) from[k] = rows + (r + (k < wide ? k : wide - 1)) * rank;
-    for (int64_t t = 0; t < tokens; t += kHeadsTogether) {
-      const int64_t here = tokens - t < kHeadsTogether ? tokens - t : kHeadsTogether;
-      const float* query[kHeadsTogether];
-      float products[kHeadsTogether][kPage];
-      for (int64_t i = 0; i < kHeadsTogether; ++i) query[i] = latent(t + (i < here ? i : here - 1));
+    for (int64_t t = 0; t < tokens; t += kTokensTogether) {
+      const int64_t here = tokens - t < kTokensTogether ? tokens - t : kTokensTogether;
+      const float* query[kTokensTogether];
+      float products[kTokensTogether][8];
+      for (int64_t i = 0; i < kTokensTogether; ++i) query[i] = latent(t + (i < here ? i : here - 1));
       if (tokens == 1) {
-        score<1, 8>(query, from, rank, 1.0f, products);
+        multiply<1, 8>(query, from, rank, products);
       } else {
-        score<kHeadsTogether, 2>(query, from, rank, 1.0f, products);
+        multiply<kTokensTogether, 2>(query, from, rank, products);
       }
       for (int64_t i = 0; i < here; ++i) memcpy(out(t + i) + r, products[i], wide * sizeof(float));
     }

@@ -2,7 +2,10 @@
 #include "mla.h"
 
 #include <algorithm>
+#include <exception>
+#include <vector>
 
+#include "spans.h"
 #include "trunk_threads.h"
 
 namespace {
@@ -18,7 +21,55 @@ const MlaKernel& best() {
 
 bool sound(const MoehiveMla& layer) {
   return layer.heads > 0 && layer.nope > 0 && layer.nope <= kMaxNope && layer.rope > 0 && layer.rope % 2 == 0 && layer.rope <= kMaxRope &&
-         layer.rank > 0 && layer.rank <= kMaxRank && layer.value > 0;
+         layer.rank > 0 && layer.rank % 2 == 0 && layer.rank <= kMaxRank && layer.value > 0;
+}
+
+struct Job {
+  const AttentionKernel& kernel;
+  const MoehiveMla& layer;
+  const MoehiveMlaCall& call;
+
+  Spans spans(const LatentPart& part) const { return Spans::of(0, part.position() + part.tokens - 1); }
+  int64_t floats(const LatentPart& part) const {
+    return Seen::floats(part.rows(), layer.rank + layer.rope, layer.rank);
+  }
+  Seen seen(const LatentPart& part, float* memory) const {
+    return Seen(memory, part.rows(), layer.rank + layer.rope, layer.rank);
+  }
+  void attend(const LatentPart& part, int64_t span, const Seen& seen) const {
+    kernel.attend_latent(layer, call, part, span, seen);
+  }
+  void join(const LatentPart& part, const Seen& seen, const Seen& more) const { kernel.join(part.rows(), seen, more); }
+  void finish(const LatentPart& part, const Seen& seen) const { kernel.finish_latent(layer, call, part, seen); }
+};
+
+// Work: multiplications in all. Throws std::bad_alloc.
+void attend(Trunk& trunk, const MoehiveMla& layer, const MoehiveMlaCall& call, int64_t work) {
+  static const AttentionKernel& kernel = attention_kernel();
+  const Job job{kernel, layer, call};
+  int64_t spans = 0;
+  for (const MoehiveSequence* s = call.sequences; s < call.sequences + call.count; ++s)
+    spans += s->tokens * Spans::of(0, s->start).count();
+  // A page's latents are laid out as values once for all of a part's rows, so parts are large, if that leaves each
+  // thread two.
+  const int64_t wanted = std::max<int64_t>(1, 2 * trunk.threads() / std::max<int64_t>(1, spans));
+  const int64_t most = std::min(kLatentRows, (layer.heads + wanted - 1) / wanted);
+  thread_local std::vector<LatentPart> parts;
+  parts.clear();
+  const int64_t tokens = std::max<int64_t>(1, kLatentRows / layer.heads);
+  for (const MoehiveSequence* s = call.sequences; s < call.sequences + call.count; ++s)
+    for (int64_t token = 0; token < s->tokens; token += tokens)
+      for (int64_t head = 0; head < layer.heads; head += most)
+        parts.push_back({s, token, std::min(tokens, s->tokens - token), head, std::min(most, layer.heads - head)});
+  if (static_cast<int64_t>(parts.size()) < 4 * trunk.threads()) {
+    attend_in_spans(trunk, job, parts, work);
+  } else {
+    const LatentPart* list = parts.data();  // of this thread: the others must not look for their own
+    trunk.each(static_cast<int64_t>(parts.size()), work, [&](int64_t i) {
+      alignas(64) float memory[2 * Seen::floats(kLatentRows, kMaxRank + kMaxRope, kMaxRank)];
+      attend_whole(job, list[i], memory);
+    });
+  }
 }
 
 }  // namespace
@@ -41,13 +92,11 @@ int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer, const MoehiveMla
   self.each(heads * groups, tokens * heads * layer->nope * rank, [&](int64_t item) {
     kernel.absorb(*layer, *call, item / groups, item % groups * kMlaTokens, here(item));
   });
-  const int64_t fours = (heads + kHeadsTogether - 1) / kHeadsTogether;
-  self.each(tokens * fours, seen * heads * (2 * rank + layer->rope), [&](int64_t item) {
-    const MoehiveSequence* sequence = call->sequences;
-    int64_t token = item / fours;
-    for (; token >= sequence->tokens; ++sequence) token -= sequence->tokens;
-    kernel.attend(*layer, *call, *sequence, token, item % fours * kHeadsTogether);
-  });
+  try {
+    attend(self, *layer, *call, seen * heads * (2 * rank + layer->rope));
+  } catch (const std::exception&) {
+    return 2;
+  }
   self.each(heads * groups, tokens * heads * layer->value * rank, [&](int64_t item) {
     kernel.expand(*layer, *call, item / groups, item % groups * kMlaTokens, here(item));
   });

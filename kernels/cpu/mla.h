@@ -9,8 +9,9 @@
 
 // One layer, as Python hands it over (kernels/mla.py has the same fields in the same order).
 struct MoehiveMla {
-  int64_t heads, nope, rope, rank, value;  // dimensions of one head's query parts, of the latent, of one head's value
-  int64_t page_at;    // where this layer's part lies in a page, in bytes: kPage rows of rank + rope numbers
+  // Dimensions of one head's query parts, of the latent, of one head's value; rope and rank are even.
+  int64_t heads, nope, rope, rank, value;
+  int64_t page_at;    // where this layer's part lies in a page, in bytes: as one key head's keys in attention.h
   const void* up;     // [heads][nope + value][rank]: kv_b_proj
   const float* norm;  // [rank]
   float norm_eps;
@@ -34,25 +35,32 @@ struct MoehiveMlaCall {
 };
 
 // Attention between the projections; the new tokens are written to the sequences' pages. `trunk` is a handle of
-// moehive_trunk_create. Returns 0; 1 if an argument can't be.
+// moehive_trunk_create. Returns 0; 1 if an argument can't be; 2 without memory.
 extern "C" __attribute__((visibility("default"))) int32_t moehive_trunk_mla(void* trunk, const MoehiveMla* layer,
                                                                             const MoehiveMlaCall* call);
 
 namespace moehive {
 
-constexpr int64_t kHeadsTogether = 4;  // heads of one token that share each latent that is read
 constexpr int64_t kMaxRank = 1024;
 constexpr int64_t kMaxRope = 256;
 constexpr int64_t kMaxNope = 256;
 constexpr int64_t kMlaTokens = 16;  // that a thread takes with one head: its matrix is read once for them
 
+// Heads `head` .. `head + heads` of tokens `token` .. `token + tokens` of a sequence: at most kLatentRows. They all share
+// each latent that is read.
+constexpr int64_t kLatentRows = 64;
+struct LatentPart {
+  const MoehiveSequence* sequence;
+  int64_t token, tokens, head, heads;
+  int64_t rows() const { return tokens * heads; }
+  int64_t position() const { return sequence->start + token; }
+};
 
-// What one instruction set contributes; see mla-inl.h.
+// What one instruction set contributes, beside the attention itself (attention.h); see mla-inl.h.
 struct MlaKernel {
   // At most kMlaTokens tokens of one head.
   void (*absorb)(const MoehiveMla&, const MoehiveMlaCall&, int64_t head, int64_t token, int64_t tokens);
   void (*append)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token);
-  void (*attend)(const MoehiveMla&, const MoehiveMlaCall&, const MoehiveSequence&, int64_t token, int64_t head);
   void (*expand)(const MoehiveMla&, const MoehiveMlaCall&, int64_t head, int64_t token, int64_t tokens);
 };
 

@@ -4,5 +4,5 @@
 
 namespace moehive {
 extern const DeltaNetKernel kDeltaNetAvx2{convolve, head};
-extern const MlaKernel kMlaAvx2{absorb, append, attend, expand};
+extern const MlaKernel kMlaAvx2{absorb, append, expand};
 }  // namespace moehive

@@ -4,5 +4,5 @@
 
 namespace moehive {
 extern const DeltaNetKernel kDeltaNetPlain{convolve, head};
-extern const MlaKernel kMlaPlain{absorb, append, attend, expand};
+extern const MlaKernel kMlaPlain{absorb, append, expand};
 }  // namespace moehive

@@ -5,10 +5,10 @@ constexpr int kWidth = 16;
 }
 }  // namespace moehive
 
-#include "attention-inl.h"
+#include "latent-inl.h"
 #include "trunk-inl.h"
 
 namespace moehive {
 extern const TrunkKernel kTrunkAvx512{add_norm, gate, route};
-extern const AttentionKernel kAttentionAvx512{prepare, attend, join, finish};
+extern const AttentionKernel kAttentionAvx512{prepare, attend, finish, attend_latent, finish_latent, join};
 }  // namespace moehive

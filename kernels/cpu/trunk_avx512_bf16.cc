@@ -5,8 +5,8 @@ constexpr int kWidth = 16;
 }
 }  // namespace moehive
 
-#include "attention-inl.h"
+#include "latent-inl.h"
 
 namespace moehive {
-extern const AttentionKernel kAttentionAvx512Bf16{prepare, attend, join, finish};
+extern const AttentionKernel kAttentionAvx512Bf16{prepare, attend, finish, attend_latent, finish_latent, join};
 }  // namespace moehive

@@ -5,10 +5,10 @@ constexpr int kWidth = 4;
 }
 }  // namespace moehive
 
-#include "attention-inl.h"
+#include "latent-inl.h"
 #include "trunk-inl.h"
 
 namespace moehive {
 extern const TrunkKernel kTrunkPlain{add_norm, gate, route};
-extern const AttentionKernel kAttentionPlain{prepare, attend, join, finish};
+extern const AttentionKernel kAttentionPlain{prepare, attend, finish, attend_latent, finish_latent, join};
 }  // namespace moehive

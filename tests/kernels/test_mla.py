@@ -174,6 +174,26 @@ def test_bf16_weights_and_cache(ops: TrunkOps) -> None:
     assert 0 < (rounded - theirs).norm() < 2**-6 * theirs.norm()  # 8 bits of latents; scores of a few units
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 10, 4, 20, 6), (70, 8, 4, 34, 6)])
+def test_many_pages_give_the_same_bits_whoever_attends(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    attention = attention_of(shape, True)
+    layer = replace(layer_of(attention), dtype=dtype)
+    tokens = 540  # two spans, the first of 512
+    given = Sequence(layer, tokens)
+    results = []
+    for threads, last in ((1, tokens), (3, tokens), (1, 1), (2, 1), (9, 1), (2, 40)):
+        sequence, mla = Sequence(layer, tokens), Mla(TrunkOps(threads), layer)
+        sequence.queries, sequence.compressed = given.queries, given.compressed
+        parts = [run(mla, [(sequence, count)])[0] for count in (tokens - last, last) if count]
+        results.append(torch.cat(parts))
+    tolerance = (1e-4, 2e-5) if dtype == torch.float32 else (2**-4, 2**-5)
+    theirs = expected(attention, given.queries, given.compressed)
+    torch.testing.assert_close(results[0], theirs, rtol=tolerance[0], atol=tolerance[1])
+    for other in results[1:]:
+        assert torch.equal(other, results[0])
+
+
 def test_what_there_is_no_room_for_is_refused(ops: TrunkOps) -> None:
     layer = layer_of(attention_of(SHAPES[0], True))
     with pytest.raises(NativeLibraryError, match="not supported"):
