@@ -79,10 +79,13 @@ MOEHIVE_API int32_t moehive_trunk_route(void* trunk, const MoehiveRouter* router
     return 1;
   Trunk& self = *static_cast<Trunk*>(trunk);
   try {
-    thread_local std::vector<float> scratch;
-    scratch.resize(2 * r.experts + r.groups);
-    for (int64_t t = 0; t < tokens; ++t)
-      self.kernel().route(r, logits + t * r.experts, scratch.data(), ids + t * r.top_k, weights + t * r.top_k);
+    thread_local std::vector<float> memory;
+    const int64_t scratch = 2 * r.experts + r.groups;
+    if (static_cast<int64_t>(memory.size()) < tokens * scratch) memory.resize(tokens * scratch);
+    float* const at = memory.data();  // of this thread: the others must not look for their own
+    self.each(tokens, tokens * r.experts * (r.top_k + 8), [&](int64_t t) {
+      self.kernel().route(r, logits + t * r.experts, at + t * scratch, ids + t * r.top_k, weights + t * r.top_k);
+    });
   } catch (const std::exception&) {
     return 2;
   }
