@@ -301,8 +301,7 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
   if (!straight && spec.post_norm < 0)
     pieces = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, all) / downs.step, 1, downs.of_expert);
   const int64_t width = std::min(hidden, pieces * downs.step);
-  float* const out = straight ? static_cast<float*>(to.memory) : outputs_.floats(all * width + width);
-  float* const sum = straight ? nullptr : out + all * width;
+  float* const out = straight ? static_cast<float*>(to.memory) : outputs_.floats(all * width);
   for (int64_t first_piece = 0; first_piece < downs.of_expert; first_piece += pieces) {
     const int64_t column = first_piece * downs.step, columns = std::min(width, hidden - column);
     const int64_t some = std::min(pieces, downs.of_expert - first_piece);
@@ -333,14 +332,20 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
       });
     }
     if (added) {
-      for (int64_t token = 0; token < layer.tokens; ++token) {
-        sum_pairs(out + layer.offsets[token] * width, layer.offsets[token + 1] - layer.offsets[token], width, columns,
-                  sum);
-        store(sum, columns, to.bf16, to.memory, token * hidden + column);
-      }
+      pool_->run(layer.tokens, [&](uint32_t token) {
+        const float* rows = out + layer.offsets[token] * width;
+        const int64_t number = layer.offsets[token + 1] - layer.offsets[token];
+        float sums[kAtOnce];
+        for (int64_t at = 0; at < columns; at += kAtOnce) {
+          const int64_t n = std::min(kAtOnce, columns - at);
+          sum_pairs(rows + at, number, width, n, sums);
+          store(sums, n, to.bf16, to.memory, token * hidden + column + at);
+        }
+      });
     } else if (!straight) {
-      for (int64_t pair = 0; pair < all; ++pair)
+      pool_->run(all, [&](uint32_t pair) {
         store(out + pair * width, columns, to.bf16, to.memory, pair * hidden + column);
+      });
     }
   }
 }
