@@ -41,7 +41,8 @@ class ThisMachine:
         """`descriptor` can be read when the loop has something to do. Raises OSError: the kernel does not say."""
         self._descriptor = descriptor
         self._look = library().moehive_look
-        # Fewer than the machine has, if this process may not use them all: then it is the more careful.
+        # As kernels/machine.py's cores(), which this part may not import: those that this process may use. Where the
+        # machine has more, it is the more careful.
         self._processors = len(os.sched_getaffinity(0))
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._load)
