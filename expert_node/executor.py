@@ -170,19 +170,12 @@ class Executor:
         lease = tier.lease(layer, numbers - staying.keys() - there)
         try:
             if likely is not None and len(hidden) <= FORESEEN_TOKENS:
-                ahead = [self._below(layer + distance, guess) for distance, guess in enumerate(likely, 1)]
-                tier.prefetch(layer, ahead, len(hidden) * self.store.top_k(layer))
+                tier.prefetch(layer, likely, len(hidden) * self.store.top_k(layer), self._on_gpu)
             groups = itertools.chain([staying], lease)
             pairs = self._in_groups(groups, layer, spec, hidden, routing, gpu, frozenset(there))
             return self._reduce(pairs, hidden, routing, reduction)
         finally:
             lease.close()
-
-    def _below(self, layer: int, guess: Sequence[int]) -> list[int]:
-        """A guess for a layer; in place of an expert on the GPU, which need not be read, a number that none has."""
-        assert self.store.manifest is not None
-        there = self._on_gpu(layer % len(self.store.manifest.layers))
-        return [-1 - number if number in there else number for number in guess]
 
     def _in_groups(
         self,

@@ -5,7 +5,7 @@ request is there, and gives way when a request needs the room.
 """
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .experts import DiskExpert
@@ -17,6 +17,14 @@ AHEAD_LAYERS = 4  # for which it holds experts, the newest: two layers of each o
 LIKELY, WORTH = 0.5, 0.3  # chances from which a guess is read in time, and when the disk has nothing else to do
 MAYBE = 1 << 40  # due so much later
 NOTED_EXPERTS = 64  # of one request: more are a prompt's, after which anything follows
+
+
+Elsewhere = Callable[[int], Collection[int]]  # a layer's experts that are in memory above this tier
+
+
+def nowhere(layer: int) -> Collection[int]:
+    """There is none."""
+    return ()
 
 
 @dataclass(slots=True)
@@ -45,7 +53,7 @@ class Prefetcher:
         """Bytes of the experts that are held."""
         return sum(ahead.nbytes for ahead in self._ahead.values())
 
-    def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int) -> None:
+    def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int, elsewhere: Elsewhere) -> None:
         """See RamTier.prefetch."""
         busy = self._room.reader.busy()
         # In vain, a read takes the disk from another one as often as it is busy. Else it saves about half of its
@@ -57,7 +65,7 @@ class Prefetcher:
             if not guess:
                 self.note()
                 guess = self._transitions.likely(layer, distance)
-            self._foresee(layer, source, guess, chosen, worth)
+            self._foresee(layer, source, guess, chosen, worth, elsewhere)
 
     def came(self, layer: int) -> Ahead | None:
         """A layer's request is there: the end of what was held for it, which is returned."""
@@ -87,7 +95,9 @@ class Prefetcher:
         self._let_go(self._ahead.popitem()[1])
         return True
 
-    def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float) -> None:
+    def _foresee(
+        self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float, elsewhere: Elsewhere
+    ) -> None:
         """Reads and holds what of a guess made at `layer` has a chance of `worth`, in place of the last guess."""
         room = self._room
         layer = (layer + source[1]) % len(self._experts)
@@ -98,10 +108,10 @@ class Prefetcher:
         left = room.capacity_bytes // AHEAD_SHARE - self.nbytes
         ahead = self._ahead[layer] = Ahead(guesses=former.guesses if former is not None else {})
         places = ahead.guesses[source] = []
-        chances = self._chances.of(source)
+        chances, there = self._chances.of(source), elsewhere(layer)
         for rank, number in enumerate(dict.fromkeys(guess)):
             expert = known.get(number)
-            if expert is None:
+            if expert is None or number in there:
                 continue
             place = place_of(rank, chosen)
             places.append((number, place))

@@ -12,7 +12,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec
 from .arena import padded
 from .experts import DiskExpert
 from .lease import Lease
-from .prefetch import Prefetcher
+from .prefetch import Elsewhere, Prefetcher, nowhere
 from .reader import DiskReader
 from .room import Room
 
@@ -121,12 +121,15 @@ class RamTier:
             prefetcher.asked(layer, experts, ahead)
             return lease
 
-    def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int) -> None:
+    def prefetch(
+        self, layer: int, likely: Sequence[Sequence[int]], chosen: int, elsewhere: Elsewhere = nowhere
+    ) -> None:
         """While the experts leased last, of `layer`, are computed: reads those that the next layers will ask for.
 
         `likely`: the coordinator's guess for the next layer, the one after, and so on, each likeliest first; a router
         would choose `chosen`. For a layer without a guess counts what followed before. What is read, and when,
-        follows from how often such guesses came true, and from how busy the disk is.
+        follows from how often such guesses came true, and from how busy the disk is; experts that are `elsewhere`
+        need not be read.
         """
         with self._room.lock:
-            self._prefetcher.prefetch(layer, likely, chosen)
+            self._prefetcher.prefetch(layer, likely, chosen, elsewhere)

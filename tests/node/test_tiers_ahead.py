@@ -71,6 +71,15 @@ def test_a_newer_guess_takes_the_place_of_an_older_one(make):
     assert tier.totals.foreseen == tier.totals.prefetches == 3 and tier.totals.unused == 0
 
 
+def test_what_is_elsewhere_is_not_read_and_keeps_its_place(make):
+    tier = make(40)
+    ask(tier, 0, [0])
+    tier.prefetch(0, [[1, 2, 3], [1]], 2, lambda layer: {1} if layer == 1 else ())
+    tier.settle()
+    assert tier.resident(1) == {2, 3} and tier.resident(2) == {1}
+    assert tier._prefetcher._ahead[1].guesses[True, 1] == [(2, place_of(1, 2)), (3, place_of(2, 2))]
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32), st.integers(4, 30))
 def test_guesses_hold_a_share_and_are_counted_once(make, seed, room):
