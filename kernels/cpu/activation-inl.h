@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "expert_mlp.h"
+#include "exponential-inl.h"
 
 namespace moehive {
 namespace {
@@ -22,28 +23,6 @@ constexpr int64_t kActivated = 8;
 constexpr int64_t kActivated = 4;
 #endif
 typedef float Floats __attribute__((vector_size(4 * kActivated)));
-typedef uint32_t Bits __attribute__((vector_size(4 * kActivated)));
-
-inline Floats all(float x) { return x - Floats{}; }
-
-// e^x within 2 units in the last place for -87 <= x <= 88, held at the bounds beyond. The C library's own differs
-// between machines, and the compiler can't do several of those at once. After Cephes' expf (Moshier).
-inline Floats exponential(Floats x) {
-  x = x < all(-87.0f) ? all(-87.0f) : x;
-  x = x > all(88.0f) ? all(88.0f) : x;
-  const Floats shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the whole number is in the low bits
-  const Floats n = shifted - 12582912.0f;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  Floats y = all(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const Bits power = (reinterpret_cast<Bits>(shifted) + 127u) << 23;  // 2^n
-  return y * reinterpret_cast<Floats>(power);
-}
 
 inline Floats silu(Floats x, float alpha) { return x / (1.0f + exponential(-alpha * x)); }
 

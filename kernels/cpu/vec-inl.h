@@ -14,6 +14,7 @@
 #endif
 
 #include "bf16.h"
+#include "exponential-inl.h"
 
 namespace moehive {
 namespace {
@@ -55,25 +56,6 @@ inline float largest(V v) {
   return v[0];
 }
 #endif
-
-// e^x in each lane, relative error about 1e-7; 0 below -87, e^88 above 88. After Cephes' expf; see activation.h.
-inline V exponential(V x) {
-  const V low = same(-87.0f), high = same(88.0f);
-  V bounded = x < low ? low : x;  // so that what is no number stays so
-  bounded = bounded > high ? high : bounded;
-  const V shifted = bounded * 1.44269504088896341f + 12582912.0f;
-  const V n = shifted - 12582912.0f;
-  const V r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
-  V y = same(1.9875691500e-4f);
-  y = y * r + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * r * r + r + 1.0f;
-  const V power = (V)(((I)shifted + 127) << 23);
-  return x < low ? V{} : y * power;
-}
 
 inline V silu(V x) { return x / (exponential(-x) + 1.0f); }
 
