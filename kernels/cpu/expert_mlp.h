@@ -62,7 +62,7 @@ struct Rows {
 // Safe to call from several threads, which wait in line. Throws std::bad_alloc.
 class Experts {
  public:
-  Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
+  Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(Pool::of(threads)) {}
   // From `from` [tokens, hidden_size] into `to`: [pairs, hidden_size], where pairs that are left out stay as they are,
   // or [tokens, hidden_size] if a token's pairs, none of which is left out then, are to be `added` in the order listed.
   // Block formats need memory for each pair's middle in 8 bits, and a few MB; plain ones for it in f32.
@@ -70,7 +70,7 @@ class Experts {
 
  private:
   const Kernel& kernel_;
-  std::shared_ptr<SharedPool> pool_;
+  std::shared_ptr<Pool> pool_;
   std::mutex mutex_;  // of what follows
   Scratch inputs_, middles_, quantized_, outputs_;
 };

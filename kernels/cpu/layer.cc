@@ -216,7 +216,7 @@ void compute_beside(void* context) {
   it.ended_ns = now_ns();
 }
 
-moehive::SharedPool& pool_of(void* trunk) { return static_cast<moehive::Trunk*>(trunk)->pool(); }
+moehive::Pool& pool_of(void* trunk) { return static_cast<moehive::Trunk*>(trunk)->pool(); }
 
 // From here on, a thread may compute what `layer` has beside its routed experts.
 void begin_beside(void* trunk, const MoehiveLayer& layer, const MoehiveStep& step) {
@@ -232,7 +232,7 @@ void begin_beside(void* trunk, const MoehiveLayer& layer, const MoehiveStep& ste
 int32_t finish_beside(const MoehiveStep& step, bool over) {
   MoehiveBeside& it = *step.beside;
   if (!it.layer) return 0;
-  moehive::SharedPool& pool = pool_of(it.trunk);
+  moehive::Pool& pool = pool_of(it.trunk);
   if (!it.handed || pool.withdraw(it.aside)) {
     it.handed = false;
     compute_beside(&it);

@@ -224,12 +224,12 @@ bool Pool::watch() {
   }
 }
 
-std::shared_ptr<SharedPool> SharedPool::of(int threads) {
+std::shared_ptr<Pool> Pool::of(int threads) {
   static std::mutex mutex;
-  static std::map<int, std::weak_ptr<SharedPool>> pools;
+  static std::map<int, std::weak_ptr<Pool>> pools;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<SharedPool> pool = pools[threads].lock();
-  if (!pool) pools[threads] = pool = std::make_shared<SharedPool>(threads);
+  std::shared_ptr<Pool> pool = pools[threads].lock();
+  if (!pool) pools[threads] = pool = std::make_shared<Pool>(threads);
   return pool;
 }
 

@@ -28,15 +28,27 @@ class Aside {
 
 class Pool {
  public:
+  // The pool of this process with so many threads: all who compute here share it, for more threads than cores would
+  // take each other's time. It lives as long as someone holds it.
+  static std::shared_ptr<Pool> of(int threads);
+
   // Threads beside the caller's own: with threads = 1 there are none, and run() is a loop.
   explicit Pool(int threads);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  // Calls work(context, item) once for each item < items, on any thread, and returns when all are done. Not to be
-  // called by two threads at once. `work` must not throw.
-  void run(uint32_t items, void (*work)(void*, uint32_t), void* context);
+  int threads() const { return static_cast<int>(threads_.size()) + 1; }
+
+  // Calls work(item) once for each item < items, on any thread, and returns when all are done. Jobs of several callers
+  // wait in line. `work` must not throw.
+  template <class Work>
+  void run(int64_t items, Work&& work) {
+    std::unique_lock<std::mutex> line(line_, std::defer_lock);
+    if (!threads_.empty()) line.lock();  // else all is done on the caller's own thread: nobody is in the way
+    run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<std::remove_reference_t<Work>*>(self))(item); },
+        &work);
+  }
 
   // Has a thread that is awake call work(context), which may call run() in its turn, and returns at once. False: none
   // is awake, or they have another one to begin. `work` must not throw.
@@ -54,13 +66,8 @@ class Pool {
   // The next job is not near: threads that watch for it sleep at once, and leave their cores to other processes.
   void rest() { watch_us_.store(0, std::memory_order_relaxed); }
 
-  template <class Work>
-  void run(int64_t items, Work&& work) {
-    run(static_cast<uint32_t>(items), [](void* self, uint32_t item) { (*static_cast<std::remove_reference_t<Work>*>(self))(item); },
-        &work);
-  }
-
  private:
+  void run(uint32_t items, void (*work)(void*, uint32_t), void* context);
   bool run_one();
   bool run_aside();
   bool has_work() const;
@@ -84,6 +91,8 @@ class Pool {
   std::atomic<int64_t> watch_us_;  // how long a thread without work stays awake, in microseconds
   std::chrono::steady_clock::time_point last_end_{};  // of the job before
 
+  std::mutex line_;  // of those who want to run a job
+
   std::atomic<int> sleepers_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
@@ -91,35 +100,6 @@ class Pool {
   std::vector<std::thread> threads_;
   std::vector<int> cpus_;  // of each thread, if pinned: all but one, which is the caller's
   int callers_cpu_ = -1;
-};
-
-// The pool of this process with so many threads: all who compute here share it, for more threads than cores would take
-// each other's time. Jobs of several callers wait in line.
-class SharedPool {
- public:
-  static std::shared_ptr<SharedPool> of(int threads);  // lives as long as someone holds it
-
-  explicit SharedPool(int threads) : pool_(threads), threads_(threads) {}
-  int threads() const { return threads_; }
-
-  void rest() { pool_.rest(); }
-
-  bool begin(Aside& aside, void (*work)(void*), void* context) { return pool_.begin(aside, work, context); }
-  bool withdraw(Aside& aside) { return pool_.withdraw(aside); }
-  void help(const Aside& aside) { pool_.help(aside); }
-  void wait(const Aside& aside) { pool_.wait(aside); }
-
-  template <class Work>
-  void run(int64_t items, Work&& work) {
-    if (threads_ == 1) return pool_.run(items, work);  // on the caller's own thread: nobody is in the way
-    const std::lock_guard<std::mutex> lock(mutex_);
-    pool_.run(items, work);
-  }
-
- private:
-  std::mutex mutex_;
-  Pool pool_;
-  const int threads_;
 };
 
 }  // namespace moehive

@@ -41,7 +41,7 @@ int32_t moehive_quantize(const MoehiveRounding* job, int32_t threads) {
     const int64_t workers = std::min<int64_t>(threads, groups);
     std::vector<Line> left(workers * width);
     std::atomic<int64_t> next{0};
-    SharedPool::of(workers == 1 ? 1 : threads)->run(workers, [&](int64_t worker) {
+    Pool::of(workers == 1 ? 1 : threads)->run(workers, [&](int64_t worker) {
       for (int64_t group; (group = next.fetch_add(1, std::memory_order_relaxed)) < groups;)
         kernel.round(*job, group * kRoundedRows, left[worker * width].floats);
     });

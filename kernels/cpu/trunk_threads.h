@@ -14,7 +14,7 @@ constexpr int64_t kLongWork = 1 << 18;
 
 class Trunk {
  public:
-  Trunk(const TrunkKernel& kernel, int threads) : kernel_(kernel), pool_(SharedPool::of(threads)) {}
+  Trunk(const TrunkKernel& kernel, int threads) : kernel_(kernel), pool_(Pool::of(threads)) {}
 
   // run(i) for each i < items, on this thread alone if `work` (multiplications, in all) is little.
   template <class Work>
@@ -26,14 +26,14 @@ class Trunk {
     pool_->run(items, [&](uint32_t i) { run(i); });
   }
 
-  SharedPool& pool() { return *pool_; }
+  Pool& pool() { return *pool_; }
   void rest() { pool_->rest(); }
   int threads() const { return pool_->threads(); }
   const TrunkKernel& kernel() const { return kernel_; }
 
  private:
   const TrunkKernel& kernel_;
-  std::shared_ptr<SharedPool> pool_;
+  std::shared_ptr<Pool> pool_;
 };
 
 }  // namespace moehive
