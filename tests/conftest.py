@@ -12,11 +12,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from loops import servers_stop_with_their_loop
 
 from moehive.coordinator.bench.small_disk import fill as fill_disk
 from moehive.coordinator.bench.small_disk import small_disk as mount_small_disk
 from moehive.coordinator.demo.build import build
 from moehive.expert_node.measure import read_bandwidth
+
+__all__ = ["servers_stop_with_their_loop"]  # a fixture
 
 # Without a GPU its kernels are interpreted. Triton reads this when it is imported, which other tests may cause.
 if not any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/kfd")):

@@ -1,14 +1,13 @@
 """A coordinator's gRPC door over a fake trunk, on a loop of its own."""
 
-import asyncio
 import importlib.util
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from loops import LoopInAThread, loop_in_a_thread
 
 from moehive.coordinator.engine.engine import Engine
 from moehive.coordinator.serving.generation import GenerationService
@@ -38,9 +37,10 @@ class Letters:
 class Door:
     """What a test wants to look at."""
 
-    def __init__(self, fakes: ModuleType) -> None:
+    def __init__(self, fakes: ModuleType, loop: LoopInAThread) -> None:
         self.fakes = fakes
-        self.loop = asyncio.new_event_loop()
+        self.loop = loop.loop
+        self.run = loop.run
         self.experts = fakes.FakeExperts()
         trunk = fakes.FakeTrunk(vocab_size=27, context_length=1024)
         self.engine = Engine(trunk, self.experts, 10_000_000)
@@ -57,9 +57,6 @@ class Door:
         status = ClusterStatus(ready=True, epoch=2, nodes=(node,), uptime_seconds=2.0)
         self.service = GenerationService(self.engine, Text(Letters(), frozenset({0})), model, lambda: status)
 
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(30)
-
     def serve(self, port: int = 0, **options: Any) -> Any:
         return self.run(serve_grpc("127.0.0.1", port, self.service, **options))
 
@@ -72,10 +69,5 @@ def door() -> Iterator[Door]:
     assert spec is not None and spec.loader is not None
     fakes = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fakes)
-    opened = Door(fakes)
-    thread = threading.Thread(target=opened.loop.run_forever)
-    thread.start()
-    yield opened
-    opened.loop.call_soon_threadsafe(opened.loop.stop)
-    thread.join()
-    opened.loop.close()
+    with loop_in_a_thread() as loop:
+        yield Door(fakes, loop)

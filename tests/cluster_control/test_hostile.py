@@ -7,7 +7,6 @@ import asyncio
 import ctypes
 import gc
 import os
-import threading
 
 import grpc
 import grpc.aio
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loops import loop_in_a_thread
 
 from moehive.coordinator.cluster.state import Phase
 from moehive.proto import cluster_pb2 as pb
@@ -113,27 +113,9 @@ def _unknown_field(size):
     return b"\x7a" + bytes(varint) + bytes(size)
 
 
-class Loop:
-    """An event loop in a thread, so that hypothesis' plain functions can talk to one cluster for all examples."""
-
-    def __init__(self):
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever)
-        self.thread.start()
-
-    def run(self, coroutine):
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60.0)
-
-    def close(self):
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(60.0)
-        self.loop.close()
-
-
 @pytest.fixture
 def attacked(cluster):
     """A cluster with one node that serves, and raw channels to both doors for an enemy who has a certificate."""
-    loop = Loop()
     context = cluster(min_nodes=1)
 
     async def start():
@@ -146,11 +128,11 @@ def attacked(cluster):
         opened = grpc.aio.secure_channel(harness.server.join_address, ca, options=override)
         return harness, {"Enrollment": opened, "Cluster": enemy.channel}
 
-    harness, channels = loop.run(start())
-    yield loop, harness, channels
-    loop.run(channels["Enrollment"].close())
-    loop.run(context.__aexit__(None, None, None))
-    loop.close()
+    with loop_in_a_thread() as loop:  # so that hypothesis' plain functions can talk to one cluster for all examples
+        harness, channels = loop.run(start())
+        yield loop, harness, channels
+        loop.run(channels["Enrollment"].close())
+        loop.run(context.__aexit__(None, None, None))
 
 
 def memory_in_use():

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from loops import LoopInAThread, loop_in_a_thread
 
 from moehive.coordinator.serving.http import MAX_BODY_BYTES, serve_http
 from moehive.coordinator.serving.openai import openai_app
@@ -21,13 +21,10 @@ from moehive.coordinator.types import CoordinatorError, NodeUnavailable
 class Door:
     """A server on a loop of its own, since OpenAI's plain client blocks."""
 
-    def __init__(self, served: Any, url: str, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, served: Any, url: str, loop: LoopInAThread) -> None:
         self.served = served
         self.url = url
-        self._loop = loop
-
-    def run(self, coroutine: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30)
+        self.run = loop.run
 
     def client(self, key: str = "any") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
@@ -39,23 +36,15 @@ class Door:
 
 @contextmanager
 def opened(served: Any, check_key: Any = None) -> Iterator[Door]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        start = serve_http("127.0.0.1", 0, openai_app(served.service, check_key), check_key=check_key)
-        door = asyncio.run_coroutine_threadsafe(start, loop).result(30)
+    with loop_in_a_thread() as loop:
+        door = loop.run(serve_http("127.0.0.1", 0, openai_app(served.service, check_key), check_key=check_key))
         try:
             yield Door(served, f"http://127.0.0.1:{door.port}", loop)
         finally:
-            asyncio.run_coroutine_threadsafe(door.stop(), loop).result(30)
+            loop.run(door.stop())
         load = served.engine.load()
         assert (load.running, load.waiting) == (0, 0)
         served.engine.check_integrity()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 CHAT: Any = {"model": "fake-moe", "messages": [{"role": "user", "content": "Capital?"}], "temperature": 0}
