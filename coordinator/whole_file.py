@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,3 +25,9 @@ def whole_file(path: Path, mode: int = 0o666) -> Iterator[BinaryIO]:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_halves(path: Path) -> None:
+    """Removes what processes that were killed have left of `path`; nobody may write it now. Raises OSError."""
+    for half in path.parent.glob(f".{escape(path.name)}.*"):
+        half.unlink()

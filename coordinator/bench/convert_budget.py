@@ -28,7 +28,7 @@ from .random_model import RandomModel, random_model
 MODEL = RandomModel(geometry="qwen3.5-35b", format="bf16_safetensors", layers=4, experts=16)
 HELD = 128 << 20  # bytes of experts that may be held; the model has 403 MB of them, a layer 101
 _SHARE = 0.25  # of the model's bytes, as budget: four bits a weight
-_TEXT = "The harbour lies open to the west, and the fishermen watch the sky. " * 24  # a token for each letter
+TEXT = "The harbour lies open to the west, and the fishermen watch the sky. " * 24  # a token for each letter
 _BASE_BYTES = 10**9  # the process without all that is counted in `limit_bytes`
 
 
@@ -44,7 +44,7 @@ def measure_one(model: Path, folder: Path, held: int, workers: int) -> dict[str,
     budget = int(_SHARE * (files.expert_bytes + files.trunk_bytes))
     with TemporaryDirectory(dir=folder, prefix="pack-") as packs:
         text = Path(packs) / "text.txt"
-        text.write_text(_TEXT)
+        text.write_text(TEXT)
         command = [sys.executable, "-m", "moehive.coordinator.bench.convert_budget"]
         command += [str(model), f"{packs}/pack", str(budget), str(held), str(text), str(workers)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

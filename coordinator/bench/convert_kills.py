@@ -1,9 +1,10 @@
 """`moehive bench convert --kills`: conversions that run into a full disk, are killed twice, and go on to their end.
 
 The model is kept in its format, encoded in another, and hashed in place where kernels compute in its format, in
-turns. Every fourth copy begins on a disk (a tmpfs) that is full at one of the places where a conversion writes. Kills
-come at random moments after a write to the journal, or while the trunk (in place: its hashes) or the manifest is
-made. Each run is a process forked of this one, so it must run no threads.
+turns; or formats are chosen for a budget (`--budget`). Every fourth conversion begins on a disk (a tmpfs) that is
+full at one of the places where it writes. Kills come at random moments after a write to the journal, or while the
+trunk (in place: its hashes) or the manifest is made; while formats are chosen, as the text is run, formats are
+measured or the choice is written. Each run is a process forked of this one, so it must run no threads.
 """
 
 import os
@@ -16,6 +17,7 @@ from tempfile import TemporaryDirectory
 from threading import Timer
 from time import perf_counter
 from traceback import print_exc
+from types import ModuleType
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -24,8 +26,13 @@ from ..checkpoints.opening import ModelSource, open_model
 from ..checkpoints.pack import convert as conversions
 from ..checkpoints.pack.convert import KEEP, convert, wanted_pack
 from ..checkpoints.pack.journal import Journal
-from ..checkpoints.pack.unfinished import JOURNAL
+from ..checkpoints.pack.unfinished import CHOICE, JOURNAL
+from ..cli import budget as choices
+from ..cli.budget import BudgetChooser
+from ..estimate.headers import of_files
+from ..precision import choice as choosing
 from ..types import CoordinatorError
+from .convert_budget import TEXT
 from .small_disk import fill, small_disk
 
 _COMMITS: Final = 16  # entries in the journal of one conversion, about
@@ -33,15 +40,25 @@ FORMATS: Final = (KEEP, "q8_0", None)  # None: in place
 # Where the disk is full: before a write to an expert's file, to the journal; when the latter is made; before the
 # trunk, before the manifest.
 PLACES: Final = ("experts", "journal", "new journal", "trunk", "manifest")
+BUDGET_PLACES: Final = ("text", "choice", *PLACES)  # before the text is run, before what was chosen is kept
 _KILLED_AT: Final = ("journal",) * 4 + ("trunk", "manifest")  # drawn from
-_MADE_BY: Final = {"trunk": ("write_trunk", "hash_source"), "manifest": ("write_manifest",)}  # in convert.py
-_LAST_S: Final = 0.02  # of writing the manifest, and of a small trunk
+_KILLED_CHOOSING_AT: Final = ("text", "formats", "choice")  # likewise, while nothing is chosen
+_MADE_BY: Final[dict[str, tuple[tuple[ModuleType, str], ...]]] = {  # functions that do it
+    "text": ((choosing, "calibrate"),),
+    "formats": ((choosing, "measure"),),
+    "choice": ((choices, "keep_choice"),),
+    "trunk": ((conversions, "write_trunk"), (conversions, "hash_source")),
+    "manifest": ((conversions, "write_manifest"),),
+}
+_LAST_S: Final = 0.02  # of writing the manifest or the choice, and of a small trunk
+_SHARE: Final = 1 / 3  # of the model's bytes, as budget
 
+Format = str | BudgetChooser | None
 Hook = Callable[[], None]
 
 
-def measure_kills(model: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
-    """A row for each seed.
+def measure_kills(model: str, folder: Path, seeds: int, budget: bool) -> list[dict[str, Any]]:
+    """A row for each seed; `budget`: formats are chosen for one.
 
     `resumed` is what the last run found finished, `journaled` what the journal said after the second kill; `same`:
     the pack has the bytes of one that was made without a kill; `full_disk`: where there was none left, empty if this
@@ -50,44 +67,61 @@ def measure_kills(model: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
     """
     torch.set_num_threads(1)
     source = open_model(model)
-    if not source.computed_as_stored:
+    if not source.computed_as_stored and not budget:
         raise CoordinatorError(f"{model} can't be served in place, which is measured too; give another model.")
     rows = []
     with ExitStack() as stack:
         whole = Path(stack.enter_context(TemporaryDirectory(dir=folder, prefix="whole-")))
-        straight = {format: _straight(source, whole / str(format), format) for format in FORMATS}
+        formats: tuple[Format, ...] = (_chooser(model, source, whole / "text"),) * 3 if budget else FORMATS
+        straight = {format: _straight(source, whole / _name(format), format) for format in dict.fromkeys(formats)}
         for seed in range(seeds):
+            turn, kind = divmod(seed, len(formats) + 1)
+            copied = kind == len(formats)
+            format = formats[turn % 2 if copied else kind]
+            places = BUDGET_PLACES if budget else PLACES
+            full = places[turn % len(places)] if copied else ""
             with TemporaryDirectory(dir=folder, prefix="killed-") as place:
-                rows.append(_Seed(source, Path(place), seed, straight).run())
+                rows.append(_Seed(source, Path(place), seed, format, straight[format], full).run())
     return rows
 
 
+def _chooser(model: str, source: ModelSource, text: Path) -> BudgetChooser:
+    text.write_text(TEXT)
+    files = of_files(model)
+    return BudgetChooser(model, source, int(_SHARE * (files.expert_bytes + files.trunk_bytes)), text, 1, quiet=True)
+
+
+def _name(format: Format) -> str:
+    return "budget" if isinstance(format, BudgetChooser) else format or "in place"
+
+
 class _Straight(NamedTuple):
-    """A conversion without a kill: its files, and how long it took between two entries in the journal."""
+    """A conversion without a kill: its files, the time in which formats were chosen, and that of one commit."""
 
     contents: dict[str, bytes]
+    choosing_s: float
     commit_s: float
 
 
-def _straight(source: ModelSource, pack: Path, format: str | None) -> _Straight:
+def _straight(source: ModelSource, pack: Path, format: Format) -> _Straight:
     start = perf_counter()
-    _forked(lambda: _convert(source, pack, format), None)
-    return _Straight(_contents(pack), (perf_counter() - start) / _COMMITS)
+    seconds = float(_forked(lambda: _convert(source, pack, format), None).split()[1])
+    return _Straight(_contents(pack), perf_counter() - start - seconds, seconds / _COMMITS)
 
 
 class _Seed:
-    """One conversion, in a folder of its own."""
+    """One conversion, in a folder of its own; its disk is to be `full` there, if anywhere."""
 
-    def __init__(self, source: ModelSource, folder: Path, seed: int, straight: dict[str | None, _Straight]) -> None:
+    def __init__(
+        self, source: ModelSource, folder: Path, seed: int, format: Format, straight: _Straight, full: str
+    ) -> None:
         self._source = source
         self._folder = folder
         self._seed = seed
         self._draw = random.Random(seed)
-        turn, kind = divmod(seed, len(FORMATS) + 1)
-        copied = kind == len(FORMATS)
-        self._format = FORMATS[turn % 2 if copied else kind]
-        self._straight = straight[self._format]
-        self._full = PLACES[turn % len(PLACES)] if copied else ""
+        self._format = format
+        self._straight = straight
+        self._full = full
         self._pack = folder / "pack"
 
     def run(self) -> dict[str, Any]:
@@ -104,20 +138,21 @@ class _Seed:
 
     def _row(self, full: str, refused: bool) -> dict[str, Any]:
         # By what was done so far, not by the clock: on a busy machine a moment drawn beforehand misses the work.
-        kills = [self._kill(), self._kill()]
-        journaled = []
-        for _, hooks in kills:
+        kills, journaled = [], []
+        for _ in range(2):
+            place, hooks = self._kill()
             _forked(self._convert, hooks)
+            kills.append(place)
             journaled.append(self._journaled())
         start = perf_counter()
-        resumed = int(_forked(self._convert, None))
+        resumed = int(_forked(self._convert, None).split()[0])
         return {
             "seed": self._seed,
-            "format": self._format or "in place",
+            "format": _name(self._format),
             "full_disk": full,
             "refused": refused,
-            "first_kill": kills[0][0],
-            "second_kill": kills[1][0],
+            "first_kill": kills[0],
+            "second_kill": kills[1],
             "journaled_first": journaled[0],
             "journaled": journaled[1],
             "resumed": resumed,
@@ -130,9 +165,11 @@ class _Seed:
         return _convert(self._source, self._pack, self._format)
 
     def _kill(self) -> tuple[str, "_Hooks"]:
-        place = self._draw.choice(_KILLED_AT)
+        choosing = isinstance(self._format, BudgetChooser) and not (self._pack / CHOICE).exists()
+        place = self._draw.choice(_KILLED_CHOOSING_AT * 2 + _KILLED_AT if choosing else _KILLED_AT)
         if place != "journal":
-            seconds = self._draw.random() * _LAST_S
+            longest = self._straight.choosing_s / 2 if place in ("text", "formats") else _LAST_S
+            seconds = self._draw.random() * longest
             return place, _Hooks(place, 0, lambda: _kill_in(seconds))
         writes, seconds = self._draw.randrange(_COMMITS), self._draw.random() * self._straight.commit_s
         return f"{writes} writes", _Hooks("journal" if writes else "start", writes, lambda: _kill_in(seconds))
@@ -149,7 +186,8 @@ class _Seed:
         if not (self._pack / JOURNAL).exists():
             whole = (self._pack / "pack.msgpack").exists()
             return sum(layer.experts for layer in self._source.manifest.layers) if whole else 0
-        wanted = wanted_pack(self._source, self._pack, self._format)
+        format = self._format(self._pack) if isinstance(self._format, BudgetChooser) else self._format
+        wanted = wanted_pack(self._source, self._pack, format)
         journal = Journal(self._pack, wanted.identity, wanted.target)
         journal.close()
         return len(journal.finished)
@@ -165,9 +203,9 @@ class _Hooks:
         """In this process, for good. Who looks from outside may look too late."""
         if self._place == "start":
             self._happen()
-        elif self._place in ("trunk", "manifest"):
-            for name in _MADE_BY[self._place]:
-                setattr(conversions, name, self._before(getattr(conversions, name)))
+        elif self._place in _MADE_BY:
+            for module, name in _MADE_BY[self._place]:
+                setattr(module, name, self._before(getattr(module, name)))
         else:
             append = Journal.append
             counted = self._counted(append)
@@ -198,11 +236,15 @@ def _kill_in(seconds: float) -> None:
     timer.start()
 
 
-def _convert(source: ModelSource, pack: Path, format: str | None) -> str:
-    """Experts that were there already, or what was wrong."""
-    commit_bytes = wanted_pack(source, pack, format).target.total_bytes // _COMMITS
+def _convert(source: ModelSource, pack: Path, format: Format) -> str:
+    """Experts that were there already and the seconds that it took, or what was wrong."""
+    if isinstance(format, BudgetChooser):
+        nbytes = source.manifest.total_bytes * _SHARE
+    else:
+        nbytes = wanted_pack(source, pack, format).target.total_bytes
     try:
-        return str(convert(source, pack, format, workers=2, commit_bytes=commit_bytes).resumed)
+        made = convert(source, pack, format, workers=2, commit_bytes=int(nbytes / _COMMITS))
+        return f"{made.resumed} {made.seconds}"
     except CoordinatorError as error:
         return str(error)
 

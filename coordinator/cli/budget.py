@@ -32,6 +32,7 @@ from ..precision.text import calibration_text, calibration_texts
 from ..precision.trunk_parts import TrunkMatrices, encode_matrix
 from ..settings import parse_size
 from ..trunk import load_trunk
+from ..whole_file import remove_halves
 from .progress import stages
 
 _KEPT_BYTES = 4 << 30  # of experts in memory while a calibration text is run
@@ -102,6 +103,7 @@ class BudgetChooser:
         calibration = folder / CALIBRATION
         if calibration.exists():  # of a run that was stopped before it had chosen
             shutil.rmtree(calibration)
+        remove_halves(folder / CHOICE)
         with stages(self.quiet) as progress:
             choice = choose_formats(
                 self.opened.manifest,

@@ -1,6 +1,7 @@
 """`moehive convert --budget`: a pack whose experts and trunk differ in their formats, and keeps within its bytes."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from moehive.coordinator.precision.kept_choice import kept_choice
 from moehive.coordinator.serving.text import Text
 from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
+
+FEW = ("q3_k", "iq4_nl", "q8_0")  # a choice among these takes half the time of one among all
 
 
 def run(*arguments: str | int | Path) -> subprocess.CompletedProcess[str]:
@@ -57,6 +60,10 @@ def test_formats_are_chosen_for_the_bytes(chat_model: Path, tmp_path: Path, text
     taken = {fmt for pair in formats for fmt in pair}
     assert set(look("pack", pack).formats) == taken != set(look("source", chat_model).formats)
     assert verify(pack, 1, lambda *_: None).damaged == ()
+
+
+def contents(pack: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(pack)): file.read_bytes() for file in sorted(pack.rglob("*")) if file.is_file()}
 
 
 @pytest.fixture
@@ -91,8 +98,8 @@ def convert(chat_model: Path, tmp_path: Path, text: Path, monkeypatch: pytest.Mo
         return convert.chosen
 
     monkeypatch.setattr("moehive.coordinator.cli.budget.choose_formats", counted)
-    for module in ("candidates", "plan"):  # a choice among three takes half the time of one among all
-        monkeypatch.setattr(f"moehive.coordinator.precision.{module}.CANDIDATES", ("q3_k", "iq4_nl", "q8_0"))
+    for module in ("candidates", "plan"):
+        monkeypatch.setattr(f"moehive.coordinator.precision.{module}.CANDIDATES", FEW)
     return convert
 
 
@@ -202,6 +209,58 @@ def test_a_run_that_was_killed_while_it_calibrated_begins_anew(
     assert [path.name for path in convert.pack.iterdir()] == ["calibration"]
     convert("900KB")
     assert convert.calibrations == 2 and verify(convert.pack, 1).damaged == ()
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from moehive.coordinator.checkpoints.pack import convert
+from moehive.coordinator.checkpoints.pack.journal import Journal
+from moehive.coordinator.cli.main import main
+from moehive.coordinator.precision import candidates, choice, plan
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def replace(path, target, real=Path.replace):
+    return die() if target.name == "choice.msgpack" else real(path, target)
+
+def append(journal, done, real=Journal.append):
+    real(journal, done)
+    die()
+
+candidates.CANDIDATES = plan.CANDIDATES = tuple(sys.argv.pop(1).split())
+convert.COMMIT_SECONDS = 0.0  # as if each expert took long
+for place in (choice, "measure", die), (Path, "replace", replace), (Journal, "append", append):
+    if os.fork() == 0:
+        setattr(*place)
+        main()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr)
+"""
+
+
+def test_kills_change_nothing(convert: Convert, tmp_path: Path) -> None:
+    """While formats are measured, before what was chosen is in its place, after the first entry in the journal."""
+    command = [sys.executable, "-c", _KILLED, " ".join(FEW), "convert", str(convert.model), str(convert.pack)]
+    command += ["--budget", "900KB", "--calibration", str(convert.text), "--workers", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert re.findall(r"^-?\d+$", done.stderr, re.M) == ["-9"] * 3, done.stderr
+    begun = (convert.pack / "journal").stat().st_size
+    convert("900KB")
+    straight = Convert(convert.model, tmp_path / "straight", convert.text)
+    straight("900KB")
+    assert convert.calibrations == 1  # of the straight one
+    assert contents(convert.pack) == contents(straight.pack)
+    assert begun < 300  # bytes: not yet of all six experts
+
+
+def test_the_benchmark_kills_while_formats_are_chosen(chat_model: Path, tmp_path: Path) -> None:
+    command = ["bench", "convert", "--model", chat_model, "--kills", 2, "--budget", "--state-dir", tmp_path, "--json"]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 2 and all(row["same"] and row["resumed"] == row["journaled"] for row in rows)
+    assert any(row["journaled_first"] == 0 for row in rows)
 
 
 def test_a_cluster_is_a_budget(chat_model: Path, tmp_path: Path) -> None:
