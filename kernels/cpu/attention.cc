@@ -67,34 +67,34 @@ int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer, float* 
   const Job job{kernel, p};
   const int64_t group = a.heads / a.kv_heads, heads = std::min(group, kMaxQueries), tokens = kMaxQueries / heads;
   try {
-    thread_local std::vector<AttendPart> parts;
-    parts.clear();
-    int64_t work = 0, spans = 0, longest = 0;
+    thread_local std::vector<AttendPart> few, many;
+    few.clear();
+    many.clear();
+    int64_t few_work = 0, many_work = 0, spans = 0;
+    const auto is_few = [&](const MoehiveSequence& s) { return s.tokens <= tokens; };
     for (const MoehiveSequence* s = sequences; s < sequences + count; ++s) {
       self.each(s->tokens, s->tokens * a.row, [&](int64_t token) { kernel.prepare(p, *s, token); });
-      work += s->tokens * a.heads * a.head_dim * keys_seen(a, s->start + s->tokens - 1);
-      spans += keys_seen(a, s->start) / (kPage * kSpan) + 1;
-      longest = std::max(longest, s->tokens);
+      (is_few(*s) ? few_work : many_work) += s->tokens * a.heads * a.head_dim * keys_seen(a, s->start + s->tokens - 1);
+      if (is_few(*s)) spans += keys_seen(a, s->start) / (kPage * kSpan) + 1;
     }
     // Few tokens wait for memory: all key heads of a span together are read in one stream, if that leaves each thread
     // two. Many have arithmetic to do, one key head at a time.
-    const bool few = longest <= tokens;
-    const int64_t kv_heads = few && spans >= 2 * self.threads() ? a.kv_heads : 1;
-    for (const MoehiveSequence* s = sequences; s < sequences + count; ++s)
+    const bool together = spans >= 2 * self.threads();
+    for (const MoehiveSequence* s = sequences; s < sequences + count; ++s) {
+      const int64_t kv_heads = is_few(*s) && together ? a.kv_heads : 1;
       for (int64_t token = 0; token < s->tokens; token += tokens)
         for (int64_t kv_head = 0; kv_head < a.kv_heads; kv_head += kv_heads)
           for (int64_t head = 0; head < group; head += heads)
-            parts.push_back({s, token, std::min(tokens, s->tokens - token), kv_head, kv_heads, head,
-                             std::min(heads, group - head)});
-    if (few) {
-      attend_in_spans(self, job, parts, work);
-    } else {
-      const AttendPart* list = parts.data();  // of this thread: the others must not look for their own
-      self.each(static_cast<int64_t>(parts.size()), work, [&](int64_t i) {
-        alignas(64) float memory[2 * Seen::floats(kMaxQueries, kMaxHead, kMaxHead)];
-        attend_whole(job, list[i], memory);
-      });
+            (is_few(*s) ? few : many)
+                .push_back({s, token, std::min(tokens, s->tokens - token), kv_head, kv_heads, head,
+                            std::min(heads, group - head)});
     }
+    attend_in_spans(self, job, few, few_work);
+    const AttendPart* list = many.data();  // of this thread: the others must not look for their own
+    self.each(static_cast<int64_t>(many.size()), many_work, [&](int64_t i) {
+      alignas(64) float memory[2 * Seen::floats(kMaxQueries, kMaxHead, kMaxHead)];
+      attend_whole(job, list[i], memory);
+    });
   } catch (const std::exception&) {
     return 2;
   }

@@ -40,7 +40,7 @@ inline void store(float* at, V v) { memcpy(at, &v, sizeof v); }
 
 inline V same(float x) { return x - V{}; }
 
-// Halves are added until one number is left, or compared. GCC makes this of it with AVX-512 by way of memory.
+// Halves are added, or compared, until one number is left. Of sixteen floats GCC does that by way of memory.
 #if defined(__AVX512F__)
 inline float sum(V v) { return _mm512_reduce_add_ps((__m512)v); }
 inline float largest(V v) { return _mm512_reduce_max_ps((__m512)v); }
