@@ -86,7 +86,7 @@ def measure_kills(model: str, folder: Path, seeds: int, budget: bool) -> list[di
 
 
 def _chooser(model: str, source: ModelSource, text: Path) -> BudgetChooser:
-    text.write_text(TEXT)
+    text.write_text(TEXT[: len(TEXT) // 4])
     files = of_files(model)
     return BudgetChooser(model, source, int(_SHARE * (files.expert_bytes + files.trunk_bytes)), text, 1, quiet=True)
 

@@ -51,6 +51,6 @@ def convert(
     if model is None:
         wanted = RandomModel(geometry="qwen3.5-35b", format="q4_0", layers=4, experts=32)
         if budget:  # choosing takes a second or two for each expert
-            wanted = RandomModel(geometry="qwen3-30b", format="bf16_safetensors", layers=2, experts=8)
+            wanted = RandomModel(geometry="qwen3-30b", format="bf16_safetensors", layers=1, experts=8)
         model = str(random_model(wanted, folder / "models"))
     show_rows(measure_kills(model, folder, kills, budget), as_json)

@@ -102,7 +102,7 @@ def convert(
         typer.echo(json.dumps(row))
         return
     size = f"{made.experts:,} experts of {made.manifest.name}, {made.expert_bytes / 1e9:,.2f} GB"
-    if made.resumed == made.experts:
+    if made.seconds == 0:
         typer.echo(f"{pack} is whole already: {size}.")
     elif made.in_place:
         typer.echo(

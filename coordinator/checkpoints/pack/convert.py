@@ -71,7 +71,10 @@ Choose = Callable[[Path], Chosen]  # given the pack's folder, which is locked; i
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What a conversion did. `in_place`: nothing was copied; `resumed` experts were there already."""
+    """What a conversion did. `in_place`: nothing was copied; `resumed` experts were there already.
+
+    `seconds`: 0 if the pack was whole before.
+    """
 
     manifest: Manifest
     in_place: bool
