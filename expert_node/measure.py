@@ -1,80 +1,83 @@
-"""How fast this machine reads its RAM.
+"""How fast this machine computes experts: what it reads for one token, and how much it multiplies with many.
 
-The bandwidth is measured once in less than a second and kept for 30 days in <state>/bandwidth.json; another
-processor or another number of threads measures again.
+Both are measured once in less than a second and kept for 30 days in <state>/speed.json; another processor or another
+number of threads measures again.
 """
 
 import json
 import logging
-import mmap
 import platform
 from pathlib import Path
 from time import perf_counter, time
+from typing import NamedTuple
 
 import torch
+
+from moehive.kernels.library import NativeLibraryError
+from moehive.kernels.speed import multiplying, reading
 
 from .files import write_private
 
 log = logging.getLogger(__name__)
 
 KEPT_SECONDS = 30 * 86_400
-BUDGET_SECONDS = 0.4
+_PLAIN_BYTES, _PLAIN_SECONDS = 128 << 20, 0.4
 
 
-def read_bandwidth(state: Path, threads: int) -> float:
-    """Bytes a second that `threads` threads read from RAM. Raises NodeError when the state cannot be written."""
+class Speed(NamedTuple):
+    """Bytes of experts a second from RAM, and products of a number and a weight in q8_0, 0 if not measured."""
+
+    read_bandwidth: float
+    products_per_s: float
+
+
+def speed(state: Path, threads: int) -> Speed:
+    """Of `threads` threads. Raises NodeError when the state cannot be written."""
     processor = _processor()
-    path = state / "bandwidth.json"
+    path = state / "speed.json"
     try:
         kept = json.loads(path.read_bytes())
         known = (kept["processor"], kept["threads"]) == (processor, threads)
-        if known and 0 <= time() - kept["measured"] < KEPT_SECONDS and kept["bytes_per_second"] > 0:
-            return float(kept["bytes_per_second"])
+        found = Speed(float(kept["read_bandwidth"]), float(kept["products_per_s"]))
+        if known and 0 <= time() - kept["measured"] < KEPT_SECONDS and found.read_bandwidth > 0:
+            return found
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s cannot be read (%s); measuring again.", path, error)
-    rate = _measure(threads)
-    log.info("RAM is read at %.1f GB/s by %d threads.", rate / 1e9, threads)
-    kept = {
-        "processor": processor,
-        "threads": threads,
-        "measured": time(),
-        "bytes_per_second": rate,
-    }
+    found = _measure(threads)
+    log.info(
+        "Experts are read from RAM at %.1f GB/s by %d threads, which do %.0f billion products a second.",
+        found.read_bandwidth / 1e9,
+        threads,
+        found.products_per_s / 1e9,
+    )
+    kept = {"processor": processor, "threads": threads, "measured": time(), **found._asdict()}
     write_private(path, json.dumps(kept).encode())
-    return rate
+    return found
 
 
-def _measure(threads: int) -> float:
-    """The best of some passes over a buffer that no cache holds."""
-    # The kernel's own pages, given back at the end: the allocator would keep what it freed.
-    pages = mmap.mmap(-1, _buffer_bytes())
-    buffer = torch.frombuffer(pages, dtype=torch.float32)
-    buffer.zero_()  # each page is there before the first pass
+def _measure(threads: int) -> Speed:
+    try:
+        return Speed(reading(threads), multiplying(threads))
+    except NativeLibraryError:  # torch computes experts, at no speed that would be worth measuring
+        return Speed(_plain_read(threads), 0.0)
+
+
+def _plain_read(threads: int) -> float:
+    """Bytes a second that torch reads, the best of some passes."""
+    buffer = torch.zeros(_PLAIN_BYTES // 4)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         best = float("inf")
-        end = perf_counter() + BUDGET_SECONDS
+        end = perf_counter() + _PLAIN_SECONDS
         while (start := perf_counter()) < end:
             buffer.sum()
             best = min(best, perf_counter() - start)
     finally:
         torch.set_num_threads(before)
-        del buffer
-        pages.close()
-    return _buffer_bytes() / best
-
-
-def _buffer_bytes() -> int:
-    """Four times the largest cache, 64 MiB to 512 MiB."""
-    largest = 32 << 20
-    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = path.read_text().strip()
-        if text.endswith("K") and text[:-1].isdigit():
-            largest = max(largest, int(text[:-1]) << 10)
-    return min(max(4 * largest, 64 << 20), 512 << 20)
+    return _PLAIN_BYTES / best
 
 
 def _processor() -> str:

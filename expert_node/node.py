@@ -142,7 +142,7 @@ async def start(settings: Settings) -> Node:
     if disk is None:
         disk = await asyncio.to_thread(capacity.disk_for_experts, settings.state / "cache")
     forget_code_pages()
-    bandwidth = await asyncio.to_thread(measure.read_bandwidth, settings.state, settings.threads)
+    speed = await asyncio.to_thread(measure.speed, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
     ops = ExpertOps(settings.threads)
     gpu = _gpu(settings, ops)
@@ -170,7 +170,8 @@ async def start(settings: Settings) -> Node:
         ram_bytes=memory,
         disk_bytes=disk,
         vram_bytes=0 if gpu is None else gpu.capacity_bytes,
-        read_bandwidth=bandwidth,
+        read_bandwidth=speed.read_bandwidth,
+        products_per_s=speed.products_per_s,
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],
     )

@@ -17,7 +17,7 @@ from loops import servers_stop_with_their_loop
 from moehive.coordinator.bench.small_disk import fill as fill_disk
 from moehive.coordinator.bench.small_disk import small_disk as mount_small_disk
 from moehive.coordinator.demo.build import build
-from moehive.expert_node.measure import read_bandwidth
+from moehive.expert_node import measure
 
 __all__ = ["servers_stop_with_their_loop"]  # a fixture
 
@@ -44,11 +44,11 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bandwidth(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """bandwidth.json of a node of one thread here, which then need not measure for half a second."""
-    folder = tmp_path_factory.mktemp("bandwidth")
-    read_bandwidth(folder, 1)
-    return (folder / "bandwidth.json").read_bytes()
+def speed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """speed.json of a node of one thread here, which then need not measure for half a second."""
+    folder = tmp_path_factory.mktemp("speed")
+    measure.speed(folder, 1)
+    return (folder / "speed.json").read_bytes()
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ from moehive.expert_node.settings import Settings
 from moehive.proto.join_token import parse
 
 
-def node_here(state: Path, bandwidth: bytes, token: str | None, name: str) -> AbstractAsyncContextManager[Node]:
-    """It serves from `state`, with a bandwidth.json of these bytes in it; without a token it has joined before."""
+def node_here(state: Path, speed: bytes, token: str | None, name: str) -> AbstractAsyncContextManager[Node]:
+    """It serves from `state`, with a speed.json of these bytes in it; without a token it has joined before."""
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (state / "bandwidth.json").write_bytes(bandwidth)
+    (state / "speed.json").write_bytes(speed)
     word = None if token is None else parse(token)
     return _serving(Settings(state=state, token=word, name=name, memory_bytes=64 << 20, threads=1))
 

@@ -243,6 +243,7 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
         hello.software,
         hello.disk_bytes,
         hello.vram_bytes,
+        hello.products_per_s,
     )
 
 

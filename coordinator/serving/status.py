@@ -54,6 +54,7 @@ class NodeStatus:
     disk_bytes: int = 0  # of disk that it gives to experts beyond ram_bytes
     vram_bytes: int = 0  # of a GPU's memory that it gives to experts
     disk_bandwidth: float = 0.0  # bytes a second, measured by the node; 0: not yet
+    products_per_s: float = 0.0  # of a number and a weight in q8_0, measured by the node; 0: not measured
     tiers: TierStatus | None = None
 
 

@@ -70,13 +70,13 @@ class TestCluster:
 
     __test__ = False
 
-    def __init__(self, folder: Path, bandwidth: bytes, memory: str = "1GiB") -> None:
-        """`bandwidth`: what each node knows of its machine; `memory` that each gives to experts."""
+    def __init__(self, folder: Path, speed: bytes, memory: str = "1GiB") -> None:
+        """`speed`: what each node knows of its machine; `memory` that each gives to experts."""
         self.state = folder / "coordinator"
         self.state.mkdir(parents=True)
         self.authority = Authority.create(self.state / "ca")
         self.folder = folder
-        self._bandwidth = bandwidth
+        self._speed = speed
         self.nodes: dict[str, NodeProcess] = {}
         self.room = ["--memory", memory]  # of nodes that are started from now on
         self._ports = (0, 0)
@@ -112,7 +112,7 @@ class TestCluster:
 
     def node_here(self, name: str) -> AbstractAsyncContextManager[Node]:
         """See node_here.py."""
-        return running_node(self.folder / name, self._bandwidth, self.token(), name)
+        return running_node(self.folder / name, self._speed, self.token(), name)
 
     def start_node(self, name: str) -> NodeProcess:
         """Starts the node's process unless it runs; it joins with a token the first time."""
@@ -124,7 +124,7 @@ class TestCluster:
         if not state.exists():
             token = self.token()
             state.mkdir(mode=0o700)
-            (state / "bandwidth.json").write_bytes(self._bandwidth)
+            (state / "speed.json").write_bytes(self._speed)
         self.nodes[name] = NodeProcess(name, state, token, self.room)
         return self.nodes[name]
 
@@ -153,10 +153,10 @@ def ask(coordinator: Coordinator, call: Callable[[Client], T]) -> Coroutine[Any,
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory, bandwidth: bytes) -> Iterator[TestCluster]:
+def cluster(tmp_path_factory: pytest.TempPathFactory, speed: bytes) -> Iterator[TestCluster]:
     """A cluster that a module's tests share, so that node processes start once."""
     torch.set_num_threads(1)
-    made = TestCluster(tmp_path_factory.mktemp("cluster"), bandwidth)
+    made = TestCluster(tmp_path_factory.mktemp("cluster"), speed)
     try:
         yield made
     finally:
@@ -164,12 +164,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, bandwidth: bytes) -> Itera
 
 
 @pytest.fixture
-def new_cluster(tmp_path: Path, bandwidth: bytes) -> Iterator[Callable[[], TestCluster]]:
+def new_cluster(tmp_path: Path, speed: bytes) -> Iterator[Callable[[], TestCluster]]:
     """Makes clusters of a test's own."""
     made: list[TestCluster] = []
 
     def make(memory: str = "1GiB") -> TestCluster:
-        made.append(TestCluster(tmp_path / f"cluster-{len(made)}", bandwidth, memory))
+        made.append(TestCluster(tmp_path / f"cluster-{len(made)}", speed, memory))
         return made[-1]
 
     try:

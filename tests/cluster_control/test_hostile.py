@@ -59,6 +59,7 @@ HELLO = some(
     address=st.one_of(TEXT, st.just("127.0.0.1:7")),
     ram_bytes=UINT64,
     read_bandwidth=DOUBLE,
+    products_per_s=DOUBLE,
     threads=UINT32,
     software=TEXT,
 )

@@ -243,11 +243,11 @@ def start_node(tmp_path: Path) -> Iterator[StartNode]:
 
 
 @pytest.fixture
-def node_here(bandwidth: bytes) -> Callable[..., AbstractAsyncContextManager[Node]]:
+def node_here(speed: bytes) -> Callable[..., AbstractAsyncContextManager[Node]]:
     """See node_here.py."""
 
     def start_here(state: Path, token: str | None = None, name: str = "a") -> AbstractAsyncContextManager[Node]:
-        return running_node(state, bandwidth, token, name)
+        return running_node(state, speed, token, name)
 
     return start_here
 

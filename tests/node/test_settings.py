@@ -9,6 +9,7 @@ from moehive.expert_node import measure
 from moehive.expert_node.__main__ import main
 from moehive.expert_node.settings import Settings, default_name, default_state, parse_listen, parse_size, read_token
 from moehive.expert_node.types import ConfigError
+from moehive.kernels.library import NativeLibraryError
 from moehive.proto.bounds import node_name
 from moehive.proto.join_token import JoinToken
 
@@ -72,23 +73,28 @@ def test_defaults(monkeypatch, tmp_path):
     assert default_state() == tmp_path / ".local/state/moehive/node"
 
 
-def test_bandwidth_is_measured_once(tmp_path, monkeypatch):
-    rates = iter([5e9, 6e9, 7e9, 8e9])
-    monkeypatch.setattr(measure, "_measure", lambda threads: next(rates))
-    assert [measure.read_bandwidth(tmp_path, 2) for _ in range(2)] == [5e9, 5e9]
-    assert measure.read_bandwidth(tmp_path, 4) == 6e9  # other threads
-    kept = json.loads((tmp_path / "bandwidth.json").read_text())
-    kept["measured"] -= measure.KEPT_SECONDS + 1
-    (tmp_path / "bandwidth.json").write_text(json.dumps(kept))
-    assert measure.read_bandwidth(tmp_path, 4) == 7e9  # too old
-    for damaged in ("", "[]", "{}", '{"processor": 1}', "\x00"):
-        (tmp_path / "bandwidth.json").write_text(damaged)
-        rates = iter([9e9])
-        assert measure.read_bandwidth(tmp_path, 4) == 9e9
+def test_speed_is_measured_once(tmp_path, monkeypatch):
+    speeds = iter([measure.Speed(n * 1e9, n * 1e10) for n in (5, 6, 7)])
+    monkeypatch.setattr(measure, "_measure", lambda threads: next(speeds))
+    assert [measure.speed(tmp_path, 2) for _ in range(2)] == [(5e9, 5e10), (5e9, 5e10)]
+    assert measure.speed(tmp_path, 4) == (6e9, 6e10)  # other threads
+    file = tmp_path / "speed.json"
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps(kept | {"measured": kept["measured"] - measure.KEPT_SECONDS - 1}))
+    assert measure.speed(tmp_path, 4) == (7e9, 7e10)  # too old
+    without = json.dumps({key: value for key, value in kept.items() if key != "products_per_s"})
+    for damaged in ("", "[]", "{}", '{"processor": 1}', "\x00", without):
+        file.write_text(damaged)
+        speeds = iter([measure.Speed(9e9, 9e10)])
+        assert measure.speed(tmp_path, 4) == (9e9, 9e10)
 
 
-def test_bandwidth_is_plausible():
-    assert 1e8 < measure._measure(1) < 1e13
+def test_without_the_native_library_memory_alone_is_measured(monkeypatch):
+    def missing(threads):
+        raise NativeLibraryError("There is none.")
+
+    monkeypatch.setattr(measure, "reading", missing)
+    assert measure._measure(1).products_per_s == 0 < measure._measure(1).read_bandwidth < 1e13
 
 
 @pytest.fixture(autouse=True)
