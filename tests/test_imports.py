@@ -74,7 +74,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.checkpoints": (*COMMON, "coordinator.models.tensors", "kernels", "proto"),
     "coordinator.placement": COMMON,
     "coordinator.precision": (*COMMON, "coordinator.models", "kernels"),
-    "coordinator.estimate": (*COMMON, "coordinator.checkpoints", "kernels.memory"),  # the latter inside functions
+    "coordinator.estimate": (*COMMON, "coordinator.checkpoints", "kernels.speed"),  # the latter inside functions
 }
 # part → packages of others that it must not import, even inside a function.
 MUST_NOT_IMPORT = {

@@ -8,7 +8,7 @@ machine's read bandwidth is measured beside each request, in the same minute.
 import asyncio
 import statistics
 from bisect import bisect_right
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,14 +104,17 @@ class _Round:
     bandwidth: float = 0.0
 
 
-def measure_decode(settings: DecodeSettings) -> DecodeRow:
-    """Starts the cluster, measures, ends it. Raises CoordinatorError or OSError."""
+def measure_decode(settings: DecodeSettings, beside: Callable[[], None] = lambda: None) -> DecodeRow:
+    """Starts the cluster, measures, ends it. Raises CoordinatorError or OSError.
+
+    `beside` is called before and after each round, to measure what else must be of the same moment.
+    """
     import uvloop
 
-    return uvloop.run(_measure(settings))
+    return uvloop.run(_measure(settings, beside))
 
 
-async def _measure(settings: DecodeSettings) -> DecodeRow:
+async def _measure(settings: DecodeSettings, beside: Callable[[], None]) -> DecodeRow:
     with ExitStack() as stack:
         base = settings.state_dir / "bench" / folder_name(str(settings.model), settings.nodes)
         folder = stack.enter_context(own_folder(base))
@@ -129,12 +132,12 @@ async def _measure(settings: DecodeSettings) -> DecodeRow:
         await cluster.start()
         settle_heap()  # as `moehive up` does
         try:
-            return await _measure_cluster(settings, cluster)
+            return await _measure_cluster(settings, cluster, beside)
         finally:
             await cluster.stop()
 
 
-async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> DecodeRow:
+async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster, beside: Callable[[], None]) -> DecodeRow:
     coordinator = cluster.coordinator
     manifest = coordinator.manifest
     backend = _Measured(coordinator.dispatcher, settings.sequences)
@@ -142,8 +145,10 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster) -> D
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     await _round(settings, engine, backend, coordinator, 0)  # pages, pools and connections are warm after it
     rounds = []
+    beside()
     for number in range(1, settings.rounds + 1):
         done = await _round(settings, engine, backend, coordinator, number)
+        beside()
         done.bandwidth = len(memory) / read_seconds(memory, cores())
         rounds.append(done)
     if settings.timeline is not None:

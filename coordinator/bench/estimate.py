@@ -2,23 +2,25 @@
 
 For each shape and format a file of random weights (few layers, few experts: what is read for a token is the real
 model's), a coordinator with all cores and nodes with one thread each on this machine. The speeds that the estimate is
-given are those that as many threads as work at once read at, measured just before and just after, since other guests
-of a virtual machine's host take more and less of them.
+given are measured between the rounds, since other guests of a virtual machine's host take more and less of them.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moehive.kernels.machine import cores
+from moehive.kernels.speed import multiplying, reading
 
 from ..estimate.cluster import Cluster, Machine, Tier
 from ..estimate.constants import CONTEXT_TOKENS, COORDINATOR_BYTES
 from ..estimate.geometries import GEOMETRIES, VOCABULARY
 from ..estimate.holding import hold
 from ..estimate.model import Model, check_format, of_shape
-from ..estimate.step import decode_step, prefill_rate
-from ..estimate.this_machine import read_speed, step_factor
+from ..estimate.step import decode_step, distinct, prefill_rate, shared_s
+from ..estimate.this_machine import step_factor
 from ..types import CoordinatorError
 from .decode import DecodeSettings, measure_decode
 from .random_model import RandomModel, random_model
@@ -28,22 +30,31 @@ FORMATS = ("q8_0", "q4_k")
 SIZES = {"qwen3.5-35b": (8, 16), "qwen3.5-397b": (4, 12), "qwen3-30b": (6, 16), "kimi-k2": (2, 8)}
 NODES = 2
 _PLENTY = 1 << 45  # bytes: the nodes hold everything
-# Bytes a second, there and back together, of ciphers and copies on the same processors: `moehive bench hop`, 1 MiB to
-# one node and as much back in 6.7 ms. Small messages do not feel it.
-_LOOPBACK_BANDWIDTH = 0.31e9
+# Bytes a second, there and back together, of ciphers and copies on the same processors, where the step factor is 1;
+# on Zen 4 0.6e9. Small messages do not feel it.
+_LOOPBACK_BANDWIDTH = 0.16e9
 
 
 class _Speeds(NamedTuple):
-    """Of this machine now: bytes a second that the coordinator reads, and that each node does beside the others."""
+    """Of this machine now: bytes and products a second of all cores, of as many as there are nodes, and of one.
 
-    alone: float
-    together: float
+    Bytes are those of weights; `step_factor` as in estimate/cluster.py.
+    """
+
+    read: float
+    read_by_nodes: float
+    read_by_one: float
+    products: float
+    products_by_nodes: float
     step_factor: float
 
     @classmethod
     def measure(cls) -> "_Speeds":
         """In a second. Raises NativeLibraryError."""
-        return cls(read_speed(cores()), read_speed(NODES) / NODES, step_factor())
+        both = dict.fromkeys((cores(), NODES, 1))
+        read = {threads: reading(threads) for threads in both}
+        products = {threads: multiplying(threads) for threads in (cores(), NODES)}
+        return cls(read[cores()], read[NODES], read[1], products[cores()], products[NODES], step_factor())
 
 
 def measure_estimate(
@@ -68,7 +79,7 @@ def measure_estimate(
 
 def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, Any]:
     prompt = 32 if quick else 128
-    before = _Speeds.measure()
+    found: list[_Speeds] = []
     measured = measure_decode(
         DecodeSettings(
             model=path,
@@ -77,14 +88,15 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
             prompt=prompt,
             tokens=16 if quick else 64,
             rounds=1 if quick else 3,
-        )
+        ),
+        lambda: found.append(_Speeds.measure()),
     )
-    after = _Speeds.measure()
-    speeds = _Speeds(*((one + other) / 2 for one, other in zip(before, after, strict=True)))
+    speeds = _Speeds(*map(statistics.median, zip(*found, strict=True)))
     cluster = _cluster(model, speeds)
     placed = hold(model, cluster)
     step = decode_step(model, cluster, placed)
     token_s = 1 / measured.decode_tokens_per_s
+    shared = len(model.layers) * shared_s(model, cluster)  # while others compute, where it is measured
     return {
         "geometry": model.name,
         "format": model.format,
@@ -92,35 +104,52 @@ def _row(model: Model, path: Path, state_dir: Path, quick: bool) -> dict[str, An
         "estimated_tokens_per_s": 1 / step.seconds,
         "measured_tokens_per_s": measured.decode_tokens_per_s,
         "ratio": 1 / step.seconds / measured.decode_tokens_per_s,
-        "estimated_trunk_ms": step.trunk_s * 1e3,
+        "estimated_trunk_ms": (step.trunk_s - shared) * 1e3,
         "measured_trunk_ms": measured.trunk_share * token_s * 1e3,
-        "estimated_experts_and_hop_ms": (step.experts_s + step.hop_s) * 1e3,
+        "estimated_experts_and_hop_ms": (step.experts_s + step.hop_s + shared) * 1e3,
         "measured_experts_and_hop_ms": (1 - measured.trunk_share) * token_s * 1e3,
         "measured_experts_ms": measured.experts_ms,
         # The constants of coordinator/estimate/constants.py with which this row would have been met.
-        "fitting_layer_s": _fitting(step.trunk_s, measured.trunk_share * token_s, model.decoder_layers, "LAYER_S"),
+        "fitting_layer_s": _fitting(
+            step.trunk_s - shared, measured.trunk_share * token_s, model.decoder_layers, "LAYER_S"
+        ),
         "fitting_hop_s": _fitting(
-            step.experts_s + step.hop_s, (1 - measured.trunk_share) * token_s, len(model.layers), "HOP_S"
+            step.experts_s + step.hop_s + shared, (1 - measured.trunk_share) * token_s, len(model.layers), "HOP_S"
         ),
         "estimated_prefill_tokens_per_s": prefill_rate(model, cluster, placed, prompt),
         "measured_prefill_tokens_per_s": measured.prefill_tokens_per_s,
-        "read_Bps_alone": speeds.alone,
-        "read_Bps_together": speeds.together,
+        "read_Bps": speeds.read,
+        "read_Bps_by_one": speeds.read_by_one,
+        "products_per_s": speeds.products,
+        "step_factor": speeds.step_factor,
     }
 
 
 def _cluster(model: Model, speeds: _Speeds) -> Cluster:
     """As `bench decode` starts it: the coordinator keeps no experts."""
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token
-    own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, speeds.alone)
-    # While they compute, the coordinator reads its shared expert from the same memory.
-    shared = model.shared_bytes_a_layer * len(model.layers)
-    beside = speeds.together * model.active_expert_bytes / (model.active_expert_bytes + shared)
-    nodes = (Machine(f"node-{n + 1}", ram=Tier(_PLENTY, beside)) for n in range(NODES))
+    own = Tier(model.trunk_bytes + kv + COORDINATOR_BYTES, speeds.read)
+    products = speeds.products_by_nodes / NODES
+    node = Machine("", ram=Tier(_PLENTY, _beside(model, speeds)), products_per_s=products)
+    nodes = (replace(node, name=f"node-{n + 1}") for n in range(NODES))
     # All processes share this machine's processors, and wait for them when a layer's messages come and go.
-    crowding = max(1.0, (NODES + 1) / cores())
-    coordinator = Machine("coordinator", coordinator=True, ram=own, step_factor=speeds.step_factor * crowding)
-    return Cluster(0.0, _LOOPBACK_BANDWIDTH, (coordinator, *nodes))
+    factor = speeds.step_factor * max(1.0, (NODES + 1) / cores())
+    coordinator = Machine(
+        "coordinator", coordinator=True, ram=own, step_factor=factor, products_per_s=speeds.products
+    )
+    return Cluster(0.0, _LOOPBACK_BANDWIDTH / speeds.step_factor, (coordinator, *nodes))
+
+
+def _beside(model: Model, speeds: _Speeds) -> float:
+    """Bytes a second of the slowest of two nodes, which share this machine's memory with each other.
+
+    While both compute, the coordinator reads its shared expert from it too; who has more of a layer's experts then
+    goes on alone.
+    """
+    layer = model.layers[0]
+    slowest = float(distinct(layer, [1] * NODES, 1).max(1).mean()) / layer.top_k
+    together = 2 * (1 - slowest) + model.shared_bytes_a_layer * layer.experts / layer.top_k / layer.nbytes
+    return slowest / (together / speeds.read_by_nodes + (2 * slowest - 1) / speeds.read_by_one)
 
 
 def _fitting(estimated: float, measured: float, times: int, constant: str) -> float:

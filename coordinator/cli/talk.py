@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,11 +96,11 @@ def status(
 
 def _write_cluster_file(found: "Status", path: Path) -> None:
     """What the nodes measured, and this machine as the coordinator, measured now."""
-    from moehive.kernels.machine import available_memory, cores
+    from moehive.kernels.machine import available_memory
 
-    from ..estimate.cluster import Machine, Tier, write_cluster
+    from ..estimate.cluster import write_cluster
     from ..estimate.from_status import of_status
-    from ..estimate.this_machine import disk_of, read_speed, step_factor
+    from ..estimate.this_machine import disk_of, measured
     from ..settings import home
 
     unmeasured = []
@@ -111,8 +111,7 @@ def _write_cluster_file(found: "Status", path: Path) -> None:
         unmeasured = [
             f"The disk of {home()} can't be measured ({error.strerror}), so the coordinator has none there."
         ]
-    ram = Tier(available_memory() + found.resident_bytes, read_speed(cores()))
-    own = Machine("coordinator", coordinator=True, ram=ram, disk=disk, step_factor=step_factor())
+    own = replace(measured("coordinator", available_memory() + found.resident_bytes), disk=disk)
     cluster, assumed = of_status(found.nodes, own)
     write_cluster(path, cluster)
     for sentence in [f"{path} is written: {len(cluster.machines)} machines.", *unmeasured, *assumed]:

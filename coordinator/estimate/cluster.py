@@ -8,7 +8,8 @@
     name = "desktop"
     coordinator = true        # on one of them
     ram_bytes = 34359738368   # that Moehive may use; likewise vram_bytes and disk_bytes
-    ram_Bps = 4.0e10          # bytes a second that all its cores read; likewise vram_Bps and disk_Bps
+    ram_Bps = 4.0e10          # bytes of weights a second that all its cores read; likewise vram_Bps and disk_Bps
+    products_per_s = 2.4e11   # of weights in q8_0 by all its cores, if known; what AVX2 does by ram_Bps if absent
     step_factor = 0.6         # of the coordinator, if known: what a step's calls take there; 1 as in constants.py
 
 A tier is there when its bytes and its speed are; what is absent is none.
@@ -38,7 +39,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """One machine; a tier that it does not have is None."""
+    """One machine; a tier that it does not have is None, and so are products a second that nobody measured."""
 
     name: str
     coordinator: bool = False
@@ -46,6 +47,7 @@ class Machine:
     ram: Tier | None = None
     disk: Tier | None = None
     step_factor: float = 1.0
+    products_per_s: float | None = None
 
     def tiers(self) -> dict[str, Tier]:
         """Its tiers by name, the quickest first."""
@@ -115,6 +117,8 @@ def to_toml(cluster: Cluster) -> str:
             lines.append("coordinator = true")
         for name, tier in machine.tiers().items():
             lines += [f"{name}_bytes = {tier.nbytes}", f"{name}_Bps = {tier.bytes_per_s!r}"]
+        if machine.products_per_s is not None:
+            lines.append(f"products_per_s = {machine.products_per_s!r}")
         if machine.step_factor != 1.0:
             lines.append(f"step_factor = {machine.step_factor!r}")
     return "\n".join(lines) + "\n"
@@ -134,7 +138,7 @@ def _machine(node: Any, source: str) -> Machine:
         raise CoordinatorError(f"Each of the [[nodes]] in {source} needs a name.")
     where = f"{node['name']} in {source}"
     figures = {f"{tier}_{kind}" for tier in TIERS for kind in ("bytes", "Bps")}
-    _known(node, {"name", "coordinator", "step_factor", *figures}, where)
+    _known(node, {"name", "coordinator", "products_per_s", "step_factor", *figures}, where)
     coordinator = node.get("coordinator", False)
     if not isinstance(coordinator, bool):
         raise CoordinatorError(f"coordinator of {where} must be true or false.")
@@ -146,7 +150,8 @@ def _machine(node: Any, source: str) -> Machine:
         if nbytes in node and (size := int(_number(node, nbytes, where, zero=True))):
             tiers[tier] = Tier(size, _number(node, speed, where))
     factor = _number(node, "step_factor", where) if "step_factor" in node else 1.0
-    return Machine(node["name"], coordinator, **tiers, step_factor=factor)
+    products = _number(node, "products_per_s", where) if "products_per_s" in node else None
+    return Machine(node["name"], coordinator, **tiers, step_factor=factor, products_per_s=products)
 
 
 def _number(values: Mapping[str, Any], name: str, where: str, zero: bool = False) -> float:

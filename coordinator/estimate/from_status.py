@@ -32,6 +32,8 @@ class MeasuredNode(Protocol):
     def disk_bandwidth(self) -> float: ...
     @property
     def vram_bytes(self) -> int: ...
+    @property
+    def products_per_s(self) -> float: ...
 
 
 def of_status(nodes: Sequence[MeasuredNode], own: Machine) -> tuple[Cluster, list[str]]:
@@ -89,4 +91,5 @@ def _machine(node: MeasuredNode) -> Machine:
         vram=Tier(vram, VRAM_BYTES_PER_S) if vram else None,
         ram=Tier(node.ram_bytes + NODE_BYTES, node.read_bandwidth),
         disk=Tier(disk, node.disk_bandwidth or DISK_BYTES_PER_S) if disk else None,
+        products_per_s=node.products_per_s or None,
     )

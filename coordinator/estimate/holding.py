@@ -116,7 +116,7 @@ class _Part:
 
 
 def kernel_share(model: Model) -> float:
-    """Of what memory could deliver, the part that kernels of the model's format reach."""
+    """Of a machine's bytes a second, the part that kernels of the model's format reach within a step."""
     return STEP_SHARE * model.by_format(KERNEL_SHARES, OTHER_SHARE)
 
 
@@ -171,7 +171,7 @@ def _gpu_bytes(machine: Machine, model: Model) -> int:
 
 
 def _room(machine: Machine, cluster: Cluster, model: Model, share: float) -> _Room:
-    cost = 0.0 if machine.coordinator else cluster.rtt_s + HOP_S
+    cost = 0.0 if machine.coordinator else cluster.rtt_s + cluster.coordinator.step_factor * HOP_S
     beside = _beside(machine, model) + (model.trunk_bytes if machine.coordinator else 0)
     if machine.ram is None or machine.ram.nbytes <= beside:
         return _Room(cost, 0, 0, 0, ())

@@ -5,7 +5,7 @@
              experts' bytes by its speed), as far as it takes longer than the shared expert, which the coordinator
              computes meanwhile
     prefill  the same for a chunk of tokens: nearly all experts are read, products with all tokens but the first are
-             added to the reading, and so is the wire
+             added to the reading, and so are the wire and what the trunk does with each token beside products
 
 Which experts a token is sent to is not known, so they are drawn at random, all alike likely: the mean over many draws
 of the slowest machine's time, with each distinct expert of a batch counted once. Real routers prefer some experts, so
@@ -20,10 +20,13 @@ import numpy.typing as npt
 
 from moehive.kernels.geometry import LayerGeometry
 
-from .cluster import Cluster
+from .cluster import Cluster, Machine
 from .constants import (
     CHUNK_TOKENS,
+    COLUMN_S,
+    FLOAT_PRODUCTS_PER_BYTE,
     HOP_S,
+    INTEGER_PRODUCTS,
     LAYER_S,
     MESSAGE_S,
     OTHER_PRODUCTS,
@@ -34,7 +37,9 @@ from .holding import Holding, Placed, kernel_share
 from .model import Model
 
 _DRAWS = 400
-_REPLY_BYTES, _REQUEST_BYTES = 4, 2  # of one number of a hidden state
+_NUMBER_BYTES = 2 + 4  # of one number of a hidden state, there and back
+_SLOW_BYTES_PER_S = 2e9 / 8  # below it a prompt's travel in 8 bits, with a scale for each 64 (dispatch/cpp/speeds.h)
+_SLOW_NUMBER_BYTES = 2 * (1 + 4 / 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +60,10 @@ def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) 
     """One token for each of `batch` sequences."""
     trunk = _trunk_s(model, cluster)
     experts = hop = 0.0
-    shared = _shared_s(model, cluster)
+    shared = shared_s(model, cluster)
+    message = batch * model.hidden * _NUMBER_BYTES / cluster.bandwidth
     for layer, count in _kinds(model.layers):
-        computing, waiting = _layer(layer, model, cluster, placed.holdings, batch, shared)
+        computing, waiting = _layer(layer, model, cluster, placed.holdings, batch, shared, message)
         experts += count * min(computing, waiting)
         hop += count * max(0.0, waiting - computing)
     return Step(trunk, experts, hop)
@@ -65,20 +71,21 @@ def decode_step(model: Model, cluster: Cluster, placed: Placed, batch: int = 1) 
 
 def prefill_rate(model: Model, cluster: Cluster, placed: Placed, tokens: int = CHUNK_TOKENS) -> float:
     """Tokens a second of a prompt that goes through the layers in chunks of so many."""
-    ram = cluster.coordinator.ram
-    assert ram is not None
-    seconds = _trunk_s(model, cluster) + _products_s(model, (tokens - 1) * model.trunk_weights, ram.bytes_per_s)
-    shared = _shared_s(model, cluster) + _products_s(
-        model, (tokens - 1) * model.shared_weights_a_layer, ram.bytes_per_s
-    )
+    own = _products_per_s(model, cluster.coordinator, on_gpu=False)
+    beside = tokens * model.decoder_layers * model.hidden * COLUMN_S * cluster.coordinator.step_factor
+    seconds = _trunk_s(model, cluster) + (tokens - 1) * model.trunk_weights / own + beside
+    shared = shared_s(model, cluster) + (tokens - 1) * model.shared_weights_a_layer / own
     asked = [h for h in placed.holdings if h.expert_bytes]
+    number = _SLOW_NUMBER_BYTES if cluster.bandwidth < _SLOW_BYTES_PER_S else _NUMBER_BYTES
+    # The coordinator's one link carries what goes to all nodes.
+    wire = sum(not h.machine.coordinator for h in asked) * tokens * model.hidden * number / cluster.bandwidth
     for layer, count in _kinds(model.layers):
         products = max(0, tokens * layer.top_k - layer.experts) * layer.spec.weights
-        computing = max(_products_s(model, products * h.expert_bytes / model.expert_bytes, _speed(h)) for h in asked)
-        # The coordinator's one link carries what goes to all nodes.
-        remote = sum(not h.machine.coordinator for h in asked)
-        wire = remote * tokens * model.hidden * max(_REPLY_BYTES, _REQUEST_BYTES) / cluster.bandwidth
-        seconds += count * _layer(layer, model, cluster, placed.holdings, tokens, shared, computing + wire)[1]
+        computing = max(
+            products * h.expert_bytes / model.expert_bytes / _products_per_s(model, h.machine, bool(h.vram_bytes))
+            for h in asked
+        )
+        seconds += count * _layer(layer, model, cluster, placed.holdings, tokens, shared, wire, computing)[1]
     return tokens / seconds
 
 
@@ -104,23 +111,23 @@ def _kinds(layers: Sequence[LayerGeometry]) -> list[tuple[LayerGeometry, int]]:
 
 def _layer(
     layer: LayerGeometry, model: Model, cluster: Cluster, holdings: Sequence[Holding], batch: int, shared_s: float,
-    more_s: float = 0.0,
+    message_s: float, products_s: float = 0.0,
 ) -> tuple[float, float]:  # fmt: skip
     """Mean seconds of a layer's experts: the slowest machine's computing, and what the coordinator waits for them.
 
-    It computes the shared expert first, in `shared_s`, while others are at work. `more_s`: what each takes besides.
+    It computes the shared expert first, in `shared_s`, while others are at work. `message_s`: of what is sent there
+    and back; `products_s`: of multiplying beyond the reading.
     """
     held = [h for h in holdings if h.expert_bytes]
     if not held:
         return 0.0, 0.0
-    counts = _distinct(layer, [h.expert_bytes for h in held], batch)
+    counts = distinct(layer, [h.expert_bytes for h in held], batch)
     share, size = kernel_share(model), layer.nbytes / layer.experts
     computing = counts * np.array([h.seconds(size, share) for h in held])
     remote = np.array([not h.machine.coordinator for h in held])
     asked = (counts > 0) & remote
-    message = batch * model.hidden * (_REQUEST_BYTES + _REPLY_BYTES) / cluster.bandwidth
     factor = cluster.coordinator.step_factor
-    whole = computing + more_s + asked * (cluster.rtt_s + factor * HOP_S + message)
+    whole = computing + products_s + asked * (cluster.rtt_s + factor * HOP_S + message_s)
     others = np.maximum(asked.sum(1) - 1, 0) * factor * MESSAGE_S
     waiting = np.maximum(
         whole.max(1, where=remote, initial=0.0) + others - shared_s, whole.max(1, where=~remote, initial=0.0)
@@ -128,7 +135,7 @@ def _layer(
     return float(computing.max(1).mean()), float(np.maximum(waiting, 0.0).mean())
 
 
-def _distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.NDArray[np.float64]:
+def distinct(layer: LayerGeometry, weights: Sequence[int], batch: int) -> npt.NDArray[np.float64]:
     """[draws, machines]: how many distinct experts of a batch lie on each machine, experts split by `weights`."""
     rng = np.random.Generator(np.random.PCG64(1))
     bounds = np.cumsum(weights) / sum(weights) * layer.experts
@@ -151,18 +158,20 @@ def _trunk_s(model: Model, cluster: Cluster) -> float:
     return fixed + state + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
 
 
-def _shared_s(model: Model, cluster: Cluster) -> float:
+def shared_s(model: Model, cluster: Cluster) -> float:
     """Seconds that the coordinator computes the shared expert of a layer for one token of each sequence."""
     ram = cluster.coordinator.ram
     assert ram is not None
     return model.shared_bytes_a_layer / (ram.bytes_per_s * kernel_share(model))
 
 
-def _products_s(model: Model, products: float, bytes_per_s: float) -> float:
-    """Seconds to multiply with weights that are at hand, on a machine that reads so many bytes a second."""
-    return products / (bytes_per_s * model.by_format(PRODUCTS_PER_BYTE, OTHER_PRODUCTS))
-
-
-def _speed(holding: Holding) -> float:
-    """Bytes a second of the quickest of its tiers, which computes."""
-    return max(tier.bytes_per_s for name, tier in holding.machine.tiers().items() if name in holding.read_from())
+def _products_per_s(model: Model, machine: Machine, on_gpu: bool) -> float:
+    """Products of a number and a weight of the model that is at hand."""
+    tier = machine.vram if on_gpu else machine.ram
+    assert tier is not None
+    integers = None if on_gpu else machine.products_per_s
+    if integers is None:
+        integers = PRODUCTS_PER_BYTE * tier.bytes_per_s
+    known = {name: share * integers for name, share in INTEGER_PRODUCTS.items()}
+    known |= {name: share * tier.bytes_per_s for name, share in FLOAT_PRODUCTS_PER_BYTE.items()}
+    return model.by_format(known, OTHER_PRODUCTS * integers)

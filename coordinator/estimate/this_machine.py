@@ -1,4 +1,4 @@
-"""This machine, measured: its memory and its disk. As a cluster of one it is what an estimate is for by default."""
+"""This machine, measured: memory, kernels, disk. As a cluster of one it is what an estimate is for by default."""
 
 import mmap
 import os
@@ -12,7 +12,6 @@ from moehive.kernels.machine import available_memory, cores
 
 from .cluster import Cluster, Machine, Tier
 
-_READ_BYTES = 256 << 20  # far more than caches hold
 _PASSES = 4
 _DISK_SHARE = 0.8  # of what is free, as a node's `--disk`: the disk is somebody's
 _DISK_BYTES = 128 << 20  # written and read
@@ -22,25 +21,16 @@ RTT_S, BANDWIDTH = 0.3e-3, 125e6  # of a home network with cables, 1 Gbit/s: not
 
 
 def this_machine() -> Cluster:
-    """Its free RAM and the speed at which all cores read it. Raises NativeLibraryError."""
-    ram = Tier(available_memory(), read_speed(cores()))
-    machine = Machine("this machine", coordinator=True, ram=ram, step_factor=step_factor())
-    return Cluster(RTT_S, BANDWIDTH, (machine,))
+    """Its free RAM, and how fast all cores are. Raises NativeLibraryError."""
+    return Cluster(RTT_S, BANDWIDTH, (measured("this machine", available_memory()),))
 
 
-def read_speed(threads: int) -> float:
-    """Bytes a second that some threads read from RAM, the best of a few passes. Raises NativeLibraryError."""
-    import torch
+def measured(name: str, ram_bytes: int) -> Machine:
+    """This machine as a coordinator with so much RAM, measured in a second. Raises NativeLibraryError."""
+    from moehive.kernels.speed import multiplying, reading
 
-    from moehive.kernels.memory import read_memory
-
-    memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
-    best = float("inf")
-    for _ in range(_PASSES):
-        start = perf_counter()
-        read_memory(memory, threads)
-        best = min(best, perf_counter() - start)
-    return _READ_BYTES / best
+    ram, products = Tier(ram_bytes, reading(cores())), multiplying(cores())
+    return Machine(name, coordinator=True, ram=ram, step_factor=step_factor(), products_per_s=products)
 
 
 def disk_of(folder: Path) -> Tier:

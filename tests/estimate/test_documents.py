@@ -139,8 +139,12 @@ def test_the_formula_has_its_constants() -> None:
     shares = {name: constants.STEP_SHARE * share for name, share in constants.KERNEL_SHARES.items()}
     in_prose("(# for q4_0, # for q4_k;", MODELS, shares["q4_0"], shares["q4_k"])
     in_prose("chunks of # tokens", MODELS, constants.CHUNK_TOKENS)
-    products = [*constants.PRODUCTS_PER_BYTE.values(), constants.OTHER_PRODUCTS]
-    in_prose("come on top, # to # (by format)", MODELS, min(products), max(products))
+    integers, floats = constants.INTEGER_PRODUCTS.values(), constants.FLOAT_PRODUCTS_PER_BYTE.values()
+    assert min(integers) < constants.OTHER_PRODUCTS < max(integers)
+    in_prose("measured beside the bytes (# to # of it, by format)", MODELS, min(integers), max(integers))
+    in_prose("bf16, f16 and FP8 # to # products for each byte", MODELS, min(floats), max(floats))
+    in_prose("All else in a layer takes # µs for each token", MODELS, constants.COLUMN_S * 1e6)
+    in_prose("absent # for each byte of `ram_Bps` are assumed", MODELS, constants.PRODUCTS_PER_BYTE)
 
 
 def test_what_is_assumed_of_unmeasured_tiers_is_as_the_document_says() -> None:

@@ -17,11 +17,14 @@ from moehive.coordinator.cli.main import app
 from moehive.coordinator.estimate import headers
 from moehive.coordinator.estimate.cluster import Cluster, Machine, Tier, write_cluster
 from moehive.coordinator.estimate.constants import (
+    CHUNK_TOKENS,
+    COLUMN_S,
     COORDINATOR_BYTES,
     HOP_S,
     KERNEL_SHARES,
     LAYER_S,
     NODE_BYTES,
+    PRODUCTS_PER_BYTE,
     STEP_SHARE,
     TOKEN_S,
 )
@@ -30,7 +33,7 @@ from moehive.coordinator.estimate.geometries import MODELS, find_shape
 from moehive.coordinator.estimate.holding import hold, room_for_weights
 from moehive.coordinator.estimate.mixture import within
 from moehive.coordinator.estimate.model import Model, of_shape
-from moehive.coordinator.estimate.step import _distinct, decode_step
+from moehive.coordinator.estimate.step import decode_step, distinct, prefill_rate
 from moehive.coordinator.precision.candidates import CANDIDATES
 from moehive.coordinator.types import CoordinatorError
 
@@ -106,6 +109,43 @@ def test_each_layer_pays_the_round_trip() -> None:
     assert not estimate({"q4_0": known}, replace(far, rtt_s=0.0003)).warnings
 
 
+def test_products_that_were_measured_count_for_prompts_of_what_is_multiplied_as_integers() -> None:
+    """As many as AVX2's beside the same memory change nothing; more make a prompt quicker, and no token."""
+    measured = Cluster(0.0, 1e9, (replace(BIG, products_per_s=PRODUCTS_PER_BYTE * 100e9),))
+    plain, quick = (replace(measured, machines=(replace(BIG, products_per_s=one),)) for one in (None, 1e12))
+    for format, gains in (("q8_0", True), ("q4_k", True), ("bf16", False), ("fp8_block", False)):
+        known = model(format=format)
+        rates = [prefill_rate(known, one, hold(known, one)) for one in (plain, measured, quick)]
+        assert rates[0] == pytest.approx(rates[1]) and (rates[2] > 1.2 * rates[0]) == gains == (rates[2] > rates[0])
+        assert len({decode_step(known, one, hold(known, one)) for one in (plain, measured, quick)}) == 1
+
+
+def test_a_prompt_is_what_is_read_and_multiplied_and_done_beside() -> None:
+    """By hand, of one machine whose experts are all read by a chunk."""
+    known = of_shape("m", MODELS["qwen3-30b"], "q8_0", experts=8)
+    cluster = Cluster(0.0, 1e9, (replace(BIG, products_per_s=1e12, step_factor=0.5),))
+    nbytes, tokens = known.trunk_bytes_a_token + known.expert_bytes, CHUNK_TOKENS
+    experts = sum((tokens * layer.top_k - layer.experts) * layer.spec.weights for layer in known.layers)
+    fixed = 0.5 * (TOKEN_S + known.decoder_layers * (LAYER_S + tokens * known.hidden * COLUMN_S))
+    seconds = fixed + nbytes / (100e9 * STEP_SHARE) + ((tokens - 1) * known.trunk_weights + experts) / 1e12
+    assert prefill_rate(known, cluster, hold(known, cluster)) == pytest.approx(tokens / seconds)
+
+
+def test_a_prompts_hidden_states_travel_in_8_bits_where_the_link_is_slow() -> None:
+    known = model()
+    node = Machine("node", ram=Tier(200 * GB, 100e9))
+    small = replace(BIG, ram=Tier(known.trunk_bytes + COORDINATOR_BYTES + 8192 * known.kv_bytes_a_token, 100e9))
+    seconds = []
+    for bandwidth in (1e15, 1.25e8, 1.25e9):
+        cluster = Cluster(0.0, bandwidth, (small, node))
+        placed = hold(known, cluster)
+        assert not placed.holdings[0].expert_bytes
+        seconds.append(128 / prefill_rate(known, cluster, placed))
+    numbers = 48 * 128 * 2048
+    assert seconds[1] - seconds[0] == pytest.approx(numbers * 2 * 68 / 64 / 1.25e8, rel=1e-3)
+    assert seconds[2] - seconds[0] == pytest.approx(numbers * 6 / 1.25e9, rel=1e-3)
+
+
 def test_a_shared_expert_hides_as_much_of_the_waiting_as_it_takes() -> None:
     """On machines of their own: what the coordinator waits for is what the nodes take longer than it does."""
     known = model("kimi-k2")
@@ -144,9 +184,9 @@ def test_recurrent_state_is_as_large_as_transformers_makes_it() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
-def test_distinct_experts_are_what_chance_gives(batch: int) -> None:
+def testdistinct_experts_are_what_chance_gives(batch: int) -> None:
     layer = model("qwen3.5-35b").layers[0]
-    counts = _distinct(layer, [1, 1], batch)
+    counts = distinct(layer, [1, 1], batch)
     expected = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** batch)
     assert counts.sum(1).mean() == pytest.approx(expected, rel=0.03)
     assert counts.sum(1).max() <= min(layer.experts, batch * layer.top_k)
