@@ -1,16 +1,21 @@
 """Experts with many tokens: torch's matrix products in f32, weights widened a few rows at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch.nn import functional as F
 
 from .blob import decode_tensor
-from .geometry import PLAIN_BYTES, ExpertSpec, TensorPlace
-from .reference import intermediate, post_norm
+from .geometry import FLOAT_FORMATS, PLAIN_BYTES, ExpertSpec, TensorPlace
+from .reference import as_multiplied, intermediate, post_norm
 
 # f32 bytes of weights widened at once: stays in the last-level cache, and bounds the memory beside the blob.
 _WIDENED_BYTES = 4 << 20
+
+
+def quicker_with_many(kernel: str) -> Collection[str]:
+    """Formats whose products with many tokens take less time here than by a kernel of the native library."""
+    return FLOAT_FORMATS if kernel == "avx512_bf16" else PLAIN_BYTES.keys()
 
 
 def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -22,6 +27,7 @@ def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: tor
 
 
 def _linear(place: TensorPlace, x: torch.Tensor, stored: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    x = as_multiplied(place.format, x)
     if place.format == "f32" or place.format not in PLAIN_BYTES:
         return F.linear(x, decode_tensor(place, stored), bias)
     rows, columns = stored.shape

@@ -30,6 +30,8 @@ Format = Literal[
 
 ALIGNMENT = 64  # bytes; a cache line, and the widest vector load
 PLAIN_BYTES: dict[str, int] = {"f32": 4, "bf16": 2, "f16": 2}  # of one number
+# How products take their vectors: in f32, or rounded to bf16; those of other formats in 8 bits.
+FLOAT_FORMATS, ROUNDED_FORMATS = ("f32", "f16"), ("bf16", "fp8_block")
 # Columns that share scales, and the bytes that they take in one row.
 BLOCKS: dict[str, tuple[int, int]] = {
     "q8_0": (32, 34), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22), "q5_1": (32, 24), "iq4_nl": (32, 18),

@@ -1,7 +1,7 @@
 """Linear layers on the CPU, their weights in their own format.
 
-Block formats are native for any number of tokens. Plain ones go to torch for many, whose products in f32 are then
-quicker, even where the weight is widened for the call.
+Native; plain formats go to torch for many tokens where its products in f32 are quicker (dense.py), even if the weight
+is widened for the call.
 """
 
 import ctypes
@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .dense import quicker_with_many
 from .formats.registry import FORMATS
 from .geometry import PLAIN_BYTES, Format, tensor_bytes
 from .library import NativeLibraryError
-from .native import FORMAT_NUMBERS
+from .native import FORMAT_NUMBERS, kernels
+from .reference import as_multiplied
 from .trunk_ops import native_trunk
 
 FEW_TOKENS = 32
@@ -78,22 +80,23 @@ class LinearOps:
         self._native = library.moehive_linear
         pointer, size = ctypes.c_void_p, ctypes.c_int64
         self._native.argtypes = (pointer, pointer, size, pointer, size, pointer)
+        self._by_torch = quicker_with_many(kernels()[0])
         self._lists: dict[tuple[int, ...], ctypes.Array[Matrix]] = {}
 
     def linear(self, weights: LinearWeights, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """`x` f32 [T, columns], contiguous → f32 [T, rows], into `out` if given."""
         y = torch.empty(x.shape[0], weights.rows) if out is None else out
-        if x.shape[0] <= FEW_TOKENS or not weights.is_plain:
+        if x.shape[0] <= FEW_TOKENS or weights.format not in self._by_torch:
             self._product(ctypes.addressof(weights.native), 1, x, y)
         else:
-            torch.matmul(x, weights.matrix.T, out=y)
+            torch.matmul(as_multiplied(weights.format, x), weights.matrix.T, out=y)
             if weights.bias is not None:
                 y += weights.bias
         return y
 
     def linears(self, weights: Sequence[LinearWeights], x: torch.Tensor) -> torch.Tensor:
         """Matrices with the same input: `x` f32 [T, columns], contiguous → f32 [T, sum of rows]."""
-        if x.shape[0] > FEW_TOKENS and any(one.is_plain for one in weights):
+        if x.shape[0] > FEW_TOKENS and any(one.format in self._by_torch for one in weights):
             return torch.cat([self.linear(one, x) for one in weights], 1)
         key = tuple([id(one) for one in weights])
         matrices = self._lists.get(key)

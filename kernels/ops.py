@@ -1,8 +1,8 @@
 """The one door to expert arithmetic: picks an implementation once and says in the log what it picked and why.
 
-An expert in a block format is computed by the native library; one in a plain format, too, if it has few tokens in a
-call, else by torch's matrix products. The choice looks at nothing but the format and that number of tokens, so a
-(token, expert) pair comes out the same on whichever node the expert lives.
+An expert is computed by the native library; one in a plain format with many tokens in a call by torch's products,
+unless it is in bf16 and the processor multiplies that. On processors of one kind the choice looks at nothing but the
+format and that number of tokens, so a (token, expert) pair comes out the same on whichever node the expert lives.
 """
 
 import logging
@@ -17,7 +17,7 @@ import torch
 
 from . import dense
 from .blob import check_blob, tensor_views
-from .geometry import PLAIN_BYTES, ExpertSpec, GeometryError
+from .geometry import ExpertSpec, GeometryError
 from .library import NativeLibraryError
 from .native import NativeExperts, kernels
 
@@ -64,7 +64,9 @@ def load_expert(spec: ExpertSpec, blob: torch.Tensor) -> ExpertWeights:
 class ExpertOps:
     """Computes routed experts on this machine's CPU. Safe to call from several threads, which then wait in line."""
 
-    kernel: str  # of the native library: "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; "torch" without it
+    kernel: (
+        str  # of the native library: "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; or "torch"
+    )
 
     def __init__(self, threads: int) -> None:
         """`threads`: how many cores the native library may use, at least 1. Torch's are torch's own setting."""
@@ -77,12 +79,14 @@ class ExpertOps:
             log.warning("Torch computes all experts, slower for few tokens, because: %s", error)
             return
         self.kernel = usable[0]
+        self._by_torch = dense.quicker_with_many(self.kernel)
         log.info(
             "Experts are computed by the native kernel %s with %d threads (this processor can run %s; the first is "
-            "the fastest), those in f32, bf16 or f16 with more than %d tokens in a call by torch.",
+            "the fastest), those in %s with more than %d tokens in a call by torch.",
             self.kernel,
             threads,
             ", ".join(usable),
+            " or ".join(self._by_torch),
             FEW_TOKENS,
         )
 
@@ -107,7 +111,7 @@ class ExpertOps:
         _check(spec, hidden, offsets, pair_experts, pair_weights)
         numbers: list[int] = pair_experts.tolist()
         # With so few pairs no expert has more tokens: the case of decoding.
-        if self._native is not None and (len(numbers) <= FEW_TOKENS or not _is_plain(spec)):
+        if self._native is not None and (len(numbers) <= FEW_TOKENS or not self._plain(spec)):
             experts = [held[number] for number in numbers]
             if all(expert.spec is spec for expert in experts):
                 blobs = [expert.address for expert in experts]
@@ -174,11 +178,10 @@ class ExpertOps:
             return set()
         # Not those that torch would have to expand.
         tokens = Counter(numbers)
-        return {n for n, expert in used.items() if tokens[n] > FEW_TOKENS and _is_plain(expert.spec)}
+        return {n for n, expert in used.items() if tokens[n] > FEW_TOKENS and self._plain(expert.spec)}
 
-
-def _is_plain(spec: ExpertSpec) -> bool:
-    return spec.format in PLAIN_BYTES and spec.back_format in PLAIN_BYTES
+    def _plain(self, spec: ExpertSpec) -> bool:
+        return spec.format in self._by_torch and spec.back_format in self._by_torch
 
 
 def _sum_pairs(pairs: torch.Tensor, offsets: npt.NDArray[np.uint32]) -> torch.Tensor:

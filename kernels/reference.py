@@ -6,18 +6,27 @@ import torch
 from torch.nn import functional as F
 
 from .blob import decode_tensor
-from .geometry import ExpertSpec
+from .geometry import ROUNDED_FORMATS, ExpertSpec
 
 
-def expert_forward(spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def expert_forward(
+    spec: ExpertSpec, tensors: Mapping[str, torch.Tensor], x: torch.Tensor, rounded: bool = True
+) -> torch.Tensor:
     """One expert's output, f32 [tokens, hidden], for `x` [tokens, hidden] of any float dtype.
 
-    `tensors` are stored forms as `blob.tensor_views` returns them.
+    `tensors` are stored forms as `blob.tensor_views` returns them. Without `rounded` all vectors stay f32, as one
+    token's do on a GPU.
     """
     weights = {place.name: decode_tensor(place, tensors[place.name]) for place in spec.tensors}
-    projected = F.linear(x.float(), weights["up"], weights.get("up_bias"))
-    y = F.linear(intermediate(spec, projected), weights["down"], weights.get("down_bias"))
-    return post_norm(spec, tensors, y)
+    formats = (spec.format, spec.back_format) if rounded else ("f32", "f32")
+    projected = F.linear(as_multiplied(formats[0], x.float()), weights["up"], weights.get("up_bias"))
+    middle = as_multiplied(formats[1], intermediate(spec, projected))
+    return post_norm(spec, tensors, F.linear(middle, weights["down"], weights.get("down_bias")))
+
+
+def as_multiplied(fmt: str, x: torch.Tensor) -> torch.Tensor:
+    """Vectors, f32, as a format's products take them: those of bf16 and FP8 weights round them to bf16."""
+    return x.bfloat16().float() if fmt in ROUNDED_FORMATS else x
 
 
 def intermediate(spec: ExpertSpec, projected: torch.Tensor) -> torch.Tensor:

@@ -122,7 +122,9 @@ struct Vec {
 
   static inline Vec zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static inline Vec load(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
-  static inline Vec load_bf16(const uint16_t* at) { return {widen(at), widen(at + 8)}; }
+  // Of 32 numbers of bf16 the odd or the even ones.
+  static inline Vec load_odd(const uint16_t* at) { return {odd(at), odd(at + 16)}; }
+  static inline Vec load_even(const uint16_t* at) { return {even(at), even(at + 16)}; }
   static inline Vec load_f16(const uint16_t* at) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + 8)))};
@@ -138,14 +140,18 @@ struct Vec {
   }
 
  private:
-  static inline __m256 widen(const uint16_t* at) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+  static inline __m256 odd(const uint16_t* at) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000));
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), upper));
+  }
+  static inline __m256 even(const uint16_t* at) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)), 16));
   }
 };
 
 // 16 registers: 12 for sums, 4 for two rows' weights; vectors come as memory operands.
 constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3;
+constexpr int kSumsAtOnce = 0;
 // Block formats: 4 registers a token for sums, 2 for the numbers, 1 for x.
 constexpr int kBlockTokens = 3;
 // A core waits for a dozen lines that it fetches itself, but its prefetchers bring several streams at once. Measured on
@@ -160,5 +166,5 @@ constexpr bool fetches() { return true; }
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kAvx2{"avx2", multiply, quantize, activate, join_gate};
+extern const Kernel kAvx2{"avx2", multiply, quantize, round_vector, activate, join_gate};
 }  // namespace moehive

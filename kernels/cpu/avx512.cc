@@ -1,8 +1,5 @@
-// AVX-512 F and BW: 16 floats or 64 bytes in one register. Compiled twice: with -mavx512vnni, as kAvx512Vnni, and
-// without.
-//
-// The instruction for bf16 products (dpbf16) is left alone: it needs bf16 activations, with errors of some thousandths.
-// With few tokens f32 ones are as fast, since the memory decides.
+// AVX-512 F and BW: 16 floats or 64 bytes in one register. Compiled three times: as it is, with -mavx512vnni as kAvx512Vnni,
+// and with -mavx512bf16 and -mavx512vbmi besides as kAvx512Bf16.
 #include <immintrin.h>
 
 #include "kernel.h"
@@ -106,14 +103,35 @@ struct Vec {
 
   static inline Vec zero() { return {_mm512_setzero_ps()}; }
   static inline Vec load(const float* at) { return {_mm512_loadu_ps(at)}; }
-  static inline Vec load_bf16(const uint16_t* at) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  // Of 32 numbers of bf16 the odd or the even ones.
+  static inline Vec load_odd(const uint16_t* at) {
+    const __m512i upper = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+    return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(at), upper))};
+  }
+  static inline Vec load_even(const uint16_t* at) {
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(at), 16))};
   }
   static inline Vec load_f16(const uint16_t* at) {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
   }
   static inline Vec fma(Vec a, Vec b, Vec sum) { return {_mm512_fmadd_ps(a.all, b.all, sum.all)}; }
+  // As sum(), of 16 at once: a step of it takes two registers into one.
+  static inline void sums(const Vec* v, float* to) {
+    __m512 eight[8], four[4], two[2];
+    for (int i = 0; i < 8; ++i)
+      eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0x44),
+                               _mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0xee));
+    for (int i = 0; i < 4; ++i)
+      four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
+                              _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
+    for (int i = 0; i < 2; ++i)
+      two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[i], four[i + 2], 0x44),
+                             _mm512_shuffle_ps(four[i], four[i + 2], 0xee));
+    const __m512 one = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    // i, i + 8, i + 4, i + 12 have met in registers, then i and i + 2, then i and i + 1: back into their order.
+    const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
+    _mm512_storeu_ps(to, _mm512_permutexvar_ps(order, one));
+  }
   static inline float sum(Vec v) {
     const __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v.all), 1));
     const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v.all), high);
@@ -126,6 +144,7 @@ struct Vec {
 // 32 registers: 16 for sums, 4 for four rows' weights, 4 for the vectors. With one token more rows would be more streams
 // than Zen 4 follows: bf16 16 GB/s with eight, 21 with four.
 constexpr int kRowsForOne = 4, kRows = 4, kTokens = 4;
+constexpr int kSumsAtOnce = 16;
 // Block formats: 2 registers a token for sums; 3 where products are first added in 16 bits.
 #if defined(__AVX512VNNI__)
 constexpr int kBlockTokens = 8;
@@ -142,9 +161,11 @@ inline bool fetches() { return kFetchesAhead; }
 #include "multiply-inl.h"
 
 namespace moehive {
-#if defined(__AVX512VNNI__)
-extern const Kernel kAvx512Vnni{"avx512_vnni", multiply, quantize, activate, join_gate};
+#if defined(__AVX512BF16__)
+extern const Kernel kAvx512Bf16{"avx512_bf16", multiply, quantize, round_vector, activate, join_gate};
+#elif defined(__AVX512VNNI__)
+extern const Kernel kAvx512Vnni{"avx512_vnni", multiply, quantize, round_vector, activate, join_gate};
 #else
-extern const Kernel kAvx512{"avx512", multiply, quantize, activate, join_gate};
+extern const Kernel kAvx512{"avx512", multiply, quantize, round_vector, activate, join_gate};
 #endif
 }  // namespace moehive

@@ -12,7 +12,7 @@
 namespace moehive {
 namespace {
 
-constexpr int64_t kMaxTokens = 48;                       // of a group within a piece
+constexpr int64_t kMaxTokens = 96;                       // of a group within a piece
 constexpr int64_t kMaxProducts = kPieceRows * kMaxTokens;  // of a group's, and rows of a piece with one token
 
 struct Pair {
@@ -159,6 +159,7 @@ bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count
 
 namespace {
 
+constexpr int64_t kManyTokens = 32;    // for fewer, waking threads takes longer than passing over them
 constexpr int64_t kBlock = 1 << 20;  // floats of intermediate results at once, where it need not be more
 
 // `n` numbers of f32 into bf16 or f32.
@@ -177,7 +178,7 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
   const std::lock_guard<std::mutex> lock(mutex_);
   const MoehiveSpec& spec = layer.spec;
   const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
-  const int64_t hidden_stride = padded(hidden), middle_stride = padded(middle);
+  const int64_t middle_stride = padded(middle);
   const Format up_format = static_cast<Format>(spec.up_format), down_format = static_cast<Format>(spec.down_format);
 
   std::vector<Pair> pairs;
@@ -195,37 +196,48 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
     groups.back().last = i + 1;
   }
 
-  // Vectors in 8 bits, for block formats: of the tokens, then of the pairs.
-  const int64_t input_bytes = is_block(up_format) ? quantized_bytes(hidden) : 0;
-  const int64_t middle_bytes = is_block(down_format) ? quantized_bytes(middle) : 0;
-  char* quantized = reinterpret_cast<char*>(
-      quantized_.floats((layer.tokens * input_bytes + count * middle_bytes) / static_cast<int64_t>(sizeof(float))));
-  char* quantized_middles = quantized + layer.tokens * input_bytes;
+  // The tokens' vectors as the first projection takes them, and the pairs' as the second does, if that is not in f32.
+  const Vectors input_kind = vectors_of(up_format), middle_kind = vectors_of(down_format);
+  const int64_t input_bytes = vector_bytes(input_kind, hidden);
+  const int64_t middle_bytes = middle_kind == Vectors::floats ? 0 : vector_bytes(middle_kind, middle);
+  char* inputs = reinterpret_cast<char*>(
+      inputs_.floats((layer.tokens * input_bytes + count * middle_bytes) / static_cast<int64_t>(sizeof(float))));
+  char* made_middles = inputs + layer.tokens * input_bytes;
   std::vector<Quantized> input_views, middle_views;
   std::vector<const void*> input_of(count), middle_of(count);
+  const auto make = [&](Vectors kind, const float* x, int64_t columns, char* memory) {
+    kind == Vectors::bytes ? kernel_.quantize(x, columns, memory) : kernel_.round(x, columns, memory);
+  };
   const auto state = [&](int64_t token, float* wide) {  // a token's in f32, in `wide` if it is not that already
     if (!from.bf16) return static_cast<const float*>(from.memory) + token * hidden;
     const uint16_t* stored = static_cast<const uint16_t*>(from.memory) + token * hidden;
     for (int64_t i = 0; i < hidden; ++i) wide[i] = from_bf16(stored[i]);
     return static_cast<const float*>(wide);
   };
-  if (input_bytes) {
-    float* wide = from.bf16 ? inputs_.floats(hidden) : nullptr;
-    for (int64_t token = 0; token < layer.tokens; ++token) {
-      input_views.push_back(quantized_at(quantized + token * input_bytes, hidden));
-      if (layer.offsets[token] < layer.offsets[token + 1])
-        kernel_.quantize(state(token, wide), hidden, quantized + token * input_bytes);
-    }
-    for (int64_t i = 0; i < count; ++i) input_of[i] = &input_views[pairs[i].token];
-  } else {
-    float* inputs = inputs_.floats(layer.tokens * hidden_stride);
-    for (int64_t token = 0; token < layer.tokens; ++token) {
-      float* row = inputs + token * hidden_stride;
+  const int64_t parts = layer.tokens < kManyTokens ? 1 : pool_->threads();
+  float* const wide = widened_.floats(parts * hidden);
+  auto make_inputs = [&](int64_t part) {
+    const int64_t end = (part + 1) * layer.tokens / parts;
+    for (int64_t token = part * layer.tokens / parts; token < end; ++token) {
+      char* memory = inputs + token * input_bytes;
+      if (layer.offsets[token] == layer.offsets[token + 1]) continue;
+      if (input_kind != Vectors::floats) {
+        make(input_kind, state(token, wide + part * hidden), hidden, memory);
+        continue;
+      }
+      float* row = reinterpret_cast<float*>(memory);
       const float* stored = state(token, row);
       if (stored != row) std::memcpy(row, stored, hidden * sizeof(float));
-      std::fill(row + hidden, row + hidden_stride, 0.0f);
+      std::fill(row + hidden, row + padded(hidden), 0.0f);
     }
-    for (int64_t i = 0; i < count; ++i) input_of[i] = inputs + pairs[i].token * hidden_stride;
+  };
+  parts == 1 ? make_inputs(0) : pool_->run(parts, make_inputs);
+  if (input_kind == Vectors::bytes) {
+    for (int64_t token = 0; token < layer.tokens; ++token)
+      input_views.push_back(quantized_at(inputs + token * input_bytes, hidden));
+    for (int64_t i = 0; i < count; ++i) input_of[i] = &input_views[pairs[i].token];
+  } else {
+    for (int64_t i = 0; i < count; ++i) input_of[i] = inputs + pairs[i].token * input_bytes;
   }
 
   const int64_t experts = static_cast<int64_t>(groups.size());
@@ -249,12 +261,13 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
   };
 
   // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection. Where the results
-  // are rounded to 8 bits, they are in f32 of some experts at a time.
+  // are rounded, they are in f32 of some experts at a time.
   const int64_t most_middles = middle_bytes ? std::max<int64_t>(1, kBlock / middle_stride) : count;
-  if (middle_bytes) {
-    for (int64_t i = 0; i < count; ++i)
-      middle_views.push_back(quantized_at(quantized_middles + i * middle_bytes, middle));
+  if (middle_kind == Vectors::bytes) {
+    for (int64_t i = 0; i < count; ++i) middle_views.push_back(quantized_at(made_middles + i * middle_bytes, middle));
     for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
+  } else if (middle_bytes) {
+    for (int64_t i = 0; i < count; ++i) middle_of[i] = made_middles + i * middle_bytes;
   }
   for (int64_t begin = 0, end; begin < experts; begin = end) {
     const int64_t first_pair = groups[begin].first;
@@ -289,7 +302,7 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
     });
     if (middle_bytes) {
       pool_->run(here, [&](uint32_t i) {
-        kernel_.quantize(middles + i * middle_stride, middle, quantized_middles + (first_pair + i) * middle_bytes);
+        make(middle_kind, middles + i * middle_stride, middle, made_middles + (first_pair + i) * middle_bytes);
       });
     }
   }

@@ -65,14 +65,14 @@ class Experts {
   Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(Pool::of(threads)) {}
   // From `from` [tokens, hidden_size] into `to`: [pairs, hidden_size], where pairs that are left out stay as they are,
   // or [tokens, hidden_size] if a token's pairs, none of which is left out then, are to be `added` in the order listed.
-  // Block formats need memory for each pair's middle in 8 bits, and a few MB; plain ones for it in f32.
+  // Needs memory for each pair's middle as its format takes it, in 8 bits, bf16 or f32, and a few MB.
   void run(const Layer& layer, const Rows& from, const Rows& to, bool added);
 
  private:
   const Kernel& kernel_;
   std::shared_ptr<Pool> pool_;
   std::mutex mutex_;  // of what follows
-  Scratch inputs_, middles_, quantized_, outputs_;
+  Scratch inputs_, widened_, middles_, outputs_;
 };
 
 // sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.

@@ -7,7 +7,10 @@ const Kernel* usable_kernel(int place) {
   // Every processor with AVX2 and FMA has F16C too.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-  if (avx512 && __builtin_cpu_supports("avx512vnni") && place-- == 0) return &kAvx512Vnni;
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool bf16 = vnni && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
+  if (bf16 && place-- == 0) return &kAvx512Bf16;
+  if (vnni && place-- == 0) return &kAvx512Vnni;
   if (avx512 && place-- == 0) return &kAvx512;
   if (avx2 && place-- == 0) return &kAvx2;
 #elif defined(__aarch64__)

@@ -26,37 +26,41 @@ struct Pieces {
 // The inputs of a call, in the forms that its matrices want.
 class Inputs {
  public:
-  Inputs(const Kernel& kernel, const float* x, int64_t tokens, int64_t columns, bool floats, bool quantized)
-      : tokens_(tokens) {
+  Inputs(const Kernel& kernel, const float* x, int64_t tokens, int64_t columns, const bool* wanted) : tokens_(tokens) {
     thread_local Scratch scratch;
-    const int64_t stride = floats ? padded(columns) : 0;
-    const int64_t bytes = quantized ? quantized_bytes(columns) : 0;
-    const int64_t float_bytes = tokens * stride * static_cast<int64_t>(sizeof(float));
-    char* memory = reinterpret_cast<char*>(
-        scratch.floats((float_bytes + tokens * bytes) / static_cast<int64_t>(sizeof(float)) + 1));
-    for (int64_t t = 0; t < tokens; ++t) {
-      if (floats) {
-        float* to = reinterpret_cast<float*>(memory) + t * stride;
-        std::memcpy(to, x + t * columns, columns * sizeof(float));
-        for (int64_t i = columns; i < stride; ++i) to[i] = 0.0f;
-        floats_[t] = to;
-      }
-      if (quantized) {
-        char* to = memory + float_bytes + t * bytes;
-        kernel.quantize(x + t * columns, columns, to);
-        views_[t] = quantized_at(to, columns);
-        quantized_[t] = &views_[t];
+    int64_t bytes = 0;
+    for (int kind = 0; kind < kKinds; ++kind)
+      if (wanted[kind]) bytes += tokens * vector_bytes(static_cast<Vectors>(kind), columns);
+    char* to = reinterpret_cast<char*>(scratch.floats(bytes / static_cast<int64_t>(sizeof(float)) + 1));
+    for (int kind = 0; kind < kKinds; ++kind) {
+      if (!wanted[kind]) continue;
+      for (int64_t t = 0; t < tokens; ++t, to += vector_bytes(static_cast<Vectors>(kind), columns)) {
+        vectors_[kind][t] = to;
+        switch (static_cast<Vectors>(kind)) {
+          case Vectors::floats:
+            std::memcpy(to, x + t * columns, columns * sizeof(float));
+            std::memset(to + columns * sizeof(float), 0, (padded(columns) - columns) * sizeof(float));
+            break;
+          case Vectors::rounded:
+            kernel.round(x + t * columns, columns, to);
+            break;
+          case Vectors::bytes:
+            kernel.quantize(x + t * columns, columns, to);
+            views_[t] = quantized_at(to, columns);
+            vectors_[kind][t] = &views_[t];
+        }
       }
     }
   }
 
   int64_t tokens() const { return tokens_; }
-  const void* const* of(Format format) const { return is_block(format) ? quantized_ : floats_; }
+  const void* const* of(Format format) const { return vectors_[static_cast<int>(vectors_of(format))]; }
+
+  static constexpr int kKinds = 3;  // of Vectors
 
  private:
   int64_t tokens_;
-  const void* floats_[kMaxTokens];
-  const void* quantized_[kMaxTokens];
+  const void* vectors_[kKinds][kMaxTokens];
   Quantized views_[kMaxTokens];
 };
 
@@ -87,19 +91,19 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
   if (!trunk || tokens < 0 || count < 1 || count > kMaxMatrices) return 1;
   const int64_t columns = matrices[0].columns;
   int64_t all_rows = 0;
-  bool floats = false, quantized = false;
+  bool wanted[Inputs::kKinds] = {};
   for (int64_t m = 0; m < count; ++m) {
     const int32_t format = matrices[m].format;
     if (matrices[m].columns != columns || columns < 1 || format < 0 || format > static_cast<int32_t>(Format::fp8_block))
       return 1;
-    (is_block(static_cast<Format>(format)) ? quantized : floats) = true;
+    wanted[static_cast<int>(vectors_of(static_cast<Format>(format)))] = true;
     all_rows += matrices[m].rows;
   }
   try {
     Trunk& self = *static_cast<Trunk*>(trunk);
     static const Kernel& kernel = *usable_kernel(0);
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
-      const Inputs inputs(kernel, x, std::min(tokens, kMaxTokens), columns, floats, quantized);
+      const Inputs inputs(kernel, x, std::min(tokens, kMaxTokens), columns, wanted);
       Pieces parts[kMaxMatrices];
       int64_t row = 0, pieces = 0;
       for (int64_t m = 0; m < count; ++m) {

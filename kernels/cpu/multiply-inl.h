@@ -1,14 +1,16 @@
 // The product of stored rows with a few vectors, written once and compiled for each instruction set.
 //
 // The including file defines `Vec` in its anonymous namespace: 16 floats with zero(), load(const float*),
-// load_bf16(const uint16_t*), load_f16(const uint16_t*), fma(a, b, sum), sum(v); and the sizes of its register
-// tiles, kRowsForOne (rows at once for one token), kRows and kTokens (for more). Nothing here has external
-// linkage, nor uses the standard library: else the linker might keep an AVX-512 copy of a shared function.
+// load_odd(const uint16_t*) and load_even (of 32 numbers of bf16), load_f16(const uint16_t*), fma(a, b, sum), sum(v); and the
+// sizes of its register tiles, kRowsForOne (rows at once for one token), kRows and kTokens (for more). kSumsAtOnce is how
+// many registers a function sums(v, to) adds up, or 0. Nothing here has external linkage, nor uses the standard library:
+// else the linker might keep an AVX-512 copy of a shared function.
 #pragma once
 
 #include <string.h>
 
 #include "activation-inl.h"
+#include "bf16-inl.h"
 #include "block-inl.h"
 #include "fp8-inl.h"
 #include "kernel.h"
@@ -18,20 +20,55 @@ namespace {
 
 constexpr int64_t kBytesAhead = 2 << 10;  // of each stream; 1 to 4 KiB are the same within the noise
 
+// Formats' numbers: kColumns of them in kParts registers, each for the same part of a vector's.
 struct F32 {
   using Stored = float;
-  static inline Vec load(const float* at) { return Vec::load(at); }
+  using Number = float;
+  using Wide = Vec;
+  static constexpr int64_t kColumns = kLanes;
+  static constexpr int kParts = 1;
+  template <int>
+  static inline Vec load(const float* at) {
+    return Vec::load(at);
+  }
+  static inline Vec vector(const float* x) { return Vec::load(x); }
+  static inline Vec fma(Vec w, Vec x, Vec sum) { return Vec::fma(w, x, sum); }
 };
 
-struct Bf16 {
+struct F16 : F32 {
   using Stored = uint16_t;
-  static inline Vec load(const uint16_t* at) { return Vec::load_bf16(at); }
+  template <int>
+  static inline Vec load(const uint16_t* at) {
+    return Vec::load_f16(at);
+  }
 };
 
-struct F16 {
-  using Stored = uint16_t;
-  static inline Vec load(const uint16_t* at) { return Vec::load_f16(at); }
-};
+// Adds the products of W::kColumns columns: rows `stride` apart from `w` on, with vectors' numbers from `k` on.
+template <class W, int R, int T, int Part = 0>
+inline void add_columns(const typename W::Stored* w, int64_t stride, const typename W::Number* const* x, int64_t k,
+                        Vec (*sums)[T]) {
+  typename W::Wide wide[R];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) wide[r] = W::template load<Part>(w + r * stride);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) {
+    const typename W::Wide xs = W::vector(x[t] + k + Part * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sums[r][t] = W::fma(wide[r], xs, sums[r][t]);
+  }
+  if constexpr (Part + 1 < W::kParts) add_columns<W, R, T, Part + 1>(w, stride, x, k, sums);
+}
+
+// The sums of N registers.
+template <int N, class Register>
+inline void add_lanes(const Register* of, float* sums) {
+  if constexpr (N == kSumsAtOnce) {
+    Register::sums(of, sums);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < N; ++i) sums[i] = Register::sum(of[i]);
+  }
+}
 
 // R rows, `apart` rows from each other, with T tokens: R * T sums in registers.
 //
@@ -52,9 +89,9 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
   if (row_ahead >= apart) {
     ahead = (token + T < p.tokens ? first : static_cast<const Stored*>(p.next)) + (row_ahead - apart) * columns;
   }
-  const float* x[T];
+  const typename W::Number* x[T];
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) x[t] = static_cast<const float*>(p.x[token + t]);
+  for (int t = 0; t < T; ++t) x[t] = static_cast<const typename W::Number*>(p.x[token + t]);
   Vec sums[R][T];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
@@ -63,32 +100,19 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
 
   const int64_t stride = apart * columns;
   int64_t k = 0;
-  for (; k + kLanes <= columns; k += kLanes) {
-    Vec wide[R];
+  for (; k + W::kColumns <= columns; k += W::kColumns) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      wide[r] = W::load(w + r * stride + k);
-      fetch<1>(ahead + r * stride + k);
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      const Vec xs = Vec::load(x[t] + k);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sums[r][t] = Vec::fma(wide[r], xs, sums[r][t]);
-    }
+    for (int r = 0; r < R; ++r) fetch<1>(ahead + r * stride + k);
+    add_columns<W, R, T>(w + k, stride, x, k, sums);
   }
   if (k < columns) {  // zeros (the number's bits are zeros in every format) stand in for what is behind the row
-    for (int r = 0; r < R; ++r) {
-      Stored rest[kLanes] = {};
-      memcpy(rest, w + r * stride + k, (columns - k) * sizeof(Stored));
-      const Vec wide = W::load(rest);
-      for (int t = 0; t < T; ++t) sums[r][t] = Vec::fma(wide, Vec::load(x[t] + k), sums[r][t]);
-    }
+    Stored rest[R][W::kColumns] = {};
+    for (int r = 0; r < R; ++r) memcpy(rest[r], w + r * stride + k, (columns - k) * sizeof(Stored));
+    add_columns<W, R, T>(rest[0], W::kColumns, x, k, sums);
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) p.out[(row + r * apart) * p.out_stride + token + t] = Vec::sum(sums[r][t]);
+  float all[R][T];
+  add_lanes<R * T>(sums[0], all[0]);
+  for (int r = 0; r < R; ++r) memcpy(&p.out[(row + r * apart) * p.out_stride + token], all[r], sizeof all[r]);
 }
 
 // All rows with the tokens token .. token + T.
@@ -113,7 +137,10 @@ void multiply_as(const Product& p) {
 void multiply(const Product& p) {
   switch (p.format) {
     case Format::f32: return multiply_as<F32>(p);
-    case Format::bf16: return multiply_as<Bf16>(p);
+    case Format::bf16: {
+      const FlushDenormals flush;
+      return multiply_as<Bf16>(p);
+    }
     case Format::f16: return multiply_as<F16>(p);
     case Format::fp8_block: return multiply_fp8(p);
     default: return multiply_blocks(p);

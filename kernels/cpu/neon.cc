@@ -129,10 +129,16 @@ struct Vec {
   static inline Vec load(const float* at) {
     return {{vld1q_f32(at), vld1q_f32(at + 4), vld1q_f32(at + 8), vld1q_f32(at + 12)}};
   }
-  static inline Vec load_bf16(const uint16_t* at) {
-    const uint16x8_t low = vld1q_u16(at), high = vld1q_u16(at + 8);
-    return {{widen(vget_low_u16(low)), widen(vget_high_u16(low)), widen(vget_low_u16(high)),
-             widen(vget_high_u16(high))}};
+  // Of 32 numbers of bf16 the odd or the even ones.
+  static inline Vec load_odd(const uint16_t* at) {
+    Vec to;
+    for (int i = 0; i < 4; ++i) to.q[i] = vreinterpretq_f32_u32(vandq_u32(pairs(at + 8 * i), vdupq_n_u32(0xffff0000u)));
+    return to;
+  }
+  static inline Vec load_even(const uint16_t* at) {
+    Vec to;
+    for (int i = 0; i < 4; ++i) to.q[i] = vreinterpretq_f32_u32(vshlq_n_u32(pairs(at + 8 * i), 16));
+    return to;
   }
   static inline Vec load_f16(const uint16_t* at) {
     const float16x8_t low = vreinterpretq_f16_u16(vld1q_u16(at)), high = vreinterpretq_f16_u16(vld1q_u16(at + 8));
@@ -150,11 +156,12 @@ struct Vec {
   }
 
  private:
-  static inline float32x4_t widen(uint16x4_t half) { return vreinterpretq_f32_u32(vshll_n_u16(half, 16)); }
+  static inline uint32x4_t pairs(const uint16_t* at) { return vreinterpretq_u32_u16(vld1q_u16(at)); }
 };
 
 // 32 registers: 24 for sums, the rest for weights and vectors.
 constexpr int kRowsForOne = 4, kRows = 2, kTokens = 3, kBlockTokens = 3;
+constexpr int kSumsAtOnce = 0;
 constexpr int kStreams = 1, kScaledStreams = 1;
 constexpr bool fetches() { return true; }
 
@@ -164,5 +171,5 @@ constexpr bool fetches() { return true; }
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kNeon{"neon", multiply, quantize, activate, join_gate};
+extern const Kernel kNeon{"neon", multiply, quantize, round_vector, activate, join_gate};
 }  // namespace moehive

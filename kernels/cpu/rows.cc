@@ -23,11 +23,13 @@ int64_t block_columns(Format format) {
   return format == Format::fp8_block ? kFp8Columns : layout_of(format).columns();
 }
 
-// The unit vectors of kLargest columns, as the kernels want their inputs: in 8 bits, and as floats for FP8.
+// The unit vectors of kLargest columns, as the kernels want their inputs: in 8 bits, and rounded for FP8.
 class UnitVectors {
  public:
-  UnitVectors() : quantized_(kLargest * quantized_bytes(kLargest) + 64), floats_(kFp8Columns * kFp8Columns + 16) {
-    char* at = aligned(quantized_.data());
+  explicit UnitVectors(const Kernel& kernel)
+      : quantized_(kLargest * quantized_bytes(kLargest) + 64),
+        rounded_(kFp8Columns * vector_bytes(Vectors::rounded, kFp8Columns) + 64) {
+    char* at = aligned(quantized_);
     for (int64_t k = 0; k < kLargest; ++k, at += quantized_bytes(kLargest)) {
       views_[k] = quantized_at(at, kLargest);
       const_cast<int8_t*>(views_[k].q)[k] = 1;
@@ -36,21 +38,21 @@ class UnitVectors {
       const_cast<int32_t*>(views_[k].s)[2 * (k / kUnitColumns) + k % kUnitColumns / 16] = 1;
       of_blocks_[k] = &views_[k];
     }
-    float* one = aligned(floats_.data());
-    for (int64_t k = 0; k < kFp8Columns; ++k, one += kFp8Columns) {
-      one[k] = 1.0f;
-      of_fp8_[k] = one;
+    at = aligned(rounded_);
+    for (int64_t k = 0; k < kFp8Columns; ++k, at += vector_bytes(Vectors::rounded, kFp8Columns)) {
+      float unit[kFp8Columns] = {};
+      unit[k] = 1.0f;
+      kernel.round(unit, kFp8Columns, at);
+      of_fp8_[k] = at;
     }
   }
   const void* const* of(Format format) const { return format == Format::fp8_block ? of_fp8_ : of_blocks_; }
 
  private:
-  template <class T>
-  static T* aligned(T* at) {
-    return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(at) + 63) / 64 * 64);
+  static char* aligned(std::vector<char>& memory) {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
   }
-  std::vector<char> quantized_;
-  std::vector<float> floats_;
+  std::vector<char> quantized_, rounded_;
   Quantized views_[kLargest];
   const void* of_blocks_[kLargest];
   const void* of_fp8_[kFp8Columns];
@@ -58,8 +60,8 @@ class UnitVectors {
 
 // The numbers of `rows` rows of a block each, in their layout: out [rows, the block's columns].
 void decode(Format format, const void* groups, int64_t rows, float* out) {
-  static const UnitVectors units;
   static const Kernel& kernel = *usable_kernel(0);
+  static const UnitVectors units(kernel);
   const int64_t wide = block_columns(format);
   kernel.multiply({format, groups, rows, wide, units.of(format), wide, out, wide, groups});
 }

@@ -118,9 +118,15 @@ struct Vec {
     memcpy(to.v, at, sizeof to.v);
     return to;
   }
-  static inline Vec load_bf16(const uint16_t* at) {
+  // Of 32 numbers of bf16 the odd or the even ones.
+  static inline Vec load_odd(const uint16_t* at) {
     Vec to;
-    for (int i = 0; i < kLanes; ++i) to.v[i] = from_bits(static_cast<uint32_t>(at[i]) << 16);
+    for (int i = 0; i < kLanes; ++i) to.v[i] = from_bits(static_cast<uint32_t>(at[2 * i + 1]) << 16);
+    return to;
+  }
+  static inline Vec load_even(const uint16_t* at) {
+    Vec to;
+    for (int i = 0; i < kLanes; ++i) to.v[i] = from_bits(static_cast<uint32_t>(at[2 * i]) << 16);
     return to;
   }
   static inline Vec load_f16(const uint16_t* at) {
@@ -140,6 +146,7 @@ struct Vec {
 };
 
 constexpr int kRowsForOne = 2, kRows = 1, kTokens = 2, kBlockTokens = 2;
+constexpr int kSumsAtOnce = 0;
 constexpr int kStreams = 1, kScaledStreams = 1;
 constexpr bool fetches() { return true; }
 
@@ -149,5 +156,5 @@ constexpr bool fetches() { return true; }
 #include "multiply-inl.h"
 
 namespace moehive {
-extern const Kernel kScalar{"scalar", multiply, quantize, activate, join_gate};
+extern const Kernel kScalar{"scalar", multiply, quantize, round_vector, activate, join_gate};
 }  // namespace moehive

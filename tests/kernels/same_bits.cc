@@ -54,6 +54,52 @@ void make_sane(Format format, std::vector<uint8_t>& weights) {
   }
 }
 
+// `count` vectors of `numbers`, as a kernel takes them for a format.
+class Inputs {
+ public:
+  Inputs(const Kernel& kernel, Format format, const std::vector<float>& numbers, int64_t columns, int64_t count)
+      : views_(count), x_(count) {
+    const Vectors kind = vectors_of(format);
+    const int64_t nbytes = vector_bytes(kind, columns);
+    memory_.resize(count * nbytes + 64);
+    char* at = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) / 64 * 64);
+    for (int64_t t = 0; t < count; ++t, at += nbytes) {
+      x_[t] = at;
+      const float* vector = &numbers[t * columns];
+      if (kind == Vectors::floats) std::memcpy(at, vector, columns * sizeof(float));
+      if (kind == Vectors::rounded) kernel.round(vector, columns, at);
+      if (kind == Vectors::bytes) {
+        kernel.quantize(vector, columns, at);
+        views_[t] = quantized_at(at, columns);
+        x_[t] = &views_[t];
+      }
+    }
+  }
+  const void* const* x() const { return x_.data(); }
+
+ private:
+  std::vector<char> memory_;
+  std::vector<Quantized> views_;
+  std::vector<const void*> x_;
+};
+
+std::vector<float> numbers(int64_t count) {
+  std::vector<float> made(count);
+  for (float& number : made) number = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
+  return made;
+}
+
+// x with 8 significant bits, ties to even.
+float rounded(float x) { return std::ldexp(std::nearbyint(std::ldexp(x, 7 - std::ilogb(x))), std::ilogb(x) - 7); }
+
+void add(uint64_t& hash, const std::vector<float>& results) {
+  for (const float result : results) {
+    uint32_t bits;
+    std::memcpy(&bits, &result, 4);
+    hash = (hash ^ bits) * 1099511628211ull;
+  }
+}
+
 // Random vectors with such blocks.
 uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
   uint64_t hash = static_cast<uint64_t>(format);
@@ -64,32 +110,33 @@ uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
         std::vector<uint8_t> weights(rows_bytes(format, rows, columns));
         for (uint8_t& byte : weights) byte = next() >> 24;
         make_sane(format, weights);
-        std::vector<Quantized> vectors;
-        std::vector<std::vector<float>> memory(tokens);
-        for (int64_t t = 0; t < tokens; ++t) {
-          std::vector<float> numbers(columns);
-          for (float& number : numbers) number = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
-          if (format == Format::fp8_block) {
-            memory[t].assign(numbers.begin(), numbers.end());
-            memory[t].resize(padded(columns));
-            continue;
-          }
-          memory[t].resize(quantized_bytes(columns) / sizeof(float));
-          kernel.quantize(numbers.data(), columns, memory[t].data());
-          vectors.push_back(quantized_at(memory[t].data(), columns));
-        }
-        std::vector<const void*> x;
-        for (const Quantized& vector : vectors) x.push_back(&vector);
-        for (int64_t t = 0; t < tokens && vectors.empty(); ++t) x.push_back(memory[t].data());
+        const Inputs vectors(kernel, format, numbers(tokens * columns), columns, tokens);
         std::vector<float> out(rows * tokens);
         kernel.multiply(
-            {format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
-        for (const float found : out) {
-          uint32_t bits;
-          std::memcpy(&bits, &found, 4);
-          hash = (hash ^ bits) * 1099511628211ull;
-        }
+            {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
+        add(hash, out);
       }
+  return hash;
+}
+
+// Weights and vectors of bf16 of all sizes, denormal numbers and sums that become so among them.
+uint64_t hash_of_any_bf16(const Kernel& kernel) {
+  constexpr int64_t rows = 20, columns = 70, tokens = 9;
+  uint64_t hash = 1;
+  for (int exponents : {16, 80, 160}) {  // from 2^-127 on
+    std::vector<uint8_t> weights(rows * columns * 2);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+      const uint16_t half = (next() >> 16 & 0x807fu) | (next() >> 16) % exponents << 7;
+      std::memcpy(&weights[2 * i], &half, 2);
+    }
+    std::vector<float> made = numbers(tokens * columns), out(rows * tokens);
+    for (int64_t i = 0; i < tokens * columns; ++i)
+      made[i] = std::ldexp(made[i], i % 7 ? static_cast<int>((next() >> 16) % 16) - 60 : -126);
+    const Inputs vectors(kernel, Format::bf16, made, columns, tokens);
+    kernel.multiply(
+        {Format::bf16, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
+    add(hash, out);
+  }
   return hash;
 }
 
@@ -102,6 +149,7 @@ int main() {
     all.push_back(&kAvx2);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) all.push_back(&kAvx512);
     if (__builtin_cpu_supports("avx512vnni")) all.push_back(&kAvx512Vnni);
+    if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) all.push_back(&kAvx512Bf16);
   }
 #elif defined(__aarch64__)
   all.push_back(&kNeon);
@@ -110,7 +158,7 @@ int main() {
     state = 1;
     uint64_t hash = 14695981039346656037ull;
     for (Format format : {Format::f32, Format::bf16, Format::f16})
-      for (int64_t columns : {1, 7, 15, 16, 17, 33, 64, 200})
+      for (int64_t columns : {1, 7, 15, 16, 17, 31, 33, 64, 200})
         for (int64_t rows : {1, 2, 5, 8, 19})
           for (int64_t tokens : {1, 2, 3, 4, 5, 7, 9}) {
             // numbers of about 1/4 to 1 in all three formats, in memory that ends where the last row ends
@@ -123,33 +171,27 @@ int main() {
               if (format == Format::f16) half = (random >> 16 & 0x87ffu) | 0x3400u;
               if (format != Format::f32) std::memcpy(&weights[2 * i], &half, 2);
             }
-            const int64_t stride = padded(columns);
-            std::vector<float> memory(tokens * stride + 16);
-            float* aligned = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-            std::vector<const void*> x(tokens);
-            for (int64_t t = 0; t < tokens; ++t) {
-              x[t] = aligned + t * stride;
-              for (int64_t k = 0; k < columns; ++k)
-                aligned[t * stride + k] = static_cast<float>(static_cast<int32_t>(next())) * 0x1p-31f;
-            }
+            std::vector<float> made = numbers(tokens * columns);
+            const Inputs vectors(*kernel, format, made, columns, tokens);
+            if (format == Format::bf16)
+              for (float& number : made) number = rounded(number);
             std::vector<float> out(rows * tokens + 1, 12345.0f);
             kernel->multiply(
-                {format, weights.data(), rows, columns, x.data(), tokens, out.data(), tokens, weights.data()});
+                {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
             if (out.back() != 12345.0f) return 2;
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t t = 0; t < tokens; ++t) {
                 double sum = 0.0;
                 for (int64_t k = 0; k < columns; ++k)
-                  sum += static_cast<double>(number(format, weights, r * columns + k)) * aligned[t * stride + k];
-                const float found = out[r * tokens + t];
-                if (!(std::fabs(found - sum) < 1e-5)) return 1;
-                uint32_t bits;
-                std::memcpy(&bits, &found, 4);
-                hash = (hash ^ bits) * 1099511628211ull;
+                  sum += static_cast<double>(number(format, weights, r * columns + k)) * made[t * columns + k];
+                if (!(std::fabs(out[r * tokens + t] - sum) < 1e-5)) return 1;
               }
+            out.pop_back();
+            add(hash, out);
           }
     for (int number = static_cast<int>(Format::q8_0); number <= static_cast<int>(Format::fp8_block); ++number)
       hash = (hash ^ hash_of_blocks(*kernel, static_cast<Format>(number))) * 1099511628211ull;
+    hash = (hash ^ hash_of_any_bf16(*kernel)) * 1099511628211ull;
     std::printf("%s %016llx\n", kernel->name, static_cast<unsigned long long>(hash));
   }
 }

@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 
 from moehive.kernels import dense, ops, reference
 from moehive.kernels.blob import build_blob
-from moehive.kernels.geometry import PLAIN_BYTES, Activation, ExpertSpec, Format, GeometryError, LayerGeometry
+from moehive.kernels.geometry import (
+    PLAIN_BYTES,
+    ROUNDED_FORMATS,
+    Activation,
+    ExpertSpec,
+    Format,
+    GeometryError,
+    LayerGeometry,
+)
 from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.native import NativeExperts, kernels
 from moehive.kernels.ops import FEW_TOKENS, ExpertOps, ExpertWeights, Reduction, load_expert
@@ -46,6 +54,15 @@ def tolerance(spec: ExpertSpec, expected: torch.Tensor) -> float:
     return 8.0 * eps * math.sqrt(columns) * float(expected.abs().max().clamp(min=1.0))
 
 
+def close(spec: ExpertSpec, found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Of rows whose middles are rounded to bf16 a few may have a middle so near to halfway between two numbers that
+    f32's sums decide: such a row is as far off as a step of 2^-7 makes it, fourfold after a norm or a square."""
+    off, bound = (found - expected).abs().amax(1), tolerance(spec, expected)
+    if spec.back_format not in ROUNDED_FORMATS:
+        return bool((off <= bound).all())
+    return bool((off <= 2**-5 * expected.abs().max()).all()) and int((off > bound).sum()) <= 1 + len(off) // 16
+
+
 def native_forward(kernel: str, threads: int, expert: ExpertWeights, x: torch.Tensor) -> torch.Tensor:
     out = torch.full((len(x), expert.spec.hidden_size), torch.nan)
     NativeExperts(kernel, threads).pairs(
@@ -61,10 +78,9 @@ def native_forward(kernel: str, threads: int, expert: ExpertWeights, x: torch.Te
 
 def check_all(spec: ExpertSpec, expert: ExpertWeights, x: torch.Tensor) -> None:
     expected = reference.expert_forward(spec, expert.tensors, x)
-    bound = tolerance(spec, expected)
     for kernel in kernels():
-        assert (native_forward(kernel, 1, expert, x) - expected).abs().max() <= bound, kernel
-    assert (dense.expert_forward(spec, expert.tensors, x) - expected).abs().max() <= bound, "torch"
+        assert close(spec, native_forward(kernel, 1, expert, x), expected), kernel
+    assert close(spec, dense.expert_forward(spec, expert.tensors, x), expected), "torch"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: "-".join(str(value) for value in kind.values()))
@@ -96,7 +112,7 @@ def test_every_shape(
 def test_a_projection_of_several_pieces(fmt: Format, make_expert: MakeExpert) -> None:
     """More rows than one piece of work has, and more tokens than one group."""
     spec = ExpertSpec(hidden_size=300, intermediate_size=1000, activation="silu", format=fmt)
-    check_all(spec, make_expert(spec, 3), torch.randn(100, 300, generator=torch.Generator().manual_seed(4)))
+    check_all(spec, make_expert(spec, 3), torch.randn(200, 300, generator=torch.Generator().manual_seed(4)))
 
 
 @pytest.mark.parametrize("activation", get_args(Activation))

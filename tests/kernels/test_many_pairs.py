@@ -68,4 +68,6 @@ def test_parts_make_the_same_whole(hidden: int, middle: int, fmt: Format) -> Non
                 expert_forward(spec, expert.tensors, x[owners[places]]) * torch.from_numpy(weights[places])[:, None]
             )
             off = (alone[places] - true).norm(dim=1) / true.norm(dim=1)
-            assert off.max() < (0.02 if fmt == "q8_0" else 1e-5), "vectors in 8 bits, or f32's rounding"
+            # Vectors in 8 bits; or in bf16, where a middle between two numbers may be the other one: 2^-7 of it.
+            assert off.max() < (0.02 if fmt == "q8_0" else 2e-3)
+            assert fmt == "q8_0" or off.median() < 1e-4

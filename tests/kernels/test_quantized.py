@@ -131,9 +131,12 @@ def check(spec: ExpertSpec, held: list[ExpertWeights], routing: list[list[int]],
     for number in set(numbers.tolist()):
         tensors, places = held[number].tensors, np.flatnonzero(numbers == number)
         mine, rows = x[owners[places]], out[places]
-        if spec.format == "fp8_block":  # activations are f32
+        if spec.format == "fp8_block":
             wanted = expert_forward(spec, tensors, mine)
-            assert ((rows - wanted).norm(dim=1) <= 1e-5 * (wanted.norm(dim=1) + 0.1)).all()
+            # A middle between two numbers of bf16 may become the other one: 2^-7 of it.
+            off = (rows - wanted).norm(dim=1)
+            assert (off <= 2**-7 * (wanted.norm(dim=1) + 0.1)).all()
+            assert int((off > 1e-5 * (wanted.norm(dim=1) + 0.1)).sum()) <= 1 + len(off) // 16
             continue
         up, down = (decode_tensor(place, tensors[place.name]).double() for place in spec.tensors)
         between = in_eight_bits(intermediate(spec, in_eight_bits(mine).double() @ up.T).float())
@@ -161,11 +164,11 @@ def test_experts_are_the_reference_on_the_decoded_weights(
 @pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("name", ALL)
 def test_more_tokens_than_are_computed_at_once(name: Format, kernel: str) -> None:
-    """An expert's tokens are computed in groups of 48."""
+    """An expert's tokens are computed in groups of 96."""
     torch.manual_seed(4)
     spec = ExpertSpec(hidden_size=160, intermediate_size=130, activation="silu", format=name)
     held, native = random_experts(spec, 3), NativeExperts(kernel, 2)
-    for routing in ([[1]] * 70, [[2, token % 2] for token in range(49)], [[], [0], []], [[], []]):
+    for routing in ([[1]] * 130, [[2, token % 2] for token in range(97)], [[], [0], []], [[], []]):
         check(spec, held, routing, native)
 
 

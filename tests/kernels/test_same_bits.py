@@ -1,6 +1,6 @@
 """The instruction sets agree bit for bit: one program, built for this machine and for aarch64.
 
-What can't run here is at least compiled: the x86 build contains the AVX-512 kernel. The scalar kernel rounds its
+What can't run here is at least compiled: the x86 build contains the AVX-512 kernels. The scalar kernel rounds its
 products and so differs from the fused ones, but is itself the same everywhere.
 """
 
@@ -24,6 +24,7 @@ X86 = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_vnni": ["-mavx512vnni", *AVX512],
+    "avx512_bf16": ["-mavx512bf16", "-mavx512vbmi", "-mavx512vnni", *AVX512],
 }
 ARM: dict[str, list[str]] = {"scalar": [], "neon": []}
 
