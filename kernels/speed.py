@@ -29,19 +29,20 @@ def reading(threads: int) -> float:
 
     The median of some passes over more than any cache holds. Raises NativeLibraryError.
     """
-    return _rate(threads, 1, _buffer_bytes() // _spec().nbytes) * _spec().nbytes
+    count = _buffer_bytes() // _spec().nbytes
+    return count * _spec().nbytes / statistics.median(_passes(threads, 1, count))
 
 
 def multiplying(threads: int) -> float:
     """Products of a weight and a number a second that `threads` threads do with weights that are at hand.
 
-    Raises NativeLibraryError.
+    The best of some passes: what arithmetic loses is a processor that something else had. Raises NativeLibraryError.
     """
-    return _rate(threads, _TOKENS, 1) * _TOKENS * _spec().weights
+    return _TOKENS * _spec().weights / min(_passes(threads, _TOKENS, 1))
 
 
-def _rate(threads: int, tokens: int, count: int) -> float:
-    """Experts a second, of `count` that lie side by side, each with all of `tokens`."""
+def _passes(threads: int, tokens: int, count: int) -> list[float]:
+    """Seconds of passes through `count` experts that lie side by side, each with all of `tokens`."""
     spec, native = _spec(), NativeExperts(kernels()[0], threads)
     step = -(-spec.nbytes // ALIGNMENT) * ALIGNMENT
     buffer = WeightMemory().take(count * step)  # and given back at the end
@@ -50,18 +51,18 @@ def _rate(threads: int, tokens: int, count: int) -> float:
     hidden = torch.ones(tokens, spec.hidden_size)
     offsets = np.arange(tokens + 1, dtype=np.uint32) * np.uint32(count)
     weights = np.ones(tokens * count, dtype=np.float32)
-    return count / _median_seconds(lambda: native.layer(spec, hidden, offsets, addresses, weights, added=True))
+    return _timed(lambda: native.layer(spec, hidden, offsets, addresses, weights, added=True))
 
 
-def _median_seconds(work: Callable[[], object]) -> float:
-    """Of passes for a while, after one that does not count."""
+def _timed(work: Callable[[], object]) -> list[float]:
+    """Seconds of each of some calls, for a while, after one that does not count."""
     work()
     taken: list[float] = []
     end = perf_counter() + _BUDGET_SECONDS
     while (start := perf_counter()) < end or len(taken) < _LEAST_PASSES:
         work()
         taken.append(perf_counter() - start)
-    return statistics.median(taken)
+    return taken
 
 
 def _spec() -> ExpertSpec:
