@@ -14,7 +14,7 @@ namespace {
 
 using namespace moehive;
 
-constexpr int64_t kMaxTokens = 32, kMaxMatrices = 16;
+constexpr int64_t kMaxTokens = 96, kMaxMatrices = 16;
 
 // A matrix, and the pieces of it that threads take: divisions that would be many for each piece.
 struct Pieces {
@@ -26,30 +26,20 @@ struct Pieces {
 // The inputs of a call, in the forms that its matrices want.
 class Inputs {
  public:
-  Inputs(const Kernel& kernel, const float* x, int64_t tokens, int64_t columns, const bool* wanted) : tokens_(tokens) {
+  Inputs(Trunk& trunk, const Kernel& kernel, const float* x, int64_t tokens, int64_t columns, const bool* wanted)
+      : tokens_(tokens) {
     thread_local Scratch scratch;
     int64_t bytes = 0;
     for (int kind = 0; kind < kKinds; ++kind)
       if (wanted[kind]) bytes += tokens * vector_bytes(static_cast<Vectors>(kind), columns);
-    char* to = reinterpret_cast<char*>(scratch.floats(bytes / static_cast<int64_t>(sizeof(float)) + 1));
+    char* memory = reinterpret_cast<char*>(scratch.floats(bytes / static_cast<int64_t>(sizeof(float)) + 1));
     for (int kind = 0; kind < kKinds; ++kind) {
       if (!wanted[kind]) continue;
-      for (int64_t t = 0; t < tokens; ++t, to += vector_bytes(static_cast<Vectors>(kind), columns)) {
-        vectors_[kind][t] = to;
-        switch (static_cast<Vectors>(kind)) {
-          case Vectors::floats:
-            std::memcpy(to, x + t * columns, columns * sizeof(float));
-            std::memset(to + columns * sizeof(float), 0, (padded(columns) - columns) * sizeof(float));
-            break;
-          case Vectors::rounded:
-            kernel.round(x + t * columns, columns, to);
-            break;
-          case Vectors::bytes:
-            kernel.quantize(x + t * columns, columns, to);
-            views_[t] = quantized_at(to, columns);
-            vectors_[kind][t] = &views_[t];
-        }
-      }
+      const int64_t each = vector_bytes(static_cast<Vectors>(kind), columns);
+      trunk.each(tokens, tokens * columns * 4, [&](int64_t t) {
+        make(kernel, static_cast<Vectors>(kind), t, x + t * columns, columns, memory + t * each);
+      });
+      memory += tokens * each;
     }
   }
 
@@ -59,6 +49,23 @@ class Inputs {
   static constexpr int kKinds = 3;  // of Vectors
 
  private:
+  void make(const Kernel& kernel, Vectors kind, int64_t token, const float* x, int64_t columns, char* to) {
+    vectors_[static_cast<int>(kind)][token] = to;
+    switch (kind) {
+      case Vectors::floats:
+        std::memcpy(to, x, columns * sizeof(float));
+        std::memset(to + columns * sizeof(float), 0, (padded(columns) - columns) * sizeof(float));
+        break;
+      case Vectors::rounded:
+        kernel.round(x, columns, to);
+        break;
+      case Vectors::bytes:
+        kernel.quantize(x, columns, to);
+        views_[token] = quantized_at(to, columns);
+        vectors_[static_cast<int>(kind)][token] = &views_[token];
+    }
+  }
+
   int64_t tokens_;
   const void* vectors_[kKinds][kMaxTokens];
   Quantized views_[kMaxTokens];
@@ -103,7 +110,7 @@ int32_t moehive_linear(void* trunk, const MoehiveMatrix* matrices, int64_t count
     Trunk& self = *static_cast<Trunk*>(trunk);
     static const Kernel& kernel = *usable_kernel(0);
     for (; tokens > 0; tokens -= kMaxTokens, x += kMaxTokens * columns, out += kMaxTokens * all_rows) {
-      const Inputs inputs(kernel, x, std::min(tokens, kMaxTokens), columns, wanted);
+      const Inputs inputs(self, kernel, x, std::min(tokens, kMaxTokens), columns, wanted);
       Pieces parts[kMaxMatrices];
       int64_t row = 0, pieces = 0;
       for (int64_t m = 0; m < count; ++m) {
