@@ -14,7 +14,7 @@ WEIGHTS = 3 * 2048 * 512
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, list[int], bool]]:
-    """Each call's tokens, experts' addresses, whether its results were zero; calls are said to take 4, 1, 2 seconds."""
+    """Each call's tokens, experts' addresses, whether its results were zero; calls seem to take 4, 1, 2 seconds."""
     found: list[tuple[int, list[int], bool]] = []
     layer = NativeExperts.layer
 
