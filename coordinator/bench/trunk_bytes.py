@@ -7,12 +7,9 @@ from typing import NamedTuple
 
 from ..checkpoints.directory import open_directory
 from ..checkpoints.gguf.file import open_gguf
+from ..estimate.model import LATENT_NAMES
 from ..models.base import Trunk
 from ..models.lean.cache import SequenceCache
-
-# Latent attention multiplies these in 16 bits, or in 32 where the checkpoint is in f32, however they are stored
-# (models/lean/deepseek.py).
-_UNPACKED = ("attn_kv_b.weight", "attn_k_b.weight", "attn_v_b.weight", "kv_b_proj.weight")
 
 
 class _Tensor(NamedTuple):
@@ -59,7 +56,7 @@ def _sum(tensors: Iterable[_Tensor], expert: str, embedding: str, head: str) -> 
     in_f32 = any(one.name.endswith(embedding) and one.nbytes == 4 * one.numbers for one in trunk)
     total = 0
     for one in trunk:
-        if one.name.endswith(_UNPACKED):
+        if any(name in one.name for name in LATENT_NAMES):  # in 32 bits where the checkpoint is in f32
             total += one.numbers * (4 if in_f32 else 2)
         elif not (headed and one.name.endswith(embedding)):
             total += one.nbytes

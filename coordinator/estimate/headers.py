@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moehive.kernels.geometry import ExpertSpec, Format, LayerGeometry
 
 from ..types import CoordinatorError
-from .model import ATTENTION, DENSE, EMBEDDING, HEAD, PARTS, SHARED, SMALL, Matrix, Model
+from .model import ATTENTION, DENSE, EMBEDDING, HEAD, LATENT, LATENT_NAMES, PARTS, SHARED, SMALL, Matrix, Model
 
 if TYPE_CHECKING:
     from ..checkpoints.opening import ModelSource
@@ -108,6 +108,8 @@ def _part_of(name: str, shape: tuple[int, ...]) -> str:
         or name.endswith((".gate.weight", ".router.weight"))
     ):
         return SMALL
+    if any(latent in f"{name}." for latent in LATENT_NAMES):
+        return LATENT
     if "_shexp" in name or "shared_expert" in name or "shared_mlp" in name:
         return SHARED
     return DENSE if "mlp" in name or "ffn_" in name or "expert" in name else ATTENTION

@@ -16,7 +16,11 @@ from .geometries import ModelShape, TensorShape
 
 EMBEDDING, HEAD, ATTENTION, SMALL = "embedding", "head", "attention", "routers, norms"
 DENSE, SHARED = "dense MLPs", "shared experts"
-PARTS = (EMBEDDING, HEAD, ATTENTION, DENSE, SHARED, SMALL)
+# Matrices of latent attention that queries are absorbed by: held in 16 bits however they are stored
+# (models/lean/deepseek.py).
+LATENT = "latent attention"
+PARTS = (EMBEDDING, HEAD, ATTENTION, LATENT, DENSE, SHARED, SMALL)
+LATENT_NAMES = ("attn_kv_b.", "attn_k_b.", "attn_v_b.", "kv_b_proj.")
 # From the best to the smallest; what an estimate chooses among.
 CHOICES: tuple[Format, ...] = (
     "bf16", "q8_0", "fp8_block", "q6_k", "q5_k", "int4_g32", "q4_k", "mxfp4", "q4_0", "q3_k", "q2_k",
@@ -67,6 +71,8 @@ class Model:
 
     def matrix_bytes(self, part: str) -> list[int]:
         """Bytes of each matrix of a part of the trunk."""
+        if part == LATENT:
+            return [2 * matrix.rows * matrix.columns for matrix in self.parts[part]]
         return [_matrix_bytes(matrix, self._trunk_format(part)) for matrix in self.parts[part]]
 
     @property
@@ -183,6 +189,8 @@ def of_shape(
 def _part_of(tensor: TensorShape) -> str:
     if not tensor.matrix:
         return SMALL
+    if any(name in f"{tensor.name}." for name in LATENT_NAMES):
+        return LATENT
     if "_shexp" in tensor.name:
         return SHARED
     return DENSE if "ffn_" in tensor.name else ATTENTION
