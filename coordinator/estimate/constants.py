@@ -33,7 +33,8 @@ INTEGER_PRODUCTS = {
 }  # fmt: skip
 OTHER_PRODUCTS = 0.95  # of all other formats
 PRODUCTS_PER_BYTE = 2.8  # of q8_0 while a byte is read, with AVX2 (Zen 3): where nobody measured products
-# Others are multiplied in f32: products while a machine reads a byte, on Zen 3 and Zen 4 alike.
+# Others are multiplied in f32: products while a machine reads a byte, on Zen 3 and Zen 4 alike. Processors that
+# multiply bf16 (vdpbf16ps) do twice as many of bf16 and FP8; which do is not known of a machine.
 FLOAT_PRODUCTS_PER_BYTE = {"f32": 2.3, "bf16": 2.2, "f16": 2.2, "fp8_block": 2.0}
 COLUMN_S = 0.11e-6  # for each column of a prompt's token in a layer: norms, attention, recurrence, what is no product
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
