@@ -1,8 +1,8 @@
 // Attention over a paged KV cache, written once with vectors of the compiler and compiled for each instruction set.
 //
 // A cache in bf16 holds pairs (attention.h): of keys two numbers of a head, of values two tokens, so that a register has
-// both of many lanes. Where the processor multiplies pairs of bf16 (vdpbf16ps), queries and weights are rounded to bf16, as the
-// keys and values are; elsewhere they stay f32.
+// both of many lanes. Where the processor multiplies pairs of bf16 (vdpbf16ps), queries and weights are rounded to bf16,
+// as the keys and values are; elsewhere they stay f32.
 //
 // The softmax goes over a page at a time, as FlashAttention's (Dao et al., 2022), and starts anew with each span of
 // kSpan pages; spans are joined in order. So a row's bits do not depend on how spans were given to threads.
@@ -61,7 +61,7 @@ inline void append(const float* key, const float* value, int64_t n, float* keys,
   for (int64_t i = 0; i < n; ++i) keys[i * kPage + slot] = key[i];
   float* values = keys + n * kPage;
   for (int64_t first = 0, wide; first < padded_head(n); first += wide) {
-    wide = least(kBlock, padded_head(n) - first);
+    wide = least(kValueBlock, padded_head(n) - first);
     float* to = values + first * kPage + slot * wide;
     for (int64_t i = 0; i < wide; ++i) to[i] = first + i < n ? value[first + i] : 0.0f;
   }
@@ -72,7 +72,7 @@ inline void append(const float* key, const float* value, int64_t n, uint16_t* ke
   uint16_t* values = keys + n * kPage;
   const int64_t odd = slot % 2;
   for (int64_t first = 0, wide; first < padded_head(n); first += wide) {
-    wide = least(kBlock, padded_head(n) - first);
+    wide = least(kValueBlock, padded_head(n) - first);
     uint16_t* to = values + first * kPage + (slot - odd) * wide + odd;
     for (int64_t i = 0; i < wide; ++i) to[2 * i] = first + i < n ? to_bf16(value[first + i]) : 0;
     if (last && !odd)  // the token after it is multiplied by zero until it comes, and must not be what no number is
@@ -159,7 +159,8 @@ struct Cached<uint16_t> {
 };
 
 // What lies 8 KiB on, most often of the next head: with so much arithmetic between two loads a processor by itself does
-// not look far enough. With it one thread of Zen 4 reads 11 instead of 9 GB/s for eight heads of 128, two 22 instead of 15.
+// not look far enough. With it one thread of Zen 4 reads 11 instead of 9 GB/s for eight heads of 128, two 22 instead
+// of 15.
 inline void fetch_ahead(const void* at) {
   const char* next = static_cast<const char*>(at) + 8192;
   __builtin_prefetch(next);
@@ -223,7 +224,7 @@ inline void gather(const typename Cached<Stored>::Factor* weights, int64_t low, 
                    int64_t width, float* sums, int64_t stride) {
   constexpr int kStep = Cached<Stored>::kStep;
   for (int64_t first = 0, wide; first < width; first += wide) {
-    wide = least(kBlock, width - first);
+    wide = least(kValueBlock, width - first);
     const Stored* block = values + first * kPage;
     int64_t i = 0;
     for (; i + 2 * kWidth <= wide; i += 2 * kWidth)

@@ -7,10 +7,10 @@
 namespace moehive {
 
 // A page's part of a layer: for each key head its keys, then its values. Keys [head_dim][kPage], so that a register holds
-// one number of many tokens; values in blocks of kBlock numbers of a head, each [kPage][kBlock], the last block less
+// one number of many tokens; values in blocks of kValueBlock numbers of a head, each [kPage][kValueBlock], the last block less
 // wide; head_dim is padded to 16 there. In bf16 these are pairs: keys [head_dim / 2][kPage][2], of a block
-// [kPage / 2][kBlock][2]. So a head is read from its beginning to its end.
-constexpr int64_t kBlock = 32;
+// [kPage / 2][kValueBlock][2]. So a head is read from its beginning to its end.
+constexpr int64_t kValueBlock = 32;
 constexpr int64_t kMaxHead = 512;
 constexpr int64_t kMaxQueries = 16;  // rows (query heads and tokens) that pass over a page together
 constexpr int64_t kSpan = 16;        // pages that a softmax goes over before it is joined with those before

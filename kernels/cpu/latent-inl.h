@@ -10,7 +10,7 @@ namespace {
 // A page's latents as values in blocks (attention.h), made of its keys. Tokens from `count` on are not used.
 inline void values_of(const float* keys, int64_t rank, int64_t count, float* values) {
   for (int64_t first = 0, wide; first < padded_head(rank); first += wide) {
-    wide = least(kBlock, padded_head(rank) - first);
+    wide = least(kValueBlock, padded_head(rank) - first);
     float* block = values + first * kPage;
     for (int64_t i = 0; i < wide; ++i)
       for (int64_t t = 0; t < count; ++t) block[t * wide + i] = first + i < rank ? keys[(first + i) * kPage + t] : 0.0f;
@@ -20,7 +20,7 @@ inline void values_of(const float* keys, int64_t rank, int64_t count, float* val
 // Of two tokens' two numbers a0 a1 b0 b1 become a0 b0 a1 b1.
 inline void values_of(const uint16_t* keys, int64_t rank, int64_t count, uint16_t* values) {
   for (int64_t first = 0, wide; first < padded_head(rank); first += wide) {
-    wide = least(kBlock, padded_head(rank) - first);
+    wide = least(kValueBlock, padded_head(rank) - first);
     uint16_t* block = values + first * kPage;
     for (int64_t i = 0; i < wide; i += 2) {
       const uint16_t* from = keys + (first + i) * kPage;

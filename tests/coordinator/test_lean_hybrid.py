@@ -191,7 +191,10 @@ def test_bf16_keeps_to_transformers(
     tmp_path: Path,
     reference_backend: Callable[[Checkpoint], ExpertBackend],
 ) -> None:
-    """Weights and the KV cache in bf16, arithmetic in f32: nearer to the f32 model than transformers' in bf16."""
+    """Weights and the KV cache in bf16, sums in f32: nearer to the f32 model than transformers' in bf16.
+
+    By the median of the tokens: one whose experts are nearly a tie may be sent to others, in either.
+    """
     half = AutoModelForCausalLM.from_pretrained(checkpoint_of(model), dtype=torch.bfloat16)
     half.save_pretrained(tmp_path)
     tokens = prompts()[3:]
@@ -201,4 +204,4 @@ def test_bf16_keeps_to_transformers(
     checkpoint, trunk = lean(tmp_path)
     assert checkpoint.dtype == torch.bfloat16
     ours = asyncio.run(in_chunks(trunk, reference_backend(checkpoint), tokens, (30, 100)))[0]
-    assert (ours - exact).norm() < (theirs - exact).norm()
+    assert (ours - exact).norm(dim=-1).median() < 0.8 * (theirs - exact).norm(dim=-1).median()

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "delta_net.h"
+#include "attention.h"
 #include "mla.h"
 
 using namespace moehive;
@@ -54,7 +55,7 @@ void delta_net(const DeltaNetKernel& kernel) {
   print(out);
 }
 
-void mla(const MlaKernel& kernel, bool half) {
+void mla(const MlaKernel& kernel, const AttentionKernel& attention, bool half) {
   MoehiveMla layer{};
   layer.heads = 6, layer.nope = 10, layer.rope = 6, layer.rank = 76, layer.value = 9;
   const int64_t tokens = 40, full = layer.rank + layer.rope;
@@ -73,27 +74,63 @@ void mla(const MlaKernel& kernel, bool half) {
   for (int64_t t = 0; t < tokens; ++t) kernel.append(layer, call, sequence, t);
   for (int64_t h = 0; h < layer.heads; ++h)
     for (int64_t t = 0; t < tokens; t += 13) kernel.absorb(layer, call, h, t, t + 13 < tokens ? 13 : tokens - t);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t h = 0; h < layer.heads; h += kHeadsTogether) kernel.attend(layer, call, sequence, t, h);
+  for (int64_t t = 0; t < tokens; t += 10) {
+    const LatentPart part{&sequence, t, 10, 0, layer.heads};
+    std::vector<float> memory(Seen::floats(part.rows(), full, layer.rank));
+    const Seen seen(memory.data(), part.rows(), full, layer.rank);
+    attention.attend_latent(layer, call, part, 0, seen);
+    attention.finish_latent(layer, call, part, seen);
+  }
   for (int64_t h = 0; h < layer.heads; ++h) kernel.expand(layer, call, h, 0, tokens);
   print(out);
 }
 
-void run(const char* name, const DeltaNetKernel& delta, const MlaKernel& latent) {
+void attend(const AttentionKernel& kernel, bool half) {
+  MoehiveAttention layer{};
+  layer.heads = 14, layer.kv_heads = 2, layer.head_dim = 42, layer.rotary = 20, layer.window = 30;
+  layer.query_stride = layer.head_dim, layer.gate_at = -1, layer.keys_at = layer.heads * layer.head_dim;
+  layer.values_at = layer.keys_at + layer.kv_heads * layer.head_dim;
+  layer.row = layer.values_at + layer.kv_heads * layer.head_dim;
+  const int64_t tokens = 40;
+  const auto norm = numbers(layer.head_dim), sinks = numbers(layer.heads), angles = numbers(tokens * layer.rotary);
+  layer.query_norm = layer.key_norm = norm.data(), layer.sinks = sinks.data();
+  layer.eps = 1e-6f, layer.scale = 0.2f, layer.half = half;
+  auto rows = numbers(tokens * layer.row, 2.0f);
+  std::vector<float> first(2 * kPage * layer.kv_heads * 64), second(first.size());
+  std::vector<float> out(tokens * layer.heads * layer.head_dim);
+  const uint64_t pages[] = {reinterpret_cast<uint64_t>(first.data()), reinterpret_cast<uint64_t>(second.data())};
+  const MoehiveSequence sequence{0, tokens, 0, pages};
+  const Attend p{layer, rows.data(), angles.data(), angles.data() + tokens * layer.rotary / 2, out.data()};
+  for (int64_t t = 0; t < tokens; ++t) kernel.prepare(p, sequence, t);
+  for (int64_t t = 0; t < tokens; t += 2) {
+    const AttendPart part{&sequence, t, 2, 0, layer.kv_heads, 0, layer.heads / layer.kv_heads};
+    std::vector<float> memory(Seen::floats(part.rows(), layer.head_dim, layer.head_dim));
+    const Seen seen(memory.data(), part.rows(), layer.head_dim, layer.head_dim);
+    kernel.attend(p, part, 0, seen);
+    kernel.finish(p, part, seen);
+  }
+  print(out);
+}
+
+void run(const char* name, const DeltaNetKernel& delta, const MlaKernel& latent, const AttentionKernel& attention) {
   state = 1;
   std::printf("%s", name);
   delta_net(delta);
-  mla(latent, false);
-  mla(latent, true);
+  for (const bool half : {false, true}) {
+    mla(latent, attention, half);
+    attend(attention, half);
+  }
   std::printf("\n");
 }
 
 }  // namespace
 
 int main() {
-  run("plain", kDeltaNetPlain, kMlaPlain);
+  run("plain", kDeltaNetPlain, kMlaPlain, kAttentionPlain);
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) run("avx2", kDeltaNetAvx2, kMlaAvx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    run("avx2", kDeltaNetAvx2, kMlaAvx2, kAttentionAvx2);
+  if (__builtin_cpu_supports("avx512f")) run("avx512", kDeltaNetAvx2, kMlaAvx2, kAttentionAvx512);
 #endif
   return 0;
 }
