@@ -59,7 +59,7 @@ def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def test_the_kernels_of_this_processor_agree(here: dict[str, torch.Tensor]) -> None:
-    """All but the attention's that multiplies bf16, which rounds queries: test_trunk_ops.py has that, where it runs."""
+    """All but the one that multiplies bf16 and rounds queries: test_trunk_ops.py has that where it runs."""
     for results_of_one in here.values():
         same(results_of_one, here["plain"])
 
