@@ -64,9 +64,8 @@ def load_expert(spec: ExpertSpec, blob: torch.Tensor) -> ExpertWeights:
 class ExpertOps:
     """Computes routed experts on this machine's CPU. Safe to call from several threads, which then wait in line."""
 
-    kernel: (
-        str  # of the native library: "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; or "torch"
-    )
+    # Of the native library "avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon" or "scalar"; without it "torch".
+    kernel: str
 
     def __init__(self, threads: int) -> None:
         """`threads`: how many cores the native library may use, at least 1. Torch's are torch's own setting."""

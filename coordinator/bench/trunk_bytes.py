@@ -35,7 +35,7 @@ def read_bytes_a_token(model: Path) -> int:
 def state_bytes(trunk: Trunk) -> int:
     """Bytes of a sequence's recurrent state, which each of its tokens reads; 0 of a trunk that is not lean."""
     cache = trunk.new_cache()
-    total = sum(state.nbytes for state in cache.states) if isinstance(cache, SequenceCache) else 0
+    total = cache_bytes_of(cache)  # which has no tokens yet
     trunk.free_cache(cache)
     return total
 

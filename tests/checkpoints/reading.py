@@ -83,6 +83,7 @@ def check_text(model: Any, checkpoint: Any) -> None:
     assert sure.sum() > len(sure) // 2
     other = sure & (measured.argmax(-1) != expected.argmax(-1))
     assert other.sum() <= 1, "a token whose experts are nearly a tie may be sent to others, rarely"
+    assert (divergence[other] > 10 * divergence.median()).all(), "it stands alone: a wrong scale or row is in all"
 
 
 @torch.no_grad()
