@@ -10,6 +10,7 @@ Python's lock, and when the loop has nothing else to do. Where nobody asks for a
 """
 
 import asyncio
+import ctypes
 import os
 import weakref
 from collections.abc import Callable
@@ -24,8 +25,20 @@ TURN_SECONDS = 50e-6  # of looking at a time: then the loop has its timers
 AT_ONCE_SECONDS = 15e-6  # a loop that comes back later had something else to do, and may have more
 
 
+class NativeEyes(ctypes.Structure):
+    """What native code that waits looks with: Eyes of coordinator/dispatch/cpp/inlet.h, field for field."""
+
+    _fields_ = (
+        ("look", ctypes.c_void_p),
+        *((name, ctypes.c_int32) for name in ("descriptor", "load")),
+        ("processors", ctypes.c_int64),
+    )
+
+
 class Eyes(Protocol):
     """What a lookout looks with."""
+
+    native: NativeEyes
 
     def look(self, seconds: float) -> bool:
         """Returns when the loop has something to do, after `seconds` at the latest.
@@ -46,6 +59,8 @@ class ThisMachine:
         self._processors = len(os.sched_getaffinity(0))
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._load)
+        where = ctypes.cast(self._look, ctypes.c_void_p).value
+        self.native = NativeEyes(where, descriptor, self._load, self._processors)
 
     def look(self, seconds: float) -> bool:
         """See Eyes."""
@@ -82,18 +97,28 @@ class Lookout:
         self._looking = False
         self._looked_at = 0.0  # the end of the last look
 
-    def expect(self) -> None:
-        """One more message will come."""
+    def expect(self, since: float | None = None) -> None:
+        """One more message will come; it is waited for since then, if not from now on."""
         self.expected += 1
-        self._since = self._clock()
+        self._since = self._clock() if since is None else since
         if self._looking or self._watch < SHORTEST_SECONDS:
             return
+        if self.eyes() is not None:
+            assert self._loop is not None
+            self._looking = True
+            self._loop.call_soon(self._look)
+
+    def eyes(self) -> Eyes | None:
+        """What there is to look with; None: nothing."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._eyes = self._make_eyes(self._loop)
-        if self._eyes is not None:
-            self._looking = True
-            self._loop.call_soon(self._look)
+        return self._eyes
+
+    @property
+    def seconds(self) -> float:
+        """For how long it pays to look for a message."""
+        return self._watch if self._watch >= SHORTEST_SECONDS else 0.0
 
     def came(self) -> None:
         """A message came, or never will. Does nothing when none was expected."""
@@ -102,6 +127,10 @@ class Lookout:
         self.expected -= 1
         now = self._clock()
         gap, self._since = now - self._since, now
+        self.learn(gap)
+
+    def learn(self, gap: float) -> None:
+        """A message was waited for for so many seconds."""
         # As in the pool: the layers of a step follow each other quickly, the next step and the next request do not.
         if gap <= LONGEST_SECONDS:
             self._watch = max(self._watch, min(2 * gap, LONGEST_SECONDS))

@@ -106,7 +106,7 @@ class Dispatcher:
     @property
     def busy(self) -> bool:
         """Whether layers are being asked for, of nodes that hold all of them."""
-        return self._routes.lost == 0 and self._watch.active
+        return self._routes.lost == 0 and (self._watch.active or self._flights.busy)
 
     async def prepare(self, plan: Plan) -> None:
         """Makes ready to follow `plan` later, on a thread: with many experts it takes a while."""
@@ -156,11 +156,10 @@ class Dispatcher:
             self._step += 1
             self._routes.tick()
             sent = Sent(layer, host, numbers, factors, device, self._star.settle, self._step)
-            if self._may_fly() and (flight := self._flights.begin(sent)):
+            if self._may_fly() and (flight := self._flights.ask(sent)):
                 self.statistics.note(layer, numbers)  # while the nodes work
-                answer: Awaitable[torch.Tensor] = _Landing(self, self._flights, flight)
-            else:
-                answer = _Answer(self, self._submit(sent))
+                return _Landing(self, self._flights, flight)
+            answer = _Answer(self, self._submit(sent))
             _yield()  # nodes on this machine that were just asked go first: the layer waits for them
             return answer
 
@@ -197,12 +196,16 @@ class Dispatcher:
         """As `_collect`, of a flight."""
         sent = flight.sent
         if flight.view.here >= 0:
-            await asyncio.sleep(0)  # the messages leave before this thread computes
+            _yield()  # see submit
             with timeline.current.span("local experts"):
                 share = flight.shares()[flight.view.here]
                 self._flights.put(flight, self._star.here(sent.layer, sent.hidden, share))
         with timeline.current.span("waiting"):
-            await flight.done
+            total = self._flights.land(flight)
+            if total is not None:
+                await self._flights.turn()
+                return total if sent.device is None else total.to(sent.device)
+            await self._flights.wait(flight)
         if flight.plain:
             with timeline.current.span("adding up"):
                 total, finite = self._flights.sum(flight)
@@ -294,7 +297,10 @@ class _Landing:
         return self._land().__await__()
 
     async def _land(self) -> torch.Tensor:
-        return await self._dispatcher._land(self._flight)
+        try:
+            return await self._dispatcher._land(self._flight)
+        finally:
+            self._flights.release(self._flight)
 
     def __del__(self) -> None:
         self._flights.release(self._flight)

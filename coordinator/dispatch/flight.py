@@ -32,7 +32,7 @@ class View(ctypes.Structure):
     """View of cpp/flight.h, field for field."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown")),
+        *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown", "unsent", "owed")),
         ("expected_s", ctypes.c_double),
         ("block", ctypes.c_void_p),
         *((name, ctypes.c_int64 * MAX_SHARES) for name in ("state", "node", "message", "size", "sent")),
@@ -43,6 +43,8 @@ class View(ctypes.Structure):
     waiting: int
     here: int
     unknown: int
+    unsent: int
+    owed: int
     expected_s: float
     block: int
     state: "ctypes.Array[ctypes.c_int64]"
@@ -98,16 +100,21 @@ class Flight:
     """One layer on its way."""
 
     __slots__ = (
-        "done", "due", "errors", "experts", "kind", "links", "number", "replies", "sent", "strange", "view",
+        "done", "due", "errors", "experts", "kind", "nodes", "number", "replies", "sent", "since", "strange", "view",
     )  # fmt: skip
 
-    def __init__(self, number: int, view: View, experts: int, sent: Sent, memory: Memory) -> None:
-        """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`."""
+    def __init__(
+        self, number: int, view: View, experts: int, sent: Sent, kind: Kind, nodes: list[Link | None]
+    ) -> None:
+        """`number` and `view`: of the native flight; `sent`: what is asked, of a layer with so many `experts`.
+
+        `nodes`: the links to all nodes of the plan.
+        """
         self.number, self.view, self.experts, self.sent = number, view, experts, sent
-        self.kind = memory.kind
-        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # no share is waited for
+        self.kind, self.nodes = kind, nodes
+        self.done: asyncio.Future[None] | None = None  # no share is waited for; None: nobody waits on the event loop
         self.due = 0.0  # seconds of the loop's clock
-        self.links: list[Link | None] = []  # of each share who was asked
+        self.since: float | None = None  # seconds, `perf_counter`: when somebody began to wait
         self.errors: dict[int, NodeUnavailable] = {}  # by share
         self.strange: dict[int, Rows] = {}  # answers that native code has left to Python
         self.replies: dict[int, asyncio.Future[Trip]] = {}  # by share, while a timeline is recorded
@@ -116,6 +123,11 @@ class Flight:
     def plain(self) -> bool:
         """Whether native code has all answers."""
         return not self.errors and not self.strange
+
+    @property
+    def links(self) -> list[Link | None]:
+        """Of each share who was asked."""
+        return [self.nodes[node] for node in self.view.node[: self.view.shares]]
 
     def shares(self) -> list[Share]:
         """What each was asked for, as larger layers have it; not once the flight is released."""
@@ -131,5 +143,5 @@ class Flight:
 
     def node(self, share: int) -> NodeName:
         """Who was asked for a share."""
-        link = self.links[share]
+        link = self.nodes[self.view.node[share]]
         return LOCAL if link is None else link.node

@@ -9,6 +9,7 @@ import asyncio
 import ctypes
 import weakref
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..types import LOCAL, NodeName, NodeUnavailable
 from . import watch
 from .flight import ASKED, TAKEN, Flight, Memory, View, Way
 from .link import ID_STEP, Link, Peer
-from .native import address, current_processor, library
+from .native import address, library
 from .parts import WIRE_REDUCTION, Part, Sent
 from .replies import Replies
 from .routes import Routes
@@ -35,7 +36,9 @@ from .rows import Rows
 from .sums import Sums
 from .watch import Watch
 
-_LOOK_EVERY = 4  # layers: a kernel seldom moves a thread
+NOT_FINITE, FINITE, LATER, ODD = range(4)  # what came of waiting natively: Landed of cpp/flight.h
+OWED_BYTES = 256 << 10  # that were read natively: then they are credited
+TURN_SECONDS = 5e-3  # of layers that nobody waited for on the event loop: then it has a turn
 
 
 class Flights:
@@ -58,8 +61,13 @@ class Flights:
         self._watch = watching
         self._on_failed = on_failed
         self._lookout = Lookout()  # for the last answer to a flight
+        self._eyes_at: int | None = None  # of a NativeEyes
+        self._awaited = 0  # flights that are waited for on the event loop
+        self._turn_at = 0.0  # seconds: when the loop had a turn for certain
+        self._landed_at = 0.0  # seconds: the latest flight that nobody awaited
         self._native = library()
         self._ask, self._reply = self._native.moehive_flight_ask, self._native.moehive_flight_reply
+        self._land = self._native.moehive_flight_land
         self.handle: int = self._native.moehive_flights()
         if not self.handle:
             raise MemoryError("There is no memory left to dispatch layers.")
@@ -78,7 +86,7 @@ class Flights:
         self._ways = [None] * len(self._ways)
         self._peers = None
 
-    def begin(self, sent: Sent) -> Flight | None:
+    def ask(self, sent: Sent) -> Flight | None:
         """Asks for a layer; None when it is not one for here. Raises NotReady before the first plan."""
         memory = self._memory
         if memory is None or not memory.is_of(sent):
@@ -102,29 +110,72 @@ class Flights:
             self._views.append(View.from_address(self._native.moehive_flight_view(self.handle, number)))
             self._flights.append(None)
         view = self._views[number]
-        flight = self._flights[number] = Flight(number, view, way.experts, sent, memory)
-        beside, unsent = 0, []  # nodes on this machine; shares that did not leave
-        for share in range(view.shares):
-            link = self._links[view.node[share]]
-            flight.links.append(link)
-            if link is None:
-                continue
-            beside += link.speed.loopback
-            if view.sent[share] != view.size[share] + HEAD_BYTES:
-                unsent.append((link.peer.waits, share, link))
-            if timeline.current.on:
-                reply = flight.replies[share] = asyncio.get_running_loop().create_future()
-                timeline.current.hop(link.node, sent.layer, reply, lambda trip: trip)
-        for _, share, link in sorted(unsent, key=lambda one: one[:2]):
-            link.send_flight(view.message[share], view.size[share], view.sent[share])
-        if beside > 1 and sent.step % _LOOK_EVERY == 0:
-            self._look_around()
-        patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
-        flight.due = asyncio.get_running_loop().time() + patience
-        self._watch.add(flight)
-        self._lookout.expect()
-        self._settled(flight)  # of no tokens' experts there is nothing to ask
+        flight = self._flights[number] = Flight(number, view, way.experts, sent, memory.kind, self._links)
+        if view.unsent:
+            for share, link in enumerate(flight.links):
+                if link is not None and view.sent[share] != view.size[share] + HEAD_BYTES:
+                    link.send_flight(view.message[share], view.size[share], view.sent[share])
         return flight
+
+    def land(self, flight: Flight) -> torch.Tensor | None:
+        """A flight's sum, and the flight is released; None when its answers are to be awaited on the event loop.
+
+        It waits for some milliseconds where nothing else is expected, and ends when the loop has something to do.
+        """
+        if self._awaited or not flight.plain:
+            return None
+        total = self._sums.room(flight.kind, flight.sent.hidden)
+        start = flight.since = perf_counter()
+        landed = self._land(
+            self.handle, flight.number, self._eyes(), int(self._lookout.seconds * 1e9), total.data_ptr()
+        )
+        if landed == FINITE:
+            self._landed_at = perf_counter()
+            self._lookout.learn(self._landed_at - start)
+            if timeline.current.on:
+                self._record(flight)
+            if flight.view.owed > OWED_BYTES:
+                for link in flight.links:
+                    if link is not None:
+                        link.settle()
+            self.release(flight)
+            return total
+        self._sums.take_back(total)
+        if landed < 0:
+            raise MemoryError("There is no memory left to add up a layer.")
+        if landed == ODD:
+            for link in flight.links:
+                if link is not None:
+                    link.go_on()
+        return None
+
+    def wait(self, flight: Flight) -> "asyncio.Future[None]":
+        """Is done once no share is waited for."""
+        loop, view = asyncio.get_running_loop(), flight.view
+        done = flight.done = loop.create_future()
+        self._awaited += 1
+        if timeline.current.on:
+            for share in range(view.shares):
+                if view.state[share] == ASKED:
+                    flight.replies[share] = loop.create_future()
+            self._record(flight)
+        patience = watch.FIRST_SECONDS if view.unknown else 3 * view.expected_s + watch.SLACK_SECONDS
+        flight.due = loop.time() + patience
+        self._watch.add(flight)
+        self._lookout.expect(flight.since)
+        self._settled(flight)
+        return done
+
+    @property
+    def busy(self) -> bool:
+        """Whether a layer has landed within the last TICK_SECONDS."""
+        return perf_counter() - self._landed_at < watch.TICK_SECONDS
+
+    async def turn(self) -> None:
+        """Lets the event loop have a turn, when it had none for TURN_SECONDS."""
+        if self._landed_at - self._turn_at > TURN_SECONDS:
+            self._turn_at = self._landed_at
+            await asyncio.sleep(0)
 
     def take(self, link: Link, message: Buffer, times: Times) -> bool:
         """Takes a node's reply that came at `times`; False when it answers no flight, or not as usual."""
@@ -138,7 +189,7 @@ class Flights:
     def arrived(self) -> None:
         """Replies were taken, here or as they were read."""
         for flight in self._flights:
-            if flight is None or flight.done.done():
+            if flight is None or flight.done is None or flight.done.done():
                 continue
             for share, reply in flight.replies.items():
                 if flight.view.state[share] == TAKEN and not reply.done():
@@ -220,12 +271,15 @@ class Flights:
 
     def release(self, flight: Flight) -> None:
         """A flight is over, whatever is still on its way. Does nothing the second time."""
-        if self._flights[flight.number] is flight:
-            self._flights[flight.number] = None
+        if self._flights[flight.number] is not flight:
+            return
+        self._flights[flight.number] = None
+        self._native.moehive_flight_release(self.handle, flight.number)
+        if flight.done is not None:
+            self._awaited -= 1
             self._watch.remove(flight)
-            if not flight.done.done():
+            if not flight.done.done() or flight.done.cancelled():  # as who awaits it is
                 self._lookout.came()
-            self._native.moehive_flight_release(self.handle, flight.number)
             for reply in flight.replies.values():
                 reply.cancel()
 
@@ -243,20 +297,31 @@ class Flights:
 
     def _settled(self, flight: Flight) -> None:
         """A share is over."""
-        if flight.view.waiting == 0 and not flight.done.done():
+        if flight.view.waiting == 0 and flight.done is not None and not flight.done.done():
             flight.done.set_result(None)
             self._lookout.came()
 
-    def _look_around(self) -> None:
-        """Finds out which nodes ran last on the processor that this thread has.
+    def _record(self, flight: Flight) -> None:
+        """Tells the timeline of a flight's round trips: of those that are over, and of those that `replies` has."""
+        for share, link in enumerate(flight.links):
+            if link is None:
+                continue
+            reply = flight.replies.get(share)
+            if reply is None:
+                if flight.view.state[share] != TAKEN:
+                    continue
+                reply = asyncio.get_running_loop().create_future()
+                reply.set_result(flight.trip(share))
+            timeline.current.hop(link.node, flight.sent.layer, reply, lambda trip: trip)
 
-        A message starts another node at once, but those only when this thread leaves (expert_node/courtesy.py), so
-        they are asked last.
-        """
-        here = current_processor()
-        for link in self._links:
-            if link is not None and link.speed.loopback:
-                link.peer.waits = link.processor() == here
+    def _eyes(self) -> int | None:
+        """The address of what native code looks with; None: nothing."""
+        if self._eyes_at is None:
+            eyes = self._lookout.eyes()
+            if eyes is None:
+                return None
+            self._eyes_at = ctypes.addressof(eyes.native)
+        return self._eyes_at
 
     def _way(self, layer: int) -> Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""

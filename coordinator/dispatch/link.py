@@ -55,6 +55,7 @@ class Peer(ctypes.Structure):
         ("next_id", ctypes.c_uint64),
         *((name, ctypes.c_int32) for name in ("others", "flying")),
         ("outlet", NativeOutlet),
+        ("inlet", ctypes.c_void_p),
         ("waits", ctypes.c_int64),
     )
 
@@ -65,7 +66,8 @@ class Peer(ctypes.Structure):
     others: int  # requests on the link that are no flight's
     flying: int  # those that are
     outlet: NativeOutlet
-    waits: int  # whether the node starts only when this thread leaves its processor, see flights.py
+    inlet: int | None  # address of an Inlet; None: only the event loop reads what the node sends
+    waits: int  # whether the node starts only when this thread leaves its processor, see cpp/flight.h
 
 
 class Landing(ctypes.Structure):
@@ -142,6 +144,7 @@ class Link:
         stream.on_end = self._ended
         stream.take_natively(self)
         self.peer.outlet = NativeOutlet(*stream.outlet())
+        self.peer.inlet = ctypes.addressof(stream.inlet())
         self._watching = asyncio.create_task(self._watch())
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
@@ -208,9 +211,15 @@ class Link:
         else:
             self._stream.sent_natively(where, size, taken)
 
-    def processor(self) -> int:
-        """Of a node on this machine, the processor that it ran on when it sent its latest bytes; -1: not known."""
-        return -1 if self._stream is None else self._stream.sent_from()
+    def settle(self) -> None:
+        """Credits what was read natively."""
+        if self._stream is not None:
+            self._stream.settle()
+
+    def go_on(self) -> None:
+        """Takes what was read natively and was not as usual."""
+        if self._stream is not None:
+            self._stream.go_on()
 
     async def close(self, sentence: str) -> None:
         """Ends the stream; requests in flight fail with `sentence`."""
@@ -299,7 +308,7 @@ class Link:
         if self._failure is not None:
             return
         self._failure = sentence
-        self.peer.outlet = NativeOutlet()
+        self.peer.outlet, self.peer.inlet = NativeOutlet(), None
         self._line.clear()
         for pending in list(self._pending.values()):
             if not pending.reply.done():

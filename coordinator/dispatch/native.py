@@ -2,14 +2,13 @@
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import numpy.typing as npt
 
 from moehive.kernels.library import load
 
-_ABI = 6
+_ABI = 7
 
 
 @functools.cache
@@ -38,6 +37,7 @@ def library() -> ctypes.CDLL:
         ("flight_settle", None, (pointer, size, size)),
         ("flight_rows", pointer, (pointer, size, size)),
         ("flight_sum", flag, (pointer, size, pointer)),
+        ("flight_land", size, (pointer, size, pointer, size, pointer)),
         ("flight_release", None, (pointer, size)),
     ):
         function = getattr(loaded, f"moehive_{name}")
@@ -49,17 +49,6 @@ def library() -> ctypes.CDLL:
 def take_function() -> int:
     """The address of what takes a node's replies as a connection reads them."""
     return ctypes.cast(library().moehive_flight_take, ctypes.c_void_p).value or 0
-
-
-def current_processor() -> int:
-    """That this thread runs on now; -2: not known."""
-    ask = _sched_getcpu()
-    return -2 if ask is None else int(ask())
-
-
-@functools.cache
-def _sched_getcpu() -> Callable[[], int] | None:
-    return getattr(ctypes.CDLL(None), "sched_getcpu", None)
 
 
 def address(array: npt.NDArray[Any]) -> int:

@@ -112,6 +112,7 @@ using namespace moehive;
 EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Times* times, Take take, void* taker, uint8_t* buffer,
                              int64_t room, int64_t filled, Served* served) {
   Socket* const socket = sending->socket;
+  if (!socket) return kBroken;
   if (filled == 0) times->read_at = now();  // else the beginning of a message is there
   times->came_at = 0;
   *served = {};

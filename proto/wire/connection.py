@@ -5,7 +5,6 @@ Whatever ends the connection ends its streams with UNAVAILABLE.
 
 import asyncio
 import logging
-import socket
 import struct
 from collections.abc import Sequence
 
@@ -24,6 +23,7 @@ from .status import ANSWER, Fields
 from .stream import Stream
 from .tls import OtherSide
 from .transport import Transport
+from .windows import Inlet
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,11 @@ class Connection:
         """See Told."""
         self._keepalive.quiet_ticks = 0
         self._read(None, nbytes)
+        self.serving.settle()
+
+    def read(self) -> None:
+        """Reads what has come."""
+        self._transport.read()
 
     def read_on(self, start: int, filled: int, read_at: int) -> None:
         """So many bytes, read at that time, are in the reader's buffer; those up to `start` are done with."""
@@ -161,14 +166,9 @@ class Connection:
         if stream.number in self.streams:
             self._transport.write(frames.window_update(stream.number, length))
 
-    def sent_from(self) -> int:
-        """See Stream.sent_from. Linux only: loopback hands bytes over on the sender's processor."""
-        if not hasattr(socket, "SO_INCOMING_CPU"):
-            return -1
-        try:
-            return self._transport.socket.getsockopt(socket.SOL_SOCKET, socket.SO_INCOMING_CPU)
-        except OSError:
-            return -1
+    def inlet(self) -> Inlet:
+        """See Stream.inlet."""
+        return self.serving.inlet(self._transport.socket.fileno())
 
     def say_goodbye(self) -> None:
         """Takes no new streams."""

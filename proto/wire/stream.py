@@ -13,7 +13,7 @@ import grpc.aio
 from . import status
 from .frames import ErrorCode, FrameError
 from .messages import PREFIX_BYTES, Assembler, Buffer
-from .windows import Outlet, Taker, Times, Windows
+from .windows import Inlet, Outlet, Taker, Times, Windows
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -92,6 +92,22 @@ class Stream:
         """From now on `taker` gets each whole message before `on_message` does; of one stream of a connection."""
         self._connection.serving.take(self, taker)
 
+    def inlet(self) -> Inlet:
+        """How native code reads the messages that a taker takes, on the event loop's thread, while it is `usual`.
+
+        It lasts as long as this stream. Who has read by it calls `settle` now and then, and `go_on` after a reading
+        that it has left to the connection.
+        """
+        return self._connection.inlet()
+
+    def settle(self) -> None:
+        """Credits what an inlet has read."""
+        self._connection.serving.settle()
+
+    def go_on(self) -> None:
+        """Takes what an inlet has read and left to the connection."""
+        self._connection.serving.go_on()
+
     async def drain(self) -> None:
         """Returns once what was sent has left, or nearly. Raises AioRpcError when the call has failed."""
         while self.failure is None and (self.outgoing or self._sender.paused):
@@ -105,10 +121,6 @@ class Stream:
             return
         self.closed = True
         self._connection.end(self, trailers)
-
-    def sent_from(self) -> int:
-        """On loopback, the processor that the other side ran on when it sent its latest bytes; -1: not known."""
-        return self._connection.sent_from()
 
     def cancel(self) -> None:
         """Wants nothing of this call any more."""

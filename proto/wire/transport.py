@@ -130,8 +130,8 @@ class Transport:
         told.sending.socket = self.handle
         told.connection_made(self)
         if not self._closing:
-            self._loop.add_reader(self._descriptor, self._readable)
-            self._loop.call_soon(self._readable)  # TLS may have read something with the handshake
+            self._loop.add_reader(self._descriptor, self.read)
+            self._loop.call_soon(self.read)  # TLS may have read something with the handshake
 
     def write(self, data: Buffer) -> None:
         """Sends bytes, which must stay as they are until they have left."""
@@ -223,7 +223,8 @@ class Transport:
             self._paused = False
             self._told.resume_writing()
 
-    def _readable(self) -> None:
+    def read(self) -> None:
+        """Reads what has come; the event loop calls it when something has."""
         total = 0
         while not self._closing:
             got = self._told.serve()
@@ -237,7 +238,7 @@ class Transport:
                     if got < len(room):
                         return
                     if total > READ_AT_ONCE:
-                        self._loop.call_soon(self._readable)
+                        self._loop.call_soon(self.read)
                         return
                     continue
             elif got >= MUCH_READ:

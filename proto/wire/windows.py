@@ -64,6 +64,24 @@ class Served(ctypes.Structure):
     refused: int  # whether that is the whole reply, without its head, because the windows do not let it through
 
 
+class Inlet(ctypes.Structure):
+    """How native code reads a stream's messages. Inlet of coordinator/dispatch/cpp/inlet.h, field for field."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("serve", "sending", "windows", "times", "take", "taker", "buffer", "served")
+        ),
+        *((name, ctypes.c_int64) for name in ("room", "descriptor", "taken", "got", "usual")),
+    )
+
+    served: int  # the address of a Served
+    descriptor: int  # of the socket
+    taken: int  # bytes of data of messages that it took, and that nobody has counted
+    got: int  # what the latest reading returned, when it is left to the connection; see moehive_serve
+    usual: int  # whether it may read now
+
+
 class Outlet(NamedTuple):
     """How native code sends a stream's messages: function(sending, windows, message, size), see moehive_send."""
 

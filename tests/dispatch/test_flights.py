@@ -2,7 +2,12 @@
 
 import asyncio
 import ctypes
-from typing import Any, ClassVar, cast
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moehive.coordinator.dispatch import flights, sums
+from moehive.coordinator.dispatch import sums
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.flight import Flight
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
@@ -22,7 +27,7 @@ from moehive.kernels.geometry import ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.ops import Reduction
 from moehive.proto import experts_pb2 as pb
 from moehive.proto.tensors import parse_reply, parse_request, read_request, rows_tensor
-from moehive.proto.wire.windows import Times
+from moehive.proto.wire.windows import HEAD_BYTES, Inlet, Times
 
 HIDDEN, TOP_K = 24, 3
 
@@ -35,7 +40,6 @@ class Quiet:
     def __init__(self, node: str) -> None:
         self.node = NodeName(node)
         self.speed = LinkSpeed(loopback=True)
-        self.ran_on = -1
         self.peer = Peer(next_id=ord(node))
         self.peer_at = ctypes.addressof(self.peer)
         self.flights: Any = None
@@ -43,12 +47,6 @@ class Quiet:
 
     def send_flight(self, where: int, size: int, taken: int) -> None:
         self.asked.append(ctypes.string_at(where, size))
-        self.order.append(self.node)
-
-    order: ClassVar[list[str]] = []  # in which all were asked
-
-    def processor(self) -> int:
-        return self.ran_on
 
 
 def dispatcher(owners: list[str], reduction: Reduction) -> tuple[Dispatcher, dict[str, Quiet]]:
@@ -69,9 +67,15 @@ def begin(made: Dispatcher, tokens: int, dtype: torch.dtype, ids: Any = None) ->
     hidden = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(tokens)).to(dtype)
     if ids is None:
         ids = np.arange(tokens * TOP_K).reshape(tokens, TOP_K) % 4
-    flight = made._flights.begin(sent(hidden, ids))
+    flight = made._flights.ask(sent(hidden, ids))
     assert flight is not None
+    made._flights.wait(flight)
     return flight
+
+
+def over(flight: Flight) -> bool:
+    assert flight.done is not None
+    return flight.done.done()
 
 
 def answer(message: bytes, rows: torch.Tensor) -> bytes:
@@ -103,9 +107,9 @@ def test_a_flight_asks_and_adds_up_what_a_larger_layer_would(
             pairs = reduction is Reduction.PER_EXPERT
             rows = torch.randn(len(share.pairs) if pairs else len(share.tokens), HIDDEN).to(dtype)
             parts.append(Rows(share, link.node, rows_tensor(answer_values(rows), dtype, *rows.shape)))
-            assert not flight.done.done()
+            assert not over(flight)
             assert made._flights.take(cast(Link, link), answer(message, rows), Times())
-        assert flight.done.done() and flight.plain
+        assert over(flight) and flight.plain
         total, finite = made._flights.sum(flight)
         assert finite and torch.equal(total, add_up(parts, (tokens, TOP_K), flight.sent.hidden, reduction).total)
         asked = {link.node: len(link.asked) for link in links.values() if link.asked}
@@ -178,20 +182,27 @@ def test_what_is_dropped_or_lost_leaves_nothing_in_hand() -> None:
         for link in links.values():  # so that something is expected of it
             made._speeds.of(link.node).note(1, 1, 1000, 1e-3, 0)
         hidden, ids, weights = torch.randn(1, HIDDEN), torch.tensor([[0, 1, 2]]), torch.ones(1, TOP_K)
-        waiting = made.submit(0, hidden, ids, weights)
         speeds = [made._speeds.of(link.node) for link in links.values()]
-        assert all(link.peer.flying == 1 for link in links.values()) and all(s.backlog_s > 0 for s in speeds)
-        assert made._flights._lookout.expected == 1
-        del waiting
-        assert made._flights._lookout.expected == 0
-        assert all(link.peer.flying == 0 for link in links.values()) and not any(s.backlog_s for s in speeds)
+        for waits in (False, True):
+            layer = made.submit(0, hidden, ids, weights)
+            assert all(link.peer.flying == 1 for link in links.values()) and all(s.backlog_s > 0 for s in speeds)
+            if waits:
+                waiting = asyncio.ensure_future(layer)
+                await asyncio.sleep(0)
+                assert made._flights._lookout.expected == 1
+                waiting.cancel()
+                await asyncio.wait([waiting])
+                del waiting
+            del layer
+            assert made._flights._lookout.expected == 0
+            assert all(link.peer.flying == 0 for link in links.values()) and not any(s.backlog_s for s in speeds)
         flight = begin(made, 1, torch.float32)
         made._flights.lost(cast(Link, links["a"]), NodeUnavailable(NodeName("a"), "Node a is gone."))
-        assert not flight.done.done() and links["a"].peer.flying == 0 and not speeds[0].backlog_s
+        assert not over(flight) and links["a"].peer.flying == 0 and not speeds[0].backlog_s
         assert made._flights.take(
             cast(Link, links["b"]), answer(links["b"].asked[-1], torch.ones(1, HIDDEN)), Times()
         )
-        assert flight.done.done() and not flight.plain
+        assert over(flight) and not flight.plain
         assert made._flights._lookout.expected == 0
         parts, failed = made._flights.apart(flight)
         assert [rows.node for rows in parts] == ["b"] and [share.pairs.tolist() for share in failed] == [[0, 2]]
@@ -207,7 +218,7 @@ def test_a_link_takes_so_many_flights_and_no_more(tokens: int) -> None:
         made, links = dispatcher(["a"] * 4, Reduction.PARTIAL_SUM)
         flights = [begin(made, tokens, torch.float32) for _ in range(MAX_IN_FLIGHT)]
         hidden, ids = torch.randn(tokens, HIDDEN), np.zeros((tokens, TOP_K), np.int64)
-        assert made._flights.begin(sent(hidden, ids)) is None
+        assert made._flights.ask(sent(hidden, ids)) is None
         for flight in flights:
             made._flights.release(flight)
         assert links["a"].peer.flying == 0
@@ -216,21 +227,56 @@ def test_a_link_takes_so_many_flights_and_no_more(tokens: int) -> None:
     asyncio.run(main())
 
 
-def test_who_has_this_processor_is_asked_last(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says who ran where")
+def test_who_has_this_processor_is_asked_last() -> None:
     async def main() -> None:
         made, links = dispatcher(["a", "b", "a", "b"], Reduction.PARTIAL_SUM)
-        monkeypatch.setattr(flights, "current_processor", lambda: 3)
-        for ran_on, wanted in (((3, 0), "ba"), ((0, 3), "ab"), ((-1, -1), "ab"), ((3, 3), "ab")):
-            links["a"].ran_on, links["b"].ran_on = ran_on
-            for step in range(1, flights._LOOK_EVERY + 2):  # it does not look at each layer
-                Quiet.order.clear()
-                hidden = torch.ones(1, HIDDEN)
-                flight = made._flights.begin(sent(hidden, np.arange(TOP_K).reshape(1, TOP_K), step))
-                assert flight is not None
-                made._flights.release(flight)
-            assert Quiet.order == list(wanted)
+        hidden, ids = torch.ones(1, HIDDEN), np.arange(TOP_K).reshape(1, TOP_K)
+        here = sorted(os.sched_getaffinity(0))[0]
+        os.sched_setaffinity(0, {here})
+        order: list[str] = []
 
-    asyncio.run(main())
+        def outlet(name: str) -> Any:
+            def send(sending: int, windows: int, message: int, size: int) -> int:
+                order.append(name)
+                return size + HEAD_BYTES
+
+            return ctypes.CFUNCTYPE(*(ctypes.c_int64,) * 5)(send)
+
+        outlets = {name: outlet(name) for name in links}
+        for name, link in links.items():
+            link.peer.outlet.send = ctypes.cast(outlets[name], ctypes.c_void_p).value
+        for ran_here, wanted in (("a", "ba"), ("b", "ab"), ("", "ab"), ("ab", "ab")):
+            with ExitStack() as ends:
+                inlets = {}
+                for name, link in links.items():
+                    there = here if name in ran_here else None
+                    inlets[name] = Inlet(descriptor=ends.enter_context(received(there)))
+                    link.peer.inlet = ctypes.addressof(inlets[name])
+                for turn in range(2):  # the first one finds out
+                    order.clear()
+                    flight = made._flights.ask(sent(hidden, ids, turn))
+                    assert flight is not None
+                    made._flights.release(flight)
+                assert order == list(wanted)
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))  # this one keeps its processors
+    thread.start()
+    thread.join()
+
+
+@contextmanager
+def received(processor: int | None) -> Iterator[int]:
+    """The descriptor of a connection that bytes have come to, sent from a processor; None: nobody knows where."""
+    if processor is None:
+        ours, theirs = socket.socketpair()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            ours = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+        theirs.send(b"?")  # by this thread, which has that processor
+    with ours, theirs:
+        yield ours.fileno()
 
 
 def test_memory_that_is_asked_with_again_is_read_again() -> None:
@@ -241,7 +287,7 @@ def test_memory_that_is_asked_with_again_is_read_again() -> None:
         for expert in range(3):
             hidden[:] = expert
             ids[0] = expert, 3, 3
-            flight = made._flights.begin(one)
+            flight = made._flights.ask(one)
             assert flight is not None
             got, routing = read_request(parse_request(links["a"].asked[-1]))
             assert torch.equal(got, hidden) and routing.experts.tolist() == [expert, 3, 3]

@@ -13,6 +13,7 @@ from moehive.coordinator.types import NodeName, NodeUnavailable
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.windows import Inlet
 
 Serve: TypeAlias = Callable[[list[pb.ComputeRequest], Any], Awaitable[None]]
 SECONDS = 20
@@ -50,6 +51,9 @@ class Silent:
 
     def outlet(self) -> tuple[int, int, int]:
         return 0, 0, 0
+
+    def inlet(self) -> Inlet:
+        return Inlet()
 
     def cancel(self) -> None:
         pass

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -163,35 +162,6 @@ def test_our_client_asks_grpcs_server_and_ours(authority: Authority, secure: boo
         await ours.stop(0)
 
     run(main)
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux says it")
-def test_on_loopback_it_is_known_where_the_other_side_ran(authority: Authority, secure: bool) -> None:
-    async def main() -> int:
-        service, node = Service(), node_identity(authority, "a")
-        server = Server(CallGuard({}))
-        server.add_registered_method_handlers("test.Service", service.handlers())
-        port = await server.listen("127.0.0.1", 0, server_context(lambda: node) if secure else None)
-        channel = Channel(f"127.0.0.1:{port}", authority.issue_coordinator() if secure else None, node_dns_name("a"))
-        echo = await channel.open(ECHO, metadata())
-        echo.send((b"hello",))
-        assert await echo.read() == b"hello"
-        found = echo.sent_from()
-        await channel.close()
-        await server.stop(0)
-        return found
-
-    def there(processor: int, found: list[int]) -> None:
-        os.sched_setaffinity(0, {processor})  # of this thread
-        found.append(asyncio.run(main()))
-
-    processors = sorted(os.sched_getaffinity(0))
-    found: list[int] = []
-    for processor in processors:
-        thread = threading.Thread(target=there, args=(processor, found))
-        thread.start()
-        thread.join()
-    assert found == processors
 
 
 class Opened:

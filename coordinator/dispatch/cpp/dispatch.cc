@@ -12,7 +12,7 @@ using moehive::Flights;
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_dispatch_abi() { return 6; }
+EXPORT int32_t moehive_dispatch_abi() { return 7; }
 
 // See Choice; `owner` [experts] also gets the first holder of each expert that `ids` does not name. 0, or 1: no memory.
 EXPORT int32_t moehive_choose(const int32_t* holders, int64_t experts, int64_t most, const double* base,
@@ -116,6 +116,16 @@ EXPORT const uint8_t* moehive_flight_rows(Flights* flights, int64_t flight, int6
 EXPORT int32_t moehive_flight_sum(Flights* flights, int64_t flight, uint8_t* out) {
   try {
     return flights->at(flight).sum(out);
+  } catch (const std::bad_alloc&) {
+    return -1;
+  }
+}
+
+// See Flights::land, -1: no memory. `eyes`: null, it does not wait.
+EXPORT int64_t moehive_flight_land(Flights* flights, int64_t flight, const moehive::Eyes* eyes, int64_t look,
+                                   uint8_t* out) {
+  try {
+    return flights->land(flight, eyes, look, out);
   } catch (const std::bad_alloc&) {
     return -1;
   }

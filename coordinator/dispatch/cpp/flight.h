@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "choice.h"
+#include "inlet.h"
 #include "speeds.h"
 #include "split.h"
 
@@ -38,7 +39,8 @@ struct Peer {
   int32_t others;  // requests on the link that are no flight's
   int32_t flying;  // those that are
   Outlet outlet;
-  int64_t waits;  // whether it begins only when this thread leaves its processor, see flights.py
+  Inlet* inlet;   // null: only the event loop reads what it sends
+  int64_t waits;  // whether it begins only when this thread leaves its processor, see look_around
 };
 
 class Flights;
@@ -57,6 +59,14 @@ struct Way {
   int64_t experts, most, nodes, local, k, hidden_size, expert_bytes;
   uint64_t epoch, id_step;
   uint32_t layer, reduction, has_choice;
+};
+
+// What came of waiting for a flight's answers.
+enum Landed : int64_t {
+  kNotFinite,  // they are there, and their sum is no number
+  kFinite,     // they are added up
+  kLater,      // the event loop waits for them
+  kOdd,        // it does, once it has gone on with what the inlets have left to it
 };
 
 enum State : int64_t { kAsked, kHere, kTaken, kFailed };  // of a share; kHere: this process is to compute it
@@ -78,6 +88,8 @@ struct View {
   int64_t shares, waiting;  // and those of them that are not over
   int64_t here;             // the share of this process's own experts, or -1
   int64_t unknown;          // whether nobody knows how long some node takes
+  int64_t unsent;           // messages that did not leave whole
+  int64_t owed;             // the most bytes that one of those inlets has read, and nobody has counted
   double expected_s;        // until the last answer, by what is known
   const int64_t* block;     // see moehive_split
   int64_t state[kMaxShares], node[kMaxShares];
@@ -113,7 +125,7 @@ class Flight {
       if (!exact_ && peer.link->eight_bit(heads[i].rows * width_)) return false;
       room += heads[i].rows * width_ + heads[i].bytes + kHeadRoom;
     }
-    view.shares = view.waiting = count, view.here = -1, view.unknown = 0, view.expected_s = 0.0;
+    view.shares = view.waiting = count, view.here = -1, view.unknown = view.unsent = view.owed = 0, view.expected_s = 0.0;
     view.block = block_.data();
     shares_.resize(count);
     if (static_cast<int64_t>(messages_.size()) < room) messages_.resize(room);
@@ -143,6 +155,7 @@ class Flight {
     }
     rows_.resize(out);
     send();
+    look_around();
     return true;
   }
 
@@ -194,6 +207,30 @@ class Flight {
     peer.speed->note(one.rows, one.pairs, one.bytes, took, layers);
     settle(share, kTaken);
     return true;
+  }
+
+  // Whether nothing but this flight's answers is to come where they come, as usual.
+  bool alone() const {
+    for (int64_t i = 0; i < view.shares; ++i) {
+      const Peer& peer = *shares_[i].peer;
+      if (view.state[i] == kAsked && !(peer.inlet && peer.inlet->usual && peer.others == 0)) return false;
+      if (view.state[i] == kHere || view.state[i] == kFailed) return false;
+    }
+    return true;
+  }
+
+  // Reads what has come of its answers; kNothing, or whether it was answers alone.
+  int64_t read() {
+    int64_t came = kNothing;
+    for (int64_t i = 0; i < view.shares; ++i) {
+      if (view.state[i] != kAsked) continue;
+      Inlet& inlet = *shares_[i].peer->inlet;
+      const int64_t some = inlet.read();
+      if (some == 0) return 0;
+      came = std::max(came, some);
+      view.owed = std::max(view.owed, inlet.taken);
+    }
+    return came;
   }
 
   // The rows of a share that was computed here.
@@ -379,7 +416,18 @@ class Flight {
         const Outlet& outlet = shares_[i].peer->outlet;
         uint8_t* const message = reinterpret_cast<uint8_t*>(view.message[i]);
         view.sent[i] = outlet.send ? outlet.send(outlet.sending, outlet.windows, message, view.size[i]) : kNotSent;
+        view.unsent += view.sent[i] != view.size[i] + kFrameHead;
       }
+    }
+  }
+
+  // Finds out which nodes ran last on the processor that this thread has. A message starts another node at once, but
+  // those only when this thread leaves (expert_node/courtesy.py), so they are asked last the next time.
+  void look_around() {
+    const int here = this_processor();
+    for (int64_t i = 0; i < view.shares; ++i) {
+      Peer& peer = *shares_[i].peer;
+      if (view.state[i] == kAsked && peer.inlet && peer.link->loopback) peer.waits = peer.inlet->sender() == here;
     }
   }
 
@@ -446,6 +494,20 @@ class Flights {
     open_.erase(std::remove_if(open_.begin(), open_.end(), [number](const Open& one) { return one.flight == number; }),
                 open_.end());
     free_.push_back(number);
+  }
+
+  // Waits for a flight's answers, looking for so many nanoseconds first, and adds them up as Flight::sum does.
+  Landed land(int64_t number, const Eyes* eyes, int64_t look, uint8_t* out) {
+    sched_yield();  // nodes on this machine that were just asked go first: the layer waits for them
+    Flight& flight = at(number);
+    if (!flight.alone()) return kLater;
+    for (bool came = false;; came = true) {
+      const int64_t read = flight.read();
+      if (read == 0) return kOdd;
+      if (flight.view.waiting == 0) return flight.sum(out) ? kFinite : kNotFinite;
+      if (came && read == kNothing) return kLater;  // something else has
+      if (!eyes || !(eyes->look_for(look) || eyes->ready(kPatienceMs))) return kLater;
+    }
   }
 
   Flight& at(int64_t number) { return *flights_[number]; }
