@@ -190,6 +190,11 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._lookout.came()
         return not self._in_worker and not self.draining and self._plain.ready()
 
+    @property
+    def patience(self) -> tuple[int | None, int]:
+        """See Taker: while requests come one after the other."""
+        return self._lookout.patience() if self.busy else (None, 0)
+
     def took(self, messages: int) -> None:
         """See Taker."""
         if messages:

@@ -26,7 +26,7 @@ AT_ONCE_SECONDS = 15e-6  # a loop that comes back later had something else to do
 
 
 class NativeEyes(ctypes.Structure):
-    """What native code that waits looks with: Eyes of coordinator/dispatch/cpp/inlet.h, field for field."""
+    """What native code that waits looks with: Eyes of cpp/inlet.h, field for field."""
 
     _fields_ = (
         ("look", ctypes.c_void_p),
@@ -38,7 +38,7 @@ class NativeEyes(ctypes.Structure):
 class Eyes(Protocol):
     """What a lookout looks with."""
 
-    native: NativeEyes
+    native_at: int  # the address of a NativeEyes
 
     def look(self, seconds: float) -> bool:
         """Returns when the loop has something to do, after `seconds` at the latest.
@@ -60,7 +60,8 @@ class ThisMachine:
         self._load = os.open("/proc/loadavg", os.O_RDONLY | os.O_CLOEXEC)
         weakref.finalize(self, os.close, self._load)
         where = ctypes.cast(self._look, ctypes.c_void_p).value
-        self.native = NativeEyes(where, descriptor, self._load, self._processors)
+        self._native = NativeEyes(where, descriptor, self._load, self._processors)
+        self.native_at = ctypes.addressof(self._native)
 
     def look(self, seconds: float) -> bool:
         """See Eyes."""
@@ -108,17 +109,19 @@ class Lookout:
             self._looking = True
             self._loop.call_soon(self._look)
 
+    def patience(self) -> tuple[int | None, int]:
+        """With what native code may wait for a message: see Taker.patience."""
+        eyes = self.eyes()
+        if eyes is None:
+            return None, 0
+        return eyes.native_at, int(self._watch * 1e9) if self._watch >= SHORTEST_SECONDS else 0
+
     def eyes(self) -> Eyes | None:
         """What there is to look with; None: nothing."""
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._eyes = self._make_eyes(self._loop)
         return self._eyes
-
-    @property
-    def seconds(self) -> float:
-        """For how long it pays to look for a message."""
-        return self._watch if self._watch >= SHORTEST_SECONDS else 0.0
 
     def came(self) -> None:
         """A message came, or never will. Does nothing when none was expected."""

@@ -4,7 +4,7 @@ import ctypes
 import functools
 from importlib.resources import files
 
-_ABI = 6
+_ABI = 7
 
 
 @functools.cache
@@ -38,6 +38,7 @@ def library() -> ctypes.CDLL:
         ("socket_certificate", size, (pointer, pointer, size)),
         ("socket_speaks_http2", flag, (pointer,)),
         ("serve", size, (*(pointer,) * 6, size, size, pointer)),
+        ("serve_on", size, (*(pointer,) * 6, size, size, pointer, pointer, size)),
         ("send", size, (*(pointer,) * 3, size)),
     ):
         function = getattr(loaded, f"moehive_{name}")

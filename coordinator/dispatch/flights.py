@@ -61,7 +61,6 @@ class Flights:
         self._watch = watching
         self._on_failed = on_failed
         self._lookout = Lookout()  # for the last answer to a flight
-        self._eyes_at: int | None = None  # of a NativeEyes
         self._awaited = 0  # flights that are waited for on the event loop
         self._turn_at = 0.0  # seconds: when the loop had a turn for certain
         self._landed_at = 0.0  # seconds: the latest flight that nobody awaited
@@ -126,9 +125,7 @@ class Flights:
             return None
         total = self._sums.room(flight.kind, flight.sent.hidden)
         start = flight.since = perf_counter()
-        landed = self._land(
-            self.handle, flight.number, self._eyes(), int(self._lookout.seconds * 1e9), total.data_ptr()
-        )
+        landed = self._land(self.handle, flight.number, *self._lookout.patience(), total.data_ptr())
         if landed == FINITE:
             self._landed_at = perf_counter()
             self._lookout.learn(self._landed_at - start)
@@ -313,15 +310,6 @@ class Flights:
                 reply = asyncio.get_running_loop().create_future()
                 reply.set_result(flight.trip(share))
             timeline.current.hop(link.node, flight.sent.layer, reply, lambda trip: trip)
-
-    def _eyes(self) -> int | None:
-        """The address of what native code looks with; None: nothing."""
-        if self._eyes_at is None:
-            eyes = self._lookout.eyes()
-            if eyes is None:
-                return None
-            self._eyes_at = ctypes.addressof(eyes.native)
-        return self._eyes_at
 
     def _way(self, layer: int) -> Way:
         """How a layer is asked for as of now. Raises NotReady before the first plan."""

@@ -190,6 +190,8 @@ class Link:
         self._flights = flights
         self._landing.flights = flights.handle
 
+    patience = None, 0  # see Taker: who asks waits for answers itself
+
     def ready(self) -> bool:
         """See Taker."""
         return self._flights is not None

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "inlet.h"
 #include "socket.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -14,23 +15,15 @@ namespace moehive {
 
 constexpr int64_t kHeaderBytes = 9, kPrefixBytes = 5;
 constexpr int64_t kKeptBytes = 64 << 10;
+constexpr int64_t kStay = 10'000'000;  // nanoseconds without Python, whose timers are as late
 constexpr int64_t kHeadBytes = kHeaderBytes + kPrefixBytes;  // of a frame that is one message
-
-// proto/wire/windows.py has these, field for field. When a stream's latest message came and its latest reply went,
-// nanoseconds of this process's monotonic clock; 0: not yet.
-struct Times {
-  int64_t read_at;   // the reading of its bytes began
-  int64_t came_at;   // it was there; who takes the first of what one reading brought says so
-  int64_t ready_at;  // the latest reply's content was there; who takes says so
-  int64_t sent_at;   // a reply's bytes had left
-};
 
 // Takes a message: whether it did. A reply's bytes are at `*reply`, none if there are no bytes, and before them are
 // `kHeadBytes` of room.
 using Take = int32_t (*)(void* taker, const uint8_t* message, int64_t size, Times* times, uint8_t** reply,
                          int64_t* reply_size);
 
-// Of a connection:
+// proto/wire/windows.py has both, field for field. Of a connection:
 struct Sending {
   Socket* socket;         // null: it is closed
   int64_t window;         // bytes that the other side takes, of all streams
@@ -44,16 +37,6 @@ struct Windows {
   int64_t send;     // bytes that the other side takes
   int64_t receive;  // bytes that it may still send
   int64_t largest;  // bytes of a message that is taken
-};
-
-// What `serve` found; proto/wire/windows.py has it, field for field.
-struct Served {
-  int64_t filled, consumed;  // bytes in the buffer, and those of them that are done with
-  int64_t taken, messages;   // bytes of data of the messages that were taken, and those
-  int64_t unsent;            // bytes of the last reply's frame that did not leave, see `unsent_at`
-  const uint8_t* unsent_at;
-  int64_t kept;              // whether the buffer begins with a message that is not whole yet
-  int64_t refused;           // the last reply, without its head, is at `unsent_at`: the windows do not let it through
 };
 
 namespace {
@@ -148,6 +131,27 @@ EXPORT int64_t moehive_serve(Sending* sending, Windows* stream, Times* times, Ta
     times->sent_at = now();
   }
   served->filled = filled, served->consumed = at;
+  return came;
+}
+
+// As moehive_serve, and goes on while nothing but such messages comes, each waited for as Eyes::wait does; `eyes`: null,
+// it does not. `served` then counts the messages of all readings.
+EXPORT int64_t moehive_serve_on(Sending* sending, Windows* stream, Times* times, Take take, void* taker, uint8_t* buffer,
+                                int64_t room, int64_t filled, Served* served, const Eyes* eyes, int64_t look) {
+  const int64_t start = now();
+  int64_t came = moehive_serve(sending, stream, times, take, taker, buffer, room, filled, served);
+  if (!eyes) return came;
+  while (came > 0 && served->all() && !sending->waiting && now() - start < kStay) {
+    const Served before = *served;
+    if (!eyes->wait(look)) break;
+    const int64_t more = moehive_serve(sending, stream, times, take, taker, buffer, room, 0, served);
+    if (more <= 0) {  // the next reading says it
+      *served = before;
+      break;
+    }
+    came = more;
+    served->taken += before.taken, served->messages += before.messages;
+  }
   return came;
 }
 

@@ -64,7 +64,7 @@ INLINE void unround_group(const int8_t* steps, float scale, int64_t n, float* ou
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_proto_abi() { return 6; }
+EXPORT int32_t moehive_proto_abi() { return 7; }
 
 // `from` [rows, columns] f32 or bf16 of any alignment: steps [rows, columns], scales [rows, groups of 64 columns].
 EXPORT BEST_OF_EACH void moehive_round(const char* from, int32_t bf16, int64_t rows, int64_t columns, int8_t* steps,

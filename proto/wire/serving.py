@@ -31,7 +31,7 @@ class Serving:
         self._taking: tuple[Stream, Taker] | None = None  # the stream whose messages are taken
         self._served = Served()
         self._places = ctypes.addressof(self._sending), ctypes.addressof(self._served)
-        self._native_serve = library().moehive_serve
+        self._native_serve = library().moehive_serve_on
         self._inlet: Inlet | None = None
 
     def take(self, stream: Stream, taker: Taker) -> None:
@@ -46,7 +46,7 @@ class Serving:
         sending, served = self._places
         buffer, room = self._reader.place
         self._inlet = Inlet(
-            serve=ctypes.cast(self._native_serve, ctypes.c_void_p).value,
+            serve=ctypes.cast(library().moehive_serve, ctypes.c_void_p).value,
             sending=sending,
             windows=stream.windows_at,
             times=stream.times_at,
@@ -111,6 +111,7 @@ class Serving:
             *reader.place,
             reader.filled,
             found,
+            *taker.patience,
         )
         self._finish(got)
         return got

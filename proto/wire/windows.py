@@ -32,7 +32,7 @@ class Windows(ctypes.Structure):
 
 
 class Times(ctypes.Structure):
-    """When a stream's latest message came and its latest reply went. Times of cpp/messages.cc, field for field.
+    """When a stream's latest message came and its latest reply went. Times of cpp/inlet.h, field for field.
 
     Nanoseconds of this process's monotonic clock, as `perf_counter_ns`; 0: not yet.
     """
@@ -46,7 +46,7 @@ class Times(ctypes.Structure):
 
 
 class Served(ctypes.Structure):
-    """What one reading found. Served of cpp/messages.cc, field for field."""
+    """What one reading found, or several. Served of cpp/inlet.h, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("filled", "consumed", "taken", "messages", "unsent")),
@@ -65,7 +65,7 @@ class Served(ctypes.Structure):
 
 
 class Inlet(ctypes.Structure):
-    """How native code reads a stream's messages. Inlet of coordinator/dispatch/cpp/inlet.h, field for field."""
+    """How native code reads a stream's messages. Inlet of cpp/inlet.h, field for field."""
 
     _fields_ = (
         *(
@@ -102,7 +102,15 @@ class Taker(Protocol):
         """What it is called with."""
 
     def ready(self) -> bool:
-        """Whether it takes messages now. Asked before each reading."""
+        """Whether it takes messages now, and until the event loop's next turn. Asked before each reading."""
+
+    @property
+    def patience(self) -> tuple[int | None, int]:
+        """With what the next message is waited for once one was taken, without a turn of the event loop.
+
+        The address of a NativeEyes (proto/lookout.py), and for how many nanoseconds it looks before it sleeps; None:
+        it is not waited for.
+        """
 
     def took(self, messages: int) -> None:
         """So many were taken, perhaps none."""

@@ -34,6 +34,8 @@ class Watched:
         self.on_look: Callable[[], None] = lambda: None
         self.lookout = Lookout(lambda loop: self, lambda: self.now)
 
+    native_at = 7
+
     def look(self, seconds: float) -> bool:
         if self.spared:
             self.looks.append(seconds)
@@ -53,6 +55,22 @@ class Watched:
             await asyncio.sleep(0)
         looks, self.looks = self.looks, []
         return looks
+
+
+@pytest.mark.parametrize("gap", [0.0, GAP, LONG])
+def test_native_code_looks_as_long_as_the_loop_would(gap: float) -> None:
+    async def main() -> None:
+        watched = Watched()
+        assert watched.lookout.patience() == (7, 0)
+        watched.lookout.learn(gap)
+        wanted = 2 * GAP if gap == GAP else 0.0
+        assert watched.lookout.patience() == (7, int(wanted * 1e9))
+        watched.lookout.expect(since=watched.now - gap)  # waited for natively until now
+        watched.lookout.came()
+        assert watched.lookout.patience() == (7, int(wanted * 1e9))
+        assert Lookout(lambda loop: None).patience() == (None, 0)
+
+    asyncio.run(main())
 
 
 def on_loop(test: Callable[[Watched], Coroutine[Any, Any, None]]) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import selectors
 import socket
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from moehive.coordinator.cluster.trust import Authority
 from moehive.proto.channel import node_dns_name
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
+from moehive.proto.lookout import ThisMachine
 from moehive.proto.wire import frames
 from moehive.proto.wire.channel import Channel
 from moehive.proto.wire.messages import prefix
@@ -43,7 +45,8 @@ class Reverser:
 
     def __init__(self) -> None:
         self.taken = 0
-        self.told = 0
+        self.told = self.turns = 0
+        self.patience: tuple[int | None, int] = None, 0
         self.several = asyncio.Event()
         self._room = ctypes.create_string_buffer(HEAD_BYTES + MAX_BYTES)
         self._call = _TAKE(self._take)
@@ -55,6 +58,7 @@ class Reverser:
 
     def took(self, messages: int) -> None:
         self.told += messages
+        self.turns += messages > 0
 
     def _take(self, context: int, message: int, size: int, times: Any, reply: Any, reply_size: Any) -> int:
         if size % 3 == 2 or size == 0:
@@ -166,6 +170,52 @@ def test_whatever_the_pieces_that_come(messages: list[bytes], step: int, cut: in
             ended = kind == frames.HEADERS and bool(flags & frames.END_STREAM)
         assert Counter(whole_messages(got)) == Counter(message[::-1] for message in messages)
         writer.close()
+        await server.stop(0)
+
+    run(main)
+
+
+@pytest.mark.skipif(not hasattr(selectors, "EpollSelector"), reason="only Linux has what is looked with")
+@pytest.mark.parametrize("look", [0, 100_000])
+@pytest.mark.parametrize("odd", [None, "ping", "not taken", "in pieces"])
+def test_messages_that_follow_each_other_are_waited_for_without_the_loop(look: int, odd: str | None) -> None:
+    """By a caller on a thread of its own, which sends the next one when it has the answer."""
+    messages = [bytes([number]) * (3 * number + 1) for number in range(1, 61)]
+    if odd == "not taken":
+        messages[20] = b"ab"
+    frame = {message: frames.frame(frames.DATA, 0, 1, prefix(len(message)) + message) for message in messages}
+
+    def ask(port: int) -> list[bytes]:
+        with socket.create_connection(("127.0.0.1", port)) as ours, ours.makefile("rb") as file:
+            ours.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            ours.sendall(opening() + frames.frame(frames.DATA, 0, 1, prefix(2) + b"ab"))
+            got = []
+            for number, message in enumerate([b"ab", *messages]):
+                if number:
+                    pieces = [frame[message]]
+                    if number == 20 and odd == "ping":
+                        pieces = [frame[message] + frames.frame(frames.PING, 0, 0, bytes(8))]
+                    if number == 20 and odd == "in pieces":
+                        pieces = [frame[message][:20], frame[message][20:]]
+                    for piece in pieces:
+                        ours.sendall(piece)
+                kind = payload = None
+                while kind != frames.DATA:
+                    head = file.read(frames.HEADER_BYTES)
+                    kind, payload = head[3], file.read(int.from_bytes(head[:3], "big"))
+                got += whole_messages(payload or b"")
+            return got
+
+    async def main() -> None:
+        loop: Any = asyncio.get_running_loop()
+        eyes = ThisMachine(loop._selector.fileno())
+        taker = Reverser()
+        taker.patience = eyes.native_at, look
+        server, port = await serving(taker)
+        got = await asyncio.to_thread(ask, port)
+        assert got == [message[::-1] for message in (b"ab", *messages)]
+        assert taker.told == taker.taken == len(messages) - (odd == "not taken")
+        assert taker.turns < taker.told  # else each message had a turn of the loop
         await server.stop(0)
 
     run(main)

@@ -10,8 +10,8 @@
 #include <memory>
 #include <vector>
 
+#include "../../../proto/cpp/inlet.h"
 #include "choice.h"
-#include "inlet.h"
 #include "speeds.h"
 #include "split.h"
 
@@ -70,11 +70,6 @@ enum Landed : int64_t {
 };
 
 enum State : int64_t { kAsked, kHere, kTaken, kFailed };  // of a share; kHere: this process is to compute it
-
-// proto/wire/windows.py's Times: when a message came.
-struct Times {
-  int64_t read_at, came_at, ready_at, sent_at;
-};
 
 // When a share was asked for and answered, nanoseconds: the first three of this process's monotonic clock, `began` of
 // the node's; the others are what the node says it took (proto/experts.proto). flight.py has it, field for field.
@@ -506,7 +501,7 @@ class Flights {
       if (read == 0) return kOdd;
       if (flight.view.waiting == 0) return flight.sum(out) ? kFinite : kNotFinite;
       if (came && read == kNothing) return kLater;  // something else has
-      if (!eyes || !(eyes->look_for(look) || eyes->ready(kPatienceMs))) return kLater;
+      if (!eyes || !eyes->wait(look)) return kLater;
     }
   }
 
