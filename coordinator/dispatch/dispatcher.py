@@ -203,7 +203,8 @@ class Dispatcher:
         with timeline.current.span("waiting"):
             total = self._flights.land(flight)
             if total is not None:
-                await self._flights.turn()
+                if self._flights.turn_is_due():
+                    await asyncio.sleep(0)
                 return total if sent.device is None else total.to(sent.device)
             await self._flights.wait(flight)
         if flight.plain:
@@ -297,10 +298,7 @@ class _Landing:
         return self._land().__await__()
 
     async def _land(self) -> torch.Tensor:
-        try:
-            return await self._dispatcher._land(self._flight)
-        finally:
-            self._flights.release(self._flight)
+        return await self._dispatcher._land(self._flight)
 
     def __del__(self) -> None:
         self._flights.release(self._flight)
