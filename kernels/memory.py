@@ -14,6 +14,21 @@ _LARGE_PAGE = 2 << 20  # bytes
 _CHUNK = 32 << 20  # bytes that are taken from the system at a time
 
 
+def large_pages(nbytes: int) -> torch.Tensor:
+    """Zeroed uint8 [nbytes] on the CPU, aligned to 64; on large pages of the system's where it has them.
+
+    It is given back when the last view of it goes.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return empty_blob(nbytes).zero_()
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has large pages of its own, often none
+    memory = mmap.mmap(-1, nbytes + _LARGE_PAGE, private)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % _LARGE_PAGE
+    return whole[start : start + nbytes]
+
+
 class WeightMemory:
     """Buffers for matrices that are read from end to end again and again, on large pages where the system has them.
 
@@ -26,16 +41,10 @@ class WeightMemory:
         self._chunk = torch.empty(0, dtype=torch.uint8)  # what is left of the latest
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Zeroed uint8 [nbytes] on the CPU, aligned to 64."""
+        """See large_pages."""
         size = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if size > len(self._chunk):
-            if not hasattr(mmap, "MADV_HUGEPAGE"):
-                return empty_blob(nbytes).zero_()
-            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # shared memory has large pages of its own, often none
-            memory = mmap.mmap(-1, max(size, _CHUNK) + _LARGE_PAGE, private)
-            memory.madvise(mmap.MADV_HUGEPAGE)
-            whole = torch.frombuffer(memory, dtype=torch.uint8)
-            self._chunk = whole[-whole.data_ptr() % _LARGE_PAGE :]
+            self._chunk = large_pages(max(size, _CHUNK))
         taken, self._chunk = self._chunk[:nbytes], self._chunk[size:]
         return taken
 

@@ -12,10 +12,20 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moehive.kernels.memory import large_pages
 from moehive.kernels.trunk_ops import PAGE
 
 _CPU = torch.device("cpu")
-_KEPT_BYTES = 64 << 20  # of free pages in a pool; more go back to the system
+_SLAB_BYTES = 16 << 20  # of pages that are taken from the system at a time
+_KEPT_BYTES = 64 << 20  # of slabs of a pool that nobody uses; more go back to the system
+
+
+@dataclass(slots=True, eq=False)
+class Slab:
+    """Pages in one piece of memory: a decoding core that streams keys from small ones waits for addresses."""
+
+    pages: int
+    free: list[torch.Tensor]
 
 
 @dataclass(slots=True)
@@ -25,16 +35,40 @@ class PagePool:
     window: int | None  # keys that a query sees, itself included; None: all
     device: torch.device = _CPU
     page_bytes: int = 0  # grows while layers are added
-    free: list[torch.Tensor] = field(default_factory=list)
+    _slabs: list[Slab] = field(default_factory=list)  # that have free pages
+    _taken: dict[int, Slab] = field(default_factory=dict)  # by a page's address
 
     def take(self) -> torch.Tensor:
         """A page, uint8 [page_bytes] aligned to 64; what it holds is undefined."""
-        return self.free.pop() if self.free else torch.empty(self.page_bytes, dtype=torch.uint8, device=self.device)
+        if not self._slabs:
+            count = max(1, _SLAB_BYTES // self.page_bytes)
+            nbytes = count * self.page_bytes
+            on_cpu = self.device.type == "cpu"
+            memory = large_pages(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            self._slabs.append(Slab(count, list(reversed(memory.split(self.page_bytes)))))
+        slab = self._slabs[-1]
+        page = slab.free.pop()
+        if not slab.free:
+            self._slabs.pop()
+        self._taken[page.data_ptr()] = slab
+        return page
 
     def give(self, page: torch.Tensor) -> None:
         """Takes a page back."""
-        if (len(self.free) + 1) * self.page_bytes <= _KEPT_BYTES:
-            self.free.append(page)
+        slab = self._taken.pop(page.data_ptr())
+        slab.free.append(page)
+        if len(slab.free) == 1:
+            self._slabs.append(slab)
+        if len(slab.free) == slab.pages:
+            unused = sum(one.pages for one in self._slabs if len(one.free) == one.pages)
+            self._slabs.remove(slab)
+            if unused * self.page_bytes <= _KEPT_BYTES:
+                self._slabs.insert(0, slab)  # those that are in use go first
+
+    @property
+    def used(self) -> int:
+        """Pages that sequences have."""
+        return len(self._taken)
 
     def pages(self, tokens: int, chunk: int) -> int:
         """Pages that a sequence of `tokens`, run at most `chunk` at a time, holds at its most."""

@@ -1,0 +1,56 @@
+"""Pages of a KV cache: nobody gets one that another has, and what nobody has goes back to the system."""
+
+import gc
+import mmap
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moehive.coordinator.models.lean import cache
+from moehive.coordinator.models.lean.cache import PagePool
+
+
+@given(st.lists(st.integers(-30, 40), min_size=1, max_size=40), st.integers(1, 40))
+@settings(max_examples=60, deadline=None)
+def test_nobody_gets_a_page_that_another_has(changes: list[int], units: int) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cache, "_SLAB_BYTES", 1024)
+        patched.setattr(cache, "_KEPT_BYTES", 4096)
+        pool = PagePool(None, page_bytes=64 * units)
+        held: list[torch.Tensor] = []
+        for number, change in enumerate(changes):
+            for _ in range(change):
+                page = pool.take()
+                assert page.data_ptr() % 64 == 0 and page.nbytes == pool.page_bytes
+                page.fill_(number % 256)
+                held.append(page)
+            for _ in range(min(-change, len(held))):
+                pool.give(held.pop((7 * number) % len(held)))
+            assert pool.used == len(held)
+            starts = sorted(page.data_ptr() for page in held)
+            assert all(b - a >= pool.page_bytes for a, b in pairwise(starts))
+        for page in held:
+            pool.give(page)
+        spare = sum(len(slab.free) for slab in pool._slabs)
+        assert pool.used == 0 and spare * pool.page_bytes <= 4096
+
+
+def test_what_nobody_has_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+    class Watched(mmap.mmap):
+        def __init__(self, *_: object) -> None:
+            maps.add(self)
+
+    monkeypatch.setattr(mmap, "mmap", Watched)
+    pool = PagePool(None, page_bytes=9 << 20)  # a slab each, of which seven may be kept
+    pages = [pool.take() for _ in range(20)]
+    assert len(maps) == 20
+    while pages:
+        pool.give(pages.pop())
+    gc.collect()
+    assert len(maps) == 7
