@@ -18,9 +18,6 @@ from .windows import Inlet, Outlet, Taker, Times, Windows
 if TYPE_CHECKING:
     from .connection import Connection
 
-# Messages that were read are credited to the sender in lots of so many bytes, with a small window of an eighth of it.
-CREDIT_BYTES = 1 << 20
-
 
 class Stream:
     """What a caller and who answers it have in common. Use it on the connection's event loop."""
@@ -41,7 +38,8 @@ class Stream:
         self._connection = connection
         self._sender = connection.sender
         self._assembler = Assembler(connection.max_bytes)
-        self._credit = min(CREDIT_BYTES, connection.window_bytes // 8)
+        # Messages that were read are credited to the sender in lots of so many bytes: each wakes it once more.
+        self._credit = connection.window_bytes // 8
         self._owed = 0  # bytes of messages that were taken since the last credit
         self._began = 0  # when the reading of the message that is coming began
         self._messages: deque[tuple[Buffer, int, int]] = deque()  # with when their reading began and ended
