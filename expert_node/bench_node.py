@@ -1,9 +1,10 @@
-"""A node's service alone, for `moehive bench`: made-up experts, no cluster, loopback only.
+"""A node's service alone, for `moehive bench`: made-up experts, no cluster.
 
 `python -m moehive.expert_node.bench_node CONFIG`, with CONFIG in JSON: `layers` (each an ExpertSpec's fields and
-`experts`, how many), `held` (the experts to hold, of every layer), `threads`, and `tls`: a folder with key.pem,
-chain.pem and ca.pem. With mutual TLS it is the service as every node runs it; it opens a port without as well, for
-the difference, which no other program of ours does. Prints both ports, and ends when its stdin does.
+`experts`, how many), `held` (the experts to hold, of every layer), `threads`, `tls` (a folder with key.pem, chain.pem
+and ca.pem), and `host`, where it listens, if not on loopback. With mutual TLS it is the service as every node runs
+it; it opens a port without as well, for the difference, which no other program of ours does. Prints both ports, and
+ends when its stdin does.
 """
 
 import asyncio
@@ -62,7 +63,7 @@ async def _serve(config: dict[str, Any]) -> None:
     for kind, context in ((ExpertsService, server_context(lambda: identity)), (OpenService, None)):
         server = Server(CallGuard({WireError: grpc.StatusCode.INVALID_ARGUMENT}))
         experts_pb2_grpc.add_ExpertsServicer_to_server(kind(executor, onward), server)
-        ports.append(await server.listen("127.0.0.1", 0, context))
+        ports.append(await server.listen(config.get("host", "127.0.0.1"), 0, context))
         servers.append(server)  # one that nobody holds would end
     print(json.dumps({"tls": ports[0], "open": ports[1]}), flush=True)
     await asyncio.to_thread(sys.stdin.read)

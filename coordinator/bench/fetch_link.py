@@ -1,7 +1,7 @@
 """A load over a link of 1 Gbit/s: one that the kernel makes where this user may have one made, else a proxy's.
 
-A load is bound by the link's rate, so a kernel that makes no delay will do (for `bench hop` and `bench decode` it
-would not). The kernel's link takes a process in a namespace of its own, which this module is, too.
+A load is bound by the link's rate, so a kernel that makes no delay will do (for a message of `bench hop` or
+`bench decode` it would not). The kernel's link takes a process in a namespace of its own, which this module is, too.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .fetch_cluster import FetchModel, Route, fetch_cluster
-from .kernel_link import NEAR, FarSide, Shaper, shaper
+from .kernel_link import Hosts, Shaper, address, shaper
 from .peers import Peer
 from .ports import free_ports
 from .slow_link import Cable, LinkSpeed, SlowLinks
@@ -65,11 +65,12 @@ def main() -> None:
     threading.Thread(target=until_the_end, daemon=True).start()
     folder, experts, queue = sys.argv[1:]
     with suppress(KeyboardInterrupt):
-        with FarSide(queue, GIGABIT) as far:
-            route = Route(host=NEAR, advertise=NEAR, prefix=far.prefix)
+        with Hosts(queue, [GIGABIT], 1) as hosts:
+            here = address(0, 0)
+            route = Route(host=here, advertise=here, prefix=hosts.prefixes[0])
             row = uvloop.run(_load(Path(folder), FetchModel(int(experts)), route, queue))
             # Of packets' headers a proxy has none; real cables carry them, too.
-            row["share_with_headers"] = far.bytes_sent() * 8 / row["seconds"] / GIGABIT.bits_per_s
+            row["share_with_headers"] = hosts.bytes_sent() * 8 / row["seconds"] / GIGABIT.bits_per_s
         done.set()
         print(json.dumps(row), flush=True)
 

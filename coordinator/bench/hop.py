@@ -7,17 +7,19 @@ grpc.aio stream. On a noisy machine only the ratios of one run say something.
 The nodes' arithmetic, with experts as small as can be, is measured by the nodes and told apart: the hop is the rest.
 """
 
+import functools
 import json
 import math
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .certificates import write_certificates
+from .kernel_link import shaper
 from .peers import Peer
 from .slow_link import Cable, LinkSpeed, SlowLinks
 
@@ -42,6 +44,10 @@ class HopRow:
     dtype: str = "float32"  # of the hidden states
     exact: bool = False  # they travel as they are, though the link is slow
     chain: bool = False  # they travel from node to node; else from the coordinator to each
+    prefill: bool = (
+        False  # bound by bytes: over a link that the kernel makes, where it makes some, and without echoes
+    )
+    made_by: str = ""  # what made the link
     eight_bit: bool = False  # they travelled in 8 bits: the link's own choice
     ours: list[float] = field(default_factory=list)  # seconds, without the nodes' arithmetic
     compute: list[float] = field(default_factory=list)  # seconds of the slowest node's arithmetic
@@ -49,8 +55,8 @@ class HopRow:
     plain: list[float] = field(default_factory=list)  # one grpc.aio echo of payload_bytes
 
     def figures(self) -> dict[str, Any]:
-        """The row as it is printed; times in microseconds."""
-        ours, raw, plain = (statistics.median(times) * 1e6 for times in (self.ours, self.raw, self.plain))
+        """The row as it is printed; times in microseconds, 0 for what was not measured."""
+        ours, raw, plain = (statistics.median(times or [0.0]) * 1e6 for times in (self.ours, self.raw, self.plain))
         ranked = sorted(self.ours)
         return {
             "nodes": self.nodes,
@@ -60,12 +66,13 @@ class HopRow:
             "dtype": self.dtype,
             "exact": self.exact,
             "chain": self.chain,
+            "made_by": self.made_by,
             "eight_bit": self.eight_bit,
             "p50_us": ours,
             "p99_us": ranked[min(math.ceil(0.99 * len(ranked)), len(ranked)) - 1] * 1e6,
             "raw_p50_us": raw,
             "plain_p50_us": plain,
-            "plain_ratio": ours / plain,
+            "plain_ratio": ours / plain if plain else 0.0,
             "raw_share": raw / ours,
             "compute_us": statistics.median(self.compute) * 1e6,
         }
@@ -87,12 +94,13 @@ def summary(rows: list[HopRow]) -> dict[str, float]:
         dtype: str = "float32",
         exact: bool = False,
         chain: bool = False,
+        prefill: bool = False,
     ) -> HopRow:
         (row,) = (
             row
             for row in rows
-            if (row.nodes, row.payload_bytes, row.tls, row.link, row.dtype, row.exact, row.chain)
-            == (nodes, payload, tls, link, dtype, exact, chain)
+            if (row.nodes, row.payload_bytes, row.tls, row.link, row.dtype, row.exact, row.chain, row.prefill)
+            == (nodes, payload, tls, link, dtype, exact, chain, prefill)
         )
         return row
 
@@ -108,10 +116,10 @@ def summary(rows: list[HopRow]) -> dict[str, float]:
         "added_us_on_slow_link": (statistics.median(one.ours) - statistics.median(one.raw)) * 1e6,
     }
     for dtype in DTYPES:
-        exact, rounded = (find(1, large, True, slow, dtype, exact) for exact in (True, False))
+        exact, rounded = (find(1, large, True, slow, dtype, exact, prefill=True) for exact in (True, False))
         figures[f"prefill_gain_of_8_bits_{dtype}"] = exact.layer_s / rounded.layer_s
     for link in (LINK, SLOWER_LINK):
-        star, chain = (find(4, CHUNK_BYTES, True, str(link), chain=chain) for chain in (False, True))
+        star, chain = (find(4, CHUNK_BYTES, True, str(link), chain=chain, prefill=True) for chain in (False, True))
         figures[f"prefill_gain_of_a_chain_of_four, {link}"] = star.layer_s / chain.layer_s
     return figures
 
@@ -128,10 +136,16 @@ def measure_hop(quick: bool, report: Callable[[float], None]) -> list[HopRow]:
         for payload in payloads
         for tls in ((True, False) if link == "loopback" else (True,))
     ]
-    rows += [HopRow(count, payloads[-1], True, str(LINK), exact=True) for count in nodes]
-    rows += [HopRow(1, payloads[-1], True, str(LINK), "bfloat16", exact) for exact in (False, True)]
-    for link in (LINK, SLOWER_LINK):
-        rows += [HopRow(nodes[-1], CHUNK_BYTES, True, str(link), chain=chain) for chain in (False, True)]
+    rows += [
+        HopRow(1, payloads[-1], True, str(LINK), dtype, exact, prefill=True)
+        for dtype in DTYPES
+        for exact in (False, True)
+    ]
+    rows += [
+        HopRow(nodes[-1], CHUNK_BYTES, True, str(link), chain=chain, prefill=True)
+        for link in (LINK, SLOWER_LINK)
+        for chain in (False, True)
+    ]
     with ExitStack() as stack:
         bench = _Bench(stack, max(nodes))
         for row in rows:
@@ -149,8 +163,9 @@ class _Bench:
     """The processes, until `stack` closes."""
 
     def __init__(self, stack: ExitStack, nodes: int) -> None:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        layers = [
+        self._stack, self._nodes = stack, nodes
+        folder = self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        layers = self._layers = [
             {
                 "hidden_size": HIDDEN,
                 "intermediate_size": 1,
@@ -185,6 +200,17 @@ class _Bench:
         self._ours = _start(stack, "moehive.coordinator.bench.hop_client", json.dumps(order))
         self._echo = _start(stack, "moehive.coordinator.bench.echo", "ask")
 
+    @functools.cached_property
+    def _by_kernel(self) -> Peer | None:
+        """Measures what is bound by bytes, for which a kernel that makes no delay will do; None: proxies have to."""
+        found = shaper()
+        if found is None:
+            return None
+        networks = {str(link): (link.delay_s, link.bits_per_s) for link in (LINK, SLOWER_LINK)}
+        order = {"queue": found.queue, "networks": networks, "nodes": self._nodes, "layers": self._layers}
+        order["folder"] = str(self._folder)
+        return _start(self._stack, "moehive.coordinator.bench.hop_link", json.dumps(order), prefix=found.prefix)
+
     def measure(self, row: HopRow, count: int) -> None:
         """Adds `count` exchanges of each way."""
         ask = {
@@ -196,17 +222,22 @@ class _Bench:
             "exact": row.exact,
             "chain": row.chain,
         }
-        answer = self._ours.ask({**ask, "count": count})
+        by_kernel = self._by_kernel if row.prefill else None
+        if row.link != "loopback":
+            row.made_by = "proxy" if by_kernel is None else str(shaper())
+        answer = (by_kernel or self._ours).ask({**ask, "count": count})
         row.eight_bit = answer["eight_bit"]
         for seconds, compute in answer["times"]:
             row.ours.append(seconds - compute)
             row.compute.append(compute)
+        if row.prefill:
+            return
         for way, times in (("raw", row.raw), ("plain", row.plain)):
             port = self._echo_ports[row.link][way]
             times += self._echo.ask({"way": way, "port": port, "payload_bytes": row.payload_bytes, "count": count})
 
 
-def _start(stack: ExitStack, module: str, *arguments: str) -> Peer:
-    peer = Peer(module, *arguments)
+def _start(stack: ExitStack, module: str, *arguments: str, prefix: Sequence[str] = ()) -> Peer:
+    peer = Peer(module, *arguments, prefix=prefix)
     stack.callback(peer.end)
     return peer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from moehive.coordinator.bench import hop
+from moehive.coordinator.bench.kernel_link import shaper
 from moehive.coordinator.bench.slow_link import Cable, LinkSpeed, SlowLinks
 
 
@@ -47,10 +48,19 @@ def test_every_way_is_measured(link: str) -> None:
     rows = [hop.HopRow(nodes, 8192, tls, link) for nodes, tls in ((1, False), (2, True))]
     rows.append(hop.HopRow(1, 8192, True, link, dtype="bfloat16", exact=True))
     rows.append(hop.HopRow(2, 1 << 20, True, link, chain=True))
+    exact = hop.HopRow(1, 1 << 20, True, link, exact=True, prefill=True)
+    chain = hop.HopRow(2, 1 << 20, True, link, chain=True, prefill=True)
+    by_bytes = [] if link == "loopback" else [exact, chain]
     with ExitStack() as stack:
         bench = hop._Bench(stack, 2)
-        for row in rows:
+        for row in rows + by_bytes:
             bench.measure(row, 4)
+    for row in by_bytes:
+        assert len(row.ours) == len(row.compute) == 4 and row.raw == row.plain == []
+        assert row.made_by == str(shaper() or "proxy")
+        assert row.figures()["raw_share"] == row.figures()["plain_ratio"] == 0
+    # Out and back; a little goes before the rate counts.
+    assert all(seconds >= 2 * 0.9 * exact.payload_bytes * 8 / hop.LINK.bits_per_s for seconds in exact.ours)
     for row in rows:
         assert len(row.ours) == len(row.compute) == len(row.raw) == len(row.plain) == 4
         assert min(row.compute) > 0 and (row.chain or not row.eight_bit)  # 8 KiB are not worth it
@@ -79,10 +89,11 @@ def test_the_summary_is_of_the_rows_that_it_names() -> None:
         row(6e-3, 4, small, True, slow),
     ]
     for link, star, chain in ((slow, 8e-3, 4e-3), (str(hop.SLOWER_LINK), 6e-2, 2e-2)):
-        rows += [row(star, 4, hop.CHUNK_BYTES, True, link), row(chain, 4, hop.CHUNK_BYTES, True, link, chain=True)]
+        rows.append(row(star, 4, hop.CHUNK_BYTES, True, link, prefill=True))
+        rows.append(row(chain, 4, hop.CHUNK_BYTES, True, link, chain=True, prefill=True))
     for dtype, exact, rounded in (("float32", 9e-3, 2e-3), ("bfloat16", 5e-3, 3e-3)):
-        rows.append(row(exact, 1, large, True, slow, dtype=dtype, exact=True, compute=1e-3))
-        rows.append(row(rounded, 1, large, True, slow, dtype=dtype, compute=1e-3))
+        rows.append(row(exact, 1, large, True, slow, dtype, True, prefill=True, compute=1e-3))
+        rows.append(row(rounded, 1, large, True, slow, dtype, prefill=True, compute=1e-3))
     assert hop.summary(rows) == pytest.approx(
         {
             "plain_ratio": 0.5,
