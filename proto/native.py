@@ -22,6 +22,8 @@ def library() -> ctypes.CDLL:
     loaded.moehive_round.argtypes = (pointer, flag, size, size, pointer, pointer)
     loaded.moehive_round.restype = None
     loaded.moehive_unround.argtypes = (pointer, pointer, size, size, pointer)
+    loaded.moehive_unround.restype = None
+    loaded.moehive_add_rounded.argtypes = (pointer, pointer, size, size, size, flag, pointer)
     loaded.moehive_look.argtypes = (flag, flag, size, size)
     text = ctypes.c_char_p
     for name, result, arguments in (

@@ -1,5 +1,9 @@
 """Rows in 8 bits, for slow links: natively, in one pass over memory. Its C side is cpp/rounding.cc."""
 
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 
@@ -30,11 +34,32 @@ def round_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return steps, scales
 
 
-def unround_rows(steps: Buffer, scales: Buffer, rows: int, columns: int) -> torch.Tensor | None:
-    """[rows, columns] f32 of the bytes of what `round_rows` gives, whose sizes the caller has checked.
+class Rounded(NamedTuple):
+    """The bytes of what `round_rows` gives; its scales are finite, and the sizes of both are right."""
 
-    None: a scale is not finite.
-    """
+    steps: Buffer
+    scales: Buffer
+
+
+def unround_rows(rounded: Rounded, rows: int, columns: int) -> torch.Tensor:
+    """[rows, columns] f32."""
     out = torch.empty((rows, columns), dtype=torch.float32)
-    addresses = (np.frombuffer(buffer, np.uint8).ctypes.data for buffer in (steps, scales))
-    return out if library().moehive_unround(*addresses, rows, columns, out.data_ptr()) else None
+    library().moehive_unround(*map(_address, rounded), rows, columns, out.data_ptr())
+    return out
+
+
+def add_rounded(parts: Sequence[Rounded], rows: int, columns: int, dtype: torch.dtype) -> tuple[torch.Tensor, bool]:
+    """The sum of parts, at least one, each [rows, columns]: added in f32, in their order, then made f32 or bf16.
+
+    Also whether every sum is a number whose square is one, too. No part's numbers are written to
+    memory, as `unround_rows` would.
+    """
+    out = torch.empty((rows, columns), dtype=dtype)
+    kind = ctypes.c_void_p * len(parts)
+    steps, scales = (kind(*map(_address, buffers)) for buffers in zip(*parts, strict=True))
+    bf16 = dtype is torch.bfloat16
+    return out, bool(library().moehive_add_rounded(steps, scales, len(parts), rows, columns, bf16, out.data_ptr()))
+
+
+def _address(buffer: Buffer) -> int:
+    return int(np.frombuffer(buffer, np.uint8).ctypes.data)

@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 
 from . import experts_pb2 as pb
 from .fields import find_field
-from .rounding import round_rows, scale_groups, unround_rows
+from .rounding import Rounded, round_rows, scale_groups, unround_rows
 from .varint import varint
 from .wire.messages import COPIED_BYTES, Buffer
 
@@ -125,13 +125,13 @@ def _to_int8(rows: torch.Tensor) -> tuple[Buffer, bytes]:
     return tensor_buffer(steps), bytes(tensor_buffer(scales))
 
 
-def _from_int8(data: Buffer, scales: bytes, rows: int, columns: int, what: str) -> torch.Tensor:
+def _rounded(data: Buffer, scales: bytes, rows: int, columns: int, what: str) -> Rounded:
+    """Rows in 8 bits [rows, columns] that came. Raises WireError."""
     _check_size(len(data), torch.int8, rows, columns, what)
     _check_size(len(scales), torch.float32, rows, scale_groups(columns), f"scales of {what}")
-    values = unround_rows(data, scales, rows, columns)
-    if values is None:
+    if not np.isfinite(np.frombuffer(scales, "<f4")).all():
         raise WireError(f"A scale of {what} is not finite.")
-    return values
+    return Rounded(data, scales)
 
 
 def read_request(whole: Request) -> tuple[torch.Tensor, Routing]:
@@ -156,7 +156,8 @@ def read_request(whole: Request) -> tuple[torch.Tensor, Routing]:
     if rows * hidden * size > MAX_TENSOR_BYTES:
         raise WireError(f"The reply, [{rows}, {hidden}] of {dtype}, would be over {MAX_TENSOR_BYTES} bytes.")
     if dtype is torch.int8:
-        states = _from_int8(whole.states, request.scales, tokens, hidden, "hidden_states")
+        rounded = _rounded(whole.states, request.scales, tokens, hidden, "hidden_states")
+        states = unround_rows(rounded, tokens, hidden)
     else:
         states = _tensor(whole.states, dtype, tokens, hidden, "hidden_states")
     return states, routing
@@ -271,14 +272,20 @@ def raw_values(reply: Reply, rows: int, hidden: int, dtype: torch.dtype) -> Buff
     return raw if head.rows == rows and len(raw) == rows * hidden * dtype.itemsize and not head.scales else None
 
 
+def rounded_values(reply: Reply, rows: int, hidden: int) -> Rounded | None:
+    """A reply's rows [rows, hidden] in 8 bits; None for one that brings them otherwise. Raises as `read_values`."""
+    head, raw = reply
+    if head.rows != rows:
+        raise WireError(f"The reply has {head.rows} rows where {rows} were asked for.")
+    return _rounded(raw, head.scales, rows, hidden, "values") if head.scales else None
+
+
 def read_values(reply: Reply, rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
     """A reply's rows [rows, hidden], of `dtype`, or f32 where they came in 8 bits; only to be read.
 
     Raises WireError when it does not answer what was asked.
     """
-    head, raw = reply
-    if head.rows != rows:
-        raise WireError(f"The reply has {head.rows} rows where {rows} were asked for.")
-    if head.scales:
-        return _from_int8(raw, head.scales, rows, hidden, "values")
-    return _tensor(raw, dtype, rows, hidden, "values")
+    rounded = rounded_values(reply, rows, hidden)
+    if rounded is not None:
+        return unround_rows(rounded, rows, hidden)
+    return _tensor(reply.values, dtype, rows, hidden, "values")

@@ -13,7 +13,7 @@ from .fallback import Fallback
 from .parts import Sent
 from .routes import Routes
 from .routing import Share, only, pieces, split
-from .rows import Rows, is_finite, rows_of
+from .rows import Rows, rows_of
 from .star import Star
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ class Recovery:
         if not bool(torch.isfinite(sent.hidden).all()):
             return parts  # what was asked was no number
         suspects: frozenset[NodeName] = frozenset()
-        while damaged := [rows for rows in parts if rows.node is not None and not is_finite(rows.values.float())]:
+        while damaged := [rows for rows in parts if rows.node is not None and not rows.finite]:
             suspects |= {rows.node for rows in damaged if rows.node is not None}
             parts = [rows for rows in parts if not any(rows is bad for bad in damaged)]
             parts += await self.recover(sent, [rows.share for rows in damaged], suspects)
-        if all(is_finite(rows.values.float()) for rows in parts):
+        if all(rows.finite for rows in parts):
             for node in suspects:
                 self._on_lie(node, f"Node {node} answered values that are not numbers in layer {sent.layer}.")
         return parts

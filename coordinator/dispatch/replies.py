@@ -6,13 +6,13 @@ import torch
 
 from moehive.kernels.ops import Reduction
 from moehive.proto.chain import check_chain_reply
-from moehive.proto.tensors import Reply, WireError, raw_values, read_values
+from moehive.proto.tensors import Reply, WireError, raw_values, read_values, rounded_values
 
 from ..types import NodeName, NodeUnavailable
 from .chain import NotAnswered
 from .parts import NodeCounters, Part
 from .routing import Share
-from .rows import Rows, is_finite
+from .rows import Rows
 from .speeds import FEW_TOKENS, Speeds
 from .spot_check import SpotCheck
 from .tiers import TierView
@@ -56,6 +56,8 @@ class Replies:
             raw = raw_values(reply, count, size, dtype)
             if raw is not None:
                 rows = Rows.of_bytes(share, node, raw, count, size, dtype)
+            elif (rounded := rounded_values(reply, count, size)) is not None:
+                rows = Rows.of_rounded(share, node, rounded, count, size)
             else:
                 rows = Rows(share, node, read_values(reply, count, size, dtype))
             if part.chained:
@@ -67,7 +69,7 @@ class Replies:
             if not part.chained:
                 self._on_lie(node, sentence)
             raise NodeUnavailable(node, sentence) from None
-        if part.chained and not is_finite(rows.values.float()):
+        if part.chained and not rows.finite:
             raise NotAnswered(part.nodes, f"The sum of {', '.join(part.nodes)} is no number in layer {part.layer}.")
         for (name, own), nanoseconds in zip(part.members, (head.compute_ns, *head.chain_ns), strict=True):
             self._note(name, part.layer, own, nanoseconds)

@@ -10,23 +10,27 @@ import torch
 
 from moehive.kernels import native
 from moehive.kernels.ops import Reduction
+from moehive.proto.rounding import SCALE_COLUMNS, Rounded, add_rounded, unround_rows
 from moehive.proto.tensors import rows_tensor, tensor_buffer
 from moehive.proto.wire.messages import Buffer
 
 from ..types import NodeName
 from .routing import Share
 
+_MOST_STEPS, _LARGEST = 128, float(np.finfo(np.float32).max)  # of a number in 8 bits; that f32 has
+
 
 class Rows:
     """What was computed of a share, by `node` (None: by this process): [rows, hidden]."""
 
-    __slots__ = ("_values", "node", "raw", "shape", "share")
+    __slots__ = ("_values", "node", "raw", "rounded", "shape", "share")
 
     def __init__(self, share: Share, node: NodeName | None, values: torch.Tensor) -> None:
         self.share = share
         self.node = node
         self._values: torch.Tensor | None = values
         self.raw: Buffer | None = None  # as a reply brought them
+        self.rounded: Rounded | None = None  # the same, in 8 bits
         self.shape: tuple[int, int, torch.dtype]
 
     @classmethod
@@ -35,18 +39,39 @@ class Rows:
     ) -> "Rows":
         """Of f32 or bf16 numbers that nobody has looked at: when they are only added, no tensor is made of them."""
         made = cls.__new__(cls)
-        made.share, made.node, made.raw, made._values = share, node, raw, None
+        made.share, made.node, made.raw, made.rounded, made._values = share, node, raw, None, None
         made.shape = rows, hidden, dtype
+        return made
+
+    @classmethod
+    def of_rounded(cls, share: Share, node: NodeName, rounded: Rounded, rows: int, hidden: int) -> "Rows":
+        """Of numbers in 8 bits, of which no tensor is made either when they are only added."""
+        made = cls.__new__(cls)
+        made.share, made.node, made.raw, made.rounded, made._values = share, node, None, rounded, None
+        made.shape = rows, hidden, torch.float32
         return made
 
     @property
     def values(self) -> torch.Tensor:
         """The numbers, only to be read."""
         if self._values is None:
-            assert self.raw is not None
             rows, hidden, dtype = self.shape
-            self._values = rows_tensor(self.raw, dtype, rows, hidden)
+            if self.rounded is not None:
+                self._values = unround_rows(self.rounded, rows, hidden)
+            else:
+                assert self.raw is not None
+                self._values = rows_tensor(self.raw, dtype, rows, hidden)
         return self._values
+
+    @property
+    def finite(self) -> bool:
+        """See `is_finite`."""
+        if self.rounded is not None:
+            scales = np.frombuffer(self.rounded.scales, np.float32)
+            # What so many steps could make of the scales, which is nearly always enough to know.
+            if float(np.dot(scales, scales)) * SCALE_COLUMNS * _MOST_STEPS**2 < _LARGEST:
+                return True
+        return is_finite(self.values.float())
 
 
 class Sum(NamedTuple):
@@ -67,8 +92,11 @@ def add_up(parts: Sequence[Rows], shape: tuple[int, ...], hidden: torch.Tensor, 
         raw = [rows.raw for rows in parts if rows.raw is not None]
         if len(raw) == len(parts):
             return Sum(*native.add_rows(raw, tokens, size, dtype))
+        rounded = [rows.rounded for rows in parts if rows.rounded is not None]
+        if len(rounded) == len(parts):
+            return Sum(*add_rounded(rounded, tokens, size, dtype))
         values = [rows.values for rows in parts]
-        if all(value.dtype is torch.float32 for value in values):  # they came in 8 bits
+        if all(value.dtype is torch.float32 for value in values):  # some came in 8 bits
             raw = [tensor_buffer(value) for value in values]
             total, finite = native.add_rows(raw, tokens, size, torch.float32)
             return Sum(total.to(dtype), finite)

@@ -9,6 +9,7 @@
 namespace {
 
 constexpr int64_t kGroup = 64;  // columns that share a scale
+constexpr int64_t kLanes = 16;
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define BEST_OF_EACH __attribute__((target_clones("avx512f", "avx2", "default")))
@@ -60,6 +61,39 @@ INLINE void unround_group(const int8_t* steps, float scale, int64_t n, float* ou
   for (int64_t i = 0; i < n; ++i) out[i] = static_cast<float>(steps[i]) * scale;
 }
 
+INLINE float scale_at(const char* scales) {
+  float scale;
+  std::memcpy(&scale, scales, sizeof scale);
+  return scale;
+}
+
+// To nearest, ties to even; of an infinity itself. There are no NaNs: scales are finite.
+INLINE uint16_t to_bf16(float x) {
+  const uint32_t bits = bits_of(x);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// `n` numbers of a group, the `group`th, that begin at `first`: the sum of all parts' to `out`, its squares to `squares`.
+INLINE void add_group(const int8_t* const* steps, const char* const* scales, int64_t number, int64_t first,
+                      int64_t group, int64_t n, bool bf16, char* out, float* squares) {
+  float sums[kGroup] = {}, part[kGroup];
+  const int64_t scale = group * static_cast<int64_t>(sizeof(float));
+  unround_group(steps[0] + first, scale_at(scales[0] + scale), n, sums);
+  for (int64_t p = 1; p < number; ++p) {
+    unround_group(steps[p] + first, scale_at(scales[p] + scale), n, part);
+    for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
+  }
+  for (int64_t i = 0; i < kGroup; i += kLanes)
+    for (int64_t lane = 0; lane < kLanes; ++lane) squares[lane] += sums[i + lane] * sums[i + lane];
+  if (bf16) {
+    uint16_t halves[kGroup];
+    for (int64_t i = 0; i < n; ++i) halves[i] = to_bf16(sums[i]);
+    std::memcpy(out, halves, n * sizeof *halves);
+  } else {
+    std::memcpy(out, sums, n * sizeof *sums);
+  }
+}
+
 }  // namespace
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -80,16 +114,13 @@ EXPORT BEST_OF_EACH void moehive_round(const char* from, int32_t bf16, int64_t r
   }
 }
 
-// out [rows, columns] = steps times their scales, the latter of any alignment. Returns whether all scales are finite.
-EXPORT BEST_OF_EACH int32_t moehive_unround(const int8_t* steps, const char* scales, int64_t rows, int64_t columns,
-                                            float* out) {
+// out [rows, columns] = steps times their scales, the latter of any alignment.
+EXPORT BEST_OF_EACH void moehive_unround(const int8_t* steps, const char* scales, int64_t rows, int64_t columns,
+                                         float* out) {
   const int64_t whole = columns / kGroup * kGroup;
-  bool finite = true;
   for (int64_t row = 0; row < rows; ++row, steps += columns, out += columns) {
     for (int64_t at = 0; at < columns; at += kGroup, scales += sizeof(float)) {
-      float scale;
-      std::memcpy(&scale, scales, sizeof scale);
-      finite = finite && std::isfinite(scale);
+      const float scale = scale_at(scales);
       if (at < whole) {
         unround_group(steps + at, scale, kGroup, out + at);
       } else {
@@ -97,5 +128,28 @@ EXPORT BEST_OF_EACH int32_t moehive_unround(const int8_t* steps, const char* sca
       }
     }
   }
-  return finite;
+}
+
+// out [rows, columns], f32 or bf16 = what moehive_unround gives of each of `number` parts, added in their order; at
+// least one. Returns whether the sum of all squares is finite.
+EXPORT BEST_OF_EACH int32_t moehive_add_rounded(const int8_t* const* steps, const char* const* scales, int64_t number,
+                                                int64_t rows, int64_t columns, int32_t bf16, char* out) {
+  const int64_t whole = columns / kGroup * kGroup, width = bf16 ? 2 : 4;
+  float squares[kLanes] = {};
+  int64_t group = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t at = 0; at < columns; at += kGroup, ++group) {
+      const int64_t first = row * columns + at;
+      if (at < whole && bf16) {
+        add_group(steps, scales, number, first, group, kGroup, true, out + first * width, squares);
+      } else if (at < whole) {
+        add_group(steps, scales, number, first, group, kGroup, false, out + first * width, squares);
+      } else {
+        add_group(steps, scales, number, first, group, columns - at, bf16 != 0, out + first * width, squares);
+      }
+    }
+  }
+  float all = 0.0f;
+  for (float one : squares) all += one;
+  return std::isfinite(all);
 }
