@@ -4,7 +4,7 @@ import ctypes
 import functools
 from importlib.resources import files
 
-_ABI = 7
+_ABI = 8
 
 
 @functools.cache

@@ -98,7 +98,7 @@ INLINE void add_group(const int8_t* const* steps, const char* const* scales, int
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int32_t moehive_proto_abi() { return 7; }
+EXPORT int32_t moehive_proto_abi() { return 8; }
 
 // `from` [rows, columns] f32 or bf16 of any alignment: steps [rows, columns], scales [rows, groups of 64 columns].
 EXPORT BEST_OF_EACH void moehive_round(const char* from, int32_t bf16, int64_t rows, int64_t columns, int8_t* steps,
