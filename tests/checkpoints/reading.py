@@ -71,7 +71,7 @@ def decoded(checkpoint: Any, expert: ExpertId) -> dict[str, torch.Tensor]:
 
 def check_text(model: Any, checkpoint: Any) -> None:
     """Teacher-forced on transformers' greedy text: the same choices, and a small divergence."""
-    text, _ = greedy(model, PROMPT, STEPS)
+    text = greedy(model, PROMPT, STEPS)
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([PROMPT + text])).logits[0].log_softmax(-1)
     measured = logits(checkpoint, PROMPT + text).log_softmax(-1)
@@ -87,11 +87,9 @@ def check_text(model: Any, checkpoint: Any) -> None:
 
 
 @torch.no_grad()
-def greedy(model: Any, prompt: list[int], steps: int) -> tuple[list[int], list[float]]:
-    """transformers' greedy tokens, and their log-probabilities."""
-    ids, logprobs = list(prompt), []
+def greedy(model: Any, prompt: list[int], steps: int) -> list[int]:
+    """transformers' greedy tokens."""
+    ids = list(prompt)
     for _ in range(steps):
-        scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)
-        ids.append(int(scores.argmax()))
-        logprobs.append(float(scores[ids[-1]]))
-    return ids[len(prompt) :], logprobs
+        ids.append(int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
