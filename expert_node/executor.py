@@ -62,13 +62,15 @@ class Executor:
         routing: Routing,
         reduction: Reduction,
         likely: Sequence[Sequence[int]] | None = (),
+        in_place: bool = False,
     ) -> tuple[torch.Tensor, int]:
         """The rows for `hidden` [tokens, hidden] f32 or bf16, in its dtype, and the time taken in nanoseconds.
 
         Rows are [tokens, hidden], or [pairs, hidden] with Reduction.PER_EXPERT. `likely`: experts that the next layer
         may ask for, the one after it, and so on, each likeliest first; None: nothing is read ahead. Waits for experts
-        on disk. Raises KeyError(expert) when this node does not hold an expert, CannotCompute when the model has no
-        such layer or another hidden size, DiskReadError.
+        on disk. `in_place`: sums may take the memory of `hidden`, which nobody needs any more. Raises
+        KeyError(expert) when this node does not hold an expert, CannotCompute when the model has no such layer or
+        another hidden size, DiskReadError.
         """
         start = perf_counter_ns()
         spec = self.store.spec(layer)
@@ -85,10 +87,10 @@ class Executor:
         elif tier is None:
             held = self.store.layer(layer)
             rows = self.ops.moe_layer(
-                spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
+                spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction, in_place
             )
         else:
-            rows = self._above_disk(tier, layer, spec, hidden, routing, reduction, likely)
+            rows = self._above_disk(tier, layer, spec, hidden, routing, reduction, likely, in_place)
         elapsed = perf_counter_ns() - start
         self.note(len(routing.experts), elapsed)
         return rows, elapsed
@@ -131,6 +133,7 @@ class Executor:
         routing: Routing,
         reduction: Reduction,
         likely: Sequence[Sequence[int]] | None,
+        in_place: bool,
     ) -> torch.Tensor:
         """Computes the experts that are in RAM while the others are read, and those as they come."""
         numbers = set(routing.experts.tolist())
@@ -142,7 +145,7 @@ class Executor:
             if lease.whole:
                 held = {**staying, **next(lease, {})}
                 return self.ops.moe_layer(
-                    spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction
+                    spec, held, hidden, routing.offsets, routing.experts, routing.weights, reduction, in_place
                 )
             groups = itertools.chain([staying], lease) if staying else lease
             pairs = self._in_groups(groups, layer, spec, hidden, routing)

@@ -20,7 +20,7 @@ from moehive.proto import cluster_pb2 as pb
 from .cache import DiskCache
 from .concurrency import all_of, in_thread
 from .download import Download, SliceError
-from .footprint import forget_code_pages
+from .footprint import give_back
 from .store import ExpertStore
 from .uplink import Uplink
 
@@ -92,7 +92,7 @@ class SliceLoader:
         self._coming.update(missing)
         first = not self._store.experts_held  # else requests wait for the pages to come back
         if first:
-            forget_code_pages()
+            give_back()
         try:
             cached = [expert for expert in missing if expert in cache]
             if cached:
@@ -115,7 +115,7 @@ class SliceLoader:
             self._coming.clear()
             self._wake()
         if first:
-            forget_code_pages()
+            give_back()
 
     async def file_of(self, fingerprint: str, expert: ExpertId) -> Path | None:
         """The checked file of an expert, waited for while the expert is on its way; None when it is not."""

@@ -30,7 +30,7 @@ from .courtesy import give_way, own_and_other
 from .executor import Executor
 from .fetch import SliceLoader
 from .files import lock_folder
-from .footprint import forget_code_pages
+from .footprint import give_back
 from .identity import NodeIdentity, obtain
 from .peers import PeerService
 from .service import ExpertsService
@@ -141,7 +141,7 @@ async def start(settings: Settings) -> Node:
     disk = settings.disk_bytes
     if disk is None:
         disk = await asyncio.to_thread(capacity.disk_for_experts, settings.state / "cache")
-    forget_code_pages()
+    give_back()
     speed = await asyncio.to_thread(measure.speed, settings.state, settings.threads)
     torch.set_num_threads(settings.threads)
     ops = ExpertOps(settings.threads)

@@ -65,6 +65,7 @@ class Came(NamedTuple):
 
     head: pb.ComputeRequest
     hidden: torch.Tensor
+    own: bool  # nobody else needs `hidden` any more
     routing: Routing
     read_at: int  # nanoseconds, as of Times
     came_at: int
@@ -143,7 +144,9 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         whole = parse_request(message)
         hidden, routing = read_request(whole)
         request, times = whole.head, context.times
-        came = Came(request, hidden, routing, times.read_at, times.came_at, times)
+        # A large message has memory of its own, which may be written to unless it is passed on.
+        own = isinstance(whole.states, memoryview) and not whole.states.readonly and not request.chain
+        came = Came(request, hidden, own, routing, times.read_at, times.came_at, times)
         if passed_on or request.chain:
             check_chain(whole)
         if request.chain:
@@ -256,7 +259,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
             )
         try:
             rows, elapsed = self._executor.compute(
-                request.layer, came.hidden, came.routing, REDUCTIONS[request.reduction], likely
+                request.layer, came.hidden, came.routing, REDUCTIONS[request.reduction], likely, came.own
             )
         except KeyError as error:
             raise Refused(

@@ -198,10 +198,12 @@ class NativeExperts:
         addresses: Sequence[int],
         weights: npt.NDArray[np.float32],
         added: bool,
+        in_place: bool = False,
     ) -> torch.Tensor:
         """The weighted outputs of all pairs [P, H], or with `added` each token's sum [T, H], of hidden's dtype.
 
-        `hidden` f32 or bf16 [T, H]; `addresses` [P] of blobs laid out as `spec` says; the rest as `pairs` takes it.
+        `hidden` f32 or bf16 [T, H], where sums go `in_place`; `addresses` [P] of blobs laid out as `spec` says; the
+        rest as `pairs` takes it.
         One call, for when its own cost counts: a step of decoding. Raises MemoryError.
         """
         kept = self._described.get(id(spec))
@@ -209,7 +211,10 @@ class NativeExperts:
             described = describe(spec)
             kept = self._described[id(spec)] = spec, ctypes.addressof(described), described
         tokens = len(hidden)
-        rows = torch.empty((tokens if added else len(addresses), hidden.shape[1]), dtype=hidden.dtype)
+        if added and in_place:
+            rows = hidden
+        else:
+            rows = torch.empty((tokens if added else len(addresses), hidden.shape[1]), dtype=hidden.dtype)
         self._check(
             self._library.moehive_layer(
                 self.handle,

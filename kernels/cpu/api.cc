@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "expert_mlp.h"
+#include "sums.h"
 
 #define MOEHIVE_API extern "C" __attribute__((visibility("default")))
 

@@ -90,11 +90,7 @@ int32_t moehive_trunk_attend(void* trunk, const MoehiveAttention* layer, float* 
                             std::min(heads, group - head)});
     }
     attend_in_spans(self, job, few, few_work);
-    const AttendPart* list = many.data();  // of this thread: the others must not look for their own
-    self.each(static_cast<int64_t>(many.size()), many_work, [&](int64_t i) {
-      alignas(64) float memory[2 * Seen::floats(kMaxQueries, kMaxHead, kMaxHead)];
-      attend_whole(job, list[i], memory);
-    });
+    attend_whole(self, job, many, many_work);
   } catch (const std::exception&) {
     return 2;
   }

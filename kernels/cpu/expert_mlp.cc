@@ -3,11 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <new>
 #include <vector>
 
 #include "bf16.h"
 #include "pieces.h"
+#include "sums.h"
 
 namespace moehive {
 namespace {
@@ -69,98 +69,9 @@ void normalize(float* y, const float* norm, int64_t n, float eps, float weight) 
   for (int64_t i = 0; i < n; ++i) y[i] = y[i] * scale * weight;
 }
 
-}  // namespace
-
-Scratch::~Scratch() { ::operator delete(memory_, std::align_val_t{64}); }
-
-float* Scratch::floats(int64_t count) {
-  if (count > capacity_) {
-    ::operator delete(memory_, std::align_val_t{64});
-    memory_ = nullptr;
-    capacity_ = 0;
-    memory_ = static_cast<float*>(::operator new(count * sizeof(float), std::align_val_t{64}));
-    capacity_ = count;
-  }
-  return memory_;
-}
-
-namespace {
-
-// The sum of `number` rows of `columns` numbers, `stride` apart, in their order; zeros if there are none.
-void sum_pairs(const float* rows, int64_t number, int64_t stride, int64_t columns, float* sum) {
-  std::memset(sum, 0, columns * sizeof(float));
-  for (int64_t row = 0; row < number; ++row)
-    for (int64_t i = 0; i < columns; ++i) sum[i] += rows[row * stride + i];
-}
-
-}  // namespace
-
-void sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size, float* sums) {
-  for (int64_t t = 0; t < tokens; ++t)
-    sum_pairs(pairs + offsets[t] * hidden_size, offsets[t + 1] - offsets[t], hidden_size, hidden_size,
-              sums + t * hidden_size);
-}
-
-namespace {
-
-constexpr int64_t kAtOnce = 256;  // sums that stay in the first cache while the parts pass over them
-
-// `n` numbers of a row, f32 or bf16 of any alignment, into `to`.
-template <bool kBf16>
-void load(const void* from, int64_t at, int64_t n, float* to) {
-  if constexpr (kBf16) {
-    uint16_t half[kAtOnce];
-    std::memcpy(half, static_cast<const char*>(from) + at * 2, n * 2);
-    for (int64_t i = 0; i < n; ++i) to[i] = from_bf16(half[i]);
-  } else {
-    std::memcpy(to, static_cast<const char*>(from) + at * 4, n * 4);
-  }
-}
-
-// One piece of sums, and the sum of their squares. Called with a constant `n` it becomes vectors.
-template <bool kBf16>
-inline float add_piece(const void* const* parts, int64_t number, int64_t at, int64_t n, void* out) {
-  float sums[kAtOnce] = {}, part[kAtOnce];
-  if (number > 0) load<kBf16>(parts[0], at, n, sums);  // not added to 0: 0 + -0 would be another 0
-  for (int64_t p = 1; p < number; ++p) {
-    load<kBf16>(parts[p], at, n, part);
-    for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
-  }
-  float lanes[8] = {};
-  for (int64_t i = 0; i + 8 <= n; i += 8)
-    for (int64_t lane = 0; lane < 8; ++lane) lanes[lane] += sums[i + lane] * sums[i + lane];
-  float squares = 0.0f;
-  for (int64_t i = n / 8 * 8; i < n; ++i) squares += sums[i] * sums[i];
-  for (float lane : lanes) squares += lane;
-  if constexpr (kBf16) {
-    uint16_t half[kAtOnce];
-    for (int64_t i = 0; i < n; ++i) half[i] = to_bf16(sums[i]);
-    std::memcpy(static_cast<char*>(out) + at * 2, half, n * 2);
-  } else {
-    std::memcpy(static_cast<char*>(out) + at * 4, sums, n * 4);
-  }
-  return squares;
-}
-
-template <bool kBf16>
-bool add_all(const void* const* parts, int64_t number, int64_t count, void* out) {
-  float squares = 0.0f;
-  int64_t at = 0;
-  for (; at + kAtOnce <= count; at += kAtOnce) squares += add_piece<kBf16>(parts, number, at, kAtOnce, out);
-  if (at < count) squares += add_piece<kBf16>(parts, number, at, count - at, out);
-  return std::isfinite(squares);
-}
-
-}  // namespace
-
-bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count, void* out) {
-  return bf16 ? add_all<true>(parts, number, count, out) : add_all<false>(parts, number, count, out);
-}
-
-namespace {
-
-constexpr int64_t kManyTokens = 32;    // for fewer, waking threads takes longer than passing over them
-constexpr int64_t kBlock = 1 << 20;  // floats of intermediate results at once, where it need not be more
+constexpr int64_t kManyTokens = 32;  // for fewer, waking threads takes longer than passing over them
+constexpr int64_t kBlock = 1 << 19;  // floats of intermediate results at once, where it need not be more
+constexpr int64_t kSums = 256;       // that stay in the first cache while rows pass over them
 
 // `n` numbers of f32 into bf16 or f32.
 void store(const float* from, int64_t n, bool bf16, void* to, int64_t at) {
@@ -215,14 +126,15 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
     return static_cast<const float*>(wide);
   };
   const int64_t parts = layer.tokens < kManyTokens ? 1 : pool_->threads();
-  float* const wide = widened_.floats(parts * hidden);
+  const bool widened = from.bf16 && input_kind != Vectors::floats;  // to be rounded again from there
+  float* const wide = widened ? widened_.floats(parts * hidden) : nullptr;
   auto make_inputs = [&](int64_t part) {
     const int64_t end = (part + 1) * layer.tokens / parts;
     for (int64_t token = part * layer.tokens / parts; token < end; ++token) {
       char* memory = inputs + token * input_bytes;
       if (layer.offsets[token] == layer.offsets[token + 1]) continue;
       if (input_kind != Vectors::floats) {
-        make(input_kind, state(token, wide + part * hidden), hidden, memory);
+        make(input_kind, state(token, wide ? wide + part * hidden : nullptr), hidden, memory);
         continue;
       }
       float* row = reinterpret_cast<float*>(memory);
@@ -314,7 +226,8 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
   if (!straight && spec.post_norm < 0)
     pieces = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, all) / downs.step, 1, downs.of_expert);
   const int64_t width = std::min(hidden, pieces * downs.step);
-  float* const out = straight ? static_cast<float*>(to.memory) : outputs_.floats(all * width);
+  Scratch& free = middle_bytes ? middles_ : outputs_;  // middles that were rounded are not needed any more
+  float* const out = straight ? static_cast<float*>(to.memory) : free.floats(all * width);
   for (int64_t first_piece = 0; first_piece < downs.of_expert; first_piece += pieces) {
     const int64_t column = first_piece * downs.step, columns = std::min(width, hidden - column);
     const int64_t some = std::min(pieces, downs.of_expert - first_piece);
@@ -348,9 +261,9 @@ void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool add
       pool_->run(layer.tokens, [&](uint32_t token) {
         const float* rows = out + layer.offsets[token] * width;
         const int64_t number = layer.offsets[token + 1] - layer.offsets[token];
-        float sums[kAtOnce];
-        for (int64_t at = 0; at < columns; at += kAtOnce) {
-          const int64_t n = std::min(kAtOnce, columns - at);
+        float sums[kSums];
+        for (int64_t at = 0; at < columns; at += kSums) {
+          const int64_t n = std::min(kSums, columns - at);
           sum_pairs(rows + at, number, width, n, sums);
           store(sums, n, to.bf16, to.memory, token * hidden + column + at);
         }

@@ -7,6 +7,7 @@
 
 #include "kernel.h"
 #include "pool.h"
+#include "scratch.h"
 
 // ExpertSpec as Python hands it over (kernels/native.py has the same fields in the same order). Offsets are bytes
 // from the start of a blob; those of absent tensors are -1.
@@ -39,20 +40,6 @@ struct Layer {
   const float* weights;
 };
 
-// Memory that is kept between calls, aligned to 64 bytes.
-class Scratch {
- public:
-  Scratch() = default;
-  ~Scratch();
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  float* floats(int64_t count);  // uninitialized; what an earlier call returned is no longer valid
-
- private:
-  float* memory_ = nullptr;
-  int64_t capacity_ = 0;
-};
-
 // Hidden states and results in either type; bf16 are widened, and results rounded once, to nearest, ties to even.
 struct Rows {
   void* memory;
@@ -65,6 +52,7 @@ class Experts {
   Experts(const Kernel& kernel, int threads) : kernel_(kernel), pool_(Pool::of(threads)) {}
   // From `from` [tokens, hidden_size] into `to`: [pairs, hidden_size], where pairs that are left out stay as they are,
   // or [tokens, hidden_size] if a token's pairs, none of which is left out then, are to be `added` in the order listed.
+  // The states are read before any result is written, so both may lie in the same memory.
   // Needs memory for each pair's middle as its format takes it, in 8 bits, bf16 or f32, and a few MB.
   void run(const Layer& layer, const Rows& from, const Rows& to, bool added);
 
@@ -74,11 +62,5 @@ class Experts {
   std::mutex mutex_;  // of what follows
   Scratch inputs_, widened_, middles_, outputs_;
 };
-
-// sums[t] = pairs[offsets[t]] + pairs[offsets[t] + 1] + ..., in this order; zeros for a token without pairs.
-void sum_pairs(const float* pairs, const uint32_t* offsets, int64_t tokens, int64_t hidden_size, float* sums);
-
-// See moehive_add_rows in api.cc.
-bool add_rows(const void* const* parts, int64_t number, bool bf16, int64_t count, void* out);
 
 }  // namespace moehive

@@ -64,11 +64,7 @@ void attend(Trunk& trunk, const MoehiveMla& layer, const MoehiveMlaCall& call, i
   if (static_cast<int64_t>(parts.size()) < 4 * trunk.threads()) {
     attend_in_spans(trunk, job, parts, work);
   } else {
-    const LatentPart* list = parts.data();  // of this thread: the others must not look for their own
-    trunk.each(static_cast<int64_t>(parts.size()), work, [&](int64_t i) {
-      alignas(64) float memory[2 * Seen::floats(kLatentRows, kMaxRank + kMaxRope, kMaxRank)];
-      attend_whole(job, list[i], memory);
-    });
+    attend_whole(trunk, job, parts, work);
   }
 }
 

@@ -2,14 +2,17 @@
 //
 // A `Job` says how a part's rows attend:
 //   Spans spans(part)                          that its rows see
-//   Seen seen(part, memory), floats(part)      where they are kept, and the floats that takes
+//   Seen seen(part, memory), floats(part)      where they are kept, and the floats that takes: a multiple of 16
 //   attend(part, span, seen), join(part, seen, more), finish(part, seen)
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
 #include "attention.h"
+#include "scratch.h"
 #include "trunk_threads.h"
 
 namespace moehive {
@@ -23,17 +26,29 @@ struct Spans {
   int64_t count() const { return end - begin; }
 };
 
-// A part that one thread has for itself; `memory` is twice floats(part).
+// Parts that one thread each has for itself. Throws std::bad_alloc.
 template <class Job, class Part>
-void attend_whole(const Job& job, const Part& part, float* memory) {
-  const Spans spans = job.spans(part);
-  const Seen seen = job.seen(part, memory), more = job.seen(part, memory + job.floats(part));
-  job.attend(part, spans.begin, seen);
-  for (int64_t span = spans.begin + 1; span < spans.end; ++span) {
-    job.attend(part, span, more);
-    job.join(part, seen, more);
-  }
-  job.finish(part, seen);
+void attend_whole(Trunk& trunk, const Job& job, const std::vector<Part>& parts, int64_t work) {
+  int64_t floats = 0;
+  for (const Part& part : parts) floats = std::max(floats, job.floats(part));
+  thread_local Scratch scratch;
+  float* const memory = scratch.floats(2 * floats * trunk.threads());
+  const int64_t count = static_cast<int64_t>(parts.size());
+  std::atomic<int64_t> next{0};
+  trunk.each(trunk.threads(), work, [&](int64_t thread) {
+    float* const own = memory + 2 * floats * thread;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      const Part& part = parts[i];
+      const Spans spans = job.spans(part);
+      const Seen seen = job.seen(part, own), more = job.seen(part, own + floats);
+      job.attend(part, spans.begin, seen);
+      for (int64_t span = spans.begin + 1; span < spans.end; ++span) {
+        job.attend(part, span, more);
+        job.join(part, seen, more);
+      }
+      job.finish(part, seen);
+    }
+  });
 }
 
 // Parts whose spans are given to all threads. Throws std::bad_alloc.
@@ -44,9 +59,9 @@ void attend_in_spans(Trunk& trunk, const Job& job, const std::vector<Part>& part
     int64_t span, at;
   };
   thread_local std::vector<Piece> pieces;
-  thread_local std::vector<float> memory;
+  thread_local Scratch scratch;
   pieces.clear();
-  int64_t floats = 16;
+  int64_t floats = 0;
   for (const Part& part : parts) {
     const Spans spans = job.spans(part);
     for (int64_t span = spans.begin; span < spans.end; ++span) {
@@ -54,10 +69,9 @@ void attend_in_spans(Trunk& trunk, const Job& job, const std::vector<Part>& part
       floats += job.floats(part);
     }
   }
-  if (static_cast<int64_t>(memory.size()) < floats) memory.resize(floats);
-  float* const begin = memory.data() - reinterpret_cast<uintptr_t>(memory.data()) / sizeof(float) % 16;  // of a line
+  float* const memory = scratch.floats(floats);
   const Piece* list = pieces.data();  // of this thread: the others must not look for their own
-  const auto seen = [&](const Piece& piece) { return job.seen(*piece.part, begin + piece.at); };
+  const auto seen = [&](const Piece& piece) { return job.seen(*piece.part, memory + piece.at); };
   trunk.each(static_cast<int64_t>(pieces.size()), work,
              [&](int64_t i) { job.attend(*list[i].part, list[i].span, seen(list[i])); });
   for (size_t i = 0, next; i < pieces.size(); i = next) {

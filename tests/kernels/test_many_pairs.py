@@ -11,7 +11,7 @@ from moehive.kernels.ops import ExpertWeights, load_expert
 from moehive.kernels.reference import expert_forward
 
 TOKENS, EXPERTS = 300, 6
-BLOCK = 1 << 20  # floats of intermediate results at once
+BLOCK = 1 << 19  # floats of intermediate results at once
 
 
 def routing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,6 +61,8 @@ def test_parts_make_the_same_whole(hidden: int, middle: int, fmt: Format) -> Non
             for pair in range(offsets[t], offsets[t + 1]):
                 wanted[t] += alone[pair]
         assert torch.equal(pairs, alone.to(dtype)) and torch.equal(sums, wanted.to(dtype))
+        there = native.layer(spec, x.clone(), offsets, addresses, weights, True, in_place=True)
+        assert torch.equal(there, sums), "what is written lies where the states were read"
         owners = np.repeat(np.arange(TOKENS), np.diff(offsets))
         for number, expert in enumerate(held):
             places = np.flatnonzero(experts == number)
