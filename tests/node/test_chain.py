@@ -19,10 +19,12 @@ from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.chain import MAX_CHAIN, MAX_CHAIN_BYTES, add_to_chain
 from moehive.proto.channel import Identity, node_dns_name
+from moehive.proto.fields import find_field
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.tensors import Reply, Routing, WireError, read_values
 from moehive.proto.wire.channel import Channel
+from moehive.proto.wire.messages import COPIED_BYTES
 from moehive.proto.wire.methods import COMPUTE, PASS_ON
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
@@ -120,6 +122,32 @@ def test_the_sum_of_all(scene, chained, model, dtype):
             got = read_values(Reply(reply, reply.values), 7, 64, dtype).float()
             torch.testing.assert_close(got, wanted, rtol=rounding, atol=rounding)
         assert [cluster.services[name]._executor.totals.calls for name in NAMES] == [2, 2, 2]
+
+    scene(main)
+
+
+def test_states_stay_while_they_are_passed_on(scene, chained, model):
+    """Of a large message, in whose memory the last node's sums go."""
+
+    async def main(cluster, coordinator):
+        request, hidden, routings = chained(cluster, 1200)
+        assert len(request.hidden_states) > COPIED_BYTES
+        for step in (
+            0,
+            1,
+            1 << 7,
+            1 << 14,
+        ):  # a field in front, of no byte to four: then states are read where they lie
+            request.step = step
+            field = find_field(request.SerializeToString(), pb.ComputeRequest.HIDDEN_STATES_FIELD_NUMBER)
+            if field.content % hidden.itemsize == 0:
+                break
+        else:
+            raise AssertionError("No step aligns them.")
+        reply = await cluster.ask(request, coordinator)
+        wanted = sum(model.sums(0, hidden, routing) for routing in routings)
+        got = read_values(Reply(reply, reply.values), 1200, 64, torch.float32)
+        assert (got - wanted).norm() < 2**-7 * wanted.norm()
 
     scene(main)
 

@@ -19,7 +19,7 @@ from moehive.expert_node.chain import Onward
 from moehive.expert_node.executor import Executor
 from moehive.expert_node.service import ExpertsService
 from moehive.expert_node.store import ExpertStore
-from moehive.kernels.ops import ExpertOps, load_expert
+from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
 from moehive.proto.channel import (
@@ -30,6 +30,7 @@ from moehive.proto.channel import (
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.tensors import Reply, WireError, read_values
+from moehive.proto.wire.messages import COPIED_BYTES
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
 
@@ -93,6 +94,31 @@ def test_answers_are_the_reference(serving, model, make_request, monkeypatch, la
                 assert reply.compute_ns > 0
             assert not asked
             assert service._executor.totals.calls == len(kinds)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_a_large_request_lie_where_its_states_did(serving, make_request, monkeypatch, dtype):
+    request, hidden, routing = make_request(64, [0, 2, 5], tokens=600, dtype=dtype)
+    assert len(request.hidden_states) > COPIED_BYTES
+
+    async def main():
+        async with serving() as (service, channel):
+            executor = service._executor
+            wanted = executor.compute(0, hidden, routing, Reduction.PARTIAL_SUM)[0]
+            in_place = []
+
+            def compute(layer, hidden, routing, reduction, likely, own):
+                in_place.append(own)
+                return Executor.compute(executor, layer, hidden, routing, reduction, likely, own)
+
+            monkeypatch.setattr(executor, "compute", compute)
+            call = experts_pb2_grpc.ExpertsStub(channel).Compute(metadata=metadata())
+            await call.write(request)
+            reply = await call.read()
+            values = read_values(Reply(reply, reply.values), len(wanted), 64, dtype)
+            assert torch.equal(values, wanted) and in_place == [True]
 
     asyncio.run(main())
 
