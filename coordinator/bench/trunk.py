@@ -8,7 +8,7 @@ One case has many tokens in the cache, where attention reads as much as the weig
 """
 
 import statistics
-from collections.abc import Awaitable, Coroutine, Generator, Iterator
+from collections.abc import Awaitable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from moehive.kernels.geometry import tensor_bytes
 from moehive.kernels.linear import LinearOps, LinearWeights
 from moehive.kernels.trunk_ops import TrunkOps
 
-from ..models.base import SequenceInput, Trunk
+from ..models.base import SequenceInput, Trunk, without_waiting
 from ..models.generic import GenericTrunk
 from ..models.lean import families
 from ..models.lean.batch import Ops
@@ -272,14 +272,4 @@ class Decode:
         return cache_bytes_of(self._cache)
 
     def _run(self, tokens: torch.Tensor) -> torch.Tensor:
-        return _finish(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]
-
-
-def _finish(coroutine: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The result of a coroutine that never waits; no loop's overhead is measured."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        result: list[torch.Tensor] = done.value
-        return result
-    raise RuntimeError("A pass waited, though its experts answer at once.")
+        return without_waiting(self._trunk.forward([SequenceInput(tokens, self._cache)], self._experts))[0]

@@ -55,11 +55,6 @@ class ExpertsOutline:
     layout: ExpertLayout
     parameters: dict[str, ParameterOutline] = field(default_factory=dict)
 
-    @property
-    def separable(self) -> bool:
-        """Whether each expert can be read alone."""
-        return all(parameter.recipe is not None for parameter in self.parameters.values())
-
 
 @dataclass(frozen=True, slots=True)
 class Outline:

@@ -5,7 +5,7 @@ forward pass is a coroutine, so two sequences are two coroutines on one loop, an
 for its experts.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -99,3 +99,14 @@ class Trunk(Protocol):
         takes effect at the next layer.
         """
         ...
+
+
+def without_waiting(passing: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Tensor]:
+    """What a `forward` gives whose experts answer at once, without an event loop. Raises RuntimeError if it waits."""
+    try:
+        passing.send(None)
+    except StopIteration as done:
+        result: list[torch.Tensor] = done.value
+        return result
+    passing.close()
+    raise RuntimeError("A pass waited, though its experts answer at once.")

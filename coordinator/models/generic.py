@@ -6,7 +6,7 @@ arithmetic. Every family whose experts stand behind transformers' experts interf
 
 import inspect
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import bridge, cache_size
-from .base import ExpertBackend, SequenceInput
+from .base import ExpertBackend, SequenceInput, without_waiting
 from .half_linear import multiplies_half, widen_products
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class GenericTrunk:
         return bool((measured - expected).norm() <= tolerance * spread), size
 
     def _run_without_experts(self, one: SequenceInput) -> torch.Tensor:
-        return _finish(self.forward([one], _NoExperts()))[0]
+        return without_waiting(self.forward([one], _NoExperts()))[0]
 
 
 class _NoExperts:
@@ -141,13 +141,3 @@ class _NoExperts:
         self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         return torch.zeros_like(hidden)
-
-
-def _finish(coroutine: Coroutine[Any, Any, list[torch.Tensor]]) -> list[torch.Tensor]:
-    """The result of a coroutine that never waits, outside of an event loop."""
-    try:
-        coroutine.send(None)
-    except StopIteration as done:
-        result: list[torch.Tensor] = done.value
-        return result
-    raise RuntimeError("A probe of the trunk waited for something.")

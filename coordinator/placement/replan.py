@@ -44,7 +44,6 @@ class Decision:
     adopt: bool
     plan: Placement
     moved_bytes: int
-    gain_s: float  # of a step, on held-back sequences
     break_even_steps: float  # infinite without a gain
     sentence: str
 
@@ -91,7 +90,7 @@ def replan(
     else:
         sentence = f"The plan in force stays: another would save {share:.1%}, but its copies would not pay back."
     plan = score(cluster, mixes, found, current.slots, held, current.shared_at, seed, threads) if adopt else current
-    return Decision(adopt, plan, moved, gain, steps, sentence)
+    return Decision(adopt, plan, moved, steps, sentence)
 
 
 def _times(plan: Placement, index: int, batches: Batches, replicas: Replicas) -> Floats:
