@@ -20,8 +20,8 @@ Gives this machine's memory to a Moehive cluster: joins it with a token, holds a
 and computes them when the coordinator asks. The token is needed once; `moehive token` on the coordinator makes one.
 """
 OTHERS = """\
-On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, and `moehive node
-readmit NAME` has a drained or a quarantined node take part again.
+On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, `moehive node readmit
+NAME` has a drained or a quarantined node take part again, and `moehive node revoke NAME` shuts out a lost machine.
 """
 
 

@@ -157,6 +157,22 @@ def readmit(
     typer.echo(f"The node {name} may take part again; one that was shut out tries by itself every half minute.")
 
 
+def revoke(
+    name: Annotated[str, typer.Argument(help="The node, as `moehive status` names it.")],
+    state_dir: StateDir,
+) -> None:
+    """Shuts out a node whose machine was lost or stolen: the coordinator no longer speaks with it.
+
+    Its certificate is not renewed and expires within 30 days; until then other nodes would still take it for one of
+    theirs. The others load its experts, if they have the memory. With a new token a node of its name may join again.
+    """
+    from ..cluster.records import revoke_node
+
+    with _store(state_dir) as store:
+        revoke_node(store, name)
+    typer.echo(f"The node {name} is shut out until it joins again with a new token.")
+
+
 @contextmanager
 def _store(state_dir: Path) -> "Iterator[Store]":
     from ..cluster.store import Store

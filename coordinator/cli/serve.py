@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..settings import CLUSTER_PORT, GRPC_PORT, HTTP_PORT, JOIN_PORT, CoordinatorSettings, load_settings
-from .cluster import drain, readmit
+from .cluster import drain, readmit, revoke
 from .options import StateDir
 from .process import prepare
 
 if TYPE_CHECKING:
     from ..app import Coordinator
 
-NODE_COMMANDS: Mapping[str, Callable[..., None]] = {"drain": drain, "readmit": readmit}  # done on the coordinator
+# Done on the coordinator.
+NODE_COMMANDS: Mapping[str, Callable[..., None]] = {"drain": drain, "readmit": readmit, "revoke": revoke}
 STATUS_SECONDS = 5.0  # between two looks at the cluster for systemd's status line
 
 
@@ -172,8 +173,9 @@ async def _tell_systemd(running: "Coordinator") -> None:
 def node(context: typer.Context) -> None:
     """Runs an expert node: gives this machine's memory to a cluster. `moehive node --help` lists its flags.
 
-    On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, and `moehive node
-    readmit NAME` has it take part again, as it does for a node that was quarantined.
+    On the coordinator's machine, `moehive node drain NAME` moves a node's experts to the others, `moehive node
+    readmit NAME` has it take part again, as it does for a node that was quarantined, and `moehive node revoke NAME`
+    shuts out one whose machine was lost.
     """
     command = NODE_COMMANDS.get(context.args[0]) if context.args else None
     if command is not None:

@@ -1,4 +1,4 @@
-"""`moehive node drain` and `readmit` as a person on the coordinator's machine uses them, without a coordinator."""
+"""`moehive node drain`, `readmit` and `revoke` as a person uses them while no coordinator runs."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from moehive.coordinator.cli import cluster
 from moehive.coordinator.cluster.drains import accept_drain, drains, refuse_drain
-from moehive.coordinator.cluster.records import admit_node
+from moehive.coordinator.cluster.records import admit_node, revoked_nodes
 from moehive.coordinator.cluster.store import Store
 from moehive.coordinator.types import CoordinatorError, NodeName
 
@@ -49,3 +49,13 @@ def test_the_answer_is_told(state: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert drains(store)[ATTIC].accepted
     cluster.drain(ATTIC, state)  # it is drained already
     store.close()
+
+
+def test_a_lost_machine_is_shut_out(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster.revoke(ATTIC, state)
+    assert "attic is shut out until it joins again" in capsys.readouterr().out
+    store = Store(state / "coordinator.sqlite")
+    assert revoked_nodes(store) == {ATTIC}
+    store.close()
+    with pytest.raises(CoordinatorError, match="No node named 'cellar' has joined"):
+        cluster.revoke("cellar", state)
