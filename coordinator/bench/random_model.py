@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..estimate.geometries import GEOMETRIES, VOCABULARY, ModelShape, TensorShape
+from ..settings import SettingsError
 from ..types import CoordinatorError
 from .random_gguf import GGUF_FORMATS, write_gguf
 from .random_safetensors import LAYOUTS, write_directory
@@ -26,17 +27,17 @@ class RandomModel:
     experts: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises CoordinatorError."""
+        """Raises SettingsError."""
         if self.geometry not in GEOMETRIES:
-            raise CoordinatorError(f"Unknown geometry {self.geometry!r}; known are {', '.join(GEOMETRIES)}.")
+            raise SettingsError(f"Unknown geometry {self.geometry!r}; known are {', '.join(GEOMETRIES)}.")
         if self.format not in FORMATS:
-            raise CoordinatorError(f"Unknown format {self.format!r}; known are {', '.join(FORMATS)}.")
+            raise SettingsError(f"Unknown format {self.format!r}; known are {', '.join(FORMATS)}.")
         shape = self.shape
         least = shape.keys.get("leading_dense_block_count", 0) + 1
         if self.layers is not None and not least <= self.layers <= shape.layers:
-            raise CoordinatorError(f"--layers must be {least} to {shape.layers} for {self.geometry}.")
+            raise SettingsError(f"--layers must be {least} to {shape.layers} for {self.geometry}.")
         if self.experts is not None and not shape.top_k <= self.experts <= shape.experts:
-            raise CoordinatorError(f"--experts must be {shape.top_k} to {shape.experts} for {self.geometry}.")
+            raise SettingsError(f"--experts must be {shape.top_k} to {shape.experts} for {self.geometry}.")
 
     @property
     def shape(self) -> ModelShape:

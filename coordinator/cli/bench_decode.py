@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..types import CoordinatorError
+from ..settings import SettingsError
 from .options import Json, StateDir
 from .process import prepare
 
@@ -55,7 +55,7 @@ def decode(
 ) -> None:
     """Tokens a second of a whole cluster on this machine, where the time goes, and what memory alone would allow."""
     if (geometry is None) == (model is None):
-        raise CoordinatorError("Say either --geometry or --model.")
+        raise SettingsError("Say either --geometry or --model.")
     prepare(verbose=False)
     speed = None if link is None else parse_link(link)
     if model is None:
@@ -90,12 +90,12 @@ def decode(
 
 
 def parse_link(text: str) -> "LinkSpeed":
-    """A link as a person writes it: milliseconds one way, Gbit/s in each direction. Raises CoordinatorError."""
+    """A link as a person writes it: milliseconds one way, Gbit/s in each direction. Raises SettingsError."""
     from ..bench.slow_link import LinkSpeed
 
     match = _LINK.fullmatch(text.replace(" ", ""))
     if match is None or float(match[2]) == 0:
-        raise CoordinatorError(f"{text[:40]!r} is not a link; write for example 0.25ms,1gbit.")
+        raise SettingsError(f"{text[:40]!r} is not a link; write for example 0.25ms,1gbit.")
     return LinkSpeed(delay_s=float(match[1]) / 1e3, bits_per_s=float(match[2]) * 1e9)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..settings import SettingsError
 from ..types import CoordinatorError
 from .options import Json
 from .process import prepare
@@ -63,7 +64,11 @@ def convert(
     It may be stopped at any time; the same command goes on where it was.
     """
     if budget is not None and format is not None:
-        raise CoordinatorError("--format gives all experts one format and --budget chooses; give one of them.")
+        raise SettingsError("--format gives all experts one format and --budget chooses; give one of them.")
+    if calibration is not None and budget is None:
+        raise SettingsError("--calibration is the text that formats are chosen with: it needs --budget.")
+    if cluster is not None and budget != "cluster":
+        raise SettingsError("--cluster is read for what its machines have room for: it needs '--budget cluster'.")
     prepare(verbose=False, hop=False)
     import torch
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..settings import SettingsError
 from ..types import CoordinatorError
 from .options import StateDir
 
@@ -33,7 +34,7 @@ def trace(
     A coordinator records by itself, the latest 20,000 tokens; this reads its files, of the model that served last.
     """
     if (export is None) == (record is None):
-        raise CoordinatorError("Say either --export FILE.npz or --record FILE.npz.")
+        raise SettingsError("Say either --export FILE.npz or --record FILE.npz.")
     found = _newest(state_dir)
     if export is not None:
         _write(_read(found), export, None)

@@ -144,4 +144,4 @@ def test_wrong_options_are_sentences(tmp_path):
         (["--geometry", "qwen9"], "known are"),
     ):
         done = run(tmp_path, *options)
-        assert done.returncode == 1 and sentence in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr

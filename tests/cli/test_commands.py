@@ -21,6 +21,7 @@ HELP = {
     "node": "`moehive token` on the coordinator makes one",
     "node drain": "gets none again until it is readmitted",
     "node readmit": "that was drained, or quarantined",
+    "node revoke": "lost or stolen",
     "token": "lets one new node into the cluster",
     "key": "clients on other machines",
     "key new": "this once",
@@ -53,6 +54,10 @@ def test_help(moehive: Any, command: str) -> None:
         (["coordinator", "--model", "x", "--kv-memory", "much"], "'much' is not a size"),
         (["coordinator", "--model", "x", "--config", "/nowhere.toml"], "/nowhere.toml can't be read"),
         (["node", "--threads", "0"], "--threads must be 1"),
+        (["trace"], "either --export FILE.npz or --record FILE.npz"),
+        (["convert", "x", "y", "--format", "q8_0", "--budget", "1GB"], "give one of them"),
+        (["convert", "x", "y", "--calibration", "t"], "it needs --budget"),
+        (["convert", "x", "y", "--budget", "1GB", "--cluster", "c"], "it needs '--budget cluster'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(moehive: Any, arguments: list[str], wanted: str) -> None:
