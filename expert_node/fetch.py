@@ -92,7 +92,7 @@ class SliceLoader:
         self._coming.update(missing)
         first = not self._store.experts_held  # else requests wait for the pages to come back
         if first:
-            give_back()
+            await in_thread(give_back)  # a large process has many pages to be looked at
         try:
             cached = [expert for expert in missing if expert in cache]
             if cached:
@@ -115,7 +115,7 @@ class SliceLoader:
             self._coming.clear()
             self._wake()
         if first:
-            give_back()
+            await in_thread(give_back)
 
     async def file_of(self, fingerprint: str, expert: ExpertId) -> Path | None:
         """The checked file of an expert, waited for while the expert is on its way; None when it is not."""
