@@ -274,6 +274,7 @@ class Coordinator:
             vram_bytes=node.capacity.vram_bytes if node.capacity else 0,
             disk_bandwidth=node.figures.tiers.disk_bandwidth if node.figures.tiers else 0.0,
             products_per_s=node.capacity.products_per_s if node.capacity else 0.0,
+            token_products_per_s=node.capacity.token_products_per_s if node.capacity else 0.0,
         )
 
 

@@ -1,6 +1,6 @@
-"""How fast this machine computes experts: what it reads for one token, and how much it multiplies with many.
+"""How fast this machine computes experts: what it reads for one token, and how much it multiplies.
 
-Both are measured once in less than a second and kept for 30 days in <state>/speed.json; another processor or another
+All is measured once in a second and kept for 30 days in <state>/speed.json; another processor or another
 number of threads measures again.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from moehive.kernels.library import NativeLibraryError
-from moehive.kernels.speed import multiplying, reading
+from moehive.kernels.speed import multiplying, multiplying_one, reading
 
 from .files import write_private
 
@@ -25,10 +25,14 @@ _PLAIN_BYTES, _PLAIN_SECONDS = 128 << 20, 0.4
 
 
 class Speed(NamedTuple):
-    """Bytes of experts a second from RAM, and products of a number and a weight in q8_0, 0 if not measured."""
+    """Bytes of experts a second from RAM, and products of a number and a weight, 0 if not measured.
+
+    Products in q8_0 with many tokens, and in q4_k with one token and weights that lie in caches.
+    """
 
     read_bandwidth: float
     products_per_s: float
+    token_products_per_s: float
 
 
 def speed(state: Path, threads: int) -> Speed:
@@ -38,7 +42,7 @@ def speed(state: Path, threads: int) -> Speed:
     try:
         kept = json.loads(path.read_bytes())
         known = (kept["processor"], kept["threads"]) == (processor, threads)
-        found = Speed(float(kept["read_bandwidth"]), float(kept["products_per_s"]))
+        found = Speed(*(float(kept[name]) for name in Speed._fields))
         if known and 0 <= time() - kept["measured"] < KEPT_SECONDS and found.read_bandwidth > 0:
             return found
     except FileNotFoundError:
@@ -59,9 +63,9 @@ def speed(state: Path, threads: int) -> Speed:
 
 def _measure(threads: int) -> Speed:
     try:
-        return Speed(reading(threads), multiplying(threads))
+        return Speed(reading(threads), multiplying(threads), multiplying_one(threads))
     except NativeLibraryError:  # torch computes experts, at no speed that would be worth measuring
-        return Speed(_plain_read(threads), 0.0)
+        return Speed(_plain_read(threads), 0.0, 0.0)
 
 
 def _plain_read(threads: int) -> float:

@@ -172,6 +172,7 @@ async def start(settings: Settings) -> Node:
         vram_bytes=0 if gpu is None else gpu.capacity_bytes,
         read_bandwidth=speed.read_bandwidth,
         products_per_s=speed.products_per_s,
+        token_products_per_s=speed.token_products_per_s,
         threads=settings.threads,
         software=f"moehive {software_version()}"[:MAX_SOFTWARE],
     )

@@ -119,6 +119,7 @@ def _check_hello(hello: pb.NodeHello) -> None:
     _bytes(hello.vram_bytes, "vram_bytes")
     _finite(hello.read_bandwidth, "read_bandwidth")
     _finite(hello.products_per_s, "products_per_s")
+    _finite(hello.token_products_per_s, "token_products_per_s")
     if not 1 <= hello.threads <= MAX_THREADS:
         raise BoundsError(f"threads must be 1 to {MAX_THREADS}, not {hello.threads}.")
     if len(hello.software) > MAX_SOFTWARE:

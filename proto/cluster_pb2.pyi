@@ -53,7 +53,7 @@ class NodeReport(_message.Message):
     def __init__(self, hello: _Optional[_Union[NodeHello, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., progress: _Optional[_Union[SliceProgress, _Mapping]] = ..., ready: _Optional[_Union[SliceReady, _Mapping]] = ..., failed: _Optional[_Union[SliceFailed, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class NodeHello(_message.Message):
-    __slots__ = ("address", "ram_bytes", "read_bandwidth", "threads", "software", "disk_bytes", "vram_bytes", "products_per_s")
+    __slots__ = ("address", "ram_bytes", "read_bandwidth", "threads", "software", "disk_bytes", "vram_bytes", "products_per_s", "token_products_per_s")
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     RAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     READ_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
@@ -62,6 +62,7 @@ class NodeHello(_message.Message):
     DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
     VRAM_BYTES_FIELD_NUMBER: _ClassVar[int]
     PRODUCTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_PRODUCTS_PER_S_FIELD_NUMBER: _ClassVar[int]
     address: str
     ram_bytes: int
     read_bandwidth: float
@@ -70,7 +71,8 @@ class NodeHello(_message.Message):
     disk_bytes: int
     vram_bytes: int
     products_per_s: float
-    def __init__(self, address: _Optional[str] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., threads: _Optional[int] = ..., software: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., products_per_s: _Optional[float] = ...) -> None: ...
+    token_products_per_s: float
+    def __init__(self, address: _Optional[str] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., threads: _Optional[int] = ..., software: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., products_per_s: _Optional[float] = ..., token_products_per_s: _Optional[float] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("experts_held", "bytes_held", "calls", "expert_calls", "compute_ns", "resident_bytes", "load", "tiers")

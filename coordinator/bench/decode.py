@@ -92,8 +92,8 @@ class DecodeRow:
 
 
 @dataclass(slots=True)
-class _Round:
-    """One request, in seconds."""
+class Round:
+    """What one request took, in seconds."""
 
     first: float  # to all sequences' first token
     token: float  # between two tokens of a sequence, on average
@@ -104,17 +104,18 @@ class _Round:
     bandwidth: float = 0.0
 
 
-def measure_decode(settings: DecodeSettings, beside: Callable[[], None] = lambda: None) -> DecodeRow:
+def measure_decode(settings: DecodeSettings, beside: Callable[[Round | None], None] = lambda done: None) -> DecodeRow:
     """Starts the cluster, measures, ends it. Raises CoordinatorError or OSError.
 
-    `beside` is called before and after each round, to measure what else must be of the same moment.
+    `beside` is called before the first round, and after each with what it took, to measure what else must be of the
+    same moment.
     """
     import uvloop
 
     return uvloop.run(_measure(settings, beside))
 
 
-async def _measure(settings: DecodeSettings, beside: Callable[[], None]) -> DecodeRow:
+async def _measure(settings: DecodeSettings, beside: Callable[[Round | None], None]) -> DecodeRow:
     with ExitStack() as stack:
         base = settings.state_dir / "bench" / folder_name(str(settings.model), settings.nodes)
         folder = stack.enter_context(own_folder(base))
@@ -137,7 +138,9 @@ async def _measure(settings: DecodeSettings, beside: Callable[[], None]) -> Deco
             await cluster.stop()
 
 
-async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster, beside: Callable[[], None]) -> DecodeRow:
+async def _measure_cluster(
+    settings: DecodeSettings, cluster: LocalCluster, beside: Callable[[Round | None], None]
+) -> DecodeRow:
     coordinator = cluster.coordinator
     manifest = coordinator.manifest
     backend = _Measured(coordinator.dispatcher, settings.sequences)
@@ -145,10 +148,10 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster, besi
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
     await _round(settings, engine, backend, coordinator, 0)  # pages, pools and connections are warm after it
     rounds = []
-    beside()
+    beside(None)
     for number in range(1, settings.rounds + 1):
         done = await _round(settings, engine, backend, coordinator, number)
-        beside()
+        beside(done)
         done.bandwidth = len(memory) / read_seconds(memory, cores())
         rounds.append(done)
     if settings.timeline is not None:
@@ -198,7 +201,7 @@ async def _measure_cluster(settings: DecodeSettings, cluster: LocalCluster, besi
 
 async def _round(
     settings: DecodeSettings, engine: Engine, backend: "_Measured", coordinator: Coordinator, number: int
-) -> _Round:
+) -> Round:
     """Generations at once; their prompts are the same whenever `number` is.
 
     Decoding counts while all do it: from the last one's first token to the first one's last.
@@ -230,7 +233,7 @@ async def _round(
         raise CoordinatorError("The first sequence ended before the last one began; generate more tokens.")
     steps = decoded / settings.sequences
     submit, waiting, experts, split = figures
-    return _Round(
+    return Round(
         first=begun_at - start,
         token=(done_at - begun_at) / steps,
         submit=submit / steps,

@@ -244,6 +244,7 @@ async def _hello(reports: AsyncIterator[pb.NodeReport], context: Context) -> Cap
         hello.disk_bytes,
         hello.vram_bytes,
         hello.products_per_s,
+        hello.token_products_per_s,
     )
 
 

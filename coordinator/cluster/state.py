@@ -40,7 +40,9 @@ class Capacity:
     software: str = ""
     disk_bytes: int = 0  # that it gives to experts beyond those
     vram_bytes: int = 0  # of a GPU, for experts that lie in the others too
-    products_per_s: float = 0.0  # of a number and a weight in q8_0, measured by the node; 0: not measured
+    # Of a number and a weight, measured by the node; 0: not measured. In q8_0 with many tokens, in q4_k with one.
+    products_per_s: float = 0.0
+    token_products_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@
     ram_bytes = 34359738368   # that Moehive may use; likewise vram_bytes and disk_bytes
     ram_Bps = 4.0e10          # bytes of weights a second that all its cores read; likewise vram_Bps and disk_Bps
     products_per_s = 2.4e11   # of weights in q8_0 by all its cores, if known; what AVX2 does by ram_Bps if absent
+    token_products_per_s = 1.2e11  # the same in q4_k with one token, weights in caches; as many cores do if absent
     step_factor = 0.6         # of the coordinator, if known: what a step's calls take there; 1 as in constants.py
 
 A tier is there when its bytes and its speed are; what is absent is none.
@@ -27,6 +28,7 @@ from ..whole_file import whole_file
 MAX_NODES = 256
 MAX_BYTES = 1 << 20  # of the file
 TIERS = ("vram", "ram", "disk")  # the quickest first
+PRODUCTS = ("products_per_s", "token_products_per_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +50,7 @@ class Machine:
     disk: Tier | None = None
     step_factor: float = 1.0
     products_per_s: float | None = None
+    token_products_per_s: float | None = None
 
     def tiers(self) -> dict[str, Tier]:
         """Its tiers by name, the quickest first."""
@@ -117,8 +120,7 @@ def to_toml(cluster: Cluster) -> str:
             lines.append("coordinator = true")
         for name, tier in machine.tiers().items():
             lines += [f"{name}_bytes = {tier.nbytes}", f"{name}_Bps = {tier.bytes_per_s!r}"]
-        if machine.products_per_s is not None:
-            lines.append(f"products_per_s = {machine.products_per_s!r}")
+        lines += [f"{key} = {value!r}" for key in PRODUCTS if (value := getattr(machine, key)) is not None]
         if machine.step_factor != 1.0:
             lines.append(f"step_factor = {machine.step_factor!r}")
     return "\n".join(lines) + "\n"
@@ -137,21 +139,19 @@ def _machine(node: Any, source: str) -> Machine:
     if not isinstance(node, dict) or not isinstance(node.get("name"), str) or not 1 <= len(node["name"]) <= 256:
         raise CoordinatorError(f"Each of the [[nodes]] in {source} needs a name.")
     where = f"{node['name']} in {source}"
-    figures = {f"{tier}_{kind}" for tier in TIERS for kind in ("bytes", "Bps")}
-    _known(node, {"name", "coordinator", "products_per_s", "step_factor", *figures}, where)
+    of_tiers = {f"{tier}_{kind}" for tier in TIERS for kind in ("bytes", "Bps")}
+    _known(node, {"name", "coordinator", "step_factor", *PRODUCTS, *of_tiers}, where)
     coordinator = node.get("coordinator", False)
     if not isinstance(coordinator, bool):
         raise CoordinatorError(f"coordinator of {where} must be true or false.")
-    tiers: dict[str, Tier] = {}
+    found: dict[str, Any] = {key: _number(node, key, where) for key in ("step_factor", *PRODUCTS) if key in node}
     for tier in TIERS:
         nbytes, speed = f"{tier}_bytes", f"{tier}_Bps"
         if (nbytes in node) != (speed in node):
             raise CoordinatorError(f"{where} needs both {nbytes} and {speed}, or neither.")
         if nbytes in node and (size := int(_number(node, nbytes, where, zero=True))):
-            tiers[tier] = Tier(size, _number(node, speed, where))
-    factor = _number(node, "step_factor", where) if "step_factor" in node else 1.0
-    products = _number(node, "products_per_s", where) if "products_per_s" in node else None
-    return Machine(node["name"], coordinator, **tiers, step_factor=factor, products_per_s=products)
+            found[tier] = Tier(size, _number(node, speed, where))
+    return Machine(node["name"], coordinator, **found)
 
 
 def _number(values: Mapping[str, Any], name: str, where: str, zero: bool = False) -> float:

@@ -34,6 +34,8 @@ class MeasuredNode(Protocol):
     def vram_bytes(self) -> int: ...
     @property
     def products_per_s(self) -> float: ...
+    @property
+    def token_products_per_s(self) -> float: ...
 
 
 def of_status(nodes: Sequence[MeasuredNode], own: Machine) -> tuple[Cluster, list[str]]:
@@ -92,4 +94,5 @@ def _machine(node: MeasuredNode) -> Machine:
         ram=Tier(node.ram_bytes + NODE_BYTES, node.read_bandwidth),
         disk=Tier(disk, node.disk_bandwidth or DISK_BYTES_PER_S) if disk else None,
         products_per_s=node.products_per_s or None,
+        token_products_per_s=node.token_products_per_s or None,
     )

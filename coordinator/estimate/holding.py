@@ -9,14 +9,15 @@ As in the running cluster (coordinator/cluster/policy.py), a GPU that computes t
 experts that lie in RAM or on disk. Those need not be in RAM meanwhile: above a disk its memory is room, as RAM is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moehive.kernels.geometry import bytes_filled
 
 from .cluster import Cluster, Machine
-from .constants import CONTEXT_TOKENS, COORDINATOR_BYTES, HOP_S, KERNEL_SHARES, NODE_BYTES, OTHER_SHARE, STEP_SHARE
+from .constants import CONTEXT_TOKENS, COORDINATOR_BYTES, HOP_S, NODE_BYTES
 from .model import Model
+from .one_token import tier_speeds
 
 _STEPS = 200  # of bisection
 
@@ -51,15 +52,11 @@ class Holding:
         found = {"vram": self.vram_bytes, "ram": self.expert_bytes - self.vram_bytes - disk, "disk": disk}
         return {name: nbytes for name, nbytes in found.items() if nbytes}
 
-    def seconds(self, nbytes: float, kernel_share: float) -> float:
-        """To read and compute `nbytes` of experts, spread over its tiers as its experts are."""
+    def seconds(self, nbytes: float, speeds: Mapping[str, float]) -> float:
+        """To read and compute `nbytes` of experts, spread over its tiers as its experts are; `speeds` of each."""
         if not nbytes:
             return 0.0
-        tiers = self.machine.tiers()
-        return sum(
-            nbytes * held / self.expert_bytes / (tiers[name].bytes_per_s * (1.0 if name == "disk" else kernel_share))
-            for name, held in self.read_from().items()
-        )
+        return sum(nbytes * held / self.expert_bytes / speeds[name] for name, held in self.read_from().items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +112,6 @@ class _Part:
         return sum(nbytes for nbytes, _ in self.steps)
 
 
-def kernel_share(model: Model) -> float:
-    """Of a machine's bytes a second, the part that kernels of the model's format reach within a step."""
-    return STEP_SHARE * model.by_format(KERNEL_SHARES, OTHER_SHARE)
-
-
 def room_for_weights(model: Model, cluster: Cluster) -> int:
     """Bytes of RAM that are left for a model's weights beside the programs and the cache.
 
@@ -137,8 +129,7 @@ def hold(model: Model, cluster: Cluster) -> Placed:
     kv = CONTEXT_TOKENS * model.kv_bytes_a_token
     needed = model.trunk_bytes + kv + COORDINATOR_BYTES
     room = cluster.coordinator.ram.nbytes if cluster.coordinator.ram else 0
-    share = kernel_share(model)
-    rooms = [_room(machine, cluster, model, share) for machine in cluster.machines]
+    rooms = [_room(machine, cluster, model) for machine in cluster.machines]
     scale = model.active_expert_bytes / len(model.layers) / model.expert_bytes  # of what it holds, read for a layer
     held = [int(n) for n in _split([r.slice(0, r.memory) for r in rooms], model.expert_bytes, scale)]
     rest = model.expert_bytes - sum(held)
@@ -170,22 +161,23 @@ def _gpu_bytes(machine: Machine, model: Model) -> int:
     return machine.vram.nbytes if machine.vram is not None and model.on_gpu else 0
 
 
-def _room(machine: Machine, cluster: Cluster, model: Model, share: float) -> _Room:
+def _room(machine: Machine, cluster: Cluster, model: Model) -> _Room:
     cost = 0.0 if machine.coordinator else cluster.rtt_s + cluster.coordinator.step_factor * HOP_S
     beside = _beside(machine, model) + (model.trunk_bytes if machine.coordinator else 0)
     if machine.ram is None or machine.ram.nbytes <= beside:
         return _Room(cost, 0, 0, 0, ())
     left = machine.ram.nbytes - beside
     ram = memory = bytes_filled(left, model.layers)
-    steps = [(ram, machine.ram.bytes_per_s * share)]
+    speeds = tier_speeds(model, machine)
+    steps = [(ram, speeds["ram"])]
     on_gpu, disk = _gpu_bytes(machine, model), 0
     if machine.vram is not None and on_gpu:
-        steps.insert(0, (on_gpu, machine.vram.bytes_per_s * share))
+        steps.insert(0, (on_gpu, speeds["vram"]))
     if machine.disk is not None:
         above = bytes_filled(min(on_gpu, machine.disk.nbytes), model.layers)
         memory = bytes_filled(left + above, model.layers)
         disk = bytes_filled(left + machine.disk.nbytes, model.layers) - memory
-        steps.append((memory + disk, machine.disk.bytes_per_s))
+        steps.append((memory + disk, speeds["disk"]))
     return _Room(cost, ram, memory, disk, tuple(steps))
 
 

@@ -73,18 +73,21 @@ class Model:
         """Bytes of each matrix of a part of the trunk."""
         if part == LATENT:
             return [2 * matrix.rows * matrix.columns for matrix in self.parts[part]]
-        return [_matrix_bytes(matrix, self._trunk_format(part)) for matrix in self.parts[part]]
+        return [_matrix_bytes(matrix, self.trunk_format(part)) for matrix in self.parts[part]]
 
     @property
     def trunk_bytes(self) -> int:
         """Bytes of everything but routed experts."""
         return sum(self.part_bytes().values())
 
+    def part_bytes_a_token(self) -> dict[str, int]:
+        """Bytes of each part that one token reads: of the table of tokens a row, unless it is the head."""
+        return self.part_bytes() | ({} if self.tied else {EMBEDDING: 0})
+
     @property
     def trunk_bytes_a_token(self) -> int:
-        """Bytes of the trunk that one token reads: of the table of tokens a row, unless it is the head."""
-        sizes = self.part_bytes()
-        return sum(sizes.values()) - (0 if self.tied else sizes[EMBEDDING])
+        """Bytes of the trunk that one token reads."""
+        return sum(self.part_bytes_a_token().values())
 
     @property
     def shared_bytes_a_layer(self) -> float:
@@ -135,7 +138,8 @@ class Model:
         """A rate for this model's bytes, of rates that are `known` by format; `other`: of formats that are not."""
         return 1 / sum(share / known.get(name, other) for name, share in self.mixture or ((self.format, 1.0),))
 
-    def _trunk_format(self, part: str) -> str:
+    def trunk_format(self, part: str) -> str:
+        """The format of a part of the trunk but latent attention's matrices; as `format`, no single one for some."""
         if part == SMALL:
             return "f32"
         return "bf16" if self.format in _EXPERTS_ALONE else self.format

@@ -1,9 +1,9 @@
 """How long a step takes.
 
-    decode   trunk's bytes and recurrent state by the coordinator's speed, and in each layer: fixed cost of the trunk,
-             and, of the machines that a token's experts lie on, the slowest (round trip, cost of a message, its
-             experts' bytes by its speed), as far as it takes longer than the shared expert, which the coordinator
-             computes meanwhile
+    decode   trunk's bytes by the coordinator's speed (one_token.py) and recurrent state, and in each layer: fixed
+             cost of the trunk, and, of the machines that a token's experts lie on, the slowest (round trip, cost of a
+             message, its experts' bytes by its speed), as far as it takes longer than the shared expert, which the
+             coordinator computes meanwhile
     prefill  the same for a chunk of tokens: nearly all experts are read, products with all tokens but the first are
              added to the reading, and so are the wire and what the trunk does with each token beside products
 
@@ -24,17 +24,17 @@ from .cluster import Cluster, Machine
 from .constants import (
     CHUNK_TOKENS,
     COLUMN_S,
-    FLOAT_PRODUCTS_PER_BYTE,
     HOP_S,
-    INTEGER_PRODUCTS,
     LAYER_S,
     MESSAGE_S,
     OTHER_PRODUCTS,
+    PRODUCTS,
     PRODUCTS_PER_BYTE,
     TOKEN_S,
 )
-from .holding import Holding, Placed, kernel_share
-from .model import Model
+from .holding import Holding, Placed
+from .model import SHARED, Model
+from .one_token import part_speed, tier_speeds
 
 _DRAWS = 400
 _NUMBER_BYTES = 2 + 4  # of one number of a hidden state, there and back
@@ -122,8 +122,8 @@ def _layer(
     if not held:
         return 0.0, 0.0
     counts = distinct(layer, [h.expert_bytes for h in held], batch)
-    share, size = kernel_share(model), layer.nbytes / layer.experts
-    computing = counts * np.array([h.seconds(size, share) for h in held])
+    size = layer.nbytes / layer.experts
+    computing = counts * np.array([h.seconds(size, tier_speeds(model, h.machine)) for h in held])
     remote = np.array([not h.machine.coordinator for h in held])
     asked = (counts > 0) & remote
     factor = cluster.coordinator.step_factor
@@ -155,23 +155,20 @@ def _trunk_s(model: Model, cluster: Cluster) -> float:
     assert ram is not None
     fixed = cluster.coordinator.step_factor * (TOKEN_S + model.decoder_layers * LAYER_S)
     state = 2 * model.state_bytes / ram.bytes_per_s
-    return fixed + state + model.trunk_bytes_a_token / (ram.bytes_per_s * kernel_share(model))
+    parts = model.part_bytes_a_token().items()
+    return fixed + state + sum(nbytes / part_speed(model, cluster.coordinator, part) for part, nbytes in parts)
 
 
 def shared_s(model: Model, cluster: Cluster) -> float:
     """Seconds that the coordinator computes the shared expert of a layer for one token of each sequence."""
-    ram = cluster.coordinator.ram
-    assert ram is not None
-    return model.shared_bytes_a_layer / (ram.bytes_per_s * kernel_share(model))
+    return model.shared_bytes_a_layer / part_speed(model, cluster.coordinator, SHARED)
 
 
 def _products_per_s(model: Model, machine: Machine, on_gpu: bool) -> float:
     """Products of a number and a weight of the model that is at hand."""
     tier = machine.vram if on_gpu else machine.ram
     assert tier is not None
-    integers = None if on_gpu else machine.products_per_s
-    if integers is None:
-        integers = PRODUCTS_PER_BYTE * tier.bytes_per_s
-    known = {name: share * integers for name, share in INTEGER_PRODUCTS.items()}
-    known |= {name: share * tier.bytes_per_s for name, share in FLOAT_PRODUCTS_PER_BYTE.items()}
-    return model.by_format(known, OTHER_PRODUCTS * integers)
+    of_q8_0 = None if on_gpu else machine.products_per_s
+    if of_q8_0 is None:
+        of_q8_0 = PRODUCTS_PER_BYTE * tier.bytes_per_s
+    return model.by_format({name: share * of_q8_0 for name, share in PRODUCTS.items()}, OTHER_PRODUCTS * of_q8_0)

@@ -27,10 +27,16 @@ def this_machine() -> Cluster:
 
 def measured(name: str, ram_bytes: int) -> Machine:
     """This machine as a coordinator with so much RAM, measured in a second. Raises NativeLibraryError."""
-    from moehive.kernels.speed import multiplying, reading
+    from moehive.kernels.speed import multiplying, multiplying_one, reading
 
-    ram, products = Tier(ram_bytes, reading(cores())), multiplying(cores())
-    return Machine(name, coordinator=True, ram=ram, step_factor=step_factor(), products_per_s=products)
+    return Machine(
+        name,
+        coordinator=True,
+        ram=Tier(ram_bytes, reading(cores())),
+        step_factor=step_factor(),
+        products_per_s=multiplying(cores()),
+        token_products_per_s=multiplying_one(cores()),
+    )
 
 
 def disk_of(folder: Path) -> Tier:

@@ -54,7 +54,9 @@ class NodeStatus:
     disk_bytes: int = 0  # of disk that it gives to experts beyond ram_bytes
     vram_bytes: int = 0  # of a GPU's memory that it gives to experts
     disk_bandwidth: float = 0.0  # bytes a second, measured by the node; 0: not yet
-    products_per_s: float = 0.0  # of a number and a weight in q8_0, measured by the node; 0: not measured
+    # Of a number and a weight, measured by the node; 0: not measured. In q8_0 with many tokens, in q4_k with one.
+    products_per_s: float = 0.0
+    token_products_per_s: float = 0.0
     tiers: TierStatus | None = None
 
 

@@ -113,6 +113,7 @@ class NodeStatus:
     vram_bytes: int  # of a GPU's memory that it gives to experts
     disk_bandwidth: float  # bytes a second, measured by the node; 0: not yet
     products_per_s: float  # of a number and a weight in q8_0, measured by the node; 0: not measured
+    token_products_per_s: float  # the same of one token with weights in q4_k that lie in caches
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,8 @@ def test_a_disk_is_in_the_status_in_cluster_toml_and_among_what_models_fit_into(
             assert other.ram == Tier(MEMORY_BYTES + NODE_BYTES, node.read_bandwidth)
             assert other.disk == Tier(DISK_BYTES, node.disk_bandwidth)
             assert own.products_per_s is not None and other.products_per_s == node.products_per_s > 0
+            assert own.token_products_per_s is not None
+            assert other.token_products_per_s == node.token_products_per_s > 0
 
             listed = await asyncio.to_thread(run, "models", str(shelf), *address, "--json")
             assert listed.returncode == 0, listed.stderr

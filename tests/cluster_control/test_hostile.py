@@ -60,6 +60,7 @@ HELLO = some(
     ram_bytes=UINT64,
     read_bandwidth=DOUBLE,
     products_per_s=DOUBLE,
+    token_products_per_s=DOUBLE,
     threads=UINT32,
     software=TEXT,
 )

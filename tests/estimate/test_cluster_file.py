@@ -67,6 +67,7 @@ def test_the_file_of_the_documents_is_read() -> None:
         ("ram_Bps = 6e10", "ram_Bps = 6e10\nstep_factor = 0", "step_factor of"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\nproducts_per_s = 0", "products_per_s of mini in cluster.toml must be"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\nproducts_per_s = true", "products_per_s of"),
+        ("ram_Bps = 6e10", "ram_Bps = 6e10\ntoken_products_per_s = -1", "token_products_per_s of mini in"),
         ("rtt_s = 0.0003", "", "rtt_s of"),
         ("[link]", "[lnk]", "unknown key 'lnk'"),
         ("[link]", "[link", "not valid TOML"),
@@ -96,6 +97,7 @@ def test_what_is_written_is_read_again(data: st.DataObject) -> None:
             data.draw(tiers),
             step_factor=data.draw(st.just(1.0) | st.floats(0.01, 100)),
             products_per_s=data.draw(st.none() | st.floats(1, 1e18)),
+            token_products_per_s=data.draw(st.none() | st.floats(1, 1e18)),
         )
         for number, name in enumerate(found)
     ]
@@ -137,6 +139,7 @@ class Node:
     disk_bandwidth: float = 0.0
     vram_bytes: int = 0
     products_per_s: float = 0.0
+    token_products_per_s: float = 0.0
 
 
 def own(disk: Tier | None = None) -> Machine:
@@ -144,7 +147,7 @@ def own(disk: Tier | None = None) -> Machine:
 
 
 def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
-    quick = Node("a", round_trip_s=2e-3, link_bandwidth=1.1e8, products_per_s=2e11)
+    quick = Node("a", round_trip_s=2e-3, link_bandwidth=1.1e8, products_per_s=2e11, token_products_per_s=1e11)
     nodes = [Node("coordinator"), quick, Node("b", round_trip_s=3e-3)]
     cluster, assumed = of_status(nodes, own())
     assert not assumed and cluster.bandwidth == 1.1e8
@@ -154,6 +157,7 @@ def test_a_status_becomes_a_file_with_the_slowest_link() -> None:
     assert parse_cluster(to_toml(cluster)) == cluster
     assert cluster.machines[1].ram == Tier(16 * 10**9 + NODE_BYTES, 2e10)  # an estimate leaves experts 16 GB of it
     assert [machine.products_per_s for machine in cluster.machines[1:]] == [2e11, None]
+    assert [machine.token_products_per_s for machine in cluster.machines[1:]] == [1e11, None]
     assert cluster.machines[1].disk is None and cluster.machines[1].vram is None
     assert of_status([Node("a", round_trip_s=1e-4)], own())[1][0].startswith("No large message")
     with pytest.raises(CoordinatorError, match="send the model a request"):

@@ -136,13 +136,20 @@ def test_the_formula_has_its_constants() -> None:
     in_prose(
         "round trip + # ms, and # ms for each further node", MODELS, constants.HOP_S * 1e3, constants.MESSAGE_S * 1e3
     )
-    shares = {name: constants.STEP_SHARE * share for name, share in constants.KERNEL_SHARES.items()}
-    in_prose("(# for q4_0, # for q4_k;", MODELS, shares["q4_0"], shares["q4_k"])
+    in_prose("*Speed* is # of what reading and multiplying allow together", MODELS, constants.STEP_SHARE)
+    assert constants.JOIN == 3
+    of_one = constants.TOKEN_PRODUCTS
+    assert (min(of_one, key=of_one.__getitem__), max(of_one, key=of_one.__getitem__)) == ("f32", "q4_0")
+    in_prose("do # (f32) to # (q4_0) of q4_k's products", MODELS, of_one["f32"], of_one["q4_0"])
+    in_prose("absent, # for each byte are assumed", MODELS, constants.TOKEN_PRODUCTS_PER_BYTE)
     in_prose("chunks of # tokens", MODELS, constants.CHUNK_TOKENS)
-    integers, floats = constants.INTEGER_PRODUCTS.values(), constants.FLOAT_PRODUCTS_PER_BYTE.values()
-    assert min(integers) < constants.OTHER_PRODUCTS < max(integers)
-    in_prose("measured beside the bytes (# to # of it, by format)", MODELS, min(integers), max(integers))
-    in_prose("bf16, f16 and FP8 # to # products for each byte", MODELS, min(floats), max(floats))
+    of_many = constants.PRODUCTS
+    least, most = min(of_many.values()), max(of_many.values())
+    assert least < constants.OTHER_PRODUCTS < most
+    in_prose(
+        "measured beside the bytes (# to # of it, by format; of bf16 and FP8 #,", MODELS, least, most, of_many["bf16"]
+    )
+    assert of_many["fp8_block"] == pytest.approx(of_many["bf16"], rel=0.02)
     in_prose("All else in a layer takes # µs for each token", MODELS, constants.COLUMN_S * 1e6)
     in_prose("absent # for each byte of `ram_Bps` are assumed", MODELS, constants.PRODUCTS_PER_BYTE)
 

@@ -74,19 +74,19 @@ def test_defaults(monkeypatch, tmp_path):
 
 
 def test_speed_is_measured_once(tmp_path, monkeypatch):
-    speeds = iter([measure.Speed(n * 1e9, n * 1e10) for n in (5, 6, 7)])
+    speeds = iter([measure.Speed(n * 1e9, n * 1e10, n * 2e10) for n in (5, 6, 7)])
     monkeypatch.setattr(measure, "_measure", lambda threads: next(speeds))
-    assert [measure.speed(tmp_path, 2) for _ in range(2)] == [(5e9, 5e10), (5e9, 5e10)]
-    assert measure.speed(tmp_path, 4) == (6e9, 6e10)  # other threads
+    assert [measure.speed(tmp_path, 2) for _ in range(2)] == [(5e9, 5e10, 1e11)] * 2
+    assert measure.speed(tmp_path, 4) == (6e9, 6e10, 1.2e11)  # other threads
     file = tmp_path / "speed.json"
     kept = json.loads(file.read_text())
     file.write_text(json.dumps(kept | {"measured": kept["measured"] - measure.KEPT_SECONDS - 1}))
-    assert measure.speed(tmp_path, 4) == (7e9, 7e10)  # too old
-    without = json.dumps({key: value for key, value in kept.items() if key != "products_per_s"})
-    for damaged in ("", "[]", "{}", '{"processor": 1}', "\x00", without):
+    assert measure.speed(tmp_path, 4) == (7e9, 7e10, 1.4e11)  # too old
+    without = [json.dumps({key: kept[key] for key in kept if key != name}) for name in measure.Speed._fields]
+    for damaged in ("", "[]", "{}", '{"processor": 1}', "\x00", *without):
         file.write_text(damaged)
-        speeds = iter([measure.Speed(9e9, 9e10)])
-        assert measure.speed(tmp_path, 4) == (9e9, 9e10)
+        speeds = iter([measure.Speed(9e9, 9e10, 9e11)])
+        assert measure.speed(tmp_path, 4) == (9e9, 9e10, 9e11)
 
 
 def test_without_the_native_library_memory_alone_is_measured(monkeypatch):
@@ -94,7 +94,8 @@ def test_without_the_native_library_memory_alone_is_measured(monkeypatch):
         raise NativeLibraryError("There is none.")
 
     monkeypatch.setattr(measure, "reading", missing)
-    assert measure._measure(1).products_per_s == 0 < measure._measure(1).read_bandwidth < 1e13
+    found = measure._measure(1)
+    assert found.products_per_s == found.token_products_per_s == 0 < found.read_bandwidth < 1e13
 
 
 @pytest.fixture(autouse=True)

@@ -281,7 +281,7 @@ def test_what_status_says_arrives_and_is_shown(serve: Callable[..., Any]) -> Non
         name="new", state="loading", address="host:1", experts_held=2, experts_assigned=9, bytes_held=4,
         ram_bytes=10**10, read_bandwidth=2e10, expert_calls=21, compute_ns=23, load=0.5, resident_bytes=25,
         load_progress=0.25, load_bytes=2 * 10**9, load_total_bytes=8 * 10**9, load_bytes_per_s=1.5e8,
-        round_trip_s=0.001, link_bandwidth=1e8, products_per_s=3e11, tiers=tiers,
+        round_trip_s=0.001, link_bandwidth=1e8, products_per_s=3e11, token_products_per_s=2e11, tiers=tiers,
     )  # fmt: skip
     fault = "gave new wrong bytes of expert 3 of layer 1"
     liar = NodeStatus(name="liar", state="ready", source_fault=fault)
