@@ -65,11 +65,11 @@ class Came(NamedTuple):
 
     head: pb.ComputeRequest
     hidden: torch.Tensor
-    own: bool  # nobody else needs `hidden` any more
     routing: Routing
     read_at: int  # nanoseconds, as of Times
     came_at: int
     times: Times  # of its stream
+    own: bool = False  # nobody else needs `hidden` any more
 
 
 class ExpertsService(experts_pb2_grpc.ExpertsServicer):
@@ -146,7 +146,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         request, times = whole.head, context.times
         # A large message has memory of its own, which may be written to unless it is passed on.
         own = isinstance(whole.states, memoryview) and not whole.states.readonly and not request.chain
-        came = Came(request, hidden, own, routing, times.read_at, times.came_at, times)
+        came = Came(request, hidden, routing, times.read_at, times.came_at, times, own)
         if passed_on or request.chain:
             check_chain(whole)
         if request.chain:
