@@ -44,9 +44,7 @@ class HopRow:
     dtype: str = "float32"  # of the hidden states
     exact: bool = False  # they travel as they are, though the link is slow
     chain: bool = False  # they travel from node to node; else from the coordinator to each
-    prefill: bool = (
-        False  # bound by bytes: over a link that the kernel makes, where it makes some, and without echoes
-    )
+    prefill: bool = False  # bound by bytes: over a link that the kernel makes, where it makes some; without echoes
     made_by: str = ""  # what made the link
     eight_bit: bool = False  # they travelled in 8 bits: the link's own choice
     ours: list[float] = field(default_factory=list)  # seconds, without the nodes' arithmetic

@@ -73,7 +73,8 @@ def test_hop_has_its_rows_and_its_summary(monkeypatch: pytest.MonkeyPatch) -> No
     assert {row["payload_bytes"] for row in rows} == {4096, 64 << 10, 128 << 10}
     for row in rows:
         assert 0 < row["p50_us"] <= row["p99_us"]
-        assert row["plain_ratio"] == pytest.approx(row["p50_us"] / row["plain_p50_us"])
+        if row["link"] == "loopback" or row["plain_p50_us"]:  # prefill over a slow link has no echoes beside it
+            assert row["plain_ratio"] == pytest.approx(row["p50_us"] / row["plain_p50_us"])
     bare = next(row for row in rows if (row["nodes"], row["payload_bytes"], row["tls"]) == (1, 4096, False))
     assert found["summary"]["plain_ratio"] == bare["plain_ratio"]
     secure = next(row for row in rows if (row["nodes"], row["payload_bytes"], row["tls"]) == (1, 4096, True))
