@@ -4,8 +4,8 @@ import asyncio
 import ctypes
 import os
 import socket
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -260,9 +260,8 @@ def test_who_has_this_processor_is_asked_last() -> None:
                     made._flights.release(flight)
                 assert order == list(wanted)
 
-    thread = threading.Thread(target=asyncio.run, args=(main(),))  # this one keeps its processors
-    thread.start()
-    thread.join()
+    with ThreadPoolExecutor(1) as thread:  # this one keeps its processors
+        thread.submit(asyncio.run, main()).result()
 
 
 @contextmanager

@@ -84,7 +84,7 @@ struct View {
   int64_t here;             // the share of this process's own experts, or -1
   int64_t unknown;          // whether nobody knows how long some node takes
   int64_t unsent;           // messages that did not leave whole
-  int64_t owed;             // the most bytes that one of those inlets has read, and nobody has counted
+  int64_t owed;             // the most bytes that one of its nodes' inlets has read, and nobody has counted
   double expected_s;        // until the last answer, by what is known
   const int64_t* block;     // see moehive_split
   int64_t state[kMaxShares], node[kMaxShares];
@@ -120,7 +120,8 @@ class Flight {
       if (!exact_ && peer.link->eight_bit(heads[i].rows * width_)) return false;
       room += heads[i].rows * width_ + heads[i].bytes + kHeadRoom;
     }
-    view.shares = view.waiting = count, view.here = -1, view.unknown = view.unsent = view.owed = 0, view.expected_s = 0.0;
+    view.shares = view.waiting = count, view.here = -1, view.expected_s = 0.0;
+    view.unknown = view.unsent = view.owed = 0;
     view.block = block_.data();
     shares_.resize(count);
     if (static_cast<int64_t>(messages_.size()) < room) messages_.resize(room);
