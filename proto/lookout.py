@@ -104,20 +104,19 @@ class Lookout:
         self._since = self._clock() if since is None else since
         if self._looking or self._watch < SHORTEST_SECONDS:
             return
-        if self.eyes() is not None:
+        if self._find_eyes() is not None:
             assert self._loop is not None
             self._looking = True
             self._loop.call_soon(self._look)
 
     def patience(self) -> tuple[int | None, int]:
         """With what native code may wait for a message: see Taker.patience."""
-        eyes = self.eyes()
+        eyes = self._find_eyes()
         if eyes is None:
             return None, 0
         return eyes.native_at, int(self._watch * 1e9) if self._watch >= SHORTEST_SECONDS else 0
 
-    def eyes(self) -> Eyes | None:
-        """What there is to look with; None: nothing."""
+    def _find_eyes(self) -> Eyes | None:
         if self._loop is None:
             self._loop = asyncio.get_running_loop()
             self._eyes = self._make_eyes(self._loop)

@@ -3,6 +3,12 @@
 import ctypes
 import functools
 from importlib.resources import files
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .wire.messages import Buffer
 
 _ABI = 8
 
@@ -46,3 +52,8 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"moehive_{name}")
         function.restype, function.argtypes = result, arguments
     return loaded
+
+
+def address(data: "Buffer") -> int:
+    """Where its first byte is."""
+    return int(np.frombuffer(data, np.uint8).ctypes.data)

@@ -4,10 +4,9 @@ import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from .native import library
+from .native import address, library
 from .wire.messages import Buffer
 
 # Columns of a row in 8 bits that share a scale. Hidden states have a few columns far larger than the rest: with one
@@ -44,7 +43,7 @@ class Rounded(NamedTuple):
 def unround_rows(rounded: Rounded, rows: int, columns: int) -> torch.Tensor:
     """[rows, columns] f32."""
     out = torch.empty((rows, columns), dtype=torch.float32)
-    library().moehive_unround(*map(_address, rounded), rows, columns, out.data_ptr())
+    library().moehive_unround(*map(address, rounded), rows, columns, out.data_ptr())
     return out
 
 
@@ -56,10 +55,6 @@ def add_rounded(parts: Sequence[Rounded], rows: int, columns: int, dtype: torch.
     """
     out = torch.empty((rows, columns), dtype=dtype)
     kind = ctypes.c_void_p * len(parts)
-    steps, scales = (kind(*map(_address, buffers)) for buffers in zip(*parts, strict=True))
+    steps, scales = (kind(*map(address, buffers)) for buffers in zip(*parts, strict=True))
     bf16 = dtype is torch.bfloat16
     return out, bool(library().moehive_add_rounded(steps, scales, len(parts), rows, columns, bf16, out.data_ptr()))
-
-
-def _address(buffer: Buffer) -> int:
-    return int(np.frombuffer(buffer, np.uint8).ctypes.data)

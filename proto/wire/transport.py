@@ -12,9 +12,7 @@ from collections.abc import Iterable, Sequence
 from time import perf_counter_ns
 from typing import Any, Protocol
 
-import numpy as np
-
-from ..native import library
+from ..native import address, library
 from .messages import Buffer
 from .tls import Context, OtherSide, other_side
 from .windows import Sending
@@ -188,7 +186,7 @@ class Transport:
         if self._waiting:
             self.later(data)
             return
-        taken = self._native_write(self.handle, data if type(data) is bytes else _address(data), len(data), more)
+        taken = self._native_write(self.handle, data if type(data) is bytes else address(data), len(data), more)
         if taken == len(data):
             return
         if taken == BROKEN:
@@ -200,7 +198,7 @@ class Transport:
         taken = self._native_write(self.handle, None, 0, False)
         while taken == 0 and self._unsent:
             piece = self._unsent.popleft()
-            taken = self._native_write(self.handle, _address(piece), len(piece), bool(self._unsent))
+            taken = self._native_write(self.handle, address(piece), len(piece), bool(self._unsent))
             if taken == BROKEN:
                 break
             rest = piece[bytes_of(taken) :]
@@ -286,11 +284,11 @@ async def connect(addresses: Iterable[tuple[socket.AddressFamily, Any]]) -> sock
     """A connection to the first of `addresses` that takes one. Raises OSError."""
     loop = asyncio.get_running_loop()
     failure = OSError("It has no address.")
-    for family, address in addresses:
+    for family, where in addresses:
         end = socket.socket(family, socket.SOCK_STREAM)
         try:
             end.setblocking(False)
-            await loop.sock_connect(end, address)
+            await loop.sock_connect(end, where)
         except OSError as error:
             end.close()
             failure = error
@@ -305,10 +303,6 @@ async def connect(addresses: Iterable[tuple[socket.AddressFamily, Any]]) -> sock
 def bytes_of(taken: int) -> int:
     """How many bytes the native library took, by what it returned."""
     return 0 if taken < 0 else taken & ~WAITS
-
-
-def _address(data: Buffer) -> int:
-    return int(np.frombuffer(data, np.uint8).ctypes.data)
 
 
 def _wake(ready: "asyncio.Future[None]") -> None:
