@@ -27,7 +27,8 @@ HIDDEN = 1024  # f32: 4 KiB a token
 DTYPES = {"float32": 4, "bfloat16": 2}  # bytes a number
 PAYLOADS = (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20)
 NODES = (1, 2, 3, 4)
-MOST_EXCHANGES = 50  # of a row in a round; of large payloads fewer
+LEAST_EXCHANGES, MOST_EXCHANGES = 5, 50  # of a row in a round
+EXCHANGED_BYTES = 24 << 20  # in a round by a row, so many layers of a prompt one after the other
 CHUNK_BYTES = 4 << 20  # of a prompt: 512 tokens of 2,048 numbers
 LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e9)
 SLOWER_LINK = LinkSpeed(delay_s=0.25e-3, bits_per_s=1e8)  # whose bytes, not this machine's processors, take the time
@@ -153,7 +154,8 @@ def measure_hop(quick: bool, report: Callable[[float], None]) -> list[HopRow]:
         for number in range(rounds):
             for place, row in enumerate(rows):
                 report((number + place / len(rows)) / rounds)
-                bench.measure(row, max(5, min(MOST_EXCHANGES, (4 << 20) // row.payload_bytes // row.nodes)))
+                exchanges = EXCHANGED_BYTES // (row.payload_bytes * row.nodes)
+                bench.measure(row, max(LEAST_EXCHANGES, min(MOST_EXCHANGES, exchanges)))
     return rows
 
 

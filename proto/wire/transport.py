@@ -6,6 +6,7 @@ which for a small message takes longer than the network.
 
 import asyncio
 import ctypes
+import itertools
 import socket
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ from .windows import Sending
 END, WOULD_BLOCK, BROKEN, WANTS_READ, WANTS_WRITE = 0, -1, -2, -3, -4  # cpp/socket.h has them
 WAITS = 1 << 62  # the same; added to bytes that were taken: some of them wait in the native library
 MUCH_UNSENT, LITTLE_UNSENT = 64 << 10, 16 << 10  # bytes: beyond the first who sends is to wait, until the second
+SMALL_BYTES = 4 << 10  # copied sooner than written by itself
 LINGER_SECONDS = 10.0  # for what was sent before the end
 MUCH_READ = 64 << 10  # bytes: OpenSSL may have more, of which the system does not know
 READ_AT_ONCE = 4 << 20  # bytes: then other connections have their turn
@@ -136,9 +138,14 @@ class Transport:
         self._write(data, more=False)
 
     def writelines(self, pieces: Sequence[Buffer]) -> None:
-        """As `write`, one after the other."""
-        last = len(pieces) - 1
-        for number, piece in enumerate(pieces):
+        """As `write`, one after the other; small ones beside each other go as one."""
+        together = [
+            part
+            for small, group in itertools.groupby(pieces, _is_small)
+            for part in ((b"".join(group),) if small else group)
+        ]
+        last = len(together) - 1
+        for number, piece in enumerate(together):
             self._write(piece, more=number != last)
 
     def later(self, data: Buffer) -> None:
@@ -303,6 +310,10 @@ async def connect(addresses: Iterable[tuple[socket.AddressFamily, Any]]) -> sock
 def bytes_of(taken: int) -> int:
     """How many bytes the native library took, by what it returned."""
     return 0 if taken < 0 else taken & ~WAITS
+
+
+def _is_small(piece: Buffer) -> bool:
+    return len(piece) <= SMALL_BYTES
 
 
 def _wake(ready: "asyncio.Future[None]") -> None:
