@@ -1,9 +1,10 @@
 """`moehive bench experts`: the expert MLP of every format beside the machine's own limits, measured in one run.
 
 One token goes to eight experts, as in a node's part of a layer, from a request's bytes to its reply's as a node
-answers it; more tokens go to one. Call after call walks over a set of experts far larger than the caches. Alternating
-with the calls, as many threads read memory. Before, torch multiplies the same tokens with bf16 weights of the same
-shape: not in turns with them, since its threads go on spinning for some time after their work.
+answers it; more tokens go to one. Call after call walks over a set of experts far larger than the caches, in mapped
+files, as a node has them: their pages lie side by side more often than other memory's, and are read quicker.
+Alternating with the calls, as many threads read plain memory. Before, torch multiplies the same tokens with bf16
+weights of the same shape: not in turns with them, since its threads go on spinning for some time after their work.
 """
 
 import ctypes
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, get_args
 
 import numpy as np
@@ -29,6 +32,7 @@ from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.machine import cores
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
+from moehive.proto.bounds import MAX_CHUNK_BYTES
 from moehive.proto.tensors import Routing, write_head, write_routing
 from moehive.proto.wire.windows import Times
 
@@ -98,7 +102,8 @@ def measure_experts(extent: Extent) -> list[ExpertsRow]:
             spec = ExpertSpec(
                 hidden_size=shape.hidden, intermediate_size=shape.intermediate, activation="silu", format=fmt
             )
-            experts = random_experts(spec, max(2 * TOP_K, extent.set_bytes // spec.nbytes))
+            with TemporaryDirectory(prefix="moehive-") as folder:
+                experts = _held(spec, max(2 * TOP_K, extent.set_bytes // spec.nbytes), Path(folder))
             for count in threads:
                 with torch_threads(count):
                     ops = ExpertOps(count)
@@ -215,8 +220,8 @@ def torch_products(spec: ExpertSpec, batch: int, used: int, device: torch.device
     return run
 
 
-def random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
-    """Experts of random weights: one is made, the others copy it."""
+def random_expert(spec: ExpertSpec) -> torch.Tensor:
+    """An expert of random weights: uint8 [spec.nbytes]."""
     blob = empty_blob(spec.nbytes).zero_()
     for place in spec.tensors:
         out = blob[place.offset : place.offset + place.nbytes]
@@ -229,9 +234,17 @@ def random_experts(spec: ExpertSpec, count: int) -> list[ExpertWeights]:
             write_tensor(file, TensorShape("", shape, matrix=True), place.format, np.random.default_rng(0))
             rows = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8).view(shape[0], -1)
             pack_file_rows(place.format, rows, shape[1], matrix)
-    experts = []
-    for _ in range(count):
-        copy = empty_blob(spec.nbytes)
-        copy.copy_(blob)
-        experts.append(load_expert(spec, copy))
+    return blob
+
+
+def _held(spec: ExpertSpec, count: int, folder: Path) -> list[ExpertWeights]:
+    """Experts as a node has those that it has fetched: files written chunk by chunk, mapped. They may be deleted then."""
+    content, experts = random_expert(spec).numpy().data, []
+    for number in range(count):
+        path = folder / str(number)
+        with path.open("wb", buffering=0) as file:
+            for start in range(0, spec.nbytes, MAX_CHUNK_BYTES):
+                file.write(content[start : start + MAX_CHUNK_BYTES])
+        blob = torch.from_file(str(path), shared=False, size=spec.nbytes, dtype=torch.uint8)
+        experts.append(load_expert(spec, blob))
     return experts

@@ -20,7 +20,7 @@ from moehive.kernels.gpu.experts import GpuExpert, GpuExperts
 from moehive.kernels.gpu.planes import BLOCK_COLUMNS
 from moehive.kernels.ops import Reduction
 
-from .experts import TOP_K, ExpertsRow, Extent, random_experts, torch_products, walk
+from .experts import TOP_K, ExpertsRow, Extent, random_expert, torch_products, walk
 
 FORMATS: tuple[Format, ...] = tuple(fmt for fmt in get_args(Format) if fmt in BLOCK_COLUMNS)
 GRAPH = "triton, graph"
@@ -124,5 +124,5 @@ def _graph(gpu: GpuExperts, spec: ExpertSpec, held: Sequence[GpuExpert], used: i
 
 def _held(gpu: GpuExperts, spec: ExpertSpec, count: int) -> list[GpuExpert]:
     """Experts of random weights, each in a place of its own in the GPU's memory."""
-    blob = random_experts(spec, 1)[0].blob
+    blob = random_expert(spec)
     return [gpu.load_blob(spec, blob) for _ in range(count)]
