@@ -23,13 +23,13 @@ ASKED, HERE, TAKEN, FAILED = range(4)  # a share's states
 
 
 class NativeTrip(ctypes.Structure):
-    """Trip of cpp/flight.h, field for field; timeline.py's has the same numbers."""
+    """Trip of cpp/view.h, field for field; timeline.py's has the same numbers."""
 
     _fields_ = tuple((name, ctypes.c_int64) for name in Trip._fields)
 
 
 class View(ctypes.Structure):
-    """View of cpp/flight.h, field for field."""
+    """View of cpp/view.h, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("shares", "waiting", "here", "unknown", "unsent", "owed")),
@@ -56,7 +56,7 @@ class View(ctypes.Structure):
 
 
 class Way(ctypes.Structure):
-    """Way of cpp/flight.h, field for field."""
+    """Way of cpp/way.h, field for field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("holders", "first", "peers")),

@@ -1,4 +1,4 @@
-"""Layers of few tokens: asked, answered and added up in native code (cpp/flight.h).
+"""Layers of few tokens: asked, answered and added up in native code (cpp/flights.h).
 
 There is one such layer for each step of decoding, and what Python does about it takes longer than a message on a home
 network. Whatever is not as usual (8 bits on a slow link, hints for a node's disk, an answer that refuses) is left to
@@ -36,7 +36,7 @@ from .rows import Rows
 from .sums import Sums
 from .watch import Watch
 
-NOT_FINITE, FINITE, LATER, ODD = range(4)  # what came of waiting natively: Landed of cpp/flight.h
+NOT_FINITE, FINITE, LATER, ODD = range(4)  # what came of waiting natively: Landed of cpp/flights.h
 OWED_BYTES = 256 << 10  # that were read natively: then they are credited
 TURN_SECONDS = 5e-3  # of layers that nobody waited for on the event loop: then it has a turn
 

@@ -33,7 +33,7 @@ from .speed import LinkSpeed, is_loopback
 
 log = logging.getLogger(__name__)
 
-MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here; also in cpp/flight.h
+MAX_IN_FLIGHT = 64  # requests on one stream; further ones wait here; also in cpp/peer.h
 ID_STEP = 1_000_003  # from a request's id to the next one's: an answer with a wrong number is no other request's
 FIRST_ID = 1
 CONNECT_SECONDS = 10.0
@@ -42,13 +42,13 @@ REPLY_SECONDS = 60.0  # a layer of a prefill chunk on a slow machine takes secon
 
 
 class NativeOutlet(ctypes.Structure):
-    """How messages leave on a node's stream; Outlet of cpp/flight.h, field for field."""
+    """How messages leave on a node's stream; Outlet of cpp/peer.h, field for field."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("send", "sending", "windows"))
 
 
 class Peer(ctypes.Structure):
-    """A node as flights ask it; Peer of cpp/flight.h, field for field. The addresses are flights.py's to set."""
+    """A node as flights ask it; Peer of cpp/peer.h, field for field. The addresses are flights.py's to set."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("link", "speed", "counters")),
@@ -71,7 +71,7 @@ class Peer(ctypes.Structure):
 
 
 class Landing(ctypes.Structure):
-    """Who takes a node's replies as they are read; Landing of cpp/flight.h, field for field."""
+    """Who takes a node's replies as they are read; Landing of cpp/peer.h, field for field."""
 
     _fields_ = tuple((name, ctypes.c_void_p) for name in ("flights", "peer"))
 

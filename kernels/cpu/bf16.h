@@ -1,4 +1,5 @@
-// Numbers of bf16: the upper half of a float. Without external linkage, since it is compiled for each instruction set.
+// Numbers of bf16: the upper half of a float. Without external linkage, since it is compiled for each instruction set,
+// and into the dispatcher.
 #pragma once
 
 #include <stdint.h>

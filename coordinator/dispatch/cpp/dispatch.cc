@@ -4,7 +4,7 @@
 #include <new>
 
 #include "choice.h"
-#include "flight.h"
+#include "flights.h"
 #include "speeds.h"
 #include "split.h"
 
@@ -43,7 +43,7 @@ EXPORT int64_t moehive_split(const int64_t* ids, const float* weights, int64_t t
                              int64_t experts, int64_t* block) {
   try {
     thread_local moehive::Split split;
-    return split.run(ids, weights, tokens, k, owner, experts, block);
+    return split.run(ids, weights, tokens, k, owner, experts, {block, tokens * k, experts});
   } catch (const std::bad_alloc&) {
     return -1;
   }

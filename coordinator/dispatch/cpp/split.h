@@ -4,100 +4,76 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <vector>
+
+#include "fields.h"
 
 namespace moehive {
 
-// proto/experts.proto's numbers of ComputeRequest's fields.
-enum RequestField : uint8_t {
-  kRequestId = 1, kEpoch, kStep, kLayer, kTokens, kHiddenSize, kDtype, kReduction, kHiddenStates, kOffsets, kExperts,
-  kWeights
-};
-
-inline uint8_t* put_varint(uint8_t* to, uint64_t value) {
-  for (; value >= 0x80; value >>= 7) *to++ = static_cast<uint8_t>(value) | 0x80;
-  *to++ = static_cast<uint8_t>(value);
-  return to;
-}
-
-// A field that holds an array of 4 bytes a number.
-inline uint8_t* put_array(uint8_t* to, uint8_t field, const void* numbers, int64_t count) {
-  *to++ = static_cast<uint8_t>(field << 3 | 2);
-  to = put_varint(to, 4 * static_cast<uint64_t>(count));
-  std::memcpy(to, numbers, 4 * count);
-  return to + 4 * count;
-}
-
-// One node's share of a layer, as `Split` writes it to its block.
+// One node's share of a layer.
 struct ShareHead {
   int64_t node, pairs, rows;
   int64_t bytes;  // of its routing's fields
 };
 
+// Where the arrays of a split lie, see moehive_split in dispatch.cc; n = tokens * k.
+struct Block {
+  int64_t *pairs, *rows;
+  ShareHead* heads;
+  uint32_t* experts;
+  float* weights;
+  uint32_t* offsets;
+
+  // Numbers of 8 bytes that one has at most.
+  static int64_t size(int64_t n, int64_t experts) { return 5 * n + 8 * std::min(n, experts) + 1; }
+
+  Block(int64_t* block, int64_t n, int64_t most_experts)
+      : pairs(block), rows(pairs + n), heads(reinterpret_cast<ShareHead*>(rows + n)),
+        experts(reinterpret_cast<uint32_t*>(heads + std::min(n, most_experts))),
+        weights(reinterpret_cast<float*>(experts + n)),
+        offsets(experts + 2 * n) {}
+
+  // The routing's fields of so many nodes, behind their offsets.
+  uint8_t* fields(int64_t shares) const {
+    int64_t numbers = shares;
+    for (int64_t share = 0; share < shares; ++share) numbers += heads[share].rows;
+    return reinterpret_cast<uint8_t*>(offsets + numbers);
+  }
+};
+
 class Split {
  public:
-  // Numbers of 8 bytes that a block has at most.
-  static int64_t block_size(int64_t n, int64_t experts) { return 5 * n + 8 * std::min(n, experts) + 1; }
-
   // See moehive_split in dispatch.cc.
   int64_t run(const int64_t* ids, const float* weights, int64_t tokens, int64_t k, const int64_t* owner,
-              int64_t experts, int64_t* block) {
-    const int64_t n = tokens * k;
-    int64_t *const pairs = block, *const rows = pairs + n;
-    ShareHead* const shares = reinterpret_cast<ShareHead*>(rows + n);
-    uint32_t* const numbers = reinterpret_cast<uint32_t*>(shares + std::min(n, experts));
-    float* const factors = reinterpret_cast<float*>(numbers + n);
-    uint32_t* const offsets = numbers + 2 * n;
-    parts_.clear();
-    for (int64_t token = 0, pair = 0; token < tokens; ++token) {
-      for (int64_t at = 0; at < k; ++at, ++pair) {
-        const int64_t node = node_of(ids[pair], owner, experts);
-        if (node == kNone) continue;
-        if (node >= static_cast<int64_t>(parts_.size())) parts_.resize(node + 1, Part{0, 0, 0, 0, 0, 0, -1});
-        Part& part = parts_[node];
-        ++part.pairs;
-        if (part.token != token) ++part.rows, part.token = token;
-      }
-    }
-    int64_t count = 0, pair_at = 0, row_at = 0;
-    for (size_t node = 0; node < parts_.size(); ++node) {
-      Part& part = parts_[node];
-      if (part.pairs == 0) continue;
-      part.pair = part.first = pair_at, part.row = row_at, part.offset = row_at + count, part.token = -1;
-      pair_at += part.pairs, row_at += part.rows;
-      offsets[row_at + count] = static_cast<uint32_t>(part.pairs);
-      shares[count++] = {static_cast<int64_t>(node) - 1, part.pairs, part.rows, 0};
-    }
-    for (int64_t token = 0, pair = 0; token < tokens; ++token) {
-      for (int64_t at = 0; at < k; ++at, ++pair) {
-        const int64_t node = node_of(ids[pair], owner, experts);
-        if (node == kNone) continue;
-        Part& part = parts_[node];
-        if (part.token != token) {
-          part.token = token;
-          rows[part.row++] = token;
-          offsets[part.offset++] = static_cast<uint32_t>(part.pair - part.first);
-        }
-        pairs[part.pair] = pair;
-        numbers[part.pair] = static_cast<uint32_t>(ids[pair]);
-        factors[part.pair++] = weights[pair];
-      }
-    }
-    uint8_t* to = reinterpret_cast<uint8_t*>(offsets + row_at + count);
-    for (int64_t share = 0, pair = 0, offset = 0; share < count; ++share) {
-      ShareHead& head = shares[share];
-      uint8_t* const start = to;
-      to = put_array(to, kOffsets, offsets + offset, head.rows + 1);
-      to = put_array(to, kExperts, numbers + pair, head.pairs);
-      to = put_array(to, kWeights, factors + pair, head.pairs);
-      head.bytes = to - start;
-      pair += head.pairs, offset += head.rows + 1;
-    }
-    return count;
+              int64_t experts, const Block& block) {
+    const Routing routing{ids, weights, tokens, k, owner, experts};
+    count(routing);
+    const int64_t shares = lay_out(block);
+    fill(routing, block);
+    write_fields(block, shares);
+    return shares;
   }
 
  private:
+  struct Routing {
+    const int64_t* ids;
+    const float* weights;
+    int64_t tokens, k;
+    const int64_t* owner;
+    int64_t experts;
+
+    // Calls `each(part, token, pair)` for every pair that somebody computes, in ascending order.
+    template <typename Each>
+    void for_pairs(const Each& each) const {
+      for (int64_t token = 0, pair = 0; token < tokens; ++token) {
+        for (int64_t at = 0; at < k; ++at, ++pair) {
+          const int64_t expert = ids[pair];
+          if (expert >= 0 && expert < experts) each(std::max<int64_t>(owner[expert], -1) + 1, token, pair);
+        }
+      }
+    }
+  };
+
   struct Part {  // one node's share while it is put together
     int64_t pairs, rows;
     int64_t pair, row, offset;  // where its next ones go
@@ -105,10 +81,57 @@ class Split {
     int64_t token;              // its last one
   };
 
-  static constexpr int64_t kNone = -1;
+  // How many pairs and tokens each node has.
+  void count(const Routing& routing) {
+    parts_.clear();
+    routing.for_pairs([this](int64_t number, int64_t token, int64_t) {
+      if (number >= static_cast<int64_t>(parts_.size())) parts_.resize(number + 1, Part{0, 0, 0, 0, 0, 0, -1});
+      Part& part = parts_[number];
+      ++part.pairs;
+      if (part.token != token) ++part.rows, part.token = token;
+    });
+  }
 
-  static int64_t node_of(int64_t expert, const int64_t* owner, int64_t experts) {
-    return expert >= 0 && expert < experts ? std::max<int64_t>(owner[expert], -1) + 1 : kNone;
+  // Where each node's pairs and tokens go; returns the number of nodes that have some.
+  int64_t lay_out(const Block& block) {
+    int64_t shares = 0, pair = 0, row = 0;
+    for (size_t number = 0; number < parts_.size(); ++number) {
+      Part& part = parts_[number];
+      if (part.pairs == 0) continue;
+      part.pair = part.first = pair, part.row = row, part.offset = row + shares, part.token = -1;
+      pair += part.pairs, row += part.rows;
+      block.offsets[row + shares] = static_cast<uint32_t>(part.pairs);
+      block.heads[shares++] = {static_cast<int64_t>(number) - 1, part.pairs, part.rows, 0};
+    }
+    return shares;
+  }
+
+  void fill(const Routing& routing, const Block& block) {
+    // Copies of both, for the compiler must take it that what is written here changes the originals.
+    routing.for_pairs([this, routing, block](int64_t number, int64_t token, int64_t pair) {
+      Part& part = parts_[number];
+      if (part.token != token) {
+        part.token = token;
+        block.rows[part.row++] = token;
+        block.offsets[part.offset++] = static_cast<uint32_t>(part.pair - part.first);
+      }
+      block.pairs[part.pair] = pair;
+      block.experts[part.pair] = static_cast<uint32_t>(routing.ids[pair]);
+      block.weights[part.pair++] = routing.weights[pair];
+    });
+  }
+
+  static void write_fields(const Block& block, int64_t shares) {
+    uint8_t* to = block.fields(shares);
+    for (int64_t share = 0, pair = 0, offset = 0; share < shares; ++share) {
+      ShareHead& head = block.heads[share];
+      uint8_t* const start = to;
+      to = put_array(to, kOffsets, block.offsets + offset, head.rows + 1);
+      to = put_array(to, kExperts, block.experts + pair, head.pairs);
+      to = put_array(to, kWeights, block.weights + pair, head.pairs);
+      head.bytes = to - start;
+      pair += head.pairs, offset += head.rows + 1;
+    }
   }
 
   std::vector<Part> parts_;
