@@ -203,8 +203,7 @@ class Dispatcher:
         with timeline.current.span("waiting"):
             total = self._flights.land(flight)
             if total is not None:
-                if self._flights.turn_is_due():
-                    await asyncio.sleep(0)
+                await self._flights.give_turn()
                 return total if sent.device is None else total.to(sent.device)
             await self._flights.wait(flight)
         if flight.plain:

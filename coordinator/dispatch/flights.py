@@ -168,12 +168,11 @@ class Flights:
         """Whether a layer has landed within the last TICK_SECONDS."""
         return perf_counter() - self._landed_at < watch.TICK_SECONDS
 
-    def turn_is_due(self) -> bool:
-        """Whether the event loop had no turn for TURN_SECONDS; then it is to have one now."""
-        due = self._landed_at - self._turn_at > TURN_SECONDS
-        if due:
+    async def give_turn(self) -> None:
+        """Gives the event loop a turn if it had none for TURN_SECONDS."""
+        if self._landed_at - self._turn_at > TURN_SECONDS:
             self._turn_at = self._landed_at
-        return due
+            await asyncio.sleep(0)
 
     def take(self, link: Link, message: Buffer, times: Times) -> bool:
         """Takes a node's reply that came at `times`; False when it answers no flight, or not as usual."""
