@@ -238,7 +238,7 @@ def random_expert(spec: ExpertSpec) -> torch.Tensor:
 
 
 def _held(spec: ExpertSpec, count: int, folder: Path) -> list[ExpertWeights]:
-    """Experts as a node has those that it has fetched: files written chunk by chunk, mapped. They may be deleted then."""
+    """Experts as a node has what it has fetched: files written chunk by chunk, mapped. They may be deleted then."""
     content, experts = random_expert(spec).numpy().data, []
     for number in range(count):
         path = folder / str(number)
