@@ -42,6 +42,7 @@ from .timing import read_seconds, seconds_of, torch_threads
 
 TOP_K = 8
 _CPU = torch.device("cpu")
+_TORCH_SET_BYTES = 256 << 20
 _TORCH_SPINS = 0.1  # seconds after its work, at most
 
 
@@ -202,11 +203,12 @@ def walk(experts: int, used: int, batch: int) -> list[Routing]:
 
 
 def torch_products(spec: ExpertSpec, batch: int, used: int, device: torch.device = _CPU) -> Callable[[], None]:
-    """The same experts in torch, bf16, the products alone; a set that the caches do not hold at batch 1."""
-    sets = 1 if batch > 1 else 8
+    """The same experts in torch, bf16, the products alone, of a set that the caches do not hold either."""
+    one = 2 * spec.hidden_size * (spec.projected_size + spec.intermediate_size)  # bytes
+    sets = max(2, _TORCH_SET_BYTES // (one * used))
     numbers = partial(torch.randn, device=device)
-    up = numbers(sets * used, spec.projected_size, spec.hidden_size).bfloat16()
-    down = numbers(sets * used, spec.hidden_size, spec.intermediate_size).bfloat16()
+    up = numbers(spec.projected_size, spec.hidden_size).bfloat16().repeat(sets * used, 1, 1)
+    down = numbers(spec.hidden_size, spec.intermediate_size).bfloat16().repeat(sets * used, 1, 1)
     x = numbers(batch, spec.hidden_size).bfloat16()
     at = 0
 

@@ -62,8 +62,9 @@ inline void add_columns(const typename W::Stored* w, int64_t stride, const typen
 // The sums of N registers.
 template <int N, class Register>
 inline void add_lanes(const Register* of, float* sums) {
-  if constexpr (N == kSumsAtOnce) {
+  if constexpr (kSumsAtOnce > 0 && N >= kSumsAtOnce) {
     Register::sums(of, sums);
+    add_lanes<N - kSumsAtOnce>(of + kSumsAtOnce, sums + kSumsAtOnce);
   } else {
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) sums[i] = Register::sum(of[i]);
@@ -125,13 +126,10 @@ inline void rows_of(const Product& p, int64_t token) {
 
 // Tokens outside, rows inside: a tile's vectors stay in the first cache while the rows come from memory (for the
 // first tokens) or from the second cache (for the others).
-template <class W>
-void multiply_as(const Product& p) {
-  int64_t token = 0;
-  for (; token + kTokens <= p.tokens; token += kTokens) rows_of<W, kRows, kTokens>(p, token);
-  if (kTokens > 3 && token + 3 == p.tokens) rows_of<W, kRows, 3>(p, token);
-  if (token + 2 == p.tokens) rows_of<W, kRows, 2>(p, token);
-  if (token + 1 == p.tokens) rows_of<W, kRowsForOne, 1>(p, token);
+template <class W, int T = kTokens>
+void multiply_as(const Product& p, int64_t token = 0) {
+  for (; token + T <= p.tokens; token += T) rows_of<W, T == 1 ? kRowsForOne : kRows, T>(p, token);
+  if constexpr (T > 1) multiply_as<W, (T > 4 ? 4 : T - 1)>(p, token);
 }
 
 void multiply(const Product& p) {
@@ -146,8 +144,6 @@ void multiply(const Product& p) {
     default: return multiply_blocks(p);
   }
 }
-
-static_assert(kTokens >= 2 && kTokens <= 4, "multiply_as has no tile for the tokens that are left");
 
 }  // namespace
 }  // namespace moehive
