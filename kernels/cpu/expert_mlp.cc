@@ -6,52 +6,17 @@
 #include <vector>
 
 #include "bf16.h"
-#include "pieces.h"
+#include "groups.h"
 #include "sums.h"
 
 namespace moehive {
 namespace {
 
-constexpr int64_t kMaxTokens = 96;                       // of a group within a piece
-constexpr int64_t kMaxProducts = kPieceRows * kMaxTokens;  // of a group's, and rows of a piece with one token
-
-struct Pair {
-  uint64_t blob;
-  uint32_t pair, token;
-};
-
-// Pairs first .. last of the sorted list are one expert's.
-struct Group {
-  const char* blob;
-  int64_t first, last;
-};
+constexpr int64_t kManyTokens = 32;  // for fewer, waking threads takes longer than passing over them
+constexpr int64_t kBlock = 1 << 19;  // floats of intermediate results at once, where it need not be more
+constexpr int64_t kSums = 256;       // that stay in the first cache while rows pass over them
 
 const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
-
-// The pieces of a projection of all experts, which threads take one by one.
-struct Pieces {
-  int64_t step, end;  // rows of a piece, of an expert
-  int64_t of_expert;  // pieces
-
-  // `threads` share one token of each expert; 0: there are several.
-  Pieces(Format format, int64_t columns, int64_t rows, int64_t experts, int threads)
-      : step(threads ? std::min(piece_rows_for_one(format, columns, rows * experts, threads), kMaxProducts)
-                     : piece_rows(format, columns)),
-        end(rows),
-        of_expert((rows + step - 1) / step) {}
-
-  int64_t expert(int64_t piece) const { return piece / of_expert; }
-  int64_t first_row(int64_t piece) const { return piece % of_expert * step; }
-
-  // Walks one piece: its rows, and its expert's tokens in groups of at most kMaxTokens.
-  template <class Work>
-  void walk(const std::vector<Group>& groups, int64_t piece, Work&& work) const {
-    const Group& group = groups[expert(piece)];
-    const int64_t row = first_row(piece);
-    for (int64_t first = group.first; first < group.last; first += kMaxTokens)
-      work(group.blob, row, std::min(step, end - row), first, std::min(kMaxTokens, group.last - first));
-  }
-};
 
 void add_bias(float* out, const float* bias, int64_t rows, int64_t tokens) {
   for (int64_t r = 0; r < rows; ++r)
@@ -69,10 +34,6 @@ void normalize(float* y, const float* norm, int64_t n, float eps, float weight) 
   for (int64_t i = 0; i < n; ++i) y[i] = y[i] * scale * weight;
 }
 
-constexpr int64_t kManyTokens = 32;  // for fewer, waking threads takes longer than passing over them
-constexpr int64_t kBlock = 1 << 19;  // floats of intermediate results at once, where it need not be more
-constexpr int64_t kSums = 256;       // that stay in the first cache while rows pass over them
-
 // `n` numbers of f32 into bf16 or f32.
 void store(const float* from, int64_t n, bool bf16, void* to, int64_t at) {
   if (bf16) {
@@ -83,197 +44,262 @@ void store(const float* from, int64_t n, bool bf16, void* to, int64_t at) {
   }
 }
 
+// Vectors of some `columns` as the products of a format take them, one after the other.
+class Operands {
+ public:
+  Operands(Format format, int64_t columns)
+      : kind_(vectors_of(format)), columns_(columns), bytes_(vector_bytes(kind_, columns)) {}
+
+  bool are_floats() const { return kind_ == Vectors::floats; }
+  int64_t bytes() const { return bytes_; }  // of each
+
+  void place(void* memory, int64_t count) {
+    memory_ = static_cast<char*>(memory);
+    if (kind_ != Vectors::bytes) return;
+    views_.reserve(count);
+    for (int64_t i = 0; i < count; ++i) views_.push_back(quantized_at(memory_ + i * bytes_, columns_));
+  }
+
+  // What Product::x takes.
+  const void* operator[](int64_t i) const {
+    return kind_ == Vectors::bytes ? static_cast<const void*>(&views_[i]) : memory_ + i * bytes_;
+  }
+
+  float* floats(int64_t i) const { return reinterpret_cast<float*>(memory_ + i * bytes_); }
+
+  // Of those that are not floats.
+  void round(const Kernel& kernel, const float* x, int64_t i) const {
+    (kind_ == Vectors::bytes ? kernel.quantize : kernel.round)(x, columns_, memory_ + i * bytes_);
+  }
+
+ private:
+  Vectors kind_;
+  int64_t columns_, bytes_;
+  char* memory_ = nullptr;
+  std::vector<Quantized> views_;
+};
+
 }  // namespace
+
+// One call of `run`, step by step: hidden states → inputs → middles → results.
+class Experts::Call {
+ public:
+  Call(Experts& own, const Layer& layer)
+      : own_(own),
+        layer_(layer),
+        spec_(layer.spec),
+        pairs_(pairs_of(layer)),
+        groups_(groups_of(pairs_)),
+        count_(static_cast<int64_t>(pairs_.size())),
+        experts_(static_cast<int64_t>(groups_.size())),
+        sharing_(count_ == experts_ ? own.pool_->threads() : 0),
+        ups_(up_format_, hidden_, middle_, experts_, sharing_),
+        downs_(down_format_, middle_, hidden_, experts_, sharing_),
+        inputs_(up_format_, hidden_),
+        middles_(down_format_, middle_),
+        input_of_(count_),
+        middle_of_(count_) {}
+
+  // Each token's vector as the first projection takes it.
+  void make_inputs(const Rows& from) {
+    const int64_t floats = layer_.tokens * inputs_.bytes() / sizeof(float);
+    const int64_t more = middles_.are_floats() ? 0 : count_ * middles_.bytes() / sizeof(float);
+    float* const memory = own_.inputs_.floats(floats + more);
+    inputs_.place(memory, layer_.tokens);
+    if (more) place_middles(memory + floats);
+    for (int64_t i = 0; i < count_; ++i) input_of_[i] = inputs_[pairs_[i].token];
+    const int64_t parts = layer_.tokens < kManyTokens ? 1 : own_.pool_->threads();
+    const bool widened = from.bf16 && !inputs_.are_floats();  // to be rounded again from there
+    float* const wide = widened ? own_.widened_.floats(parts * hidden_) : nullptr;
+    auto make_part = [&](int64_t part) {
+      const int64_t end = (part + 1) * layer_.tokens / parts;
+      for (int64_t token = part * layer_.tokens / parts; token < end; ++token)
+        if (layer_.offsets[token] != layer_.offsets[token + 1])
+          make_input(from, token, wide ? wide + part * hidden_ : nullptr);
+    };
+    parts == 1 ? make_part(0) : own_.pool_->run(parts, make_part);
+  }
+
+  // inputs → middles, each pair's as the second projection takes it. Where those are rounded, they are in f32 of some
+  // experts at a time.
+  void make_middles() {
+    const bool rounded = !middles_.are_floats();
+    const int64_t most = rounded ? std::max<int64_t>(1, kBlock / middle_stride_) : count_;
+    for (int64_t begin = 0, end; begin < experts_; begin = end) {
+      const int64_t first_pair = groups_[begin].first;
+      for (end = begin + 1; end < experts_ && groups_[end].last - first_pair <= most;) ++end;
+      const int64_t here = groups_[end - 1].last - first_pair, first_piece = begin * ups_.of_expert;
+      float* const middles = own_.middles_.floats(here * middle_stride_);
+      if (!rounded) place_middles(middles);
+      for (int64_t i = 0; i < here; ++i)
+        std::fill(middles + i * middle_stride_ + middle_, middles + (i + 1) * middle_stride_, 0.0f);
+      own_.pool_->run((end - begin) * ups_.of_expert,
+                      [&](uint32_t piece) { project_up(first_piece + piece, middles, first_pair); });
+      if (rounded)
+        own_.pool_->run(here, [&](uint32_t i) {
+          middles_.round(own_.kernel_, middles + i * middle_stride_, first_pair + i);
+        });
+    }
+  }
+
+  // middles → results, some columns of them at a time: of all pairs, so that they can be added in order.
+  void make_results(const Rows& to, bool added) {
+    const int64_t all = layer_.offsets[layer_.tokens];
+    const bool straight = !added && !to.bf16;  // results are wanted as they are
+    int64_t pieces = downs_.of_expert;         // of each expert at once
+    if (!straight && spec_.post_norm < 0)
+      pieces = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, all) / downs_.step, 1, downs_.of_expert);
+    const int64_t width = std::min(hidden_, pieces * downs_.step);
+    Scratch& free = middles_.are_floats() ? own_.outputs_ : own_.middles_;  // in f32 no more needed once rounded
+    float* const out = straight ? static_cast<float*>(to.memory) : free.floats(all * width);
+    for (int64_t piece = 0; piece < downs_.of_expert; piece += pieces) {
+      const int64_t column = piece * downs_.step;
+      const Band band{piece, std::min(pieces, downs_.of_expert - piece), column, std::min(width, hidden_ - column),
+                      out, width};
+      own_.pool_->run(experts_ * band.pieces, [&](uint32_t number) { project_down(number, band); });
+      if (spec_.post_norm >= 0) own_.pool_->run(count_, [&](uint32_t i) { normalize_pair(pairs_[i], out); });
+      if (added) {
+        own_.pool_->run(layer_.tokens, [&](uint32_t token) { add_token(token, band, to); });
+      } else if (!straight) {
+        own_.pool_->run(all, [&](uint32_t pair) {
+          store(out + pair * width, band.columns, to.bf16, to.memory, pair * hidden_ + column);
+        });
+      }
+    }
+  }
+
+ private:
+  // Some columns of the results of all pairs, which stand in `out` [pairs, width].
+  struct Band {
+    int64_t first_piece, pieces;  // of each expert
+    int64_t column, columns;
+    float* out;
+    int64_t width;
+  };
+
+  void place_middles(void* memory) {
+    middles_.place(memory, count_);
+    for (int64_t i = 0; i < count_; ++i) middle_of_[i] = middles_[i];
+  }
+
+  // `wide` [hidden]: where a state in bf16 is widened that is to be rounded again.
+  void make_input(const Rows& from, int64_t token, float* wide) const {
+    if (!inputs_.are_floats()) return inputs_.round(own_.kernel_, state(from, token, wide), token);
+    float* const row = inputs_.floats(token);
+    const float* const here = state(from, token, row);
+    if (here != row) std::memcpy(row, here, hidden_ * sizeof(float));
+    std::fill(row + hidden_, row + padded(hidden_), 0.0f);
+  }
+
+  // A token's in f32, in `wide` if it is not that already.
+  const float* state(const Rows& from, int64_t token, float* wide) const {
+    if (!from.bf16) return static_cast<const float*>(from.memory) + token * hidden_;
+    const uint16_t* const stored = static_cast<const uint16_t*>(from.memory) + token * hidden_;
+    for (int64_t i = 0; i < hidden_; ++i) wide[i] = from_bf16(stored[i]);
+    return wide;
+  }
+
+  // A piece is some rows of the gate and the same rows of the up projection; `middles` are of the pairs from
+  // `first_pair`.
+  void project_up(int64_t piece, float* middles, int64_t first_pair) const {
+    ups_.walk(groups_, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+      alignas(64) float gate[kMaxProducts], up[kMaxProducts];
+      const auto project = [&](int matrix, float* out, const char* next) {
+        own_.kernel_.multiply({up_format_, up_at(blob, matrix, row), rows, hidden_, &input_of_[first], tokens, out,
+                               tokens, next});
+        if (spec_.up_bias >= 0) add_bias(out, floats_at(blob, spec_.up_bias) + matrix * middle_ + row, rows, tokens);
+      };
+      const char* next = up_piece_at(piece + own_.pool_->threads());
+      project(0, gate, spec_.gated ? up_at(blob, 1, row) : next);
+      if (spec_.gated) {
+        project(1, up, next);
+        own_.kernel_.join_gate(spec_, gate, up, rows * tokens);
+      } else {
+        own_.kernel_.activate(spec_, gate, rows * tokens);
+      }
+      float* to_rows = middles + (first - first_pair) * middle_stride_ + row;
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t r = 0; r < rows; ++r) to_rows[t * middle_stride_ + r] = gate[r * tokens + t];
+    });
+  }
+
+  // The `number`th piece of a band, times the pairs' weights where no norm comes before them.
+  void project_down(int64_t number, const Band& band) const {
+    const auto piece_of = [&](int64_t one) {
+      return one / band.pieces * downs_.of_expert + band.first_piece + one % band.pieces;
+    };
+    const char* next = down_piece_at(piece_of(number + own_.pool_->threads()));
+    const int64_t piece = piece_of(number);
+    downs_.walk(groups_, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
+      alignas(64) float products[kMaxProducts];
+      own_.kernel_.multiply({down_format_, down_at(blob, row), rows, middle_, &middle_of_[first], tokens, products,
+                             tokens, next});
+      if (spec_.down_bias >= 0) add_bias(products, floats_at(blob, spec_.down_bias) + row, rows, tokens);
+      for (int64_t t = 0; t < tokens; ++t) {
+        const uint32_t pair = pairs_[first + t].pair;
+        const float weight = spec_.post_norm >= 0 ? 1.0f : layer_.weights[pair];
+        float* row_out = band.out + pair * band.width + row - band.column;
+        for (int64_t r = 0; r < rows; ++r) row_out[r] = products[r * tokens + t] * weight;
+      }
+    });
+  }
+
+  // A pair's whole result, in `out` [pairs, hidden].
+  void normalize_pair(const Pair& pair, float* out) const {
+    const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec_.post_norm);
+    normalize(out + pair.pair * hidden_, norm, hidden_, spec_.post_norm_eps, layer_.weights[pair.pair]);
+  }
+
+  void add_token(int64_t token, const Band& band, const Rows& to) const {
+    const float* rows = band.out + layer_.offsets[token] * band.width;
+    const int64_t number = layer_.offsets[token + 1] - layer_.offsets[token];
+    float sums[kSums];
+    for (int64_t at = 0; at < band.columns; at += kSums) {
+      const int64_t n = std::min(kSums, band.columns - at);
+      sum_pairs(rows + at, number, band.width, n, sums);
+      store(sums, n, to.bf16, to.memory, token * hidden_ + band.column + at);
+    }
+  }
+
+  const char* up_at(const char* blob, int matrix, int64_t row) const {  // gate and up, where the expert is gated
+    return blob + spec_.up + matrix * rows_bytes(up_format_, middle_, hidden_) + rows_bytes(up_format_, row, hidden_);
+  }
+  const char* down_at(const char* blob, int64_t row) const {
+    return blob + spec_.down + rows_bytes(down_format_, row, middle_);
+  }
+
+  // What a thread probably takes after a piece, fetched while that one ends.
+  const char* up_piece_at(int64_t piece) const {
+    const int64_t pieces = experts_ * ups_.of_expert;
+    if (piece >= pieces) return down_piece_at(piece - pieces);
+    return up_at(groups_[ups_.expert(piece)].blob, 0, ups_.first_row(piece));
+  }
+  const char* down_piece_at(int64_t piece) const {
+    piece = std::min(piece, experts_ * downs_.of_expert - 1);
+    return down_at(groups_[downs_.expert(piece)].blob, downs_.first_row(piece));
+  }
+
+  Experts& own_;
+  const Layer& layer_;
+  const MoehiveSpec& spec_;
+  const int64_t hidden_ = spec_.hidden_size, middle_ = spec_.intermediate_size, middle_stride_ = padded(middle_);
+  const Format up_format_ = static_cast<Format>(spec_.up_format);
+  const Format down_format_ = static_cast<Format>(spec_.down_format);
+  const std::vector<Pair> pairs_;
+  const std::vector<Group> groups_;  // an expert's each
+  const int64_t count_, experts_;    // of those
+  const int sharing_;                // threads of one token of each expert; 0: there are several
+  const Pieces ups_, downs_;
+  Operands inputs_, middles_;                      // of each token, of each pair
+  std::vector<const void*> input_of_, middle_of_;  // of each pair
+};
 
 void Experts::run(const Layer& layer, const Rows& from, const Rows& to, bool added) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const MoehiveSpec& spec = layer.spec;
-  const int64_t hidden = spec.hidden_size, middle = spec.intermediate_size;
-  const int64_t middle_stride = padded(middle);
-  const Format up_format = static_cast<Format>(spec.up_format), down_format = static_cast<Format>(spec.down_format);
-
-  std::vector<Pair> pairs;
-  for (int64_t token = 0; token < layer.tokens; ++token)
-    for (uint32_t pair = layer.offsets[token]; pair < layer.offsets[token + 1]; ++pair)
-      if (layer.blobs[pair] != 0) pairs.push_back({layer.blobs[pair], pair, static_cast<uint32_t>(token)});
-  std::sort(pairs.begin(), pairs.end(), [](const Pair& a, const Pair& b) {
-    return a.blob != b.blob ? a.blob < b.blob : a.pair < b.pair;
-  });
-  const int64_t count = static_cast<int64_t>(pairs.size());
-  std::vector<Group> groups;
-  for (int64_t i = 0; i < count; ++i) {
-    if (i == 0 || pairs[i].blob != pairs[i - 1].blob)
-      groups.push_back({reinterpret_cast<const char*>(pairs[i].blob), i, i});
-    groups.back().last = i + 1;
-  }
-
-  // The tokens' vectors as the first projection takes them, and the pairs' as the second does, if that is not in f32.
-  const Vectors input_kind = vectors_of(up_format), middle_kind = vectors_of(down_format);
-  const int64_t input_bytes = vector_bytes(input_kind, hidden);
-  const int64_t middle_bytes = middle_kind == Vectors::floats ? 0 : vector_bytes(middle_kind, middle);
-  char* inputs = reinterpret_cast<char*>(
-      inputs_.floats((layer.tokens * input_bytes + count * middle_bytes) / static_cast<int64_t>(sizeof(float))));
-  char* made_middles = inputs + layer.tokens * input_bytes;
-  std::vector<Quantized> input_views, middle_views;
-  std::vector<const void*> input_of(count), middle_of(count);
-  const auto make = [&](Vectors kind, const float* x, int64_t columns, char* memory) {
-    kind == Vectors::bytes ? kernel_.quantize(x, columns, memory) : kernel_.round(x, columns, memory);
-  };
-  const auto state = [&](int64_t token, float* wide) {  // a token's in f32, in `wide` if it is not that already
-    if (!from.bf16) return static_cast<const float*>(from.memory) + token * hidden;
-    const uint16_t* stored = static_cast<const uint16_t*>(from.memory) + token * hidden;
-    for (int64_t i = 0; i < hidden; ++i) wide[i] = from_bf16(stored[i]);
-    return static_cast<const float*>(wide);
-  };
-  const int64_t parts = layer.tokens < kManyTokens ? 1 : pool_->threads();
-  const bool widened = from.bf16 && input_kind != Vectors::floats;  // to be rounded again from there
-  float* const wide = widened ? widened_.floats(parts * hidden) : nullptr;
-  auto make_inputs = [&](int64_t part) {
-    const int64_t end = (part + 1) * layer.tokens / parts;
-    for (int64_t token = part * layer.tokens / parts; token < end; ++token) {
-      char* memory = inputs + token * input_bytes;
-      if (layer.offsets[token] == layer.offsets[token + 1]) continue;
-      if (input_kind != Vectors::floats) {
-        make(input_kind, state(token, wide ? wide + part * hidden : nullptr), hidden, memory);
-        continue;
-      }
-      float* row = reinterpret_cast<float*>(memory);
-      const float* stored = state(token, row);
-      if (stored != row) std::memcpy(row, stored, hidden * sizeof(float));
-      std::fill(row + hidden, row + padded(hidden), 0.0f);
-    }
-  };
-  parts == 1 ? make_inputs(0) : pool_->run(parts, make_inputs);
-  if (input_kind == Vectors::bytes) {
-    for (int64_t token = 0; token < layer.tokens; ++token)
-      input_views.push_back(quantized_at(inputs + token * input_bytes, hidden));
-    for (int64_t i = 0; i < count; ++i) input_of[i] = &input_views[pairs[i].token];
-  } else {
-    for (int64_t i = 0; i < count; ++i) input_of[i] = inputs + pairs[i].token * input_bytes;
-  }
-
-  const int64_t experts = static_cast<int64_t>(groups.size());
-  const int sharing = count == experts ? pool_->threads() : 0;
-  const Pieces ups(up_format, hidden, middle, experts, sharing), downs(down_format, middle, hidden, experts, sharing);
-  const int64_t up_pieces = experts * ups.of_expert;
-  const auto up_at = [&](const char* blob, int matrix, int64_t row) {  // gate and up, where the expert is gated
-    return blob + spec.up + matrix * rows_bytes(up_format, middle, hidden) + rows_bytes(up_format, row, hidden);
-  };
-  const auto down_at = [&](const char* blob, int64_t row) {
-    return blob + spec.down + rows_bytes(down_format, row, middle);
-  };
-  // What a thread probably takes after a piece, fetched while that one ends.
-  const auto down_piece_at = [&](int64_t piece) {
-    piece = std::min(piece, experts * downs.of_expert - 1);
-    return down_at(groups[downs.expert(piece)].blob, downs.first_row(piece));
-  };
-  const auto up_piece_at = [&](int64_t piece) {
-    if (piece >= up_pieces) return down_piece_at(piece - up_pieces);
-    return up_at(groups[ups.expert(piece)].blob, 0, ups.first_row(piece));
-  };
-
-  // hidden → intermediate: a piece is some rows of the gate and the same rows of the up projection. Where the results
-  // are rounded, they are in f32 of some experts at a time.
-  const int64_t most_middles = middle_bytes ? std::max<int64_t>(1, kBlock / middle_stride) : count;
-  if (middle_kind == Vectors::bytes) {
-    for (int64_t i = 0; i < count; ++i) middle_views.push_back(quantized_at(made_middles + i * middle_bytes, middle));
-    for (int64_t i = 0; i < count; ++i) middle_of[i] = &middle_views[i];
-  } else if (middle_bytes) {
-    for (int64_t i = 0; i < count; ++i) middle_of[i] = made_middles + i * middle_bytes;
-  }
-  for (int64_t begin = 0, end; begin < experts; begin = end) {
-    const int64_t first_pair = groups[begin].first;
-    for (end = begin + 1; end < experts && groups[end].last - first_pair <= most_middles;) ++end;
-    const int64_t here = groups[end - 1].last - first_pair, first_piece = begin * ups.of_expert;
-    float* middles = middles_.floats(here * middle_stride);
-    for (int64_t i = 0; i < here; ++i) {
-      if (!middle_bytes) middle_of[first_pair + i] = middles + i * middle_stride;
-      std::fill(middles + i * middle_stride + middle, middles + (i + 1) * middle_stride, 0.0f);
-    }
-    pool_->run((end - begin) * ups.of_expert, [&](uint32_t number) {
-      const int64_t piece = first_piece + number;
-      ups.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-        alignas(64) float gate[kMaxProducts], up[kMaxProducts];
-        const auto project = [&](int matrix, float* out, const char* next) {
-          kernel_.multiply({up_format, up_at(blob, matrix, row), rows, hidden, &input_of[first], tokens, out, tokens,
-                            next});
-          if (spec.up_bias >= 0) add_bias(out, floats_at(blob, spec.up_bias) + matrix * middle + row, rows, tokens);
-        };
-        const char* next = up_piece_at(piece + pool_->threads());
-        project(0, gate, spec.gated ? up_at(blob, 1, row) : next);
-        if (spec.gated) {
-          project(1, up, next);
-          kernel_.join_gate(spec, gate, up, rows * tokens);
-        } else {
-          kernel_.activate(spec, gate, rows * tokens);
-        }
-        float* to_rows = middles + (first - first_pair) * middle_stride + row;
-        for (int64_t t = 0; t < tokens; ++t)
-          for (int64_t r = 0; r < rows; ++r) to_rows[t * middle_stride + r] = gate[r * tokens + t];
-      });
-    });
-    if (middle_bytes) {
-      pool_->run(here, [&](uint32_t i) {
-        make(middle_kind, middles + i * middle_stride, middle, made_middles + (first_pair + i) * middle_bytes);
-      });
-    }
-  }
-
-  // intermediate → hidden, some columns of the result at a time: of all pairs, so that they can be added in order.
-  const int64_t all = layer.offsets[layer.tokens];
-  const bool straight = !added && !to.bf16;  // results are wanted as they are
-  int64_t pieces = downs.of_expert;          // of each expert at once
-  if (!straight && spec.post_norm < 0)
-    pieces = std::clamp<int64_t>(kBlock / std::max<int64_t>(1, all) / downs.step, 1, downs.of_expert);
-  const int64_t width = std::min(hidden, pieces * downs.step);
-  Scratch& free = middle_bytes ? middles_ : outputs_;  // middles that were rounded are not needed any more
-  float* const out = straight ? static_cast<float*>(to.memory) : free.floats(all * width);
-  for (int64_t first_piece = 0; first_piece < downs.of_expert; first_piece += pieces) {
-    const int64_t column = first_piece * downs.step, columns = std::min(width, hidden - column);
-    const int64_t some = std::min(pieces, downs.of_expert - first_piece);
-    const auto piece_of = [&](int64_t number) {
-      return number / some * downs.of_expert + first_piece + number % some;
-    };
-    pool_->run(experts * some, [&](uint32_t number) {
-      const int64_t piece = piece_of(number);
-      downs.walk(groups, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
-        alignas(64) float products[kMaxProducts];
-        const char* next = down_piece_at(piece_of(number + pool_->threads()));
-        kernel_.multiply({down_format, down_at(blob, row), rows, middle, &middle_of[first], tokens, products, tokens,
-                          next});
-        if (spec.down_bias >= 0) add_bias(products, floats_at(blob, spec.down_bias) + row, rows, tokens);
-        for (int64_t t = 0; t < tokens; ++t) {
-          const uint32_t pair = pairs[first + t].pair;
-          const float weight = spec.post_norm >= 0 ? 1.0f : layer.weights[pair];
-          float* row_out = out + pair * width + row - column;
-          for (int64_t r = 0; r < rows; ++r) row_out[r] = products[r * tokens + t] * weight;
-        }
-      });
-    });
-    if (spec.post_norm >= 0) {
-      pool_->run(count, [&](uint32_t i) {
-        const Pair& pair = pairs[i];
-        const float* norm = floats_at(reinterpret_cast<const char*>(pair.blob), spec.post_norm);
-        normalize(out + pair.pair * hidden, norm, hidden, spec.post_norm_eps, layer.weights[pair.pair]);
-      });
-    }
-    if (added) {
-      pool_->run(layer.tokens, [&](uint32_t token) {
-        const float* rows = out + layer.offsets[token] * width;
-        const int64_t number = layer.offsets[token + 1] - layer.offsets[token];
-        float sums[kSums];
-        for (int64_t at = 0; at < columns; at += kSums) {
-          const int64_t n = std::min(kSums, columns - at);
-          sum_pairs(rows + at, number, width, n, sums);
-          store(sums, n, to.bf16, to.memory, token * hidden + column + at);
-        }
-      });
-    } else if (!straight) {
-      pool_->run(all, [&](uint32_t pair) {
-        store(out + pair * width, columns, to.bf16, to.memory, pair * hidden + column);
-      });
-    }
-  }
+  Call call(*this, layer);
+  call.make_inputs(from);
+  call.make_middles();
+  call.make_results(to, added);
 }
 
 }  // namespace moehive

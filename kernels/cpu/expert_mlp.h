@@ -57,6 +57,8 @@ class Experts {
   void run(const Layer& layer, const Rows& from, const Rows& to, bool added);
 
  private:
+  class Call;
+
   const Kernel& kernel_;
   std::shared_ptr<Pool> pool_;
   std::mutex mutex_;  // of what follows
