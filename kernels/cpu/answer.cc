@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "expert_mlp.h"
+#include "fields.h"
 
 #define MOEHIVE_API extern "C" __attribute__((visibility("default")))
 
@@ -37,54 +38,21 @@ struct MoehiveAnswering {
 
 namespace {
 
-// Places are bytes from the start of the message.
-struct MoehiveRequest {
-  uint64_t id, epoch;
-  uint32_t layer, tokens, hidden_size, dtype, reduction, pairs;
-  uint32_t hidden_at, offsets_at, experts_at, weights_at;
-};
-
 using namespace moehive;
 
 // As proto/tensors.py bounds them.
 constexpr uint32_t kMaxTokens = 8192, kMaxHidden = 65536, kMaxLayer = 1023, kMaxExpert = 65535, kMaxPairs = 64;
-// proto/experts.proto's numbers.
-constexpr uint32_t kF32 = 1, kBf16 = 2, kPartialSum = 1, kPerExpert = 2;
-enum Field : uint32_t {
-  kId = 1, kEpoch, kStep, kLayer, kTokens, kHiddenSize, kDtype, kReduction, kHiddenStates, kOffsets, kExperts, kWeights
-};
-enum ReplyField : uint8_t {
-  kReplyId = 1, kComputeNs, kRows, kValues, kBeganNs = 9, kReadingNs, kWaitedNs, kWroteNs
+
+// A message's fields by their numbers. Places are bytes from its start.
+struct Fields {
+  uint64_t numbers[request_field::kReduction + 1];
+  uint32_t places[request_field::kWeights + 1], lengths[request_field::kWeights + 1];
 };
 
-class Reader {
- public:
-  Reader(const uint8_t* message, int64_t size) : start_(message), at_(message), end_(message + size) {}
-
-  bool more() const { return at_ < end_; }
-
-  bool varint(uint64_t& value) {
-    value = 0;
-    for (int shift = 0; shift < 64 && at_ < end_; shift += 7) {
-      const uint8_t byte = *at_++;
-      value |= static_cast<uint64_t>(byte & 0x7f) << shift;
-      if (byte < 0x80) return true;
-    }
-    return false;
-  }
-
-  // A length-delimited field: where its content begins, and its bytes.
-  bool content(uint32_t& place, uint32_t& length) {
-    uint64_t bytes;
-    if (!varint(bytes) || bytes > static_cast<uint64_t>(end_ - at_)) return false;
-    place = static_cast<uint32_t>(at_ - start_);
-    length = static_cast<uint32_t>(bytes);
-    at_ += bytes;
-    return true;
-  }
-
- private:
-  const uint8_t *start_, *at_, *end_;
+struct Request {
+  uint64_t id, epoch;
+  uint32_t layer, tokens, hidden_size, dtype, reduction, pairs;
+  uint32_t hidden_at, offsets_at, experts_at, weights_at;
 };
 
 template <class Number>
@@ -94,59 +62,49 @@ Number number_at(const uint8_t* message, uint32_t place, uint32_t index) {
   return number;
 }
 
-uint8_t* put_varint(uint8_t* to, uint64_t value) {
-  for (; value >= 0x80; value >>= 7) *to++ = static_cast<uint8_t>(value) | 0x80;
-  *to++ = static_cast<uint8_t>(value);
-  return to;
-}
-
-uint8_t* put_number(uint8_t* to, uint8_t field, int64_t value) {
-  *to++ = static_cast<uint8_t>(field << 3);
-  return put_varint(to, static_cast<uint64_t>(value));
-}
-
 int64_t now() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
 
-bool read(const uint8_t* message, int64_t size, MoehiveRequest& request) {
-  Reader reader(message, size);
-  request = {};
-  uint64_t numbers[kReduction + 1] = {};
-  uint32_t places[kWeights + 1] = {}, lengths[kWeights + 1] = {};
-  while (reader.more()) {
-    uint64_t tag;
-    if (!reader.varint(tag)) return false;
+// Whether there are plain fields alone.
+bool parse(const uint8_t* message, int64_t size, Fields& fields) {
+  using namespace request_field;
+  fields = {};
+  const uint8_t *at = message, *const end = message + size;
+  while (at < end) {
+    uint64_t tag, value;
+    if (!get_varint(at, end, tag) || !get_varint(at, end, value)) return false;
     const uint64_t field = tag >> 3, kind = tag & 7;
     if (kind == 0 && field >= kId && field <= kReduction) {
-      if (!reader.varint(numbers[field])) return false;
+      fields.numbers[field] = value;
     } else if (kind == 2 && field >= kHiddenStates && field <= kWeights) {
-      if (!reader.content(places[field], lengths[field])) return false;
+      if (value > static_cast<uint64_t>(end - at)) return false;
+      fields.places[field] = static_cast<uint32_t>(at - message);
+      fields.lengths[field] = static_cast<uint32_t>(value);
+      at += value;
     } else {
       return false;
     }
   }
-  if (numbers[kLayer] > kMaxLayer || numbers[kTokens] < 1 || numbers[kTokens] > kMaxTokens ||
-      numbers[kHiddenSize] < 1 || numbers[kHiddenSize] > kMaxHidden ||
-      (numbers[kDtype] != kF32 && numbers[kDtype] != kBf16) ||
-      (numbers[kReduction] != kPartialSum && numbers[kReduction] != kPerExpert))
+  return true;
+}
+
+// Whether all numbers are within their bounds, and the arrays of tokens as long as those say.
+bool bounded(const Fields& fields) {
+  using namespace request_field;
+  const uint64_t* const n = fields.numbers;
+  if (n[kLayer] > kMaxLayer || n[kTokens] < 1 || n[kTokens] > kMaxTokens || n[kHiddenSize] < 1 ||
+      n[kHiddenSize] > kMaxHidden || (n[kDtype] != kF32 && n[kDtype] != kBf16) ||
+      (n[kReduction] != kPartialSum && n[kReduction] != kPerExpert))
     return false;
-  request.id = numbers[kId];
-  request.epoch = numbers[kEpoch];
-  request.layer = static_cast<uint32_t>(numbers[kLayer]);
-  request.tokens = static_cast<uint32_t>(numbers[kTokens]);
-  request.hidden_size = static_cast<uint32_t>(numbers[kHiddenSize]);
-  request.dtype = static_cast<uint32_t>(numbers[kDtype]);
-  request.reduction = static_cast<uint32_t>(numbers[kReduction]);
-  request.hidden_at = places[kHiddenStates];
-  request.offsets_at = places[kOffsets];
-  request.experts_at = places[kExperts];
-  request.weights_at = places[kWeights];
-  const uint64_t width = request.dtype == kF32 ? 4 : 2;
-  if (lengths[kHiddenStates] != request.tokens * uint64_t{request.hidden_size} * width ||
-      lengths[kOffsets] != 4 * (request.tokens + 1))
-    return false;
+  const uint64_t width = n[kDtype] == kF32 ? 4 : 2;
+  return fields.lengths[kHiddenStates] == n[kTokens] * n[kHiddenSize] * width &&
+         fields.lengths[kOffsets] == 4 * (n[kTokens] + 1);
+}
+
+// Whether the pairs are sound, and as many as their arrays have bytes for; then their number stands in `request`.
+bool read_pairs(const uint8_t* message, uint32_t experts_bytes, uint32_t weights_bytes, Request& request) {
   uint32_t before = 0;
   for (uint32_t t = 0; t <= request.tokens; ++t) {
     const uint32_t offset = number_at<uint32_t>(message, request.offsets_at, t);
@@ -154,15 +112,27 @@ bool read(const uint8_t* message, int64_t size, MoehiveRequest& request) {
     before = offset;
   }
   request.pairs = before;
-  if (before > kMaxPairs * request.tokens || lengths[kExperts] != 4 * uint64_t{before} ||
-      lengths[kWeights] != 4 * uint64_t{before})
-    return false;
+  const uint64_t bytes = 4 * uint64_t{before};
+  if (before > kMaxPairs * request.tokens || experts_bytes != bytes || weights_bytes != bytes) return false;
   for (uint32_t pair = 0; pair < before; ++pair) {
     if (number_at<uint32_t>(message, request.experts_at, pair) > kMaxExpert ||
         !std::isfinite(number_at<float>(message, request.weights_at, pair)))
       return false;
   }
   return true;
+}
+
+bool read(const uint8_t* message, int64_t size, Request& request) {
+  using namespace request_field;
+  Fields fields;
+  if (!parse(message, size, fields) || !bounded(fields)) return false;
+  const auto number = [&](int field) { return static_cast<uint32_t>(fields.numbers[field]); };
+  request.id = fields.numbers[kId], request.epoch = fields.numbers[kEpoch];
+  request.layer = number(kLayer), request.tokens = number(kTokens), request.hidden_size = number(kHiddenSize);
+  request.dtype = number(kDtype), request.reduction = number(kReduction);
+  request.hidden_at = fields.places[kHiddenStates], request.offsets_at = fields.places[kOffsets];
+  request.experts_at = fields.places[kExperts], request.weights_at = fields.places[kWeights];
+  return read_pairs(message, fields.lengths[kExperts], fields.lengths[kWeights], request);
 }
 
 template <class Number>
@@ -177,7 +147,7 @@ std::vector<Number> numbers_at(const uint8_t* message, uint32_t place, uint32_t 
 // Computes a request that was read out of `message`, and writes its reply's bytes. Returns how many were written, or 0
 // when an expert is not there, the request does not fit, or there is no memory: then somebody else says what is wrong.
 static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& table, const uint8_t* message,
-                       const MoehiveRequest& r, MoehiveTimes* times, int64_t* nanoseconds) {
+                       const Request& r, MoehiveTimes* times, int64_t* nanoseconds) {
   const int64_t start = now();
   const bool bf16 = r.dtype == kBf16, added = r.reduction == kPartialSum;
   const uint64_t rows = added ? r.tokens : r.pairs, width = bf16 ? 2 : 4;
@@ -202,8 +172,9 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
     const int64_t end = now();
     *nanoseconds = end - start;
     if (times->came_at == 0) times->came_at = start;  // the first of what one reading brought waits for nobody
+    using namespace reply_field;
     uint8_t* at = answering.reply;
-    at = put_number(at, kReplyId, r.id);
+    at = put_number(at, kId, r.id);
     at = put_number(at, kComputeNs, *nanoseconds);
     at = put_number(at, kRows, rows);
     at = put_number(at, kBeganNs, start);
@@ -211,10 +182,7 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
     at = put_number(at, kWaitedNs, start - times->came_at);
     at = put_number(at, kWroteNs, times->ready_at ? std::max<int64_t>(0, times->sent_at - times->ready_at) : 0);
     times->ready_at = end;
-    *at++ = kValues << 3 | 2;
-    at = put_varint(at, bytes);
-    if (bytes) std::memcpy(at, out.data(), bytes);
-    return at + bytes - answering.reply;
+    return put_bytes(at, kValues, out.data(), bytes) - answering.reply;
   } catch (const std::exception&) {
     return 0;
   }
@@ -224,7 +192,7 @@ static int64_t compute(const MoehiveAnswering& answering, const MoehiveTable& ta
 // `*reply`, until the next one's.
 MOEHIVE_API int32_t moehive_answer(MoehiveAnswering* answering, const uint8_t* message, int64_t size,
                                    MoehiveTimes* times, uint8_t** reply, int64_t* reply_size) {
-  MoehiveRequest request;
+  Request request;
   if (size > answering->most_bytes || !read(message, size, request)) return 0;
   if (request.layer >= answering->layers || request.epoch < answering->first_epoch) return 0;
   const MoehiveTable& table = answering->tables[request.layer];

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "fields.h"
+#include "../../../kernels/cpu/fields.h"
 
 namespace moehive {
 
@@ -16,6 +16,7 @@ struct PlainReply {
 
   // Whether the message is one; it begins with its id, as nodes write it.
   bool read(const uint8_t* message, int64_t size) {
+    using namespace reply_field;
     *this = {};
     if (size < 1 || *message != number_tag(kId)) return false;
     const uint8_t *at = message, *const end = message + size;
@@ -39,9 +40,6 @@ struct PlainReply {
     }
     return true;
   }
-
- private:
-  enum Field : uint8_t { kId = 1, kComputeNs, kRows, kValues, kBeganNs = 9, kReadingNs, kWaitedNs, kWroteNs };
 };
 
 }  // namespace moehive

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "fields.h"
+#include "../../../kernels/cpu/fields.h"
 #include "way.h"
 
 namespace moehive {
@@ -28,6 +28,7 @@ struct Request {
   // Returns its end.
   uint8_t* write(uint8_t* to, uint64_t id, const int64_t* token, int64_t rows, const uint8_t* routing,
                  int64_t routing_bytes) const {
+    using namespace request_field;
     const int64_t width = row_bytes();
     to = put_number(to, kEpoch, way.epoch);
     to = put_number(to, kStep, step);
@@ -36,9 +37,8 @@ struct Request {
     to = put_number(to, kHiddenSize, way.hidden_size);
     to = put_number(to, kDtype, bf16 ? kBf16 : kF32);
     to = put_number(to, kReduction, way.reduction);
-    to = put_number(to, kRequestId, id);
-    *to++ = bytes_tag(kHiddenStates);
-    to = put_varint(to, rows * width);
+    to = put_number(to, kId, id);
+    to = put_length(to, kHiddenStates, rows * width);
     if (rows == tokens) {
       std::memcpy(to, hidden, rows * width);
     } else {

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "fields.h"
+#include "../../../kernels/cpu/fields.h"
 
 namespace moehive {
 
@@ -126,9 +126,9 @@ class Split {
     for (int64_t share = 0, pair = 0, offset = 0; share < shares; ++share) {
       ShareHead& head = block.heads[share];
       uint8_t* const start = to;
-      to = put_array(to, kOffsets, block.offsets + offset, head.rows + 1);
-      to = put_array(to, kExperts, block.experts + pair, head.pairs);
-      to = put_array(to, kWeights, block.weights + pair, head.pairs);
+      to = put_bytes(to, request_field::kOffsets, block.offsets + offset, 4 * (head.rows + 1));
+      to = put_bytes(to, request_field::kExperts, block.experts + pair, 4 * head.pairs);
+      to = put_bytes(to, request_field::kWeights, block.weights + pair, 4 * head.pairs);
       head.bytes = to - start;
       pair += head.pairs, offset += head.rows + 1;
     }
