@@ -35,7 +35,7 @@ class Span:
 class Batch:
     """The tokens of some sequences, [T] in all, one sequence after the other."""
 
-    def __init__(self, inputs: Sequence[SequenceInput], rope: Rope | None, ops: Ops) -> None:
+    def __init__(self, inputs: Sequence[SequenceInput], rope: Rope, ops: Ops) -> None:
         """Makes room for the tokens in the sequences' caches."""
         self.spans: list[Span] = []
         first = 0
@@ -56,9 +56,7 @@ class Batch:
         self.sequences = sequences([(s.first, s.tokens, s.start, 0) for s in self.spans])
         states = [ctypes.addressof(s.cache.addresses) for s in self.spans]
         self.states = (ctypes.c_void_p * len(states))(*states)  # of each sequence where its states' addresses are
-        self.cos = self.sin = torch.empty(0)
-        if rope is not None:
-            self.cos, self.sin = ops.trunk.rope(self.sequences, rope.inverse, rope.scaling)
+        self.cos, self.sin = ops.trunk.rope(self.sequences, rope.inverse, rope.scaling)
         # Of each sequence how many tokens' logits are wanted, its last ones, and which rows these are of all.
         self.counts = [s.tokens if one.all_logits else 1 for one, s in zip(inputs, self.spans, strict=True)]
         ends = [s.first + s.tokens for s in self.spans]

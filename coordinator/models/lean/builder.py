@@ -1,5 +1,6 @@
 """What the families' builders share: layers made of a source's tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,11 @@ from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer, RouterLayer
 
 from ..tensors import Embedding, TensorSource, embedding_of
-from .attention import SoftmaxAttention
+from .attention import Attention, SoftmaxAttention
 from .batch import Ops
 from .cache import CacheLayout
 from .mlp import DenseMlp, Mlp, MoeMlp
+from .parts import Layer
 from .rope import Rope, rope_of
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -42,6 +44,10 @@ class Builder:
     cache: CacheLayout = field(default_factory=CacheLayout)
     moe_layers: int = 0  # so far
     norm_offset: float = 0.0  # 1 for a family that stores its norms' weights as the difference from 1
+    rope: Rope = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rope = rope_of(self.config, head_dim_of(self.config))
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor `name` as f32."""
@@ -55,14 +61,21 @@ class Builder:
         """The linear layer `name` with its bias."""
         return self.tensors.linear(f"{self.prefix}{name}.weight")
 
-    def rope(self) -> Rope:
-        """The config's rotary embedding."""
-        return rope_of(self.config, head_dim_of(self.config))
+    def layers(self, attention: Callable[[int], Attention], mlp: Callable[[int], Mlp]) -> list[Layer]:
+        """All layers, in the usual order of norm, attention, norm, MLP; both are asked for those of each number."""
+        return [
+            Layer(
+                self.norm(f"layers.{n}.input_layernorm"),
+                attention(n),
+                self.norm(f"layers.{n}.post_attention_layernorm"),
+                mlp(n),
+            )
+            for n in range(self.config.num_hidden_layers)
+        ]
 
     def attention(
         self,
         name: str,
-        rotary: int,
         window: int | None = None,
         gated: bool = False,
         norms: bool = False,
@@ -75,7 +88,7 @@ class Builder:
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=head_dim,
-            rotary=rotary,
+            rotary=self.rope.rotary,
             scale=head_dim**-0.5,
             page_at=self.cache.page_end(group),
             dtype=self.tensors.dtype,
@@ -110,6 +123,13 @@ class Builder:
             top_groups=config.topk_group,
             scaling=config.routed_scaling_factor,
         )
+
+    def moe_after_dense(self, n: int) -> Mlp:
+        """Layer `n`'s MLP, dense in the first layers, as DeepSeek-V3 and GLM-4.5 have it."""
+        name = f"layers.{n}.mlp"
+        if n < self.config.first_k_dense_replace:
+            return self.dense(name)
+        return self.moe(self.sigmoid_router(f"{name}.gate"), f"{name}.gate", f"{name}.shared_experts")
 
     def moe(
         self,

@@ -4,9 +4,7 @@ from moehive.kernels.mla import MlaLayer
 
 from .builder import Builder
 from .latent import LATENT_EPS, LatentAttention, latent_scale
-from .mlp import Mlp
 from .parts import Layer
-from .rope import Rope
 
 
 def _attention(b: Builder, name: str) -> LatentAttention:
@@ -42,23 +40,6 @@ def _attention(b: Builder, name: str) -> LatentAttention:
     )
 
 
-def deepseek_v3(b: Builder) -> tuple[list[Layer], Rope]:
+def deepseek_v3(b: Builder) -> list[Layer]:
     """The layers of DeepSeek-V3."""
-    config = b.config
-
-    def mlp(n: int) -> Mlp:
-        name = f"layers.{n}.mlp"
-        if n < config.first_k_dense_replace:
-            return b.dense(name)
-        return b.moe(b.sigmoid_router(f"{name}.gate"), f"{name}.gate", f"{name}.shared_experts")
-
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            _attention(b, f"layers.{n}.self_attn"),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            mlp(n),
-        )
-        for n in range(config.num_hidden_layers)
-    ]
-    return layers, b.rope()
+    return b.layers(lambda n: _attention(b, f"layers.{n}.self_attn"), b.moe_after_dense)

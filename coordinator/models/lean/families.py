@@ -8,15 +8,17 @@ from moehive.kernels.mla import MAX_HEAD_PART, MAX_RANK
 from moehive.kernels.trunk_ops import MAX_HEAD, RouterLayer
 
 from ..tensors import TensorSource
+from .attention import Attention
 from .batch import Ops
 from .builder import ACTIVATIONS, Builder, head_dim_of
 from .deepseek import deepseek_v3
+from .mlp import Mlp
 from .parts import Layer, Parts
 from .qwen_hybrid import qwen3_5_moe, qwen3_next
-from .rope import KNOWN, Rope
+from .rope import KNOWN
 from .trunk import LeanTrunk
 
-Build = Callable[[Builder], tuple[list[Layer], Rope]]
+Build = Callable[[Builder], list[Layer]]
 
 
 def unknown(config: Any) -> str | None:
@@ -61,7 +63,7 @@ def read(config: Any, tensors: TensorSource, ops: Ops) -> Parts:
     inner = "model.language_model."
     prefix = inner if f"{inner}embed_tokens.weight" in tensors else "model."
     builder = Builder(config, tensors, ops, prefix)
-    layers, rope = FAMILIES[config.model_type](builder)
+    layers = FAMILIES[config.model_type](builder)
     embedding, head = builder.embedding_and_head()
     return Parts(
         family=config.model_type,
@@ -71,31 +73,25 @@ def read(config: Any, tensors: TensorSource, ops: Ops) -> Parts:
         norm=builder.norm("norm"),
         head=head,
         eps=config.rms_norm_eps,
-        rope=rope,
+        rope=builder.rope,
         cache=builder.cache,
         dtype=tensors.dtype,
     )
 
 
-def _mixtral(b: Builder) -> tuple[list[Layer], Rope]:
-    config, rope = b.config, b.rope()
+def _mixtral(b: Builder) -> list[Layer]:
+    config = b.config
     router = RouterLayer(
         experts=config.num_local_experts, top_k=config.num_experts_per_tok, scores="softmax", renormalize=True
     )
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            b.attention(f"layers.{n}.self_attn", rope.rotary, config.sliding_window),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            b.moe(router, f"layers.{n}.mlp.gate"),
-        )
-        for n in range(config.num_hidden_layers)
-    ]
-    return layers, rope
+    return b.layers(
+        lambda n: b.attention(f"layers.{n}.self_attn", config.sliding_window),
+        lambda n: b.moe(router, f"layers.{n}.mlp.gate"),
+    )
 
 
-def _qwen3_moe(b: Builder) -> tuple[list[Layer], Rope]:
-    config, rope = b.config, b.rope()
+def _qwen3_moe(b: Builder) -> list[Layer]:
+    config = b.config
     router = RouterLayer(
         experts=config.num_experts,
         top_k=config.num_experts_per_tok,
@@ -103,66 +99,32 @@ def _qwen3_moe(b: Builder) -> tuple[list[Layer], Rope]:
         renormalize=config.norm_topk_prob,
     )
 
-    def mlp(n: int) -> Any:
+    def mlp(n: int) -> Mlp:
         sparse = n not in config.mlp_only_layers and (n + 1) % config.decoder_sparse_step == 0
         return b.moe(router, f"layers.{n}.mlp.gate") if sparse else b.dense(f"layers.{n}.mlp")
 
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            b.attention(f"layers.{n}.self_attn", rope.rotary, config.sliding_window, norms=True),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            mlp(n),
-        )
-        for n in range(config.num_hidden_layers)
-    ]
-    return layers, rope
+    return b.layers(lambda n: b.attention(f"layers.{n}.self_attn", config.sliding_window, norms=True), mlp)
 
 
-def _glm4_moe(b: Builder) -> tuple[list[Layer], Rope]:
-    config, rope = b.config, b.rope()
-
-    def mlp(n: int) -> Any:
-        name = f"layers.{n}.mlp"
-        if n < config.first_k_dense_replace:
-            return b.dense(name)
-        return b.moe(b.sigmoid_router(f"{name}.gate"), f"{name}.gate", f"{name}.shared_experts")
-
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            b.attention(f"layers.{n}.self_attn", rope.rotary, norms=config.use_qk_norm),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            mlp(n),
-        )
-        for n in range(config.num_hidden_layers)
-    ]
-    return layers, rope
+def _glm4_moe(b: Builder) -> list[Layer]:
+    config = b.config
+    return b.layers(lambda n: b.attention(f"layers.{n}.self_attn", norms=config.use_qk_norm), b.moe_after_dense)
 
 
-def _gpt_oss(b: Builder) -> tuple[list[Layer], Rope]:
-    config, rope = b.config, b.rope()
+def _gpt_oss(b: Builder) -> list[Layer]:
+    config = b.config
     router = RouterLayer(
         experts=config.num_local_experts,
         top_k=config.num_experts_per_tok,
         scores="chosen_softmax",
         renormalize=True,
     )
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            b.attention(
-                f"layers.{n}.self_attn",
-                rope.rotary,
-                config.sliding_window if kind == "sliding_attention" else None,
-                sinks=True,
-            ),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            b.moe(router, f"layers.{n}.mlp.router"),
-        )
-        for n, kind in enumerate(config.layer_types)
-    ]
-    return layers, rope
+
+    def attention(n: int) -> Attention:
+        window = config.sliding_window if config.layer_types[n] == "sliding_attention" else None
+        return b.attention(f"layers.{n}.self_attn", window, sinks=True)
+
+    return b.layers(attention, lambda n: b.moe(router, f"layers.{n}.mlp.router"))
 
 
 HYBRID = ("qwen3_next", "qwen3_5_moe_text")  # the families with recurrent layers that we know

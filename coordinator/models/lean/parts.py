@@ -34,6 +34,6 @@ class Parts:
     norm: torch.Tensor  # f32 [hidden], after the last layer
     head: LinearWeights
     eps: float  # of all norms over the hidden size
-    rope: Rope | None
+    rope: Rope
     cache: CacheLayout
     dtype: torch.dtype  # of the hidden states that travel to the experts

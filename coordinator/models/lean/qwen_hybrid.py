@@ -13,7 +13,6 @@ from .builder import Builder
 from .delta_net import DeltaNetAttention
 from .mlp import Mlp
 from .parts import Layer
-from .rope import Rope
 
 
 def _delta_net(b: Builder, name: str, projections: list[str]) -> DeltaNetAttention:
@@ -37,8 +36,8 @@ def _delta_net(b: Builder, name: str, projections: list[str]) -> DeltaNetAttenti
     return DeltaNetAttention(b.ops, layer, b.cache, inputs, b.linear(f"{name}.out_proj"))
 
 
-def _layers(b: Builder, projections: list[str], renormalize: bool) -> tuple[list[Layer], Rope]:
-    config, rope = b.config, b.rope()
+def _layers(b: Builder, projections: list[str], renormalize: bool) -> list[Layer]:
+    config = b.config
     b.norm_offset = 1.0
     router = RouterLayer(
         experts=config.num_experts, top_k=config.num_experts_per_tok, scores="softmax", renormalize=renormalize
@@ -46,10 +45,10 @@ def _layers(b: Builder, projections: list[str], renormalize: bool) -> tuple[list
     dense: Any = getattr(config, "mlp_only_layers", ())
     step: int = getattr(config, "decoder_sparse_step", 1)
 
-    def attention(n: int, kind: str) -> Attention:
-        if kind == "linear_attention":
+    def attention(n: int) -> Attention:
+        if config.layer_types[n] == "linear_attention":
             return _delta_net(b, f"layers.{n}.linear_attn", projections)
-        return b.attention(f"layers.{n}.self_attn", rope.rotary, gated=True, norms=True)
+        return b.attention(f"layers.{n}.self_attn", gated=True, norms=True)
 
     def mlp(n: int) -> Mlp:
         name = f"layers.{n}.mlp"
@@ -57,23 +56,14 @@ def _layers(b: Builder, projections: list[str], renormalize: bool) -> tuple[list
             return b.dense(name)
         return b.moe(router, f"{name}.gate", f"{name}.shared_expert", f"{name}.shared_expert_gate")
 
-    layers = [
-        Layer(
-            b.norm(f"layers.{n}.input_layernorm"),
-            attention(n, kind),
-            b.norm(f"layers.{n}.post_attention_layernorm"),
-            mlp(n),
-        )
-        for n, kind in enumerate(config.layer_types)
-    ]
-    return layers, rope
+    return b.layers(attention, mlp)
 
 
-def qwen3_next(b: Builder) -> tuple[list[Layer], Rope]:
+def qwen3_next(b: Builder) -> list[Layer]:
     """The layers of Qwen3-Next."""
     return _layers(b, ["in_proj_qkvz", "in_proj_ba"], b.config.norm_topk_prob)
 
 
-def qwen3_5_moe(b: Builder) -> tuple[list[Layer], Rope]:
+def qwen3_5_moe(b: Builder) -> list[Layer]:
     """The layers of Qwen3.5-MoE's language model."""
     return _layers(b, ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"], True)

@@ -43,7 +43,7 @@ class Sizes:
             half=parts.dtype != torch.float32,
             experts=max([router.experts for router in routers], default=0),
             top_k=max([router.top_k for router in routers], default=0),
-            angles=0 if parts.rope is None else len(parts.rope.inverse),
+            angles=len(parts.rope.inverse),
             groups=len(parts.cache.pools),
             states=parts.cache.states,
             pages=-(-parts.context_length // PAGE),
@@ -140,9 +140,8 @@ class GpuStep:
                 used = max(used, len(pages))
         self._main_hidden[:tokens].copy_(hidden)
         self._main_hidden[tokens:].zero_()
-        if self._sizes.angles:
-            self._main_cos[:tokens].copy_(run.cos)
-            self._main_sin[:tokens].copy_(run.sin)
+        self._main_cos[:tokens].copy_(run.cos)
+        self._main_sin[:tokens].copy_(run.sin)
         self._floats.copy_(self._main_floats, non_blocking=True)
         self._integers.copy_(self._main_integers, non_blocking=True)
         for there, main in zip(self._tables, self._main_tables, strict=True):
