@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 
@@ -19,9 +19,9 @@ from ..models.base import Trunk
 from ..precision.candidates import CANDIDATES, Progress
 from ..precision.encode import encode
 from ..precision.forward import Experts, Read, divergence, greedy, log_probabilities
-from ..precision.plan import Calibrated, calibrate, measure, plan, probes_of
+from ..precision.plan import Calibrated, Precision, calibrate, measure, plan, probes_of
 from ..precision.text import calibration_texts
-from ..precision.trunk_parts import TrunkPart
+from ..precision.trunk_parts import TrunkMatrices, TrunkPart
 from ..serving.text import Text
 from ..trunk import load_trunk
 from ..types import InvalidRequest
@@ -113,100 +113,127 @@ class _Judge:
 
 def _measure(source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
     with TemporaryDirectory(prefix="calibration-", dir=folder) as calibration:
-        return _rows(source, sample, Path(calibration), threads, progress)
+        comparison = _Comparison(source, sample, Path(calibration), threads, progress)
+        rows, budgets = [], comparison.budgets()
+        for done, budget in enumerate(budgets):
+            progress("Quantizing", done, len(budgets))
+            rows.append(comparison.experts(budget))
+        whole = comparison.whole(trunk_matrices(source, threads))
+    return rows if whole is None else [*rows, whole]
 
 
-def _rows(source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> list[BudgetRow]:
-    manifest, read, trunk = source.manifest, source.expert_blob, load_trunk(source, threads)
-    exact = Experts(manifest, read, ExpertOps(threads), _MEMORY)
-    judge = _Judge(source, trunk, exact, sample)
-    weights = sum(layer.experts * layer.spec.weights for layer in manifest.layers)
-    uniform: list[tuple[float, str, Format, float]] = []  # divergence, answer, format, bits
-    for done, fmt in enumerate(CANDIDATES):
-        progress("Uniform formats", done, len(CANDIDATES))
-        changed = _uniform(manifest, fmt)
-        bits = changed.total_bytes * 8 / weights
-        if bits <= max(BITS):
-            uniform.append((*judge.of(changed, _reader(manifest, changed, read, None)), fmt, bits))
-    calibrated = calibrate(trunk, exact, sample.calibration, folder, progress)
-    measured = measure(manifest, read, calibrated, progress)
-    least = min(bits for *_, bits in uniform)
-    budgets = sorted({max(bits, least) for bits in BITS})
-    judged: dict[tuple[LayerGeometry, ...], tuple[float, str]] = {}  # with calibration
+class _Uniform(NamedTuple):
+    """One format for all experts; they compare by their divergence."""
 
-    def judge_calibrated(layers: tuple[LayerGeometry, ...]) -> tuple[float, str]:
-        if layers not in judged:
-            changed = replace(manifest, layers=layers)
-            judged[layers] = judge.of(changed, _reader(manifest, changed, read, calibrated))
-        return judged[layers]
+    kl: float
+    text: str
+    format: Format
+    bits: float
 
-    rows = []
-    for done, budget in enumerate(budgets):
-        progress("Quantizing", done, len(budgets))
-        best = min(one for one in uniform if one[3] <= budget)
-        same, _ = judge_calibrated(_uniform(manifest, best[2]).layers)
-        chosen = plan(measured, round(budget * weights / 8))
+
+class _Comparison:
+    """One model with formats that are chosen for a budget, and with the best uniform one."""
+
+    def __init__(self, source: ModelSource, sample: _Sample, folder: Path, threads: int, progress: Progress) -> None:
+        """Measures the uniform formats, and what rounding does to each expert; `folder` holds the experts' inputs."""
+        trunk = load_trunk(source, threads)
+        self._manifest, self._read = source.manifest, source.expert_blob
+        self._sample, self._progress = sample, progress
+        self._exact = Experts(self._manifest, self._read, ExpertOps(threads), _MEMORY)
+        self._judge = _Judge(source, trunk, self._exact, sample)
+        self._weights = sum(layer.experts * layer.spec.weights for layer in self._manifest.layers)
+        self._uniform = self._measure_uniform()
+        self._calibrated = calibrate(trunk, self._exact, sample.calibration, folder, progress)
+        self._measured = measure(self._manifest, self._read, self._calibrated, progress)
+        self._judged: dict[tuple[LayerGeometry, ...], tuple[float, str]] = {}  # with calibration
+
+    def budgets(self) -> list[float]:
+        """BITS, none less than the smallest uniform format takes."""
+        least = min(one.bits for one in self._uniform)
+        return sorted({max(bits, least) for bits in BITS})
+
+    def experts(self, budget: float) -> BudgetRow:
+        """Of the experts, in a budget of so many bits a weight; the trunk as it is."""
+        best = min(one for one in self._uniform if one.bits <= budget)
+        same, _ = self._with_calibration(_uniform(self._manifest, best.format).layers)
+        chosen = plan(self._measured, round(budget * self._weights / 8))
         assert chosen is not None  # the smallest formats are those of the smallest uniform one
-        own, answer = judge_calibrated(chosen.layers)
-        rows.append(
-            BudgetRow(
-                model=manifest.name,
-                rounded="experts",
-                bits=budget,
-                uniform_format=best[2],
-                uniform_bits=best[3],
-                uniform_kl=best[0],
-                calibrated_kl=same,
-                chosen_bits=chosen.nbytes * 8 / weights,
-                chosen_kl=own,
-                ratio=own / best[0],
-                calibrated_ratio=own / same,
-                expected_kl=chosen.damage,
-                gap=chosen.gap,
-                exact_text=judge.exact_text,
-                uniform_text=best[1],
-                chosen_text=answer,
-            )
-        )
-    matrices = trunk_matrices(source, threads)
-    fitting = [one for one in uniform if one[3] <= WHOLE_BITS]
-    if matrices is None or not fitting:
-        return rows
+        own = self._with_calibration(chosen.layers)
+        return self._row("experts", budget, best, same, chosen, chosen.nbytes * 8 / self._weights, own)
 
-    progress("Quantizing the trunk, too", 0, 1)
-    parts = matrices.measure(exact, sample.calibration, probes_of(sample.calibration), progress)
-    weights += sum(part.rows * part.columns for part in parts)
-    chosen = plan(measured, round(WHOLE_BITS * weights / 8), parts)
-    if chosen is None:  # small matrices, whose rows few formats' blocks fit into
-        return rows
-    fmt = min(fitting)[2]
-    changed = _uniform(manifest, fmt)
-    other = {part.name: fmt for part in parts if fmt in part.formats}  # a block must fit into a row
-    plain, text = judge.of(changed, _reader(manifest, changed, read, None), matrices.rounded(other, weighted=False))
-    same, _ = judge.of(changed, _reader(manifest, changed, read, calibrated), matrices.rounded(other))
-    mixed = replace(manifest, layers=chosen.layers)
-    own, answer = judge.of(mixed, _reader(manifest, mixed, read, calibrated), matrices.rounded(chosen.trunk))
-    rows.append(
-        BudgetRow(
-            model=manifest.name,
-            rounded="all",
-            bits=WHOLE_BITS,
-            uniform_format=fmt,
-            uniform_bits=(changed.total_bytes + _trunk_bytes(parts, other)) * 8 / weights,
-            uniform_kl=plain,
-            calibrated_kl=same,
-            chosen_bits=(chosen.nbytes + _trunk_bytes(parts, chosen.trunk)) * 8 / weights,
-            chosen_kl=own,
-            ratio=own / plain,
-            calibrated_ratio=own / same,
+    def whole(self, matrices: TrunkMatrices | None) -> BudgetRow | None:
+        """Of the experts and the trunk's `matrices` in WHOLE_BITS; None where there are none, or nothing fits."""
+        fitting = [one for one in self._uniform if one.bits <= WHOLE_BITS]
+        if matrices is None or not fitting:
+            return None
+        self._progress("Quantizing the trunk, too", 0, 1)
+        calibration = self._sample.calibration
+        parts = matrices.measure(self._exact, calibration, probes_of(calibration), self._progress)
+        weights = self._weights + sum(part.rows * part.columns for part in parts)
+        chosen = plan(self._measured, round(WHOLE_BITS * weights / 8), parts)
+        if chosen is None:  # small matrices, whose rows few formats' blocks fit into
+            return None
+        fmt = min(fitting).format
+        uniform = _uniform(self._manifest, fmt)
+        other = {part.name: fmt for part in parts if fmt in part.formats}  # a block must fit into a row
+        plain, text = self._rounded(uniform.layers, None, matrices.rounded(other, weighted=False))
+        same, _ = self._rounded(uniform.layers, self._calibrated, matrices.rounded(other))
+        own = self._rounded(chosen.layers, self._calibrated, matrices.rounded(chosen.trunk))
+        best = _Uniform(plain, text, fmt, (uniform.total_bytes + _trunk_bytes(parts, other)) * 8 / weights)
+        bits = (chosen.nbytes + _trunk_bytes(parts, chosen.trunk)) * 8 / weights
+        return self._row("all", WHOLE_BITS, best, same, chosen, bits, own)
+
+    def _measure_uniform(self) -> list[_Uniform]:
+        found = []
+        for done, fmt in enumerate(CANDIDATES):
+            self._progress("Uniform formats", done, len(CANDIDATES))
+            changed = _uniform(self._manifest, fmt)
+            bits = changed.total_bytes * 8 / self._weights
+            if bits <= max(BITS):
+                found.append(_Uniform(*self._rounded(changed.layers, None), fmt, bits))
+        return found
+
+    def _with_calibration(self, layers: tuple[LayerGeometry, ...]) -> tuple[float, str]:
+        if layers not in self._judged:
+            self._judged[layers] = self._rounded(layers, self._calibrated)
+        return self._judged[layers]
+
+    def _rounded(
+        self, layers: tuple[LayerGeometry, ...], calibrated: Calibrated | None, trunk: Trunk | None = None
+    ) -> tuple[float, str]:
+        """What the judge says of experts in the formats of `layers`, beside `trunk` or the model's own."""
+        changed = replace(self._manifest, layers=layers)
+        return self._judge.of(changed, _reader(self._manifest, changed, self._read, calibrated), trunk)
+
+    def _row(
+        self,
+        rounded: str,
+        budget: float,
+        uniform: _Uniform,
+        calibrated_kl: float,
+        chosen: Precision,
+        bits: float,
+        judged: tuple[float, str],
+    ) -> BudgetRow:
+        kl, text = judged
+        return BudgetRow(
+            model=self._manifest.name,
+            rounded=rounded,
+            bits=budget,
+            uniform_format=uniform.format,
+            uniform_bits=uniform.bits,
+            uniform_kl=uniform.kl,
+            calibrated_kl=calibrated_kl,
+            chosen_bits=bits,
+            chosen_kl=kl,
+            ratio=kl / uniform.kl,
+            calibrated_ratio=kl / calibrated_kl,
             expected_kl=chosen.damage,
             gap=chosen.gap,
-            exact_text=judge.exact_text,
-            uniform_text=text,
-            chosen_text=answer,
+            exact_text=self._judge.exact_text,
+            uniform_text=uniform.text,
+            chosen_text=text,
         )
-    )
-    return rows
 
 
 def _trunk_bytes(parts: Sequence[TrunkPart], formats: Mapping[str, Format]) -> int:
