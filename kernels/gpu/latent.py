@@ -14,8 +14,9 @@ import triton.language as tl
 
 from ..mla import MlaLayer
 from ..trunk_ops import PAGE
-from .attention import HEADS, Cached, attend, pages_of, store_page, turned
+from .attention import HEADS, turned
 from .batch import DeviceBatch
+from .pages import Cached, attend, pages_of, store_page
 from .rows import ROWS
 
 _PAGE = tl.constexpr(PAGE)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moehive.kernels.blob import empty_blob
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import tensor_bytes
-from moehive.kernels.gpu import attention
+from moehive.kernels.gpu import pages
 from moehive.kernels.gpu.attention import GpuAttention
 from moehive.kernels.gpu.batch import DeviceBatch, Rows
 from moehive.kernels.gpu.experts import empty
@@ -105,7 +105,7 @@ def test_the_lower_number_wins_a_tie() -> None:
 @pytest.mark.parametrize("splits", [1, 4])
 def test_attention_is_the_cpus(half: bool, window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A long pass into pages that lie anywhere, then some tokens of two sequences, one row having none."""
-    monkeypatch.setattr(attention, "_PROGRAMS", splits * 4)
+    monkeypatch.setattr(pages, "_PROGRAMS", splits * 4)
     dtype = torch.bfloat16 if half else torch.float32
     layer = AttentionLayer(
         heads=6, kv_heads=2, head_dim=12, rotary=8, scale=0.4, page_at=64, dtype=dtype, window=window, gated=True,
