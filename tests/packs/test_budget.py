@@ -215,7 +215,7 @@ def test_a_run_that_was_killed_while_it_calibrated_begins_anew(
 _KILLED = """
 import os, signal, sys
 from pathlib import Path
-from moehive.coordinator.checkpoints.pack import convert
+from moehive.coordinator.checkpoints.pack import experts
 from moehive.coordinator.checkpoints.pack.journal import Journal
 from moehive.coordinator.cli.main import main
 from moehive.coordinator.precision import candidates, choice, plan
@@ -231,7 +231,7 @@ def append(journal, done, real=Journal.append):
     die()
 
 candidates.CANDIDATES = plan.CANDIDATES = tuple(sys.argv.pop(1).split())
-convert.COMMIT_SECONDS = 0.0  # as if each expert took long
+experts.COMMIT_SECONDS = 0.0  # as if each expert took long
 for place in (choice, "measure", die), (Path, "replace", replace), (Journal, "append", append):
     if os.fork() == 0:
         setattr(*place)

@@ -242,7 +242,7 @@ def test_a_full_disk_loses_nothing(gguf_model: Path, tmp_path: Path, blobs: Blob
 
 _INTERRUPTED = """
 import os, signal, sys
-from moehive.coordinator.checkpoints.pack import convert
+from moehive.coordinator.checkpoints.pack import experts
 from moehive.coordinator.checkpoints.pack.journal import Journal
 from moehive.coordinator.cli.main import main
 
@@ -252,7 +252,7 @@ def count(journal, done, append=Journal.append, left=[3]):
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGINT)
 
-convert.COMMIT_SECONDS = 0.0  # as if each expert took long
+experts.COMMIT_SECONDS = 0.0  # as if each expert took long
 Journal.append = count
 sys.argv[0] = "moehive"
 main()
