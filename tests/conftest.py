@@ -1,15 +1,13 @@
-"""What tests of all parts share: the demo model, a hub, a disk that gets full, and users who may not.
+"""What tests of all parts share: the demo model, a disk that gets full, and users who may not.
 
 The demo model is built once for all tests of a run, or found in the folder that MOEHIVE_TEST_DEMO_DIR names.
 """
 
-import importlib.util
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from loops import servers_stop_with_their_loop
@@ -49,17 +47,6 @@ def speed(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("speed")
     measure.speed(folder, 1)
     return (folder / "speed.json").read_bytes()
-
-
-@pytest.fixture(scope="session")
-def hub_server() -> ModuleType:
-    """hub_server.py: `HubServer(repositories)`."""
-    path = Path(__file__).with_name("hub_server.py")
-    spec = importlib.util.spec_from_file_location("moehive_hub_server", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`./run` and `./test`: what is missing is one sentence; set-up happens once, and never twice at the same time."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import IO
 
 import pytest
+from by_path import load
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}"
@@ -124,11 +124,7 @@ def test_no_registry(checkout: Path, tools: Path) -> None:
 @pytest.fixture
 def set_up(checkout: Path) -> ModuleType:
     """deploy/set_up.py of the copy, as a module."""
-    spec = importlib.util.spec_from_file_location("set_up", checkout / "deploy" / "set_up.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(checkout / "deploy" / "set_up.py")
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,11 @@
 """A thousand hostile files: each is read, or refused in one sentence, in bounded memory."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
+from by_path import load
 
-_spec = importlib.util.spec_from_file_location("moehive_fuzz", Path(__file__).with_name("fuzz.py"))
-assert _spec is not None and _spec.loader is not None
-fuzz = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(fuzz)
+fuzz = load(Path(__file__).with_name("fuzz.py"))
 
 INPUTS = 200  # for each of five readers
 

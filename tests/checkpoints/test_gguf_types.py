@@ -5,7 +5,6 @@ Most types can't be quantized by the package, so the blocks are random bits with
 mean is the package's own dequantization.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,22 +14,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from by_path import load
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.gguf.checkpoint import GgufCheckpoint
 from moehive.kernels.geometry import ExpertId
 
-
-def _module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_types_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 HERE = Path(__file__).parent
-families, writer = (_module(HERE.parent / "coordinator" / f"{name}.py") for name in ("families", "gguf_writer"))
+families, writer = (load(HERE.parent / "coordinator" / f"{name}.py") for name in ("families", "gguf_writer"))
 Type = gguf.GGMLQuantizationType
 # Where the f16 scales of a block lie; an MXFP4 block begins with a power of two.
 SCALES: dict[str, tuple[int, ...]] = {

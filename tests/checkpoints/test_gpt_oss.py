@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from by_path import load
+from hub_server import HubServer
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Mxfp4Config
 
@@ -53,10 +54,10 @@ def test_its_text_is_transformers_own(published: Path, reading: ModuleType) -> N
     reading.check_text(model.float(), checkpoint)
 
 
-def test_pull_leaves_the_other_copies_away(published: Path, tmp_path: Path, hub_server: ModuleType) -> None:
+def test_pull_leaves_the_other_copies_away(published: Path, tmp_path: Path) -> None:
     held = {path.relative_to(published).as_posix(): path for path in published.rglob("*") if path.is_file()}
     files = {name: path.read_bytes() for name, path in held.items()} | {"README.md": b"x", "USAGE_POLICY": b"x"}
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
         command = [sys.executable, "-m", "moehive.coordinator.cli.main", "pull", NAME, "--json"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

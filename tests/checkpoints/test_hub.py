@@ -8,10 +8,10 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 from safetensors.torch import load_file, save_file
 
 from moehive.coordinator.checkpoints.hub_files import HubFile, needed_files
@@ -56,10 +56,8 @@ def pulled(home: Path, url: str, model: str = NAME) -> Path:
     return Path(json.loads(done.stdout)["path"])
 
 
-def test_only_what_is_needed_comes_once_and_is_listed(
-    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
-) -> None:
-    with hub_server.HubServer({NAME: files}) as hub:
+def test_only_what_is_needed_comes_once_and_is_listed(files: dict[str, bytes], tmp_path: Path) -> None:
+    with HubServer({NAME: files}) as hub:
         folder = pulled(tmp_path, hub.url)
         held = sorted(path.name for path in folder.iterdir())
         assert held == sorted([*[name for name in files if name.startswith("model")], "config.json"])
@@ -82,12 +80,10 @@ def test_only_what_is_needed_comes_once_and_is_listed(
     assert NAME in table.stdout and "yes" in table.stdout
 
 
-def test_a_cut_download_goes_on_where_it_was_cut(
-    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
-) -> None:
+def test_a_cut_download_goes_on_where_it_was_cut(files: dict[str, bytes], tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
     size = len(files[name])
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
         hub.cut_after, hub.replies_until_cut = size // 3, 1
         broken = run(tmp_path, hub.url, "pull", NAME)
         assert broken.returncode == 1
@@ -101,12 +97,10 @@ def test_a_cut_download_goes_on_where_it_was_cut(
 
 
 @pytest.mark.usefixtures("interruptible")
-def test_ctrl_c_leaves_what_the_next_run_takes_up(
-    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
-) -> None:
+def test_ctrl_c_leaves_what_the_next_run_takes_up(files: dict[str, bytes], tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
     size, asked = len(files[name]), Counter[str]()
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
 
         def interrupt(file: str) -> None:
             asked[file] += 1
@@ -123,16 +117,14 @@ def test_ctrl_c_leaves_what_the_next_run_takes_up(
     (part,) = tmp_path.glob("**/*.part")
     have = part.stat().st_size
     assert size // 3 <= have < size
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
         assert (pulled(tmp_path, hub.url) / name).read_bytes() == files[name]
         assert hub.sent[name] == size - have
 
 
-def test_a_part_that_was_damaged_on_disk_is_fetched_anew(
-    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
-) -> None:
+def test_a_part_that_was_damaged_on_disk_is_fetched_anew(files: dict[str, bytes], tmp_path: Path) -> None:
     name = "model-00001-of-00002.safetensors"
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
         hub.cut_after, hub.replies_until_cut = 10_000, 1
         assert run(tmp_path, hub.url, "pull", NAME).returncode == 1
         (part,) = tmp_path.glob("**/*.part")
@@ -141,10 +133,8 @@ def test_a_part_that_was_damaged_on_disk_is_fetched_anew(
         assert (pulled(tmp_path, hub.url) / name).read_bytes() == files[name]
 
 
-def test_contents_of_another_hash_never_count(
-    files: dict[str, bytes], tmp_path: Path, hub_server: ModuleType
-) -> None:
-    with hub_server.HubServer({NAME: files}) as hub:
+def test_contents_of_another_hash_never_count(files: dict[str, bytes], tmp_path: Path) -> None:
+    with HubServer({NAME: files}) as hub:
         hub.damage = "model-00002-of-00002.safetensors"
         refused = run(tmp_path, hub.url, "pull", NAME)
         assert refused.returncode == 1
@@ -154,7 +144,7 @@ def test_contents_of_another_hash_never_count(
         pulled(tmp_path, hub.url)
 
 
-def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path, hub_server: ModuleType) -> None:
+def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path) -> None:
     held = {
         "Tiny-Q4_K_M.gguf": b"a" * 1000,
         "Tiny-Q8_0.gguf": b"b" * 1000,
@@ -163,7 +153,7 @@ def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path, hub_
         "mmproj-F16.gguf": b"e" * 1000,
         "imatrix.gguf": b"f" * 10,
     }
-    with hub_server.HubServer({NAME: held}) as hub:
+    with HubServer({NAME: held}) as hub:
         assert pulled(tmp_path, hub.url, f"{NAME}:q4_k_m").name == "Tiny-Q4_K_M.gguf"
         assert set(hub.sent) == {"Tiny-Q4_K_M.gguf"}
         first = pulled(tmp_path, hub.url, f"{NAME}:UD-Q2_K_XL")

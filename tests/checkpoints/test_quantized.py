@@ -1,15 +1,14 @@
 """Quantized safetensors against what the project that wrote them says that they mean."""
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from by_path import load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -23,16 +22,7 @@ from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.geometry import ExpertId
 
-
-def _module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"moehive_{name}", Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-quantizers, reading = _module("quantizers"), _module("reading")
+quantizers, reading = (load(Path(__file__).with_name(f"{name}.py")) for name in ("quantizers", "reading"))
 Wide = Callable[[str], Path]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hub_server import HubServer
 
 Fill = Callable[[Path, int], Path]
 MIB = 1 << 20
@@ -103,12 +104,12 @@ def test_a_state_directory_that_may_not_be_written(
 
 
 def test_a_hub_cache_that_may_not_be_written(
-    tiny_moe: Path, tmp_path: Path, hub_server: Any, sentence: Any, closed: Any, unprivileged: list[str]
+    tiny_moe: Path, tmp_path: Path, sentence: Any, closed: Any, unprivileged: list[str]
 ) -> None:
     mine = tmp_path / "mine"
     mine.mkdir()
     closed(mine, 0o555)
-    with hub_server.HubServer({NAME: {file.name: file.read_bytes() for file in tiny_moe.iterdir()}}) as hub:
+    with HubServer({NAME: {file.name: file.read_bytes() for file in tiny_moe.iterdir()}}) as hub:
         said = sentence("pull", NAME, prefix=unprivileged, HF_ENDPOINT=hub.url, HF_HOME=str(mine / "hub"))
     assert "cannot be downloaded: Permission denied" in said
 
@@ -124,13 +125,13 @@ def test_a_full_disk_for_the_state(tiny_moe: Path, small_disk: Path, fill: Fill,
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
 def test_a_disk_that_gets_full_while_a_model_is_pulled(
-    file: str, tiny_moe: Path, small_disk: Path, fill: Fill, hub_server: Any, sentence: Any, moehive: Any
+    file: str, tiny_moe: Path, small_disk: Path, fill: Fill, sentence: Any, moehive: Any
 ) -> None:
     """A small file comes by the hub's own client, a large one by ours; both go on once there is room."""
     files = {file.name: file.read_bytes() for file in tiny_moe.iterdir()}
     files["model.safetensors"] += bytes(MIB)
     where = {"HF_HOME": str(small_disk / "hub"), "HF_HUB_DISABLE_XET": "1"}
-    with hub_server.HubServer({NAME: files}) as hub:
+    with HubServer({NAME: files}) as hub:
         hub.before = lambda name: name == file and fill(small_disk, 0)
         said = sentence("pull", NAME, HF_ENDPOINT=hub.url, **where)
         assert "cannot be downloaded: No space left on device" in said
@@ -142,8 +143,8 @@ def test_a_disk_that_gets_full_while_a_model_is_pulled(
         assert all((folder / name).read_bytes() == files[name] for name in ("config.json", "model.safetensors"))
 
 
-def test_a_disk_that_is_too_small_for_a_model(small_disk: Path, fill: Fill, hub_server: Any, sentence: Any) -> None:
+def test_a_disk_that_is_too_small_for_a_model(small_disk: Path, fill: Fill, sentence: Any) -> None:
     fill(small_disk, MIB)
-    with hub_server.HubServer({NAME: {"model.gguf": bytes(2 * MIB)}}) as hub:
+    with HubServer({NAME: {"model.gguf": bytes(2 * MIB)}}) as hub:
         said = sentence("pull", NAME, HF_ENDPOINT=hub.url, HF_HOME=str(small_disk / "hub"))
     assert "GB left; make room" in said

@@ -1,12 +1,12 @@
 """`moehive up --model ORGANIZATION/NAME`: it downloads from a hub, serves, and needs the hub no more."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import transformers
+from by_path import load
+from hub_server import HubServer
 
 from moehive.client import Client
 from moehive.coordinator.checkpoints.opening import open_model
@@ -17,22 +17,14 @@ STEPS = 8
 ONE_NODE = ["--nodes", "1", "--port", "0", "--http-port", "0"]
 
 
-def _module(path: str) -> ModuleType:
-    file = Path(__file__).parents[1] / path
-    spec = importlib.util.spec_from_file_location(f"moehive_up_hub_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reading, gguf_writer = _module("checkpoints/reading.py"), _module("coordinator/gguf_writer.py")
+TESTS = Path(__file__).parents[1]
+reading, gguf_writer = load(TESTS / "checkpoints/reading.py"), load(TESTS / "coordinator/gguf_writer.py")
 
 
 @pytest.fixture
-def hub(hub_server: ModuleType, environment: dict[str, str], tmp_path: Path) -> Any:
+def hub(environment: dict[str, str], tmp_path: Path) -> Any:
     """A hub without repositories, not open yet; `moehive` asks it, and keeps what it gets in the test's own cache."""
-    server = hub_server.HubServer({})
+    server = HubServer({})
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
     return server
 

@@ -1,14 +1,13 @@
 """`moehive up --model` of a pack and of a GGUF of each family: a client gets what the file gives in this process."""
 
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from by_path import load
 
 from moehive.client import Client
 from moehive.coordinator.checkpoints.opening import open_model
@@ -28,16 +27,8 @@ FILES = {
 TIE = 0.1  # logits that differ by less may fall either way: a whole text and single steps round a little differently
 
 
-def _module(path: str) -> ModuleType:
-    file = Path(__file__).parents[1] / path
-    spec = importlib.util.spec_from_file_location(f"moehive_up_{file.stem}", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reading, archives = _module("checkpoints/reading.py"), _module("checkpoints/llama_cpp/archives.py")
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+reading, archives = load(CHECKPOINTS / "reading.py"), load(CHECKPOINTS / "llama_cpp" / "archives.py")
 
 
 def test_the_text_is_that_of_the_pack(up: Any, tiny_moe: Path, tmp_path: Path) -> None:

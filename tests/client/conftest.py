@@ -1,12 +1,12 @@
 """A coordinator's gRPC door over a fake trunk, on a loop of its own."""
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from by_path import load
 from loops import LoopInAThread, loop_in_a_thread
 
 from moehive.coordinator.engine.engine import Engine
@@ -64,10 +64,6 @@ class Door:
 @pytest.fixture
 def door() -> Iterator[Door]:
     """A service on a running loop; `door.serve()` opens it."""
-    path = Path(__file__).parents[1] / "engine" / "fakes.py"
-    spec = importlib.util.spec_from_file_location("engine_fakes", path)
-    assert spec is not None and spec.loader is not None
-    fakes = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fakes)
+    fakes = load(Path(__file__).parents[1] / "engine" / "fakes.py")
     with loop_in_a_thread() as loop:
         yield Door(fakes, loop)

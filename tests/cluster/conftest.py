@@ -1,7 +1,6 @@
 """Whole clusters: a coordinator in this process, expert nodes as real processes, everything over real sockets."""
 
 import asyncio
-import importlib.util
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from by_path import load
 from node_here import node_here as running_node
 
 from moehive.client import Client
@@ -27,16 +27,6 @@ from moehive.expert_node.node import Node
 DEADLINE = 120.0  # seconds; only a broken cluster takes so long
 
 T = TypeVar("T")
-
-
-def _load_families() -> ModuleType:
-    path = Path(__file__).parents[1] / "coordinator" / "families.py"
-    spec = importlib.util.spec_from_file_location("moehive_test_families", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 class NodeProcess:
@@ -182,7 +172,7 @@ def new_cluster(tmp_path: Path, speed: bytes) -> Iterator[Callable[[], TestClust
 @pytest.fixture(scope="session")
 def families() -> ModuleType:
     """tests/coordinator/families.py: `FAMILIES`, `make_checkpoint(family, folder)`."""
-    return _load_families()
+    return load(Path(__file__).parents[1] / "coordinator" / "families.py")
 
 
 @pytest.fixture(scope="session", name="ask")

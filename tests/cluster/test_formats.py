@@ -1,7 +1,6 @@
 """Quantized checkpoints over real node processes: transformers' greedy text of what they mean."""
 
 import asyncio
-import importlib.util
 import itertools
 import tarfile
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_path import load
 from safetensors.torch import load_file
 
 from moehive.coordinator.checkpoints.opening import open_model
@@ -24,16 +24,10 @@ from moehive.kernels.geometry import ExpertId
 TOLERANCE = 0.1  # nats: activations are rounded to 8 bits or bf16 on the way
 
 
-def _module(name: str) -> ModuleType:
-    path = Path(__file__).parents[1] / "checkpoints" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"moehive_cluster_{name}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-quantizers, reading, types = _module("quantizers"), _module("reading"), _module("test_gguf_types")
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
+quantizers, reading, types = (
+    load(CHECKPOINTS / f"{name}.py") for name in ("quantizers", "reading", "test_gguf_types")
+)
 
 
 def check(model: Any, source: Path, cluster: Any, ask: Callable[..., Any]) -> None:

@@ -1,26 +1,18 @@
 """A GGUF file over real node processes: the greedy tokens of transformers' own model of the same weights."""
 
 import asyncio
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from by_path import load
 from transformers import AutoModelForCausalLM
 
+gguf_writer = load(Path(__file__).parents[1] / "coordinator" / "gguf_writer.py")
 PROMPT = [3, 17, 5, 99, 42, 8, 61, 7, 30]
 STEPS = 12
 TOLERANCE = 1e-4  # nats
-
-
-def write(model: Any, path: Path) -> None:
-    source = Path(__file__).parents[1] / "coordinator" / "gguf_writer.py"
-    spec = importlib.util.spec_from_file_location("moehive_cluster_gguf_writer", source)
-    assert spec is not None and spec.loader is not None
-    writer = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(writer)
-    writer.write(model, model.config, path)
 
 
 @torch.no_grad()
@@ -28,7 +20,7 @@ def test_greedy_tokens_of_a_file_are_those_of_transformers(
     cluster: Any, checkpoint: Callable[[str], Path], ask: Callable[..., Any], tmp_path: Path
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint("mixtral"), dtype=torch.float32).eval()
-    write(model, tmp_path / "tiny-mixtral.gguf")
+    gguf_writer.write(model, model.config, tmp_path / "tiny-mixtral.gguf")
     ids, logprobs = list(PROMPT), []
     for _ in range(STEPS):
         scores = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].log_softmax(-1)

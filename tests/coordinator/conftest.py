@@ -1,7 +1,6 @@
 """Tiny random checkpoints, and experts computed in this process from their blobs."""
 
 import asyncio
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -9,6 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import transformers
+from by_path import load
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.generic import GenericTrunk
@@ -21,10 +21,7 @@ from moehive.kernels.linear import LinearOps
 from moehive.kernels.reference import expert_forward
 from moehive.kernels.trunk_ops import TrunkOps
 
-_spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
-assert _spec is not None and _spec.loader is not None
-tiny: ModuleType = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(tiny)
+tiny = load(Path(__file__).with_name("families.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,22 +1,19 @@
 """Every family: checkpoint, trunk and experts give what transformers gives on the same checkpoint in one process."""
 
 import asyncio
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from by_path import load
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.base import SequenceInput
 from moehive.coordinator.models.generic import GenericTrunk, SequenceCache
 
-_spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
-assert _spec is not None and _spec.loader is not None
-_families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_families)
+_families = load(Path(__file__).with_name("families.py"))
 
 PROMPT, STEPS, TOLERANCE = 12, 16, 1e-4
 

@@ -1,7 +1,6 @@
 """Each lean family: logits, cache, chunks and batches as transformers gives them on the same checkpoint."""
 
 import asyncio
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_path import load
 from transformers import AutoModelForCausalLM
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
@@ -17,10 +17,7 @@ from moehive.coordinator.models.lean.mlp import MoeMlp
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.trunk import load_trunk
 
-_spec = importlib.util.spec_from_file_location("moehive_families", Path(__file__).with_name("families.py"))
-assert _spec is not None and _spec.loader is not None
-_families = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_families)
+_families = load(Path(__file__).with_name("families.py"))
 
 TOLERANCE = 1e-4
 LENGTH = 110  # tokens: four pages, many windows

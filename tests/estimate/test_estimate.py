@@ -184,7 +184,7 @@ def test_recurrent_state_is_as_large_as_transformers_makes_it() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
-def testdistinct_experts_are_what_chance_gives(batch: int) -> None:
+def test_distinct_experts_are_what_chance_gives(batch: int) -> None:
     layer = model("qwen3.5-35b").layers[0]
     counts = distinct(layer, [1, 1], batch)
     expected = layer.experts * (1 - (1 - layer.top_k / layer.experts) ** batch)

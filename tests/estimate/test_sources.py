@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
@@ -16,6 +15,7 @@ import pytest
 import torch
 import transformers
 from by_path import load
+from hub_server import HubServer
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
@@ -105,9 +105,9 @@ def test_a_pack_has_the_formats_that_it_was_made_in(directory: Path, tmp_path: P
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hub_server: ModuleType) -> Iterator[Any]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """An empty hub, which `moehive` asks, and this process; the cache is the test's own."""
-    with hub_server.HubServer({}) as server:
+    with HubServer({}) as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")

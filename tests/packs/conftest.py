@@ -1,17 +1,18 @@
 """Tiny models to convert: safetensors of transformers' own writing, and GGUFs as llama.cpp's converter makes them."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from by_path import load
 
 from moehive.coordinator.checkpoints.opening import ModelSource
 from moehive.kernels.geometry import ExpertId
+
+gguf_writer = load(Path(__file__).parents[1] / "coordinator" / "gguf_writer.py")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,7 +37,7 @@ def gguf_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a GGUF in q4_0; do not write to it."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     model = _tiny(experts=6)
-    _gguf_writer().write(model, model.config, path, "Q4_0")
+    gguf_writer.write(model, model.config, path, "Q4_0")
     return path
 
 
@@ -45,7 +46,7 @@ def many_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A GGUF of 192 experts; do not write to it."""
     path = tmp_path_factory.mktemp("many") / "many.gguf"
     model = _tiny(experts=64)
-    _gguf_writer().write(model, model.config, path, "Q8_0")
+    gguf_writer.write(model, model.config, path, "Q8_0")
     return path
 
 
@@ -56,15 +57,6 @@ def _tiny(experts: int) -> Any:
     )  # fmt: skip
     torch.manual_seed(1)
     return transformers.AutoModelForCausalLM.from_config(config)
-
-
-def _gguf_writer() -> ModuleType:
-    path = Path(__file__).parent.parent / "coordinator" / "gguf_writer.py"
-    spec = importlib.util.spec_from_file_location("moehive_gguf_writer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -1,18 +1,17 @@
 """Packs whose trunk has matrices in formats of their own: what they mean, and what they keep from damage and lies."""
 
-import importlib.util
 import itertools
 import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import gguf
 import pytest
 import torch
 import transformers
+from by_path import load
 from safetensors.torch import load_file
 
 from moehive.coordinator.bench.trained_like import save_trained_like
@@ -28,16 +27,9 @@ from moehive.kernels.formats.file_rows import pack_file_rows
 from moehive.kernels.geometry import Format, GeometryError
 from moehive.kernels.quantizers.feedback import quantize
 
+reading = load(Path(__file__).parents[1] / "checkpoints" / "reading.py")
+
 FORMATS: tuple[Format, ...] = ("q8_0", "q6_k", "q5_k", "q4_k", "iq4_xs", "iq4_nl")
-
-
-def _reading() -> ModuleType:
-    path = Path(__file__).parents[1] / "checkpoints" / "reading.py"
-    spec = importlib.util.spec_from_file_location("moehive_packs_reading", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +95,7 @@ def test_the_text_is_that_of_the_dequantized_weights(
             if matrix.name == "model.embed_tokens.weight":
                 assert torch.equal(tensors.embedding(matrix.name).rows(ids), expected[ids])
             plain.get_parameter(matrix.name).copy_(expected)
-    _reading().check_text(plain, opened)
+    reading.check_text(plain, opened)
     stored = load_file(pack / "trunk" / "model.safetensors")
     assert stored.keys().isdisjoint(weights)  # nothing is there twice
 

@@ -1,12 +1,12 @@
 """A real tokenizer, a fake trunk, and both doors over them."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from by_path import load
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -35,12 +35,7 @@ TEMPLATE = (
 @pytest.fixture(scope="session")
 def fakes() -> ModuleType:
     """The fake trunk of the engine's tests."""
-    path = Path(__file__).parents[1] / "engine" / "fakes.py"
-    spec = importlib.util.spec_from_file_location("engine_fakes", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(Path(__file__).parents[1] / "engine" / "fakes.py")
 
 
 @pytest.fixture(scope="session")
