@@ -1,6 +1,7 @@
 """Who may import whom, read from the sources. A part that is not written in the table may import nothing of ours."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -196,6 +197,21 @@ def test_each_part_imports_only_what_the_table_allows() -> None:
         if found.ours and not any(under(found.target, name) for name in allowed):
             wrong.append(f"{found}; {part} may import: {', '.join(allowed)}")
     assert not wrong, "Against MAY_IMPORT (move the code, or a parameter, rather than the rule):\n" + "\n".join(wrong)
+
+
+def test_native_code_includes_only_what_the_table_allows() -> None:
+    files = [file for folder in FOLDERS for end in ("*.h", "*.cc") for file in (ROOT / folder).rglob(end)]
+    wrong, seen = [], set()
+    for file in files:
+        part = part_of(list(file.relative_to(ROOT).parts))
+        for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+            target = (file.parent / name).resolve().relative_to(ROOT)
+            other = part_of(list(target.parts))
+            seen.add((part, other))
+            if other not in (part, *MAY_IMPORT.get(part, ())):
+                wrong.append(f"{file.relative_to(ROOT)} includes {target}")
+    assert ("coordinator.dispatch", "proto") in seen
+    assert not wrong, "Against MAY_IMPORT:\n" + "\n".join(wrong)
 
 
 def test_every_part_is_in_the_table() -> None:
