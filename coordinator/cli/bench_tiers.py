@@ -65,7 +65,8 @@ def tiers(
     out.print(table)
     last = report.rows[-1]
     out.print(
-        f"Prefetch gains {report.prefetch_gain:.2f} times. With all experts in memory it would be "
+        f"Prefetch gains {report.prefetch_gain:.2f} times; {1 / report.rows[0].limit_share:.2f} would keep the disk "
+        "reading all the time, and nothing in vain. With all experts in memory it would be "
         f"{500 / last.experts_alone_ms:.1f} tokens/s.",
         highlight=False,
     )

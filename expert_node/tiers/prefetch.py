@@ -14,8 +14,8 @@ from .use import LAGS, Chances, Guesses, Source, Transitions, place_of
 
 AHEAD_SHARE = 4  # a prefetch may hold at most one part in so many of the RAM
 AHEAD_LAYERS = 4  # for which it holds experts, the newest: two layers of each of two micro-batches, which take turns
-LIKELY, WORTH = 0.5, 0.3  # chances from which a guess is read in time, and when the disk has nothing else to do
-MAYBE = 1 << 40  # due so much later
+CERTAIN, WORTH = 0.8, 0.3  # chances from which a guess is read before all others, and from which it is read at all
+UNCERTAIN = 1 << 40  # due so much later
 NOTED_EXPERTS = 64  # of one request: more are a prompt's, after which anything follows
 
 
@@ -55,17 +55,13 @@ class Prefetcher:
 
     def prefetch(self, layer: int, likely: Sequence[Sequence[int]], chosen: int, elsewhere: Elsewhere) -> None:
         """See RamTier.prefetch."""
-        busy = self._room.reader.busy()
-        # In vain, a read takes the disk from another one as often as it is busy. Else it saves about half of its
-        # time: the other half would have passed while the experts in RAM are computed.
-        worth = max(WORTH, busy / (busy + 0.5))
         for distance in range(1, max(LAGS, len(likely)) + 1):
             guess = likely[distance - 1] if distance <= len(likely) else ()
             source = bool(guess), distance
             if not guess:
                 self.note()
                 guess = self._transitions.likely(layer, distance)
-            self._foresee(layer, source, guess, chosen, worth, elsewhere)
+            self._foresee(layer, source, guess, chosen, elsewhere)
 
     def came(self, layer: int) -> Ahead | None:
         """A layer's request is there: the end of what was held for it, which is returned."""
@@ -95,10 +91,8 @@ class Prefetcher:
         self._let_go(self._ahead.popitem()[1])
         return True
 
-    def _foresee(
-        self, layer: int, source: Source, guess: Sequence[int], chosen: int, worth: float, elsewhere: Elsewhere
-    ) -> None:
-        """Reads and holds what of a guess made at `layer` has a chance of `worth`, in place of the last guess."""
+    def _foresee(self, layer: int, source: Source, guess: Sequence[int], chosen: int, elsewhere: Elsewhere) -> None:
+        """Reads and holds what of a guess made at `layer` is worth it, in place of the last guess."""
         room = self._room
         layer = (layer + source[1]) % len(self._experts)
         known, due = self._experts[layer], room.requests + source[1]
@@ -115,9 +109,9 @@ class Prefetcher:
                 continue
             place = place_of(rank, chosen)
             places.append((number, place))
-            if chances[place] < worth or ahead.nbytes + expert.nbytes > left:
+            if chances[place] < WORTH or ahead.nbytes + expert.nbytes > left:
                 continue
-            when = due if chances[place] >= LIKELY else MAYBE + due
+            when = due if chances[place] >= CERTAIN else UNCERTAIN + due
             if expert.job is not None:
                 room.hurry(expert, when)
             elif expert.weights is None:

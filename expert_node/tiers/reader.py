@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 THREADS = 4  # reads in flight; more gained nothing on NVMe and virtual disks, one alone left a third unused
 PIECE_BYTES = 1 << 19  # of one read: an expert that is waited for is read by all threads, and waits for few others
-BUSY_SECONDS = 0.5
 SAMPLE_BYTES = 64 << 20  # read each way to choose
 NOW = 0  # due: a request waits for it
 SPARE = 1 << 62  # due: fills room that nobody needs yet
@@ -74,7 +73,6 @@ class DiskReader:
             raise MemoryError("The threads that read the experts' files can't be started.")
         self._end = weakref.finalize(self, self._library.moehive_disk_destroy, self._handle)
         self._end.atexit = False  # the threads end with the process
-        self._busy, self._looked = 0.0, (perf_counter(), 0.0)
         self._collecting = threading.Lock()
         self._jobs: dict[int, ReadJob] = {}  # whose buffers the threads write to
         self._numbers = (ctypes.c_int64 * _COLLECTED)()
@@ -134,14 +132,6 @@ class DiskReader:
         nbytes, seconds = ctypes.c_int64(), ctypes.c_double()
         self._library.moehive_disk_totals(self._handle, ctypes.byref(nbytes), ctypes.byref(seconds))
         return ReadTotals(nbytes.value, seconds.value)
-
-    def busy(self) -> float:
-        """The share of about the last BUSY_SECONDS in which at least one read was in flight; ask often."""
-        before, read_before = self._looked
-        now, read = self._looked = perf_counter(), self.totals.seconds
-        share = min(1.0, (read - read_before) / max(now - before, 1e-6))
-        self._busy += min(1.0, (now - before) / BUSY_SECONDS) * (share - self._busy)
-        return self._busy
 
     def choose(self, paths: Sequence[Path]) -> None:
         """Reads some of `paths` with O_DIRECT and through the page cache, and keeps the quicker way."""

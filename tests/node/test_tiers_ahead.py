@@ -71,6 +71,23 @@ def test_a_newer_guess_takes_the_place_of_an_older_one(make):
     assert tier.totals.foreseen == tier.totals.prefetches == 3 and tier.totals.unused == 0
 
 
+def test_what_is_certain_is_read_first_and_what_rarely_comes_true_is_not(make, monkeypatch):
+    tier, due = make(40), {}
+    read = tier.reader.read
+    monkeypatch.setattr(tier.reader, "read", lambda job, when: (due.update({job.path.stem: when}), read(job, when)))
+    ask(tier, 0, [0])
+    tier.prefetch(0, [[1, 2], [3, 4]], chosen=1)  # the first of each is believed in more than what is nearly chosen
+    tier.settle()
+    assert sorted(due, key=due.get) == ["0-0", "1-1", "2-3", "1-2", "2-4"]
+    chances = tier._prefetcher._chances
+    for _ in range(300):
+        chances.note({(True, 1): [(1, place_of(0, 1))]}, [])
+    ask(tier, 1, [0])
+    tier.prefetch(1, [[5, 6]], chosen=1)
+    tier.settle()
+    assert 5 not in tier.resident(2) and 6 in tier.resident(2)
+
+
 def test_what_is_elsewhere_is_not_read_and_keeps_its_place(make):
     tier = make(40)
     ask(tier, 0, [0])

@@ -147,19 +147,6 @@ def test_the_quicker_way_of_reading_is_kept(tmp_path, monkeypatch, direct, cache
     assert sorted(seen) == sorted(2 * files)  # none of them both ways: it would be in the page cache
 
 
-def test_how_busy_the_disk_is(tmp_path):
-    inbox, reader = deque(), DiskReader(threads=1)
-    assert reader.busy() == 0.0
-    path = tmp_path / "file"
-    path.write_bytes(bytes(100_000))
-    for number in range(20):
-        reader.read(job_for(path, inbox), NOW)
-        wait_for(reader, inbox, number + 1)
-        assert 0.0 <= reader.busy() <= 1.0
-    assert reader.busy() > 0.0
-    reader.close()
-
-
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="the system has no such policy")
 def test_a_node_that_waits_for_its_turn_reads_at_once(tmp_path):
     policies = set()
