@@ -26,7 +26,7 @@ from .quantized.find import ordinary_tensors
 from .quantized.method import method_of
 from .quantized.tensor import AnyTensor, QuantizedTensor
 from .safetensors_file import StoredTensor
-from .trunk_tensors import SafetensorsTrunk
+from .trunk_tensors import SafetensorsTrunk, misfit
 
 if TYPE_CHECKING:
     from .architecture import Architecture
@@ -154,8 +154,15 @@ class Checkpoint:
         return architecture
 
     def trunk_tensors(self) -> SafetensorsTrunk:
-        """The trunk's tensors for a lean trunk, each read when it is asked for."""
+        """The trunk's tensors for a lean trunk, each read when it is asked for.
+
+        Raises CoordinatorError for tensors that do not fit.
+        """
         plain = {name: self._tensors[stored] for name, stored in self._outline.plain.items()}
+        for name, tensor in plain.items():
+            wanted = self.shapes.get(name, tensor.shape)
+            if tuple(tensor.shape) != wanted:
+                raise misfit(self.path, name, tensor.shape, wanted)
         return SafetensorsTrunk(self.path, self.dtype, plain)
 
     def trunk_stored(self) -> dict[str, StoredTensor]:

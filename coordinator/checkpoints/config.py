@@ -5,8 +5,11 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from moehive.kernels.geometry import MAX_LAYERS
+
 from ..types import CoordinatorError
 
+_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # of parts that see or hear, too
 # Families that transformers knows under another name: Kimi K2's code is DeepSeek-V3's.
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 
@@ -20,6 +23,7 @@ def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     family = raw.get("model_type")
     if not isinstance(family, str):
         raise CoordinatorError(f"{path / 'config.json'} names no model_type, so it is not a model's config.")
+    _check_layers(path, raw)
     try:
         if family in _KNOWN_AS:
             same = _KNOWN_AS[family]
@@ -35,6 +39,18 @@ def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             f"{path / 'config.json'} is not a valid {family} config: {reason[-1].strip()}"
         ) from error
     return config
+
+
+def _check_layers(path: Path, raw: dict[str, Any]) -> None:
+    """Raises CoordinatorError for more layers than a model has: each of them is built, if without weights."""
+    for part in (raw, *(value for value in raw.values() if isinstance(value, dict))):
+        for name in _LAYERS:
+            count = part.get(name)
+            if isinstance(count, int | float) and count > MAX_LAYERS:
+                raise CoordinatorError(
+                    f"{path / 'config.json'} says {name} = {str(count)[:60]}, but a model may have at most "
+                    f"{MAX_LAYERS} layers; download it again."
+                )
 
 
 def context_length(config: PreTrainedConfig) -> int:

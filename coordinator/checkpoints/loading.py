@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 from ..types import CoordinatorError
 from .architecture import Architecture
 from .quantized.tensor import AnyTensor
+from .trunk_tensors import misfit
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,7 @@ def load_trunk(path: Path, architecture: Architecture, tensors: dict[str, AnyTen
         info.missing_keys -= expert_names
         if info.mismatched_keys:
             name, found, wanted = sorted(info.mismatched_keys)[0]
-            raise CoordinatorError(
-                f"{path} gives {name} the shape {tuple(found)}, but its config says {tuple(wanted)};"
-                " they do not belong together."
-            )
+            raise misfit(path, name, found, wanted)
         if info.conversion_errors:
             name, reason = sorted(info.conversion_errors.items())[0]
             raise CoordinatorError(f"{path}: the tensors of {name} do not fit together ({_last_line(reason)}).")

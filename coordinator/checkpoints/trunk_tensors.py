@@ -1,6 +1,6 @@
 """A safetensors checkpoint's trunk as a lean trunk takes it: tensor by tensor, in the formats that are stored."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -80,3 +80,11 @@ class SafetensorsTrunk:
         blob = self._memory.take(tensor_bytes("bf16", rows, columns))
         blob.view(torch.bfloat16).view(rows, columns).copy_(stored.numbers())
         return LinearWeights("bf16", rows, columns, blob, bias)
+
+
+def misfit(path: Path, name: str, found: Sequence[int], wanted: Sequence[int]) -> CoordinatorError:
+    """A tensor of the checkpoint in `path` has another shape than its config says."""
+    return CoordinatorError(
+        f"{path} gives {name} the shape {tuple(found)}, but its config says {tuple(wanted)}; they do not belong "
+        "together: download both again."
+    )

@@ -104,6 +104,23 @@ def test_a_config_or_index_as_large_as_weights(copy: Path) -> None:
     assert "far too many" in refusal(lambda: Checkpoint.open(copy))
 
 
+@pytest.mark.parametrize("layers", [1025, 2**31, 10**30, 1e30])
+def test_a_config_with_more_layers_than_any_model(layers: float, copy: Path) -> None:
+    """Each layer is built, so such a config would take hours or all memory."""
+    config = json.loads((copy / "config.json").read_text())
+    for changed in ({"num_hidden_layers": layers}, {"vision_config": {"depth": layers}}):
+        (copy / "config.json").write_text(json.dumps(config | changed))
+        assert "at most 1024 layers" in refusal(lambda: Checkpoint.open(copy))
+
+
+@pytest.mark.parametrize("change", [{"head_dim": 16, "num_attention_heads": 2}, {"vocab_size": 64}])
+def test_a_config_of_other_shapes_than_the_tensors(change: dict[str, int], copy: Path) -> None:
+    """Nothing of the trunk is read beyond its end, however the lean trunk's kernels see the config."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | change))
+    assert "they do not belong together" in refusal(lambda: Checkpoint.open(copy).trunk_tensors())
+
+
 def gguf_file(path: Path) -> bytes:
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_tensor("token_embd.weight", np.zeros((4, 64), np.float32))

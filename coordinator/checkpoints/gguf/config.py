@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from moehive.kernels.geometry import MAX_LAYERS
+
 from ...types import CoordinatorError
 from .file import GgufFile
 
@@ -88,7 +90,7 @@ def read_config(file: GgufFile) -> PreTrainedConfig:
 def layers_of(metadata: Metadata) -> int:
     """Layers of the model itself: block_count also counts those that predict further tokens (nextn, MTP)."""
     layers = metadata.integer("block_count") - metadata.integer("nextn_predict_layers", 0)
-    if not 1 <= layers <= 1024:
+    if not 1 <= layers <= MAX_LAYERS:
         raise CoordinatorError(f"{metadata.file.path} claims {layers} layers, which cannot be.")
     return layers
 
@@ -225,7 +227,7 @@ def _gpt_oss(m: Metadata) -> dict[str, Any]:
         "intermediate_size": m.integer("expert_feed_forward_length"),
         "sliding_window": m.integer("attention.sliding_window"),
         # src/models/openai-moe.cpp: load_swa_pattern(ml, 2), every second layer sees all
-        "layer_types": ["full_attention" if n % 2 else "sliding_attention" for n in range(m.integer("block_count"))],
+        "layer_types": ["full_attention" if n % 2 else "sliding_attention" for n in range(layers_of(m))],
         "rope_parameters": rope,
     }
 
