@@ -9,6 +9,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from .types import CoordinatorError
 ENVIRONMENT = "MOEHIVE_COORDINATOR_"
 GRPC_PORT, HTTP_PORT, CLUSTER_PORT, JOIN_PORT = 7700, 7780, 7701, 7702
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
+_MOST_BYTES = 10**18  # less than 64 bits hold
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
 
 
@@ -108,7 +110,10 @@ def parse_size(text: str) -> int:
         raise SettingsError(f"{text[:40]!r} is not a size; write for example 12GiB, 800MB or a number of bytes.")
     number, unit, binary = match.groups()
     base = 1024 if binary else 1000
-    return int(float(number) * base ** (" KMGT".index(unit.upper()) if unit else 0))
+    nbytes = Fraction(number) * base ** (" KMGT".index(unit.upper()) if unit else 0)
+    if nbytes > _MOST_BYTES:
+        raise SettingsError(f"{text[:40]!r} is not a size that a machine may have; the largest is 1000000T.")
+    return int(nbytes)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -52,6 +52,12 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize("text", ["1000001T", "9" * 20 + "T", "9" * 400, "9" * 5000, "0." + "9" * 400])
+def test_a_size_beyond_all_machines_is_a_sentence(text: str) -> None:
+    with pytest.raises(SettingsError, match="is not a size"):
+        parse_size(text)
+
+
 @given(st.text(max_size=20))
 def test_a_size_is_a_number_or_a_sentence(text: str) -> None:
     try:
