@@ -15,6 +15,7 @@ from typing import Any
 
 from moehive.kernels.machine import available_memory, cores
 
+from .regular_file import check_regular
 from .types import CoordinatorError
 
 ENVIRONMENT = "MOEHIVE_COORDINATOR_"
@@ -118,6 +119,7 @@ def parse_size(text: str) -> int:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
+        check_regular(file)
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"The settings file {file} can't be read: {error.strerror}.") from error

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..regular_file import check_regular
 from ..types import CoordinatorError
 from .hub_files import OWN_LAYOUTS
 from .json_files import INDEX, json_object, read_bytes, read_index
@@ -41,7 +42,7 @@ def open_directory(path: Path) -> Directory:
             raise CoordinatorError(f"{path} is not a directory; give the directory with config.json and safetensors.")
     except OSError as error:  # a parent that may not be searched, a name too long
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
-    _refuse_links_out(path)
+    _check_entries(path)
     _refuse_own_layout(path)
     config_bytes = read_bytes(path / "config.json")
     config = json_object(path / "config.json", config_bytes)
@@ -66,16 +67,22 @@ def open_directory(path: Path) -> Directory:
     return Directory(path, config, tensors, digest.hexdigest())
 
 
-def _refuse_links_out(path: Path) -> None:
-    """The hub's cache keeps contents in `blobs` beside its snapshots; links there are its own."""
+def _check_entries(path: Path) -> None:
+    """No link leads out of the directory, and nothing in it is a pipe or a device.
+
+    The hub's cache keeps contents in `blobs` beside its snapshots; links there are its own.
+    """
     inside = [path]
     if path.resolve().parent.name == "snapshots":
         inside.append(path.resolve().parents[1] / "blobs")
     try:
-        links = sorted(entry for entry in path.iterdir() if entry.is_symlink())
+        entries = sorted(path.iterdir())
+        refuse_links_out([entry for entry in entries if entry.is_symlink()], inside, "the model's directory")
+        for entry in entries:  # transformers' own readers open what they know, too
+            if entry.exists():
+                check_regular(entry)
     except OSError as error:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
-    refuse_links_out(links, inside, "the model's directory")
 
 
 def _refuse_own_layout(path: Path) -> None:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..regular_file import check_regular
 from ..types import CoordinatorError
 from ..whole_file import whole_file
 
@@ -29,6 +30,7 @@ MAX_NODES = 256
 MAX_BYTES = 1 << 20  # of the file
 TIERS = ("vram", "ram", "disk")  # the quickest first
 PRODUCTS = ("products_per_s", "token_products_per_s")
+_LEAST, _MOST = 1e-6, 1e30  # of what is divided by, so that no time is larger than a float
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class Cluster:
 def read_cluster(path: Path) -> Cluster:
     """Raises CoordinatorError, one sentence, for a file that is not as described above."""
     try:
+        check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise CoordinatorError(f"{path} is too large to describe a cluster.")
         return parse_cluster(path.read_text(encoding="utf-8"), str(path))
@@ -156,9 +159,9 @@ def _machine(node: Any, source: str) -> Machine:
 
 def _number(values: Mapping[str, Any], name: str, where: str, zero: bool = False) -> float:
     value: Any = values.get(name)
-    least = "0 or more" if zero else "above 0"
-    if type(value) not in (int, float) or not (0 <= value < 1e30) or (value == 0 and not zero):
-        raise CoordinatorError(f"{name} of {where} must be a number {least}, not {value!r}.")
+    least = 0 if zero else _LEAST
+    if type(value) not in (int, float) or not least <= value < _MOST:
+        raise CoordinatorError(f"{name} of {where} must be a number of at least {least:g}, not {value!r}.")
     return float(value)
 
 

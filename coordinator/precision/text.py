@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from ..regular_file import check_regular
 from ..types import CoordinatorError
 
 PIECE = 512  # tokens of one text: each starts anew, as requests do
@@ -25,9 +26,10 @@ class Encoder(Protocol):
 def calibration_text(file: Path | None) -> str:
     """The text as it is. Raises CoordinatorError for a file that can't be read."""
     try:
-        return (files("moehive.coordinator.precision") / "calibration.txt" if file is None else file).read_text(
-            "utf-8"
-        )
+        if file is None:
+            return (files("moehive.coordinator.precision") / "calibration.txt").read_text("utf-8")
+        check_regular(file)
+        return file.read_text("utf-8")
     except OSError as error:
         raise CoordinatorError(f"{file} can't be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
@@ -41,5 +43,9 @@ async def calibration_texts(words: Encoder, file: Path | None) -> list[torch.Ten
     """
     tokens = torch.tensor(list(await words.encode(calibration_text(file)))[:MOST], dtype=torch.int64)
     if len(tokens) < LEAST:
-        raise CoordinatorError(f"{file} has {len(tokens)} tokens; give a longer text, at least {LEAST} tokens.")
+        text = "The text that comes with Moehive" if file is None else str(file)
+        raise CoordinatorError(
+            f"{text} has {len(tokens)} tokens in this model's vocabulary; give a longer text as --calibration, of at "
+            f"least {LEAST} tokens."
+        )
     return [piece for piece in tokens.split(PIECE) if len(piece) > 1]

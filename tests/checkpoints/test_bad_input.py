@@ -1,6 +1,7 @@
 """Files and directories that are wrong, each refused in one sentence that says what and where."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from moehive.coordinator.checkpoints.directory import open_directory
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.gguf.formats import TYPES
 from moehive.coordinator.checkpoints.gguf.other_types import why_not_read
+from moehive.coordinator.checkpoints.pack.manifest import read_manifest
 from moehive.coordinator.types import CoordinatorError
 
 Wide = Callable[[str], Path]
@@ -46,6 +48,18 @@ def test_links_out_of_the_directory(copy: Path, tmp_path: Path) -> None:
     (copy / "model.safetensors").unlink()
     (copy / "model.safetensors").symlink_to("model.safetensors")
     assert refusal(lambda: Checkpoint.open(copy))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"])
+def test_a_pipe_in_the_place_of_a_file(name: str, copy: Path, tmp_path: Path) -> None:
+    """Whoever opens one waits for ever."""
+    (copy / name).unlink(missing_ok=True)
+    os.mkfifo(copy / name)
+    assert "is a pipe, a device or a socket" in refusal(lambda: Checkpoint.open(copy))
+    os.mkfifo(tmp_path / "model.gguf")
+    os.mkfifo(tmp_path / "pack.msgpack")
+    assert "is a pipe" in refusal(lambda: open_gguf(tmp_path / "model.gguf"))
+    assert "is a pipe" in refusal(lambda: read_manifest(tmp_path))
 
 
 def test_links_of_the_hub_s_cache_are_its_own(copy: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """cluster.toml: what is written is read again, and what is wrong is said in one sentence."""
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,8 +62,10 @@ def test_the_file_of_the_documents_is_read() -> None:
         ('name = "mini"', 'name = "mini"\ncoordinator = true', "on one alone"),
         ('name = "mini"', 'name = "desktop"', "two nodes alike"),
         ("ram_Bps = 6e10", "", "both ram_bytes and ram_Bps"),
-        ("ram_Bps = 6e10", "ram_Bps = -1", "must be a number above 0"),
-        ("ram_Bps = 6e10", "ram_Bps = nan", "must be a number above 0"),
+        ("ram_Bps = 6e10", "ram_Bps = -1", "must be a number of at least 1e-06"),
+        ("ram_Bps = 6e10", "ram_Bps = nan", "must be a number of at least 1e-06"),
+        ("ram_Bps = 6e10", "ram_Bps = 1e-300", "must be a number of at least 1e-06"),
+        ("rtt_s = 0.0003", "rtt_s = -1", "must be a number of at least 0"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\ncores = 4", "unknown key 'cores'"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\nstep_factor = 0", "step_factor of"),
         ("ram_Bps = 6e10", "ram_Bps = 6e10\nproducts_per_s = 0", "products_per_s of mini in cluster.toml must be"),
@@ -111,6 +114,13 @@ def test_any_text_gives_a_cluster_or_a_sentence(text: str) -> None:
     with pytest.raises(CoordinatorError) as caught:
         parse_cluster(text)
     assert str(caught.value)
+
+
+def test_a_pipe_or_a_device_is_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "cluster.toml")
+    for path in (tmp_path / "cluster.toml", Path("/dev/zero")):
+        with pytest.raises(CoordinatorError, match="is a pipe, a device or a socket"):
+            read_cluster(path)
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """`moehive convert --budget`: a pack whose experts and trunk differ in their formats, and keeps within its bytes."""
 
+import asyncio
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,6 +26,7 @@ from moehive.coordinator.estimate.constants import CONTEXT_TOKENS, COORDINATOR_B
 from moehive.coordinator.estimate.headers import of_files
 from moehive.coordinator.precision.choice import BudgetChoice, choose_formats
 from moehive.coordinator.precision.kept_choice import kept_choice
+from moehive.coordinator.precision.text import calibration_texts
 from moehive.coordinator.serving.text import Text
 from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
@@ -109,6 +112,22 @@ class Killed(Exception):
 
 def _killed(*_: Any) -> None:
     raise Killed
+
+
+def test_a_text_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    class Words:
+        async def encode(self, text: str) -> list[int]:
+            return [1]
+
+    (tmp_path / "short.txt").write_text("word")
+    os.mkfifo(tmp_path / "pipe")
+    for file, said in (
+        (None, "The text that comes with Moehive has 1 tokens in this model's vocabulary"),
+        (tmp_path / "short.txt", "short.txt has 1 tokens"),
+        (tmp_path / "pipe", "is a pipe, a device or a socket"),
+    ):
+        with pytest.raises(CoordinatorError, match=said):
+            asyncio.run(calibration_texts(Words(), file))
 
 
 def test_a_choice_is_made_once(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ...regular_file import check_regular
 from ...types import CoordinatorError
 from ..links import refuse_links_out
 from ..safetensors_file import StoredTensor
@@ -120,6 +121,7 @@ def _parts(path: Path) -> list[Path]:
 
 def _read_header(path: Path, digest: Any) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
     try:
+        check_regular(path)
         with path.open("rb") as file:
             stat = os.fstat(file.fileno())
             reader = _Reader(path, file, stat.st_size)

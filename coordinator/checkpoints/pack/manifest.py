@@ -23,6 +23,7 @@ from moehive.kernels.digest import DIGEST_BYTES, Digest, new_digest
 from moehive.kernels.geometry import MAX_LAYERS, ExpertId, GeometryError, LayerGeometry, Manifest
 from moehive.kernels.manifest import from_bytes, to_bytes
 
+from ...regular_file import check_regular
 from ...types import CoordinatorError
 from ..links import refuse_links_out
 from . import matrices as own
@@ -149,6 +150,7 @@ def read_manifest(folder: Path) -> PackManifest:
     """
     path = folder / NAME
     try:
+        check_regular(path)
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > MAX_BYTES:
