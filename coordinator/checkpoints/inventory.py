@@ -43,8 +43,9 @@ def inventory(folders: list[Path]) -> Iterator[FoundModel]:
 def look(name: str, path: Path) -> FoundModel:
     """What a model needs. Never raises for one that can't be read: `problem` says why."""
     kind = "GGUF" if path.is_file() else "pack" if is_pack(path) else "safetensors"
-    size = _file_bytes(path)
+    size = 0
     try:
+        size = _file_bytes(path)
         source = open_model(str(path))
         if isinstance(source, PackCheckpoint) and source.pack.in_place:
             size += _file_bytes(Path(source.pack.source))
@@ -97,9 +98,12 @@ def _of_the_hub() -> Iterator[tuple[str, Path]]:
 
 
 def _is_model(path: Path) -> bool:
-    if path.is_file():
-        return path.suffix == ".gguf"
-    return path.is_dir() and (is_pack(path) or (path / "config.json").exists())
+    try:
+        if path.is_file():
+            return path.suffix == ".gguf"
+        return path.is_dir() and (is_pack(path) or (path / "config.json").exists())
+    except OSError:  # a directory that this user may not look into
+        return False
 
 
 def _is_later_part(path: Path) -> bool:

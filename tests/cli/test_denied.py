@@ -92,6 +92,20 @@ def test_a_pack_that_may_not_be_written_or_read(
         (target / "pack" / name).chmod(0o755)
 
 
+def test_directories_that_may_not_be_read_are_no_models(
+    tiny_moe: Path, tmp_path: Path, closed: Any, environment: dict[str, str], unprivileged: list[str]
+) -> None:
+    """As lost+found beside the models of a disk."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "tiny").symlink_to(tiny_moe)
+    (tmp_path / "models" / "lost+found").mkdir()
+    closed(tmp_path / "models" / "lost+found", 0)
+    command = [*unprivileged, *COMMAND, "models", str(tmp_path / "models"), "--address", "127.0.0.1:1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [Path(model["path"]).name for model in json.loads(done.stdout)["models"]] == ["tiny"]
+
+
 def test_a_state_directory_that_may_not_be_written(
     tiny_moe: Path, tmp_path: Path, sentence: Any, closed: Any, unprivileged: list[str]
 ) -> None:
