@@ -97,13 +97,17 @@ def _show(found: "Estimate") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    console = Console(highlight=False)
+    console = Console(markup=False, highlight=False)  # a name may have brackets
     model = found.model
     fits = "fits" if found.fits else "does not fit"
     console.print(
-        f"[bold]{model.name}[/bold] in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
-        f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}"
+        Text.assemble(
+            (model.name, "bold"),
+            f" in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
+            f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}",
+        )
     )
     if model.mixture:
         mixture = " and ".join(f"{share:.0%} in {name}" for name, share in model.mixture)
@@ -112,12 +116,16 @@ def _show(found: "Estimate") -> None:
             soft_wrap=True,
         )
     for sentence in found.warnings:
-        console.print(f"[bold]Mind:[/bold] {sentence}", soft_wrap=True)
+        console.print(Text.assemble(("Mind:", "bold"), f" {sentence}"), soft_wrap=True)
     step = found.step
     console.print(
-        f"About [bold]{found.decode_tokens_per_s:.3g} tokens/s[/bold] (a token: trunk {step.trunk_s * 1e3:.3g} ms, "
-        f"experts {step.experts_s * 1e3:.3g} ms, hops {step.hop_s * 1e3:.3g} ms); prompts "
-        f"{found.prefill_tokens_per_s:.3g} tokens/s; loaded in {_time(found.load_s)}.",
+        Text.assemble(
+            "About ",
+            (f"{found.decode_tokens_per_s:.3g} tokens/s", "bold"),
+            f" (a token: trunk {step.trunk_s * 1e3:.3g} ms, experts {step.experts_s * 1e3:.3g} ms, "
+            f"hops {step.hop_s * 1e3:.3g} ms); prompts {found.prefill_tokens_per_s:.3g} tokens/s; "
+            f"loaded in {_time(found.load_s)}.",
+        ),
         soft_wrap=True,
     )
     parts = Table("part", "bytes", box=SIMPLE_HEAD)

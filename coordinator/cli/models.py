@@ -64,18 +64,19 @@ def models(
         print(json.dumps(asdict(room) | {"models": rows}))
         return
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import console
 
     table = Table("model", "kind", "size", "experts", "format", "fits", box=SIMPLE_HEAD)
     for each in found:
         sizes = _size(each.file_bytes), _size(each.expert_bytes)
         table.add_row(each.name, each.kind, *sizes, ", ".join(each.formats), _in_words(each, room))
-    console = Console()
-    console.print(table if found else "No models yet; get one with: moehive pull ORGANIZATION/NAME")
+    out = console()
+    out.print(table if found else "No models yet; get one with: moehive pull ORGANIZATION/NAME")
     where = f"{room.nodes} nodes of the cluster" if room.nodes else "this machine, without a cluster"
     disk = f", {_size(room.disk_bytes)} of disk" if room.disk_bytes else ""
-    console.print(f"Room for experts: {_size(room.memory_bytes)} of memory{disk} ({where}).", highlight=False)
+    out.print(f"Room for experts: {_size(room.memory_bytes)} of memory{disk} ({where}).")
 
 
 @dataclass(frozen=True, slots=True)

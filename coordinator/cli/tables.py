@@ -14,10 +14,10 @@ WIDTH = 200  # where no terminal says how wide it is; nothing is left out then
 
 
 def console() -> "Console":
-    """Of stdout."""
+    """Of stdout. Names of models, machines and files are shown as they are, also where brackets are in them."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+    return Console(width=None if sys.stdout.isatty() else WIDTH, markup=False, highlight=False)
 
 
 def show_rows(rows: list[dict[str, Any]], as_json: bool) -> None:

@@ -122,15 +122,15 @@ def _show(found: "Status") -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     state = "ready" if found.ready else f"not ready: {found.reason}"
-    console = Console()
-    console.print(f"[bold]{found.model}[/bold], {state}", highlight=False)
+    console = Console(markup=False, highlight=False)  # a model's name may have brackets
+    console.print(Text.assemble((found.model, "bold"), f", {state}"))
     console.print(
         f"{found.running} generations running, {found.waiting} waiting; KV cache {_size(found.kv_bytes_used)} of "
         f"{_size(found.kv_bytes_limit)}; coordinator {_size(found.resident_bytes)}; up {found.uptime_seconds:,.0f} s;"
-        f" epoch {found.epoch}; moehive {found.version}",
-        highlight=False,
+        f" epoch {found.epoch}; moehive {found.version}"
     )
     # Fits 80 columns; addresses and bandwidths are in --json.
     table = Table("node", "state", "experts", "memory", "expert calls", "computed", "load", box=SIMPLE_HEAD)
@@ -145,16 +145,15 @@ def _show(found: "Status") -> None:
         table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
     console.print(table)
     for sentence in load_sentences(found.nodes):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     for sentence in in_words(found.nodes):
-        console.print(sentence, highlight=False)
+        console.print(sentence)
     for node in found.nodes:
         if (tiers := node.tiers) is not None:
             console.print(
                 f"{node.name}: {_size(tiers.disk_bytes)} of experts on disk, {_size(tiers.ram_bytes)} in memory, "
                 f"{_size(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for were in memory, "
-                f"{tiers.foreseen_rate:.0%} thanks to a prefetch",
-                highlight=False,
+                f"{tiers.foreseen_rate:.0%} thanks to a prefetch"
             )
     if found.cache_margin:
         console.print(f"Cache-aware routing is on, margin {found.cache_margin:g}: it changes the model's answers.")

@@ -82,8 +82,11 @@ def prefill_rate(model: Model, cluster: Cluster, placed: Placed, tokens: int = C
     for layer, count in _kinds(model.layers):
         products = max(0, tokens * layer.top_k - layer.experts) * layer.spec.weights
         computing = max(
-            products * h.expert_bytes / model.expert_bytes / _products_per_s(model, h.machine, bool(h.vram_bytes))
-            for h in asked
+            (
+                products * h.expert_bytes / model.expert_bytes / _products_per_s(model, h.machine, bool(h.vram_bytes))
+                for h in asked
+            ),
+            default=0.0,  # where no machine has room for any
         )
         seconds += count * _layer(layer, model, cluster, placed.holdings, tokens, shared, wire, computing)[1]
     return tokens / seconds

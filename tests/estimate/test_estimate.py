@@ -325,6 +325,13 @@ def test_what_does_not_fit_says_what_is_missing_and_what_would_help() -> None:
     assert slow.decode_tokens_per_s < found.decode_tokens_per_s
 
 
+def test_machines_without_room_for_anything_are_told_so() -> None:
+    tiny = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(1, 5e10)), Machine("node", ram=Tier(1, 6e10))))
+    found = estimate(in_all_formats(model()), tiny)
+    assert not found.fits and found.row()["missing_bytes"] >= found.model.total_bytes
+    assert any("does not fit" in sentence for sentence in found.warnings)
+
+
 def test_the_command_needs_no_network(tmp_path: Path) -> None:
     cluster = Cluster(0.0003, 1.25e8, (replace(BIG, ram=Tier(64 * GB, 5e10)), Machine("n", ram=Tier(192 * GB, 6e10))))
     write_cluster(tmp_path / "cluster.toml", cluster)
@@ -345,6 +352,14 @@ def test_the_command_needs_no_network(tmp_path: Path) -> None:
     assert refused.returncode == 1 and refused.stderr.startswith(
         "moehive: There is no directory nobody/no-such-model, and"
     )
+
+
+def test_names_are_shown_as_they_are(tmp_path: Path) -> None:
+    """Brackets in them are no markup of the terminal's library."""
+    machines = (replace(BIG, name="[/red]"), Machine("[bold]", ram=Tier(64 * GB, 6e10)))
+    write_cluster(tmp_path / "cluster.toml", Cluster(0.0003, 1.25e8, machines))
+    told = CliRunner().invoke(app, ["estimate", "qwen3-30b", "--cluster", str(tmp_path / "cluster.toml")])
+    assert told.exit_code == 0 and "[/red]" in told.stdout and "[bold]" in told.stdout
 
 
 def test_advice_is_ranked_by_what_it_brings() -> None:
