@@ -64,11 +64,12 @@ def models(
         print(json.dumps(asdict(room) | {"models": rows}))
         return
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from .tables import console
 
-    table = Table("model", "kind", "size", "experts", "format", "fits", box=SIMPLE_HEAD)
+    # A name is folded, never cut: it is what `--model` takes.
+    table = Table(Column("model", overflow="fold"), "kind", "size", "experts", "format", "fits", box=SIMPLE_HEAD)
     for each in found:
         sizes = _size(each.file_bytes), _size(each.expert_bytes)
         table.add_row(each.name, each.kind, *sizes, ", ".join(each.formats), _in_words(each, room))

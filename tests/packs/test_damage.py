@@ -273,6 +273,11 @@ def test_links_out_of_a_pack_are_refused(which: str, request: pytest.FixtureRequ
     assert verify(pack, threads=1).damaged == ()
 
 
+def test_what_is_no_pack_is_told_how_to_become_one(tmp_path: Path) -> None:
+    with pytest.raises(CoordinatorError, match=r"is no pack, .*; `moehive convert` makes one"):
+        verify(tmp_path, 1)
+
+
 def test_what_verify_says(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pack = Path(shutil.copytree(whole, tmp_path / "pack"))
     packs.verify(pack)

@@ -156,6 +156,8 @@ def read_manifest(folder: Path) -> PackManifest:
             if size > MAX_BYTES:
                 raise CoordinatorError(f"{path} has {size} bytes; a pack's manifest has at most {MAX_BYTES}.")
             data = file.read()
+    except FileNotFoundError as error:
+        raise CoordinatorError(f"{folder} is no pack, for it has no {NAME}; `moehive convert` makes one.") from error
     except OSError as error:
         raise CoordinatorError(f"{path} can't be read: {error.strerror}.") from error
     try:
