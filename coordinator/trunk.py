@@ -4,6 +4,7 @@ import logging
 
 import torch
 
+from moehive.kernels.geometry import GeometryError
 from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import LinearOps
 from moehive.kernels.trunk_ops import TrunkOps
@@ -36,7 +37,18 @@ def load_trunk(checkpoint: ModelSource, threads: int, device: str = "cpu", kv_by
         except NativeLibraryError as error:
             reason = str(error)
         else:
-            return _lean(checkpoint, families.read(config, checkpoint.trunk_tensors(), ops), ops, device, kv_bytes)
+            try:
+                parts = families.read(config, checkpoint.trunk_tensors(), ops)
+            except CoordinatorError:
+                raise
+            except GeometryError as error:
+                raise CoordinatorError(f"{checkpoint.path}: {error}") from error
+            except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # of a config's odd values
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+                raise CoordinatorError(
+                    f"{checkpoint.path} does not describe a {checkpoint.family} model: {reason}."
+                ) from error
+            return _lean(checkpoint, parts, ops, device, kv_bytes)
     if device == "cuda":
         raise CoordinatorError(f"The trunk can't run on a GPU, as trunk_device says, without a lean trunk: {reason}.")
     log.info("Transformers' own model runs %s, slower than a lean trunk: %s", checkpoint.family, reason)

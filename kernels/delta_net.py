@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .library import NativeLibraryError
-from .trunk_ops import TrunkOps, native_trunk
+from .trunk_ops import TrunkOps, check_numbers, native_trunk
 
 _BLOCK = 16  # values of a head that lie together in its state
 MAX_TAPS, MAX_KEY_DIM = 8, 256  # what the native library has room for
@@ -68,6 +68,13 @@ class DeltaNetLayer:
     norm: torch.Tensor  # f32 [value_dim]
     norm_eps: float
     out_order: tuple[int, ...] | None = None  # at which place each value head's output lies; None: as they are
+
+    def __post_init__(self) -> None:
+        """Raises GeometryError."""
+        check_numbers("convolution", self.conv, len(self.conv) * self.channels)
+        check_numbers("decay", self.decay, self.value_heads)
+        check_numbers("dt_bias", self.dt_bias, self.value_heads)
+        check_numbers("recurrent norm", self.norm, self.value_dim)
 
     @property
     def channels(self) -> int:

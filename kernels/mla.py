@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .library import NativeLibraryError
-from .trunk_ops import PAGE, TrunkOps, native_trunk
+from .trunk_ops import PAGE, TrunkOps, check_numbers, native_trunk
 
 MAX_RANK, MAX_HEAD_PART = 1024, 256  # what the native library has room for
 
@@ -66,7 +66,10 @@ class Mla:
     """A layer ready to compute; keeps its tensors and threads alive."""
 
     def __init__(self, ops: TrunkOps, layer: MlaLayer) -> None:
-        """Raises NativeLibraryError if the shapes are larger than what the native library has room for."""
+        """Raises NativeLibraryError if the shapes are larger than what the native library has room for.
+
+        Raises GeometryError for tensors of other shapes.
+        """
         self.layer = layer
         self._ops = ops  # whose handle is used
         self._run = native_trunk().moehive_trunk_mla
@@ -77,6 +80,8 @@ class Mla:
                 f"Latent attention of rank {layer.rank} with heads of {layer.nope} and {layer.rope} numbers is "
                 f"not supported; a rank of {MAX_RANK} and {MAX_HEAD_PART} each, even, are."
             )
+        check_numbers("latent up-projection", layer.up, layer.heads * (layer.nope + layer.value) * layer.rank)
+        check_numbers("latent norm", layer.norm, layer.rank)
         self.structure = _Mla(
             heads=layer.heads,
             nope=layer.nope,

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
-from .geometry import Activation
+from .geometry import Activation, GeometryError
 from .library import NativeLibraryError, load
 
 PAGE = 32  # tokens of a KV cache's page
@@ -79,6 +79,14 @@ class AttentionLayer:
     eps: float = 1e-6  # of these norms
     sinks: torch.Tensor | None = None  # f32 [heads]; each a key without a value
 
+    def __post_init__(self) -> None:
+        """Raises GeometryError."""
+        check_numbers("query norm", self.query_norm, self.head_dim)
+        check_numbers("key norm", self.key_norm, self.head_dim)
+        check_numbers("sinks", self.sinks, self.heads)
+        if not 0 <= self.rotary <= self.head_dim or self.rotary % 2:
+            raise GeometryError(f"{self.rotary} numbers can't be turned of heads of {self.head_dim}.")
+
     @property
     def row(self) -> int:
         """Numbers in a row of the input."""
@@ -137,6 +145,16 @@ class RouterLayer:
     top_groups: int = 1
     scaling: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Raises GeometryError."""
+        check_numbers("router's bias", self.bias, self.experts)
+        top, groups = self.top_groups, self.groups
+        counts = all(type(count) is int and count > 0 for count in (self.experts, self.top_k, top, groups))
+        if not counts or self.experts % groups or top > groups or self.top_k > self.experts // groups * top:
+            raise GeometryError(
+                f"{self.top_k!r} of {self.experts!r} experts can't be chosen from {top!r} of {groups!r} groups."
+            )
+
     def structure(self) -> RouterStructure:
         """For the native library; valid while this object lives."""
         return RouterStructure(
@@ -149,6 +167,12 @@ class RouterLayer:
             scores=_SCORES[self.scores],
             renormalize=self.renormalize,
         )
+
+
+def check_numbers(what: str, tensor: torch.Tensor | None, wanted: int) -> None:
+    """The native library reads so many numbers of a tensor, whatever its size. Raises GeometryError."""
+    if tensor is not None and tensor.numel() != wanted:
+        raise GeometryError(f"A layer's {what} has {tensor.numel()} numbers, but its config says {wanted}.")
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

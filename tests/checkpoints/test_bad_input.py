@@ -6,6 +6,8 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import gguf
 import numpy as np
@@ -17,6 +19,7 @@ from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.gguf.formats import TYPES
 from moehive.coordinator.checkpoints.gguf.other_types import why_not_read
 from moehive.coordinator.checkpoints.pack.manifest import read_manifest
+from moehive.coordinator.trunk import load_trunk
 from moehive.coordinator.types import CoordinatorError
 
 Wide = Callable[[str], Path]
@@ -133,6 +136,31 @@ def test_a_config_of_other_shapes_than_the_tensors(change: dict[str, int], copy:
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | change))
     assert "they do not belong together" in refusal(lambda: Checkpoint.open(copy).trunk_tensors())
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("deepseek_v3", {"n_group": 3}, "can't be chosen from 1 of 3 groups"),
+        ("deepseek_v3", {"n_group": 8}, "can't be chosen from 1 of 8 groups"),  # of one expert each
+        ("deepseek_v3", {"n_group": None}, "of None groups"),
+        ("deepseek_v3", {"topk_group": 2}, "from 2 of 1 groups"),
+        ("deepseek_v3", {"norm_topk_prob": None}, "does not describe a deepseek_v3 model"),
+        ("qwen3_5_moe_text", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "can't be turned of heads of"),
+    ],
+)
+def test_a_config_that_cannot_be_computed(
+    family: str, change: dict[str, Any], said: str, families_module: ModuleType, tmp_path: Path
+) -> None:
+    """It is said when the model is loaded, not by each request."""
+    families_module.make_checkpoint(family, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    for name, value in change.items():
+        config[name] = config[name] | value if isinstance(value, dict) else value
+    file.write_text(json.dumps(config))
+    sentence = refusal(lambda: load_trunk(Checkpoint.open(tmp_path / "model"), 1))
+    assert said in sentence and str(tmp_path) in sentence
 
 
 def gguf_file(path: Path) -> bytes:

@@ -158,6 +158,21 @@ def test_a_damaged_header_is_read_or_refused(
         path.unlink()
 
 
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 2}, {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 1}]
+)
+def test_metadata_of_other_heads_than_the_tensors(
+    change: dict[str, int], tiny_moe: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Nothing is read beyond a tensor's end, and it is said when the model is loaded."""
+    model = model_of(tiny_moe("qwen3_moe"))
+    for name, value in change.items():
+        setattr(model.config, name, value)
+    writer.write(model, model.config, tmp_path / "x.gguf")
+    with pytest.raises(CoordinatorError, match=r"its config says|do not fit"):
+        load_trunk(GgufCheckpoint.open(tmp_path / "x.gguf"), 1)
+
+
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CoordinatorError, match="no file"):
         open_gguf(tmp_path / "nowhere.gguf")

@@ -4,6 +4,7 @@ from typing import Protocol
 
 import torch
 
+from moehive.kernels.geometry import GeometryError
 from moehive.kernels.layer import Mixer
 from moehive.kernels.linear import LinearWeights
 from moehive.kernels.trunk_ops import AttentionLayer
@@ -30,7 +31,17 @@ class SoftmaxAttention:
     def __init__(
         self, ops: Ops, layer: AttentionLayer, group: int, projections: list[LinearWeights], output: LinearWeights
     ) -> None:
-        """`projections`: queries, keys, values; `group`: whose pages hold the layer's part of the cache."""
+        """`projections`: queries, keys, values; `group`: whose pages hold the layer's part of the cache.
+
+        Raises GeometryError for projections of other heads.
+        """
+        rows = sum(one.rows for one in projections)
+        fit = all(one.columns == output.rows for one in projections)
+        if rows != layer.row or output.columns != layer.heads * layer.head_dim or not fit:
+            raise GeometryError(
+                f"A layer's projections of {rows} rows and {output.columns} columns do not fit {layer.heads} heads "
+                f"and {layer.kv_heads} of keys with {layer.head_dim} numbers each."
+            )
         self._ops = ops
         self._native = layer.structure()
         self._width = layer.heads * layer.head_dim

@@ -33,6 +33,9 @@ def unknown(config: Any) -> str | None:
         return f"its rope type {rope_type} is not known"
     if head_dim_of(config) > MAX_HEAD:
         return f"heads of {head_dim_of(config)} numbers are too large"
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < 0:
+        return f"its window of {window} tokens is not known"
     kinds = {"full_attention", "sliding_attention"} | ({"linear_attention"} if family in HYBRID else set())
     if len(set(getattr(config, "layer_types", None) or ()) - kinds):
         return "it has layers of another kind"
