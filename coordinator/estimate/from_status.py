@@ -7,7 +7,7 @@ from typing import Protocol
 
 from ..types import LOCAL, CoordinatorError
 from .cluster import Cluster, Machine, Tier
-from .constants import DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
+from .constants import COORDINATOR_BYTES, DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
 from .this_machine import BANDWIDTH
 
 
@@ -41,7 +41,8 @@ class MeasuredNode(Protocol):
 def of_status(nodes: Sequence[MeasuredNode], own: Machine) -> tuple[Cluster, list[str]]:
     """The cluster, and sentences on what was not measured and is assumed.
 
-    `own`: the coordinator's machine; what nodes on it give of its disk is theirs. The slowest link counts for all.
+    `own`: the coordinator's machine; what nodes on it give of its memory and disk is theirs. The slowest link counts
+    for all.
     Raises CoordinatorError when no link was measured.
     """
     remote = [node for node in nodes if node.name != LOCAL and node.ram_bytes and node.read_bandwidth]
@@ -62,7 +63,12 @@ def of_status(nodes: Sequence[MeasuredNode], own: Machine) -> tuple[Cluster, lis
             f"How fast the GPU of {', '.join(gpus)} reads its memory is not measured, so "
             f"{VRAM_BYTES_PER_S / 1e9:g} GB/s is assumed; write its maker's figure as vram_Bps."
         )
-    theirs = sum(node.disk_bytes for node in remote if _is_here(node.address))
+    here = [node for node in remote if _is_here(node.address)]
+    if own.ram is not None:
+        # What they hold is mapped from files, whose memory counts as free.
+        left = own.ram.nbytes - sum(node.ram_bytes for node in here)
+        own = replace(own, ram=Tier(max(left, COORDINATOR_BYTES), own.ram.bytes_per_s))
+    theirs = sum(node.disk_bytes for node in here)
     if own.disk is not None:
         left = own.disk.nbytes - theirs
         own = replace(own, disk=Tier(left, own.disk.bytes_per_s) if left > 0 else None)

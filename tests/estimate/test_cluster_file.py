@@ -19,7 +19,13 @@ from moehive.coordinator.estimate.cluster import (
     to_toml,
     write_cluster,
 )
-from moehive.coordinator.estimate.constants import DISK_BYTES_PER_S, NODE_BYTES, PROBE_S, VRAM_BYTES_PER_S
+from moehive.coordinator.estimate.constants import (
+    COORDINATOR_BYTES,
+    DISK_BYTES_PER_S,
+    NODE_BYTES,
+    PROBE_S,
+    VRAM_BYTES_PER_S,
+)
 from moehive.coordinator.estimate.from_status import of_status
 from moehive.coordinator.estimate.this_machine import disk_of
 from moehive.coordinator.types import CoordinatorError
@@ -199,6 +205,16 @@ def test_the_coordinators_disk_less_what_a_node_there_gives(address: str, left: 
     assert cluster.coordinator.disk == Tier(left * 10**9, 3e9)
     assert len(assumed) == 1 and f"could give {left} GB of disk" in assumed[0]
     assert parse_cluster(to_toml(cluster)) == cluster
+
+
+def test_the_coordinators_memory_less_what_nodes_there_give() -> None:
+    """All of them together have no more than the machine."""
+    measured = {"round_trip_s": 1e-3, "link_bandwidth": 1e8}
+    here = [Node(name, "127.0.0.1:7801", ram_bytes=3 * 10**9, **measured) for name in ("a", "b")]
+    cluster, _ = of_status([*here, Node("far", **measured)], own())
+    assert cluster.coordinator.ram == Tier(2 * 10**9, 3e10)
+    full, _ = of_status([Node("a", "127.0.0.1:7801", ram_bytes=8 * 10**9, **measured)], own())
+    assert full.coordinator.ram == Tier(COORDINATOR_BYTES, 3e10)
 
 
 def test_what_a_node_takes_whole_is_not_the_coordinators() -> None:
