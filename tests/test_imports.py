@@ -22,6 +22,7 @@ COMMON = (
     "coordinator.timeline",
     "coordinator.changes",
     "coordinator.whole_file",
+    "coordinator.regular_file",
     "kernels.library",
     "kernels.geometry",
     "kernels.machine",
@@ -35,6 +36,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.settings": COMMON,
     "coordinator.timeline": ("coordinator.whole_file",),
     "coordinator.whole_file": (),
+    "coordinator.regular_file": ("coordinator.types",),
     "coordinator.changes": (),
     "coordinator.cli": (
         *COMMON,
