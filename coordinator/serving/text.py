@@ -99,12 +99,17 @@ class Text:
             raise InvalidRequest("This model has no tokenizer, so it can't read text; send token ids.", parameter)
 
     def _render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
 
         try:
             return str(
                 self._tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             )
+        except TemplateSyntaxError as error:
+            raise InvalidRequest(
+                f"The model's chat template is broken, so it can't read messages ({error}); send a prompt instead.",
+                "messages",
+            ) from error
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise InvalidRequest(
                 f"The model's chat template refuses these messages: {error}; change their roles or order.", "messages"

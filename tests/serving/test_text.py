@@ -44,6 +44,13 @@ def test_a_checkpoint_with_a_tokenizer(tmp_path: Path, tokenizer: PreTrainedToke
         asyncio.run(text.encode(""))
 
 
+@pytest.mark.parametrize("template", ["{% for m in messages %}{{ m.content }}", "{{ messages | nosuch }}"])
+def test_a_broken_template_is_not_the_clients_fault(template: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    broken = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, chat_template=template)
+    with pytest.raises(InvalidRequest, match=r"chat template is broken.*send a prompt instead"):
+        asyncio.run(Text(broken, frozenset()).encode_chat([{"role": "user", "content": "x"}]))
+
+
 def test_a_template_can_not_reach_the_machine(tokenizer: PreTrainedTokenizerFast) -> None:
     evil = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
