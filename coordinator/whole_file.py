@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and stay."""
 
 import os
 from collections.abc import Iterator
@@ -31,3 +31,12 @@ def remove_halves(path: Path) -> None:
     """Removes what processes that were killed have left of `path`; nobody may write it now. Raises OSError."""
     for half in path.parent.glob(f".{escape(path.name)}.*"):
         half.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames and new files of a directory survive a power cut. Raises OSError."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -28,6 +28,7 @@ from moehive.proto.bounds import BoundsError, check_csr
 from moehive.proto.channel import COORDINATOR_NAME, Identity, node_dns_name
 
 from ..types import CoordinatorError
+from ..whole_file import sync_folder
 
 CA_LIFE = timedelta(days=20 * 365)
 LIFE = timedelta(days=30)  # of all other certificates
@@ -258,17 +259,9 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(descriptor)
-        _sync_folder(beside)
+        sync_folder(beside)
         beside.rename(folder)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent)

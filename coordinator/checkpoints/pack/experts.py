@@ -21,9 +21,10 @@ from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError, Manifest
 
 from ...types import CoordinatorError
+from ...whole_file import sync_folder
 from ..opening import ModelSource
 from .journal import Journal
-from .manifest import file_name, offsets, sync_folder
+from .manifest import file_name, offsets
 
 COMMIT_SECONDS = 1.0  # between two entries in the journal, at most about
 _AHEAD = 8  # experts queued for each worker, so that none waits while the disk is

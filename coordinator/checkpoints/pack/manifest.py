@@ -25,6 +25,7 @@ from moehive.kernels.manifest import from_bytes, to_bytes
 
 from ...regular_file import check_regular
 from ...types import CoordinatorError
+from ...whole_file import sync_folder
 from ..links import refuse_links_out
 from . import matrices as own
 
@@ -179,15 +180,6 @@ def read_manifest(folder: Path) -> PackManifest:
         )
     _check_files(folder, pack)
     return pack
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames and new files of a directory survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _checked(packed: dict[str, Any]) -> PackManifest:

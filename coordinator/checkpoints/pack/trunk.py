@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ...types import CoordinatorError
+from ...whole_file import sync_folder
 from ..checkpoint import Checkpoint
 from ..gguf.checkpoint import GgufCheckpoint
 from ..gguf.file import GgufTensor, first_part
@@ -21,7 +22,7 @@ from ..gguf.formats import TYPES
 from ..safetensors_file import DTYPES, StoredTensor
 from . import matrices as own
 from .hashing import hashed
-from .manifest import TRUNK, TrunkPart, sync_folder
+from .manifest import TRUNK, TrunkPart
 
 GGUF_NAME = "trunk.gguf"
 _BESIDE = ("*.json", "tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*.tiktoken")
