@@ -113,9 +113,9 @@ def test_attention_is_the_cpus(half: bool, window: int | None, splits: int, monk
     )  # fmt: skip
     mine = GpuAttention(layer, 0, DEVICE)
     lengths = (70, 34)  # of the 96 that their pages have room for
-    pages = [[empty_blob(64 + layer.page_bytes) for _ in range(3)] for _ in range(2)]
-    my_pages = [[empty(len(page), DEVICE) for page in some] for some in pages]  # laid out otherwise
-    addresses = [np.array([page.data_ptr() for page in some], dtype=np.int64) for some in pages]
+    cpu_pages = [[empty_blob(64 + layer.page_bytes) for _ in range(3)] for _ in range(2)]
+    my_pages = [[empty(len(page), DEVICE) for page in some] for some in cpu_pages]  # laid out otherwise
+    addresses = [np.array([page.data_ptr() for page in some], dtype=np.int64) for some in cpu_pages]
     base = empty(ALIGNMENT, DEVICE)
     table = torch.tensor([[page.data_ptr() - base.data_ptr() for page in some] for some in my_pages], device=DEVICE)
 
