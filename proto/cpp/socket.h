@@ -1,4 +1,4 @@
-// One end of a TCP connection that never blocks, with TLS by OpenSSL or without: proto/wire/socket.py.
+// One end of a TCP connection that never blocks, with TLS by OpenSSL or without: proto/wire/transport.py.
 #ifndef MOEHIVE_PROTO_SOCKET_H_
 #define MOEHIVE_PROTO_SOCKET_H_
 
