@@ -7,7 +7,7 @@
 Files named *.safetensors and *.gguf are large ones, with a SHA-256. `cut_after` ends each reply for such a file after
 so many bytes; `damage` changes a byte in files of that name on the way; `before` is called with a file's name before
 its contents are sent. `asked` has the first byte and the end of all ranges that were asked for; without `ranges` they
-are not known here, and whole files are sent. `sizes` says other sizes of files than they have.
+are not known here, and whole files are sent. `sizes` and `hashes` say others of files than they have.
 """
 
 import hashlib
@@ -30,6 +30,7 @@ class HubServer:
         self.asked: dict[str, list[tuple[int, int]]] = {}
         self.ranges = True
         self.sizes: dict[str, int] = {}
+        self.hashes: dict[str, str] = {}
         self.cut_after: int | None = None
         self.damage: str | None = None
         self.before: Callable[[str], object] = lambda name: None
@@ -76,13 +77,20 @@ class HubServer:
                 "rfilename": file,
                 "size": self.sizes.get(file, len(data)),
                 "blobId": hashlib.sha1(data).hexdigest(),
-                **({"lfs": {"size": len(data), "sha256": _sha256(data), "pointerSize": 1}} if _large(file) else {}),
+                **(
+                    {"lfs": {"size": len(data), "sha256": self._hash(file, data), "pointerSize": 1}}
+                    if _large(file)
+                    else {}
+                ),
             }
             for file, data in files.items()
         ]
         if "/tree/" in path:
             return [{"type": "file", "oid": s["blobId"], "size": s["size"], "path": s["rfilename"]} for s in siblings]
         return {"id": name, "modelId": name, "sha": COMMIT, "siblings": siblings, "private": False, "tags": []}
+
+    def _hash(self, file: str, data: bytes) -> str:
+        return self.hashes.get(file, _sha256(data))
 
     def _json(
         self, request: BaseHTTPRequestHandler, value: Any, status: int = 200, headers: dict[str, str] | None = None

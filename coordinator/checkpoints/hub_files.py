@@ -13,6 +13,7 @@ from .json_files import INDEX, read_index
 OWN_LAYOUTS = ("original", "metal")
 # Beside the weights; pickles, other frameworks' weights, pictures and documents stay away.
 _BESIDE = ("*.json", "tokenizer*", "*.model", "*.jinja", "merges.txt", "vocab.txt", "*.tiktoken")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPLIT = re.compile(r"-\d{5}-of-\d{5}$")
 _MAX_BESIDE = 256 << 20  # bytes of a config or a tokenizer
 _SHOWN = 8  # choices named in an error
@@ -25,6 +26,11 @@ class HubFile:
     name: str
     size: int  # bytes
     sha256: str | None
+
+    def __post_init__(self) -> None:
+        """Raises CoordinatorError for what is no SHA-256: a file of the cache is named by it."""
+        if self.sha256 is not None and not _SHA256.fullmatch(self.sha256):
+            raise CoordinatorError(f"The hub names no SHA-256 for {self.name}; nothing of it is downloaded.")
 
 
 def needed_files(model: str, files: list[HubFile], choice: str | None, fetch: Callable[[str], Path]) -> list[HubFile]:

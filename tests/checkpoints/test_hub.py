@@ -144,6 +144,20 @@ def test_contents_of_another_hash_never_count(files: dict[str, bytes], tmp_path:
         pulled(tmp_path, hub.url)
 
 
+def test_a_hash_that_is_a_path_names_no_file(files: dict[str, bytes], tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    theirs = tmp_path / "theirs.moehive.part"
+    theirs.write_bytes(b"precious")
+    with HubServer({NAME: files}) as hub:
+        hub.hashes["model-00002-of-00002.safetensors"] = str(theirs).removesuffix(".moehive.part")
+        refused = run(home, hub.url, "pull", NAME)
+    assert refused.returncode == 1
+    assert "names no SHA-256 for model-00002-of-00002.safetensors" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert theirs.read_bytes() == b"precious"
+
+
 def test_one_of_several_ggufs_is_chosen_by_its_quantization(tmp_path: Path) -> None:
     held = {
         "Tiny-Q4_K_M.gguf": b"a" * 1000,
