@@ -2,6 +2,7 @@
 #pragma once
 
 #include "delta_net.h"
+#include "fetch-inl.h"
 #include "vec8-inl.h"
 
 namespace moehive {
@@ -67,16 +68,15 @@ struct Reads {
 // The state takes up token t and is read by the next, in one pass over its block: state = state * decay + key * delta.
 // With kUpdate or kRead off, only the other half. What is added in which order does not depend on the split, so
 // neither do the bits depend on how a prompt is cut into chunks. The first read of a block fetches the one behind it,
-// since the processor's own prefetcher stops at each page of 4 KiB; into the second cache, for the first can't wait for
-// as many lines (Zen 4, 32 heads of 128 x 128, one thread and two: 130 and 100 us, so 100 and 85).
-constexpr int kSecondCache = 2;
+// since the processor's own prefetcher stops at each page of 4 KiB (Zen 4, 32 heads of 128 x 128, one thread and two:
+// 130 and 100 us when fetched into the first cache, so 100 and 85).
 template <bool kUpdate, bool kRead>
 inline Reads pass(float* block, int64_t rows, float decay, const float* key, const V* delta, const float* next_key,
                   const float* next_query) {
   Reads reads = {};
   for (int64_t i = 0; i < rows; ++i) {
     V low = load(block + i * kBlock), high = load(block + i * kBlock + kWidth);
-    if constexpr (!kUpdate) __builtin_prefetch(block + (rows + i) * kBlock, 0, kSecondCache);
+    if constexpr (!kUpdate) fetch_to_second_cache(block + (rows + i) * kBlock);
     if constexpr (kUpdate) {
       const V k = same(key[i]), d = same(decay);
       low = fma(k, delta[0], low * d);

@@ -2,8 +2,9 @@
 
 import os
 import socket
+import struct
 import threading
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -40,6 +41,23 @@ def test_what_passes_a_slow_link_is_unchanged() -> None:
             assert receive(connection, len(sent)) == sent
             assert connection.recv(1) == b""  # the other side's end came through too
     thread.join()
+    listener.close()
+
+
+def test_an_end_that_is_gone_ends_the_other_end_of_a_slow_link() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+    with SlowLinks([Cable("a", "b", listener.getsockname()[1])], LinkSpeed(delay_s=0.001, bits_per_s=1e9)) as links:
+        for _ in range(2):  # the second shows that the proxy goes on
+            with socket.create_connection(("127.0.0.1", links.ports[0])) as near:
+                near.settimeout(30)
+                far, _ = listener.accept()
+                near.sendall(b"x")
+                assert far.recv(1) == b"x"
+                far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                far.close()  # with a reset
+                with suppress(ConnectionError):  # what was on its way may end it with a reset
+                    near.sendall(bytes(100_000))
+                    assert near.recv(1) == b""
     listener.close()
 
 
