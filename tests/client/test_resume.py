@@ -71,7 +71,7 @@ def test_a_request_that_was_taken_is_answered_although_no_token_had_come(door: A
 def test_a_text_that_nobody_remembers_is_not_found(door: Any, tmp_path: Path) -> None:
     opened = door.serve(journal=Journal(tmp_path))
     with Client(f"127.0.0.1:{opened.port}") as client:
-        request = pb.GenerateRequest(request_id="gone", prompt="abc", max_tokens=3, resume_after=2)
+        request = pb.GenerateRequest(request_id="gone", prompt="abc", max_tokens=3, resume_after=2, ignore_eos=True)
         with pytest.raises(MoehiveError, match="not known here any more") as caught, client._errors():
             list(client._stub.Generate(request))
         assert caught.value.code == "NOT_FOUND"
