@@ -115,19 +115,23 @@ struct Vec {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)))};
   }
   static inline Vec fma(Vec a, Vec b, Vec sum) { return {_mm512_fmadd_ps(a.all, b.all, sum.all)}; }
-  // As sum(), of 16 at once: a step of it takes two registers into one.
+  // As sum(), of 16 at once: a step of it takes two registers into one. Without loops, which GCC would unroll after it has
+  // put all of them into memory.
   static inline void sums(const Vec* v, float* to) {
-    __m512 eight[8], four[4], two[2];
-    for (int i = 0; i < 8; ++i)
-      eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0x44),
-                               _mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0xee));
-    for (int i = 0; i < 4; ++i)
-      four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[i], eight[i + 4], 0x88),
-                              _mm512_shuffle_f32x4(eight[i], eight[i + 4], 0xdd));
-    for (int i = 0; i < 2; ++i)
-      two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[i], four[i + 2], 0x44),
-                             _mm512_shuffle_ps(four[i], four[i + 2], 0xee));
-    const __m512 one = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
+    const auto eighth = [v](int i) {
+      return _mm512_add_ps(_mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0x44),
+                           _mm512_shuffle_f32x4(v[i].all, v[i + 8].all, 0xee));
+    };
+    const auto quarter = [eighth](int i) {
+      const __m512 a = eighth(i), b = eighth(i + 4);
+      return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    };
+    const auto half = [quarter](int i) {
+      const __m512 a = quarter(i), b = quarter(i + 2);
+      return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    };
+    const __m512 a = half(0), b = half(1);
+    const __m512 one = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xdd));
     // i, i + 8, i + 4, i + 12 have met in registers, then i and i + 2, then i and i + 1: back into their order.
     const __m512i order = _mm512_setr_epi32(0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15);
     _mm512_storeu_ps(to, _mm512_permutexvar_ps(order, one));

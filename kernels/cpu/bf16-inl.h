@@ -87,8 +87,8 @@ void round_vector(const float* x, int64_t columns, void* memory) {
   for (int64_t k = 0; k < columns; k += kPairColumns, to += kPairColumns) {
     Bits bits[4] = {};
     const int64_t left = columns - k;
-    if (left >= kPairColumns) {  // a size that is known: a few moves
-      memcpy(bits, x + k, sizeof bits);
+    if (left >= kPairColumns) {  // register by register, as they are read again
+      for (int i = 0; i < 4; ++i) memcpy(&bits[i], x + k + 8 * i, sizeof bits[i]);
     } else {
       memcpy(bits, x + k, left * sizeof(float));
     }

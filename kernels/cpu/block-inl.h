@@ -379,6 +379,16 @@ __attribute__((noinline)) void group(const uint8_t* weights, int64_t apart, int6
     for (int t = 0; t < T; ++t) Vec::store(out[s][t], sums[s][t]);
 }
 
+// A token's sums of the 16 rows from `row` on, or of those that there are.
+inline void store_group(const Product& p, int64_t token, int64_t row, const float* sums) {
+  float* to = p.out + token * p.out_stride + row;
+  if (row + kGroupRows <= p.rows) {  // a size that is known: one move
+    memcpy(to, sums, kGroupRows * sizeof(float));
+  } else {
+    memcpy(to, sums, (p.rows - row) * sizeof(float));
+  }
+}
+
 // S times `groups` groups of 16 rows, from row `first` on.
 template <Format F, int T, int S>
 inline void block_streams(const Product& p, int64_t token, int64_t first, int64_t groups) {
@@ -394,9 +404,7 @@ inline void block_streams(const Product& p, int64_t token, int64_t first, int64_
     group<F, T, S>(weights, apart, blocks, &ahead, tokens, out);
     for (int s = 0; s < S; ++s) {
       const int64_t row = first + (s * groups + g) * kGroupRows;
-      const int64_t count = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
-      for (int64_t r = 0; r < count; ++r)
-        for (int t = 0; t < T; ++t) p.out[(row + r) * p.out_stride + token + t] = out[s][t][r];
+      for (int t = 0; t < T; ++t) store_group(p, token + t, row, out[s][t]);
     }
   }
 }

@@ -19,8 +19,8 @@ constexpr int64_t kSums = 256;       // that stay in the first cache while rows 
 const float* floats_at(const char* blob, int64_t offset) { return reinterpret_cast<const float*>(blob + offset); }
 
 void add_bias(float* out, const float* bias, int64_t rows, int64_t tokens) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t t = 0; t < tokens; ++t) out[r * tokens + t] += bias[r];
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < rows; ++r) out[t * rows + r] += bias[r];
 }
 
 // y = z / sqrt(mean(z²) + eps) * weight, with z = y * norm
@@ -206,7 +206,7 @@ class Experts::Call {
       alignas(64) float gate[kMaxProducts], up[kMaxProducts];
       const auto project = [&](int matrix, float* out, const char* next) {
         own_.kernel_.multiply({up_format_, up_at(blob, matrix, row), rows, hidden_, &input_of_[first], tokens, out,
-                               tokens, next});
+                               rows, next});
         if (spec_.up_bias >= 0) add_bias(out, floats_at(blob, spec_.up_bias) + matrix * middle_ + row, rows, tokens);
       };
       const char* next = up_piece_at(piece + own_.pool_->threads());
@@ -219,7 +219,7 @@ class Experts::Call {
       }
       float* to_rows = middles + (first - first_pair) * middle_stride_ + row;
       for (int64_t t = 0; t < tokens; ++t)
-        for (int64_t r = 0; r < rows; ++r) to_rows[t * middle_stride_ + r] = gate[r * tokens + t];
+        std::memcpy(to_rows + t * middle_stride_, gate + t * rows, rows * sizeof(float));
     });
   }
 
@@ -233,13 +233,13 @@ class Experts::Call {
     downs_.walk(groups_, piece, [&](const char* blob, int64_t row, int64_t rows, int64_t first, int64_t tokens) {
       alignas(64) float products[kMaxProducts];
       own_.kernel_.multiply({down_format_, down_at(blob, row), rows, middle_, &middle_of_[first], tokens, products,
-                             tokens, next});
+                             rows, next});
       if (spec_.down_bias >= 0) add_bias(products, floats_at(blob, spec_.down_bias) + row, rows, tokens);
       for (int64_t t = 0; t < tokens; ++t) {
         const uint32_t pair = pairs_[first + t].pair;
         const float weight = spec_.post_norm >= 0 ? 1.0f : layer_.weights[pair];
         float* row_out = band.out + pair * band.width + row - band.column;
-        for (int64_t r = 0; r < rows; ++r) row_out[r] = products[r * tokens + t] * weight;
+        for (int64_t r = 0; r < rows; ++r) row_out[r] = products[t * rows + r] * weight;
       }
     });
   }

@@ -256,11 +256,7 @@ inline void fp8_streams(const Product& p, int64_t first, int64_t groups) {
   for (int64_t g = 0; g < groups; ++g, weights += group_bytes) {
     alignas(64) float out[S][kGroupRows];
     fp8_one<S>(weights, apart, p.columns, &ahead, static_cast<const Rounded*>(p.x[0]), out);
-    for (int s = 0; s < S; ++s) {
-      const int64_t row = first + (s * groups + g) * kGroupRows;
-      const int64_t count = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
-      for (int64_t r = 0; r < count; ++r) p.out[(row + r) * p.out_stride] = out[s][r];
-    }
+    for (int s = 0; s < S; ++s) store_group(p, 0, first + (s * groups + g) * kGroupRows, out[s]);
   }
 }
 
@@ -278,12 +274,10 @@ void multiply_fp8(const Product& p) {
   Ahead ahead(weights, groups * row_bytes, kFp8Bytes, p.next, 1);
   alignas(64) float out[kMost][kGroupRows];
   for (int64_t row = 0; row < p.rows; row += kGroupRows, weights += row_bytes) {
-    const int64_t rows = p.rows - row < kGroupRows ? p.rows - row : kGroupRows;
     for (int64_t token = 0; token < p.tokens; token += kMost) {
       const int64_t tokens = p.tokens - token < kMost ? p.tokens - token : kMost;
       fp8_some(weights, p.columns, &ahead, p.x + token, tokens, out);
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t t = 0; t < tokens; ++t) p.out[(row + r) * p.out_stride + token + t] = out[t][r];
+      for (int64_t t = 0; t < tokens; ++t) store_group(p, token + t, row, out[t]);
     }
   }
 }

@@ -50,7 +50,7 @@ inline int64_t vector_bytes(Vectors kind, int64_t columns) {
   return padded(columns) * static_cast<int64_t>(sizeof(float));
 }
 
-// out[r * out_stride + t] = sum over k of weights[r, k] * x[t][k], for r < rows and t < tokens.
+// out[t * out_stride + r] = sum over k of weights[r, k] * x[t][k], for t < tokens and r < rows.
 // Plain formats: `weights` are rows of `columns` numbers without padding, of any alignment. Block formats: they are groups
 // of 16 rows (blocks.h). Each x[t] is as vectors_of(format) says, in memory aligned to 64 bytes; of bytes it points to the
 // Quantized.

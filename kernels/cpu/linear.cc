@@ -79,13 +79,8 @@ void multiply_piece(const Kernel& kernel, const Pieces& of, int64_t piece, const
   const Format format = static_cast<Format>(m.format);
   const char* weights = static_cast<const char*>(m.weights) + rows_bytes(format, row, m.columns);
   float* to = out + of.first + row;
-  alignas(64) float buffer[kPieceRows * kMaxTokens];
-  float* products = tokens == 1 ? to : buffer;
-  kernel.multiply({format, weights, rows, m.columns, inputs.of(format), tokens, products, tokens,
+  kernel.multiply({format, weights, rows, m.columns, inputs.of(format), tokens, to, out_stride,
                    weights + rows_bytes(format, rows, m.columns)});
-  if (tokens > 1)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t r = 0; r < rows; ++r) to[t * out_stride + r] = buffer[r * tokens + t];
   if (m.bias)
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t r = 0; r < rows; ++r) to[t * out_stride + r] += m.bias[row + r];

@@ -58,12 +58,12 @@ class UnitVectors {
   const void* of_fp8_[kFp8Columns];
 };
 
-// The numbers of `rows` rows of a block each, in their layout: out [rows, the block's columns].
+// The numbers of `rows` rows of a block each, in their layout: out [the block's columns, rows].
 void decode(Format format, const void* groups, int64_t rows, float* out) {
   static const Kernel& kernel = *usable_kernel(0);
   static const UnitVectors units(kernel);
   const int64_t wide = block_columns(format);
-  kernel.multiply({format, groups, rows, wide, units.of(format), wide, out, wide, groups});
+  kernel.multiply({format, groups, rows, wide, units.of(format), wide, out, rows, groups});
 }
 
 bool has_blocks(int32_t format) {
@@ -89,7 +89,7 @@ MOEHIVE_API int32_t moehive_rows(const MoehiveMatrix* matrix, const int64_t* ids
       for (int64_t first = 0; first < m.columns; first += wide, block += nbytes) {
         decode(format, block, kGroupRows, numbers);
         const int64_t here = std::min(wide, m.columns - first);
-        std::memcpy(out + i * m.columns + first, numbers + row * wide, here * sizeof(float));
+        for (int64_t k = 0; k < here; ++k) out[i * m.columns + first + k] = numbers[k * kGroupRows + row];
       }
     }
   } catch (const std::exception&) {
@@ -107,12 +107,16 @@ MOEHIVE_API int32_t moehive_file_rows(int32_t number, const uint8_t* table, int6
   if (columns % wide || !file_bytes(format)) return 1;
   try {
     thread_local std::vector<uint8_t> packed;
+    thread_local std::vector<float> numbers;
     packed.resize(rows_bytes(format, blocks, wide));
+    numbers.resize(columns);
     for (int64_t i = 0; i < count; ++i) {
       if (ids[i] < 0 || ids[i] >= rows) return 1;
       // A row's blocks as rows of one block each, so that 16 of them are decoded together.
       moehive_pack(number, table + ids[i] * blocks * file_bytes(format), blocks, 1, packed.data());
-      decode(format, packed.data(), blocks, out + i * columns);
+      decode(format, packed.data(), blocks, numbers.data());
+      for (int64_t block = 0; block < blocks; ++block)
+        for (int64_t k = 0; k < wide; ++k) out[i * columns + block * wide + k] = numbers[k * blocks + block];
     }
   } catch (const std::exception&) {
     return 2;

@@ -113,7 +113,7 @@ uint64_t hash_of_blocks(const Kernel& kernel, Format format) {
         const Inputs vectors(kernel, format, numbers(tokens * columns), columns, tokens);
         std::vector<float> out(rows * tokens);
         kernel.multiply(
-            {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
+            {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), rows, weights.data()});
         add(hash, out);
       }
   return hash;
@@ -134,7 +134,7 @@ uint64_t hash_of_any_bf16(const Kernel& kernel) {
       made[i] = std::ldexp(made[i], i % 7 ? static_cast<int>((next() >> 16) % 16) - 60 : -126);
     const Inputs vectors(kernel, Format::bf16, made, columns, tokens);
     kernel.multiply(
-        {Format::bf16, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
+        {Format::bf16, weights.data(), rows, columns, vectors.x(), tokens, out.data(), rows, weights.data()});
     add(hash, out);
   }
   return hash;
@@ -177,14 +177,14 @@ int main() {
               for (float& number : made) number = rounded(number);
             std::vector<float> out(rows * tokens + 1, 12345.0f);
             kernel->multiply(
-                {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), tokens, weights.data()});
+                {format, weights.data(), rows, columns, vectors.x(), tokens, out.data(), rows, weights.data()});
             if (out.back() != 12345.0f) return 2;
             for (int64_t r = 0; r < rows; ++r)
               for (int64_t t = 0; t < tokens; ++t) {
                 double sum = 0.0;
                 for (int64_t k = 0; k < columns; ++k)
                   sum += static_cast<double>(number(format, weights, r * columns + k)) * made[t * columns + k];
-                if (!(std::fabs(out[r * tokens + t] - sum) < 1e-5)) return 1;
+                if (!(std::fabs(out[t * rows + r] - sum) < 1e-5)) return 1;
               }
             out.pop_back();
             add(hash, out);
