@@ -1,6 +1,8 @@
 """Which trunk runs a checkpoint: a lean one where its config holds nothing unknown, else transformers' own model."""
 
+import errno
 import logging
+from typing import Any
 
 import torch
 
@@ -27,8 +29,20 @@ def load_trunk(checkpoint: ModelSource, threads: int, device: str = "cpu", kv_by
 
     `device`: cpu, cuda, or auto, which is a GPU where there is one that has room for a lean trunk and for `kv_bytes`
     of caches, or fewer (see `Trunk.cache_room`). Raises CoordinatorError for tensors that are missing or do not fit,
-    and for a GPU that is asked for and can't be used.
+    for too little memory, and for a GPU that is asked for and can't be used.
     """
+    try:
+        return _load(checkpoint, threads, device, kv_bytes)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not _is_shortage(error):
+            raise
+        raise CoordinatorError(
+            f"This machine has too little memory left for the trunk of {checkpoint.path}; end other programs, use a "
+            "machine with more as the coordinator, or make the model smaller with moehive convert --budget."
+        ) from error
+
+
+def _load(checkpoint: ModelSource, threads: int, device: str, kv_bytes: int) -> Trunk:
     config = checkpoint.config.get_text_config(decoder=True)
     reason = families.unknown(config)
     if reason is None:
@@ -37,18 +51,7 @@ def load_trunk(checkpoint: ModelSource, threads: int, device: str = "cpu", kv_by
         except NativeLibraryError as error:
             reason = str(error)
         else:
-            try:
-                parts = families.read(config, checkpoint.trunk_tensors(), ops)
-            except CoordinatorError:
-                raise
-            except GeometryError as error:
-                raise CoordinatorError(f"{checkpoint.path}: {error}") from error
-            except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:  # of a config's odd values
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-                raise CoordinatorError(
-                    f"{checkpoint.path} does not describe a {checkpoint.family} model: {reason}."
-                ) from error
-            return _lean(checkpoint, parts, ops, device, kv_bytes)
+            return _lean(checkpoint, _read(checkpoint, config, ops), ops, device, kv_bytes)
     if device == "cuda":
         raise CoordinatorError(f"The trunk can't run on a GPU, as trunk_device says, without a lean trunk: {reason}.")
     log.info("Transformers' own model runs %s, slower than a lean trunk: %s", checkpoint.family, reason)
@@ -57,6 +60,36 @@ def load_trunk(checkpoint: ModelSource, threads: int, device: str = "cpu", kv_by
     architecture = checkpoint.load_trunk()
     experts = tuple(layer.module for layer in architecture.experts)
     return GenericTrunk(architecture.model, experts, checkpoint.family, checkpoint.context_length)
+
+
+def _read(checkpoint: ModelSource, config: Any, ops: Ops) -> Parts:
+    """A lean trunk's parts, for a config that `families.unknown` says nothing of. Raises as `load_trunk` does."""
+    try:
+        return families.read(config, checkpoint.trunk_tensors(), ops)
+    except GeometryError as error:
+        raise CoordinatorError(f"{checkpoint.path}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError) as error:  # of a config's odd values
+        raise CoordinatorError(
+            f"{checkpoint.path} does not describe a {checkpoint.family} model: {_first_line(error)}."
+        ) from error
+    except RuntimeError as error:  # torch's, of sizes that do not fit or of a failure of its own
+        if _is_shortage(error):
+            raise
+        raise CoordinatorError(f"The trunk of {checkpoint.path} can't be made: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    """What it says, for the end of a sentence."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory was asked for that is not there: of Python, of the system (mmap), or of torch."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return "DefaultCPUAllocator: can't allocate memory" in str(error)  # a plain RuntimeError
 
 
 def _lean(checkpoint: ModelSource, parts: Parts, ops: Ops, device: str, kv_bytes: int) -> Trunk:

@@ -147,6 +147,7 @@ def test_a_config_of_other_shapes_than_the_tensors(change: dict[str, int], copy:
         ("deepseek_v3", {"topk_group": 2}, "from 2 of 1 groups"),
         ("deepseek_v3", {"norm_topk_prob": None}, "does not describe a deepseek_v3 model"),
         ("qwen3_5_moe_text", {"rope_parameters": {"partial_rotary_factor": 1.5}}, "can't be turned of heads of"),
+        ("glm4_moe", {"rope_parameters": {"partial_rotary_factor": 1e12}}, "can't be turned of heads of"),
     ],
 )
 def test_a_config_that_cannot_be_computed(

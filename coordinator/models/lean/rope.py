@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from moehive.kernels.geometry import GeometryError
+
 KNOWN = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the sequence's length
 
 
@@ -23,10 +25,15 @@ class Rope:
 
 
 def rope_of(config: Any, head_dim: int) -> Rope:
-    """The embedding of a text config whose rope_type is one of `KNOWN`; `head_dim` before any partial factor."""
+    """The embedding of a text config whose rope_type is one of `KNOWN`; `head_dim` before any partial factor.
+
+    Raises GeometryError for more numbers than a head has.
+    """
     parameters = config.rope_parameters
+    size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+    if not 0 <= size <= head_dim:
+        raise GeometryError(f"{size} numbers can't be turned of heads of {head_dim}.")
     if parameters["rope_type"] == "default":
-        size = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         return Rope(1.0 / (parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float) / size)), 1.0)
     inverse, scaling = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, device=torch.device("cpu"))
     return Rope(inverse.float().contiguous(), float(scaling))
