@@ -39,7 +39,7 @@ class Authenticated(Protocol):
         """What is known of the caller."""
 
 
-def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
+def options(max_bytes: int) -> list[tuple[str, int | str]]:
     """gRPC channel arguments: size limits, keepalive that notices a dead machine in about 15 s, no retries."""
     return [
         ("grpc.max_receive_message_length", max_bytes),
@@ -57,13 +57,6 @@ def options(max_bytes: int = MAX_MESSAGE_BYTES) -> list[tuple[str, int | str]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
-
-
-def open_channel(address: str, identity: Identity, server_name: str) -> grpc.aio.Channel:
-    """A mutual-TLS channel to `address` (host:port), whose certificate must be for `server_name`."""
-    credentials = grpc.ssl_channel_credentials(identity.ca_pem, identity.key_pem, identity.chain_pem)
-    override = [("grpc.ssl_target_name_override", server_name)]
-    return grpc.aio.secure_channel(address, credentials, options=options() + override)
 
 
 def server_credentials(current: Callable[[], Identity]) -> grpc.ServerCredentials:

@@ -119,7 +119,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
             async for direction in session.directions():
                 if isinstance(direction, Assign):
                     await self._pace.begin()  # nodes of a new plan load it one after the other
-                yield self._directive(session.name, direction)
+                yield self._directive(direction)
             if reading.done():
                 reading.result()  # raises what was wrong with the last report
         finally:
@@ -208,7 +208,7 @@ class ClusterService(cluster_pb2_grpc.ClusterServicer):
         elif kind in ("ready", "failed"):
             self._rates.forget(name)
 
-    def _directive(self, name: NodeName, direction: Direction) -> pb.Directive:
+    def _directive(self, direction: Direction) -> pb.Directive:
         if isinstance(direction, Assign):
             assign = pb.AssignSlice(epoch=direction.epoch, manifest=self._manifest)
             for layer, experts in enumerate(direction.layers):

@@ -16,13 +16,13 @@ Slots = npt.NDArray[np.int32]  # [places]
 def random_plan(load: Floats, slots: Slots, seed: int = 0) -> Replicas:
     """Slots are filled at random; spare ones hold replicas of random experts."""
     random = np.random.default_rng(seed)
-    return _deal(random.permutation(len(load)), random.permutation(np.repeat(np.arange(len(slots)), slots)), slots)
+    return _deal(random.permutation(len(load)), random.permutation(np.repeat(np.arange(len(slots)), slots)))
 
 
 def round_robin(load: Floats, slots: Slots) -> Replicas:
     """Experts in their order, places in theirs, as long as they have slots; then once more from the front."""
     turns = [(turn, place) for place in range(len(slots)) for turn in range(int(slots[place]))]
-    return _deal(np.arange(len(load)), np.array([place for _, place in sorted(turns)]), slots)
+    return _deal(np.arange(len(load)), np.array([place for _, place in sorted(turns)]))
 
 
 def equal_share(load: Floats, slots: Slots) -> Replicas:
@@ -65,7 +65,7 @@ def eplb(load: Floats, slots: Slots) -> Replicas:
     return replicas
 
 
-def _deal(order: npt.NDArray[np.int64], places: npt.NDArray[np.int64], slots: Slots) -> Replicas:
+def _deal(order: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> Replicas:
     """Experts in `order`, again and again, to `places`; an expert that a place has already is passed over."""
     replicas = np.zeros(len(order), dtype=np.uint64)
     next_ = 0

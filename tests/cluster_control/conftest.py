@@ -15,6 +15,7 @@ import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from grpc_channel import open_channel
 
 from moehive.coordinator.checkpoints.slices import SliceSource
 from moehive.coordinator.cluster.membership import Membership
@@ -28,7 +29,7 @@ from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manife
 from moehive.proto import bootstrap, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import host_port
-from moehive.proto.channel import COORDINATOR_NAME, Identity, open_channel
+from moehive.proto.channel import COORDINATOR_NAME, Identity
 from moehive.proto.handshake import metadata
 from moehive.proto.join_token import JoinToken
 from moehive.proto.timing import HEARTBEAT_SECONDS

@@ -10,6 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from grpc_channel import open_channel
 
 from moehive.coordinator.cluster import records
 from moehive.coordinator.cluster.trust import LIFE, Authority
@@ -17,7 +18,7 @@ from moehive.coordinator.types import CoordinatorError
 from moehive.proto import channel, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
 from moehive.proto.bounds import BoundsError
-from moehive.proto.channel import COORDINATOR_NAME, Identity, node_dns_name, open_channel
+from moehive.proto.channel import COORDINATOR_NAME, Identity, node_dns_name
 from moehive.proto.handshake import PROTOCOL_KEY, VERSION_KEY, metadata, software_version
 
 KNOCK = pb.SliceRequest(fingerprint="ab" * 32, experts=[pb.ExpertWanted()])

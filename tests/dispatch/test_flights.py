@@ -31,8 +31,6 @@ from moehive.proto.wire.windows import HEAD_BYTES, Inlet, Times
 
 HIDDEN, TOP_K = 24, 3
 
-ROW = torch.ones(1, HIDDEN)
-
 
 class Quiet:
     """A link to a node that answers what the test says."""

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from grpc_channel import open_channel
 from node_here import node_here as running_node
 
 from moehive.coordinator.checkpoints.slices import SliceSource
@@ -35,7 +36,7 @@ from moehive.kernels.blob import build_blob, tensor_views
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.kernels.reference import expert_forward
 from moehive.proto import cluster_pb2, experts_pb2, experts_pb2_grpc
-from moehive.proto.channel import node_dns_name, open_channel
+from moehive.proto.channel import node_dns_name
 from moehive.proto.chunks import Message
 from moehive.proto.handshake import metadata
 from moehive.proto.tensors import Routing, head_bytes, routing_bytes, write_head

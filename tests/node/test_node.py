@@ -122,10 +122,11 @@ def test_other_nodes_may_not_ask(tmp_path, coordinator_class, authority, model, 
     """Only the coordinator's certificate opens Experts: not another node's, not another cluster's, none."""
     import grpc
     import grpc.aio
+    from grpc_channel import open_channel
 
     from moehive.coordinator.bench.certificates import node_identity
     from moehive.proto import experts_pb2_grpc
-    from moehive.proto.channel import Identity, node_dns_name, open_channel
+    from moehive.proto.channel import Identity, node_dns_name
     from moehive.proto.handshake import metadata
 
     other_node = node_identity(authority, "b")

@@ -8,6 +8,7 @@ from typing import ClassVar
 import grpc
 import pytest
 import torch
+from grpc_channel import open_channel
 
 from moehive.coordinator.types import NodeName, Plan
 from moehive.expert_node import download
@@ -16,7 +17,7 @@ from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId
 from moehive.proto import chunks, cluster_pb2_grpc
 from moehive.proto import cluster_pb2 as pb
-from moehive.proto.channel import node_dns_name, open_channel
+from moehive.proto.channel import node_dns_name
 from moehive.proto.handshake import metadata
 
 A, B = NodeName("a"), NodeName("b")

@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 import pytest
 import torch
+from grpc_channel import open_channel
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -22,11 +23,7 @@ from moehive.expert_node.store import ExpertStore
 from moehive.kernels.ops import ExpertOps, Reduction, load_expert
 from moehive.proto import experts_pb2 as pb
 from moehive.proto import experts_pb2_grpc
-from moehive.proto.channel import (
-    MAX_MESSAGE_BYTES,
-    node_dns_name,
-    open_channel,
-)
+from moehive.proto.channel import MAX_MESSAGE_BYTES, node_dns_name
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.tensors import Reply, WireError, read_values

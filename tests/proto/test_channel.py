@@ -9,14 +9,14 @@ import grpc
 import grpc.aio
 import pytest
 
-from moehive.proto.channel import Identity, bind, options, server_credentials
+from moehive.proto.channel import MAX_MESSAGE_BYTES, Identity, bind, options, server_credentials
 
 
 def bound(host: str, port: int) -> int:
     """Binds a server that is never started; returns its port."""
 
     async def attempt() -> int:
-        server = grpc.aio.server(options=options())
+        server = grpc.aio.server(options=options(MAX_MESSAGE_BYTES))
         try:
             return bind(server, host, port, None)
         finally:
@@ -49,7 +49,7 @@ def test_a_port_in_use(family: socket.AddressFamily, host: str) -> None:
 
 def test_two_servers_never_share_a_port() -> None:
     async def attempt() -> None:
-        first, second = (grpc.aio.server(options=options()) for _ in range(2))
+        first, second = (grpc.aio.server(options=options(MAX_MESSAGE_BYTES)) for _ in range(2))
         port = bind(first, "127.0.0.1", 0, None)
         await first.start()
         try:

@@ -9,16 +9,12 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from grpc_channel import open_channel
 
 from moehive.coordinator.bench.certificates import node_identity
 from moehive.coordinator.cluster.trust import Authority
 from moehive.proto.bounds import join_host_port
-from moehive.proto.channel import (
-    MAX_MESSAGE_BYTES,
-    node_dns_name,
-    open_channel,
-    options,
-)
+from moehive.proto.channel import MAX_MESSAGE_BYTES, node_dns_name, options
 from moehive.proto.handshake import metadata
 from moehive.proto.interceptor import CallGuard
 from moehive.proto.wire.channel import Channel
@@ -96,7 +92,7 @@ def test_grpcs_client_asks_our_server(authority: Authority, secure: bool) -> Non
         if secure:
             channel = open_channel(address, authority.issue_coordinator(), node_dns_name("a"))
         else:
-            channel = grpc.aio.insecure_channel(address, options=options())
+            channel = grpc.aio.insecure_channel(address, options=options(MAX_MESSAGE_BYTES))
         async with channel:
             echo = channel.stream_stream(ECHO)(metadata=metadata())
             for size in SIZES:
@@ -123,7 +119,7 @@ def test_grpcs_client_asks_our_server(authority: Authority, secure: bool) -> Non
 def test_our_client_asks_grpcs_server_and_ours(authority: Authority, secure: bool) -> None:
     async def main() -> None:
         service, node = Service(), node_identity(authority, "a")
-        theirs = grpc.aio.server(interceptors=[CallGuard({})], options=options())
+        theirs = grpc.aio.server(interceptors=[CallGuard({})], options=options(MAX_MESSAGE_BYTES))
         theirs.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Service", service.handlers()),))
         if secure:
             shown = [(node.key_pem, node.chain_pem)]
