@@ -38,14 +38,19 @@ class PagePool:
     _slabs: list[Slab] = field(default_factory=list)  # that have free pages
     _taken: dict[int, Slab] = field(default_factory=dict)  # by a page's address
 
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes that are taken from the system at a time: whole pages, at least one."""
+        return max(1, _SLAB_BYTES // self.page_bytes) * self.page_bytes
+
     def take(self) -> torch.Tensor:
         """A page, uint8 [page_bytes] aligned to 64; what it holds is undefined."""
         if not self._slabs:
-            count = max(1, _SLAB_BYTES // self.page_bytes)
-            nbytes = count * self.page_bytes
+            nbytes = self.slab_bytes
             on_cpu = self.device.type == "cpu"
             memory = large_pages(nbytes) if on_cpu else torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-            self._slabs.append(Slab(count, list(reversed(memory.split(self.page_bytes)))))
+            pages = list(reversed(memory.split(self.page_bytes)))
+            self._slabs.append(Slab(len(pages), pages))
         slab = self._slabs[-1]
         page = slab.free.pop()
         if not slab.free:
@@ -205,3 +210,8 @@ class CacheLayout:
         """Bytes of a sequence of `tokens`, run at most `chunk` at a time."""
         states = sum(torch.Size(shape).numel() * dtype.itemsize for shape, dtype in self._states)
         return states + sum(pool.pages(tokens, chunk) * pool.page_bytes for pool in self.pools)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Bytes that the pools take at most beyond each one's largest use so far: a slab each, for one page of it."""
+        return sum(pool.slab_bytes for pool in self.pools)

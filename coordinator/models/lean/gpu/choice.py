@@ -20,7 +20,8 @@ class NoGpu(Exception):
 def cache_room(parts: Parts, kv_bytes: int, free_bytes: int) -> int:
     """Bytes that a GPU with `free_bytes` has for caches, beside the trunk; raises NoGpu if they are too few.
 
-    They may be fewer than `kv_bytes`, the bound that was asked for, but enough for one sequence of LEAST_TOKENS.
+    They may be fewer than `kv_bytes`, the bound that was asked for, but enough for one sequence of LEAST_TOKENS. The
+    last slab of each pool of pages, which may be all but empty, is counted beside them.
     """
     try:
         weights = weight_bytes(parts)
@@ -28,11 +29,12 @@ def cache_room(parts: Parts, kv_bytes: int, free_bytes: int) -> int:
         raise NoGpu(str(error)) from error
     tokens = min(parts.context_length, LEAST_TOKENS)
     wanted = min(kv_bytes, parts.cache.nbytes(tokens, tokens))
-    room = free_bytes - weights - WORK_BYTES
+    work = WORK_BYTES + parts.cache.slab_bytes
+    room = free_bytes - weights - work
     if room < wanted:
         raise NoGpu(
             f"The trunk takes {weights / 1e9:.1f} GB, its caches {wanted / 1e9:.1f} GB and its work "
-            f"{WORK_BYTES / 1e9:.1f} GB; the GPU has {free_bytes / 1e9:.1f} GB free."
+            f"{work / 1e9:.1f} GB; the GPU has {free_bytes / 1e9:.1f} GB free."
         )
     return min(kv_bytes, room)
 
