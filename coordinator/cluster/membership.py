@@ -1,9 +1,9 @@
 """Who is in the cluster, and what follows from it: decides plans, directs the nodes, notices silence.
 
-All of it runs on the event loop's thread, but making a plan and writing it down (plans.py).
-Everything that happens becomes an event of state.py; after each, this
-file looks at the new state and does what is due: plan, assign, commit, release (when, says policy.py). So there is
-one place where things are decided, and no order of arrivals that needs a thought of its own.
+All of it runs on the event loop's thread, but making a plan (planner.py) and writing it down (plans.py).
+Everything that happens becomes an event (events.py), which changes the state (transitions.py); after each, this file
+looks at the new state and does what is due: plan, assign, commit, release (when, says policy.py). So there is one
+place where things are decided, and no order of arrivals that needs a thought of its own.
 """
 
 import asyncio
@@ -18,12 +18,7 @@ from ..changes import Changes
 from ..types import LOCAL, CoordinatorError, NodeName, Plan
 from . import policy
 from .drains import accept_drain, drains, refuse_drain
-from .plans import ModelTooLarge, Plans
-from .records import quarantine_node, quarantined_nodes, revoked_nodes
-from .session import Assign, Commit, Released, Session
-from .state import (
-    Capacity,
-    ClusterState,
+from .events import (
     Event,
     HeartbeatReceived,
     NodeArrived,
@@ -38,9 +33,14 @@ from .state import (
     SliceHeld,
     SliceNotHeld,
     SliceProgressed,
-    apply,
 )
+from .planner import Planner
+from .plans import ModelTooLarge, Plans
+from .records import quarantine_node, quarantined_nodes, revoked_nodes
+from .session import Assign, Commit, Released, Session
+from .state import Capacity, ClusterState
 from .store import Store
+from .transitions import apply
 
 log = logging.getLogger(__name__)
 
@@ -69,17 +69,14 @@ class Membership:
         self._local_bytes = local_bytes
         self._on_change = on_change
         self._plans = Plans(store, manifest, place)
+        self._planner = Planner(self._plans, manifest.layers, min_nodes, lambda: self.state, self._record)
         self._sessions: dict[NodeName, Session] = {}
         self._events: deque[Event | None] = deque()  # to be applied; None: only time has passed
         self._recording = False
         self._changes = Changes()
-        self._shortage = ""  # why no plan could be made
-        self._too_small: Mapping[NodeName, int] | None = None  # for these there is no plan
         self._away_since: dict[NodeName, float] = {}
         self._retry_at: dict[NodeName, float] = {}
         self._settled_at = 0.0  # when Commits and Releases of the last switch are due
-        self._held_bytes: dict[NodeName, int] = {}  # of the latest plan's slices
-        self._planning: asyncio.Task[None] | None = None
         self._draining: asyncio.Task[None] | None = None  # looks whether a node may be drained
         self._ticker: asyncio.Task[None] | None = None
 
@@ -103,10 +100,11 @@ class Membership:
 
     async def stop(self) -> None:
         """Releases the nodes that are leaving and ends all sessions."""
-        for task in (self._ticker, self._planning, self._draining):
+        for task in (self._ticker, self._draining):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
+        await self._planner.stop()
         await self._plans.kept()
         for name, session in list(self._sessions.items()):
             if self.state.nodes[name].leaving and not session.released:
@@ -191,19 +189,20 @@ class Membership:
         """
         if name == LOCAL or name not in self.state.nodes:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
-        await self._find_room(name)
+        await self._planner.find_room(name)
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
             await self._changes.next()
 
+    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
+        """See Planner."""
+        await self._planner.improve(find)
+
     def reason(self) -> str | None:
         """Why the cluster is not ready, in one sentence; None when it is."""
-        return policy.reason(self.state, self._min_nodes, self._shortage)
+        return policy.reason(self.state, self._min_nodes, self._planner.shortage)
 
     # Inside
-
-    def _usable(self, without: NodeName | None = None) -> dict[NodeName, int]:
-        return policy.usable(self.state, self.manifest.layers, without)
 
     def _record(self, event: Event | None) -> None:
         """Applies an event (None: time has passed), and those that follow from it, one after the other."""
@@ -236,8 +235,7 @@ class Membership:
             if not isinstance(cause, Resumed):
                 self._plans.keep(state.active, state.members)
         if isinstance(cause, Planned | Resumed):
-            owners = state.pending_owners | state.active_owners
-            self._held_bytes = {name: self._plans.slice_bytes(cause.plan, name) for name in owners}
+            self._planner.measure(cause.plan, state.pending_owners | state.active_owners)
         self._on_change(state)
         self._changes.tell()
         if not isinstance(cause, HeartbeatReceived | SliceProgressed):
@@ -247,66 +245,9 @@ class Membership:
         """Does what the present state asks for; doing it again changes nothing."""
         if self._events:
             return  # they come first; this is called again after them
-        self._replan()
+        self._planner.replan(self._away_since)
         if not self._events:
             self._direct()
-
-    def _replan(self) -> None:
-        if self._planning is not None:
-            return
-        now = asyncio.get_running_loop().time()
-        away = {name: now - since for name, since in self._away_since.items()}
-        capacities = self._usable()
-        if policy.wants_plan(self.state, self._min_nodes, self._held_bytes, away) and capacities != self._too_small:
-            self._planning = asyncio.create_task(self._plan(capacities))
-
-    async def _plan(self, capacities: Mapping[NodeName, int]) -> None:
-        """Makes the next plan the pending one; on failure keeps what there is and remembers why."""
-        event: Event | None = None
-        try:
-            plan = await asyncio.to_thread(self._plans.claim, capacities, self.state)
-            self._shortage, self._too_small = "", None
-            if self._usable() == capacities:  # else: somebody came or went, and it is decided anew
-                log.info("Plan of epoch %d over %s.", plan.epoch, ", ".join(sorted(capacities)))
-                event = Planned(plan, frozenset(capacities))
-        except CoordinatorError as error:
-            if str(error) != self._shortage:
-                log.warning("No new plan: %s", error)
-            self._shortage = str(error)
-            if isinstance(error, ModelTooLarge):
-                self._too_small = capacities
-        finally:
-            self._planning = None
-        self._record(event)
-
-    async def _find_room(self, name: NodeName) -> None:
-        """Returns if the others can hold what a node holds; raises CoordinatorError when they can't."""
-        if policy.is_needed(self.state, name):
-            await asyncio.to_thread(self._plans.make, self._usable(without=name), self.state)
-
-    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
-        """Loads a better plan over the same nodes, if `find`, on a thread, has one.
-
-        `find` is given their bytes, the new plan's epoch, and the plan in force.
-        """
-        active, capacities = self.state.active, self._usable()
-        if active is None or not self._may_improve(active, capacities):
-            return
-
-        def found(epoch: int) -> Plan | None:
-            plan = find(capacities, epoch, active)
-            return plan if self._may_improve(active, capacities) else None
-
-        plan = await asyncio.to_thread(self._plans.claim_better, found, lambda: self.state)
-        if plan is not None and plan.epoch > self.state.epoch and self._may_improve(active, capacities):
-            log.info("Plan of epoch %d, for the traffic of late.", plan.epoch)
-            self._record(Planned(plan, frozenset(capacities)))
-
-    def _may_improve(self, active: Plan, capacities: Mapping[NodeName, int]) -> bool:
-        """Whether `active` serves and nobody comes or goes."""
-        state = self.state
-        steady = state.pending is None and self._planning is None and self._usable() == capacities
-        return steady and state.active is active and state.ready and capacities.keys() == state.members
 
     def _direct(self) -> None:
         """Sends each node what it has not been told yet."""
@@ -326,7 +267,7 @@ class Membership:
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue
-            if node.leaving and not session.released and self._planning is None and policy.may_go(state, name):
+            if node.leaving and not session.released and not self._planner.busy and policy.may_go(state, name):
                 log.info("Node %s is released.", name)
                 session.released = True
                 session.send(Released())
@@ -362,7 +303,7 @@ class Membership:
         """Accepts a request of `moehive node drain` if the others have room, else says why not."""
         try:
             try:
-                await self._find_room(name)
+                await self._planner.find_room(name)
             except ModelTooLarge as error:
                 refuse_drain(self._store, name, f"Node {name} keeps its experts, for the others can't: {error}")
                 return

@@ -21,22 +21,20 @@ from moehive.proto.wire.server import Context
 
 from ..checkpoints.slices import SliceSource
 from ..types import LOCAL, CoordinatorError, NodeName
-from .membership import Membership
-from .rates import LoadRates
-from .records import admit_node, is_revoked, quarantined_nodes, renew_node
-from .session import Assign, Commit, Direction, Session
-from .sources import Sources
-from .state import (
-    Capacity,
+from .events import (
     Event,
-    Figures,
     HeartbeatReceived,
     NodeLeaving,
     SliceHeld,
     SliceNotHeld,
     SliceProgressed,
-    TierFigures,
 )
+from .membership import Membership
+from .rates import LoadRates
+from .records import admit_node, is_revoked, quarantined_nodes, renew_node
+from .session import Assign, Commit, Direction, Session
+from .sources import Sources
+from .state import Capacity, Figures, TierFigures
 from .store import Store
 from .tokens import use_token
 from .trust import Authority

@@ -2,11 +2,7 @@
 
 import pytest
 
-from moehive.coordinator.cluster.policy import REPLACE_SECONDS, usable, wants_plan
-from moehive.coordinator.cluster.state import (
-    Capacity,
-    ClusterState,
-    Node,
+from moehive.coordinator.cluster.events import (
     NodeArrived,
     NodeAway,
     NodeDrained,
@@ -14,8 +10,10 @@ from moehive.coordinator.cluster.state import (
     Planned,
     SliceAssigned,
     SliceHeld,
-    apply,
 )
+from moehive.coordinator.cluster.policy import REPLACE_SECONDS, usable, wants_plan
+from moehive.coordinator.cluster.state import Capacity, ClusterState, Node
+from moehive.coordinator.cluster.transitions import apply
 from moehive.coordinator.placement.place import place
 from moehive.coordinator.types import NodeName, Plan
 from moehive.kernels.geometry import ExpertSpec, LayerGeometry

@@ -1,17 +1,16 @@
 """Who fetches what from where: each expert from the coordinator once, then from those that have it."""
 
-from moehive.coordinator.cluster.rates import WINDOW_SECONDS, LoadRates
-from moehive.coordinator.cluster.sources import Sources
-from moehive.coordinator.cluster.state import (
-    Capacity,
-    ClusterState,
+from moehive.coordinator.cluster.events import (
     NodeArrived,
     NodeAway,
     Planned,
     SliceAssigned,
     SliceHeld,
-    apply,
 )
+from moehive.coordinator.cluster.rates import WINDOW_SECONDS, LoadRates
+from moehive.coordinator.cluster.sources import Sources
+from moehive.coordinator.cluster.state import Capacity, ClusterState
+from moehive.coordinator.cluster.transitions import apply
 from moehive.coordinator.types import LOCAL, NodeName, Plan
 from moehive.kernels.geometry import ExpertId
 

@@ -4,24 +4,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moehive.coordinator.cluster.state import (
-    Capacity,
-    ClusterState,
-    Figures,
+from moehive.coordinator.cluster.events import (
     HeartbeatReceived,
     NodeArrived,
     NodeAway,
     NodeDrained,
     NodeLeaving,
     NodeReadmitted,
-    Phase,
     Planned,
     SliceAssigned,
     SliceHeld,
     SliceNotHeld,
     SliceProgressed,
-    apply,
 )
+from moehive.coordinator.cluster.state import (
+    Capacity,
+    ClusterState,
+    Figures,
+    Phase,
+)
+from moehive.coordinator.cluster.transitions import apply
 from moehive.coordinator.types import Plan
 
 NAMES = st.sampled_from(["attic", "cellar", "desk"])
