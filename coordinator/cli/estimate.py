@@ -1,6 +1,7 @@
 """`moehive estimate`: whether a model would run here, and how fast, before anything of it is downloaded."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,9 @@ import typer
 from .options import Json
 
 if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
     from ..estimate.estimate import Estimate
     from ..estimate.model import Model
 
@@ -94,63 +98,66 @@ def _and_smaller(stored: "Model") -> "dict[str, Model]":
 
 
 def _show(found: "Estimate") -> None:
-    from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.table import Table
+
+    out = Console(markup=False, highlight=False)  # a name may have brackets
+    for sentence in _sentences(found):
+        out.print(sentence, soft_wrap=True)
+    for table in _tables(found):
+        out.print(table)
+
+
+def _sentences(found: "Estimate") -> "Iterator[Text]":
     from rich.text import Text
 
-    console = Console(markup=False, highlight=False)  # a name may have brackets
-    model = found.model
+    model, step = found.model, found.step
     fits = "fits" if found.fits else "does not fit"
-    console.print(
-        Text.assemble(
-            (model.name, "bold"),
-            f" in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
-            f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}",
-        )
+    yield Text.assemble(
+        (model.name, "bold"),
+        f" in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
+        f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}",
     )
     if model.mixture:
         mixture = " and ".join(f"{share:.0%} in {name}" for name, share in model.mixture)
-        console.print(
-            f"It fills the budget with {mixture}, for what `moehive convert --budget` chooses part by part.",
-            soft_wrap=True,
-        )
-    for sentence in found.warnings:
-        console.print(Text.assemble(("Mind:", "bold"), f" {sentence}"), soft_wrap=True)
-    step = found.step
-    console.print(
-        Text.assemble(
-            "About ",
-            (f"{found.decode_tokens_per_s:.3g} tokens/s", "bold"),
-            f" (a token: trunk {step.trunk_s * 1e3:.3g} ms, experts {step.experts_s * 1e3:.3g} ms, "
-            f"hops {step.hop_s * 1e3:.3g} ms); prompts {found.prefill_tokens_per_s:.3g} tokens/s; "
-            f"loaded in {_time(found.load_s)}.",
-        ),
-        soft_wrap=True,
+        yield Text(f"It fills the budget with {mixture}, for what `moehive convert --budget` chooses part by part.")
+    for warning in found.warnings:
+        yield Text.assemble(("Mind:", "bold"), f" {warning}")
+    yield Text.assemble(
+        "About ",
+        (f"{found.decode_tokens_per_s:.3g} tokens/s", "bold"),
+        f" (a token: trunk {step.trunk_s * 1e3:.3g} ms, experts {step.experts_s * 1e3:.3g} ms, "
+        f"hops {step.hop_s * 1e3:.3g} ms); prompts {found.prefill_tokens_per_s:.3g} tokens/s; "
+        f"loaded in {_time(found.load_s)}.",
     )
+
+
+def _tables(found: "Estimate") -> "Iterator[Table]":
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
     parts = Table("part", "bytes", box=SIMPLE_HEAD)
-    for part, nbytes in {**model.part_bytes(), "routed experts": model.expert_bytes}.items():
+    for part, nbytes in {**found.model.part_bytes(), "routed experts": found.model.expert_bytes}.items():
         if nbytes:
             parts.add_row(part, _size(nbytes))
-    console.print(parts)
+    yield parts
     nodes = Table("machine", "trunk and cache", "in RAM", "on disk", "of those, on a GPU too", box=SIMPLE_HEAD)
     for holding in found.placed.holdings:
         trunk = holding.trunk_bytes + holding.kv_bytes
         tiers = holding.ram_bytes, holding.disk_bytes, holding.vram_bytes
         nodes.add_row(holding.machine.name, _size(trunk), *map(_size, tiers))
-    console.print(nodes)
+    yield nodes
     formats = Table("format", "bytes", "", box=SIMPLE_HEAD)
     for size in found.formats:
         where = (
             "does not fit" if not size.fits else f"{_size(size.read_bytes)} on disk" if size.read_bytes else "fits"
         )
         formats.add_row(size.format, _size(size.total_bytes), where)
-    console.print(formats)
+    yield formats
     advice = Table("what would help", "tokens/s", "", box=SIMPLE_HEAD)
     for one in found.advice:
         advice.add_row(one.what, f"{one.decode_tokens_per_s:.3g}", "" if one.fits else "still does not fit")
     if found.advice:
-        console.print(advice)
+        yield advice
 
 
 def _size(nbytes: float) -> str:

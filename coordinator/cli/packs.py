@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,7 +14,9 @@ from .options import Json
 from .process import prepare
 
 if TYPE_CHECKING:
-    from ..checkpoints.pack.convert import Choose
+    from ..checkpoints.pack.convert import Choose, Converted
+    from ..checkpoints.pack.verify import Verified
+    from ..precision.kept_choice import KeptChoice
 
 Pack = Annotated[Path, typer.Argument(metavar="PACK", help="The pack's directory.")]
 
@@ -93,19 +95,28 @@ def convert(
     with _progress(words, quiet=as_json) as progress:
         made = run(opened, pack, wanted, threads, progress)
     if as_json:
-        row = {
-            "pack": str(pack),
-            "in_place": made.in_place,
-            "experts": made.experts,
-            "resumed": made.resumed,
-            "expert_bytes": made.expert_bytes,
-            "trunk_bytes": made.trunk_bytes,
-            "seconds": made.seconds,
-        }
-        if budget is not None and (kept := kept_choice(pack / CHOICE)) is not None:
-            row |= {"budget_bytes": kept.budget, "expected_nats_a_token": kept.damage, "gap": kept.gap}
-        typer.echo(json.dumps(row))
-        return
+        kept = None if budget is None else kept_choice(pack / CHOICE)
+        typer.echo(json.dumps(_converted_row(pack, made, kept)))
+    else:
+        _show_converted(source, pack, made)
+
+
+def _converted_row(pack: Path, made: "Converted", kept: "KeptChoice | None") -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "pack": str(pack),
+        "in_place": made.in_place,
+        "experts": made.experts,
+        "resumed": made.resumed,
+        "expert_bytes": made.expert_bytes,
+        "trunk_bytes": made.trunk_bytes,
+        "seconds": made.seconds,
+    }
+    if kept is not None:
+        row |= {"budget_bytes": kept.budget, "expected_nats_a_token": kept.damage, "gap": kept.gap}
+    return row
+
+
+def _show_converted(source: str, pack: Path, made: "Converted") -> None:
     size = f"{made.experts:,} experts of {made.manifest.name}, {made.expert_bytes / 1e9:,.2f} GB"
     if made.seconds == 0:
         typer.echo(f"{pack} is whole already: {size}.")
@@ -132,24 +143,9 @@ def verify(pack: Pack, as_json: Json = False) -> None:
     with _progress("Verifying", quiet=as_json) as progress:
         found = run(pack, cores(), progress)
     if as_json:
-        row = {
-            "experts": found.experts,
-            "bytes": found.nbytes,
-            "damaged": [{"layer": expert.layer, "expert": expert.expert} for expert in found.damaged],
-            "damaged_files": list(found.damaged_files),
-            "trunk_hashed": found.trunk_hashed,
-        }
-        typer.echo(json.dumps(row))
+        typer.echo(json.dumps(_verified_row(found)))
     if found.damaged or found.damaged_files:
-        parts = [f"expert {expert.expert} of MoE layer {expert.layer}" for expert in found.damaged[:20]]
-        parts += [f"the trunk's {name}" for name in found.damaged_files]
-        more = f" and {len(found.damaged) - 20} more experts" if len(found.damaged) > 20 else ""
-        where, then = (
-            (f"{found.source}, which {pack} serves in place,", "get it again, and convert it into a new pack")
-            if found.source
-            else (str(pack), "copy or convert the model again")
-        )
-        raise CoordinatorError(f"{where} is damaged: {', '.join(parts)}{more}; {then}.")
+        raise CoordinatorError(_damage(pack, found))
     if not as_json:
         typer.echo(f"{pack} is whole: {found.experts:,} experts, {found.nbytes / 1e9:,.2f} GB.")
         if not found.trunk_hashed:
@@ -157,6 +153,29 @@ def verify(pack: Pack, as_json: Json = False) -> None:
                 "Its trunk was not read: an earlier version made the pack, without hashes of the trunk. The same "
                 "`moehive convert` again adds them."
             )
+
+
+def _verified_row(found: "Verified") -> dict[str, Any]:
+    return {
+        "experts": found.experts,
+        "bytes": found.nbytes,
+        "damaged": [{"layer": expert.layer, "expert": expert.expert} for expert in found.damaged],
+        "damaged_files": list(found.damaged_files),
+        "trunk_hashed": found.trunk_hashed,
+    }
+
+
+def _damage(pack: Path, found: "Verified") -> str:
+    """What of a pack is not as its hashes say, and what to do, in one sentence."""
+    parts = [f"expert {expert.expert} of MoE layer {expert.layer}" for expert in found.damaged[:20]]
+    parts += [f"the trunk's {name}" for name in found.damaged_files]
+    more = f" and {len(found.damaged) - 20} more experts" if len(found.damaged) > 20 else ""
+    where, then = (
+        (f"{found.source}, which {pack} serves in place,", "get it again, and convert it into a new pack")
+        if found.source
+        else (str(pack), "copy or convert the model again")
+    )
+    return f"{where} is damaged: {', '.join(parts)}{more}; {then}."
 
 
 @contextmanager
