@@ -8,6 +8,7 @@ A mapped file's pages count as this process's memory, and a checkpoint may be a 
 import json
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,34 @@ DTYPES: dict[str, torch.dtype] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a file, not read yet. `begin` is its first byte in the file.
+class LazyTensor(ABC):
+    """A tensor that is not read yet, as transformers' loader takes it; indexing with `...` reads all of it."""
 
-    Indexing with `...` reads all of it, which is what transformers' loader asks of a lazy tensor.
-    """
+    __slots__ = ()
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Entries `start` to `stop` of the first dimension (all by default), as a new tensor."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        whole = self.read()
+        return whole if index is Ellipsis else whole[index]
+
+    def get_dtype(self) -> str:
+        """The format's name of the dtype, as safetensors' own slices give it."""
+        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
+
+    def get_shape(self) -> list[int]:
+        """The shape, as safetensors' own slices give it."""
+        return list(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor(LazyTensor):
+    """One tensor of a file. `begin` is its first byte in the file."""
 
     path: Path
     name: str
@@ -67,18 +90,6 @@ class StoredTensor:
         stop = self.shape[0] if stop is None else stop
         row = math.prod(self.shape[1:]) * self.dtype.itemsize
         return self._bytes(start * row, stop * row).view(self.dtype).reshape(stop - start, *self.shape[1:])
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        whole = self.read()
-        return whole if index is Ellipsis else whole[index]
-
-    def get_dtype(self) -> str:
-        """The format's name of the dtype, as safetensors' own slices give it."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-    def get_shape(self) -> list[int]:
-        """The shape, as safetensors' own slices give it."""
-        return list(self.shape)
 
     def _bytes(self, start: int, stop: int) -> torch.Tensor:
         data = torch.empty(stop - start, dtype=torch.uint8)

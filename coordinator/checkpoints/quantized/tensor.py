@@ -2,19 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from moehive.kernels.geometry import Format, GeometryError
 
 from ...types import CoordinatorError
-from ..safetensors_file import DTYPES, StoredTensor
+from ..safetensors_file import LazyTensor, StoredTensor
 from .matrices import Matrix
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class QuantizedTensor:
+class QuantizedTensor(LazyTensor):
     """Codes, scales and what else makes up one matrix [out, in], or a stack of them [experts, out, in].
 
     It may stand where a StoredTensor does: `read` expands it. `format` is that in which kernels compute the same
@@ -56,18 +55,6 @@ class QuantizedTensor:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """As `numbers`, rounded to `dtype`."""
         return self.numbers(start, stop).to(self.dtype)
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        whole = self.read()
-        return whole if index is Ellipsis else whole[index]
-
-    def get_dtype(self) -> str:
-        """As StoredTensor's."""
-        return next(name for name, dtype in DTYPES.items() if dtype == self.dtype)
-
-    def get_shape(self) -> list[int]:
-        """As StoredTensor's."""
-        return list(self.shape)
 
     def _turned(self, matrix: torch.Tensor) -> torch.Tensor:
         return matrix.T.contiguous() if self.transposed else matrix
