@@ -89,7 +89,7 @@ class ExpertsService(experts_pb2_grpc.ExpertsServicer):
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="experts")
 
     async def Compute(self, request_iterator: Any, context: Context) -> None:
-        """Serves one stream until the coordinator ends it. Raises WireError and DecodeError (see `serve`)."""
+        """Serves one stream until the coordinator ends it. Raises WireError and DecodeError, for CallGuard."""
         if not self.may_ask(context):
             await context.abort(
                 grpc.StatusCode.PERMISSION_DENIED, "Only the coordinator may ask an expert node to compute."
