@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from time import monotonic
 
@@ -21,7 +20,6 @@ from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
 from .cluster.membership import Membership
 from .cluster.server import ClusterServer
-from .cluster.state import TierFigures
 from .cluster.store import Store
 from .cluster.tokens import create_token
 from .cluster.trust import Authority
@@ -31,10 +29,11 @@ from .dispatch.local import LocalExperts
 from .dispatch.parts import NodeCounters
 from .engine.engine import Engine
 from .follower import Follower
+from .known_nodes import measured, node_status
 from .placement.place import Measured
 from .public_doors import PublicDoors
 from .serving.generation import GenerationService
-from .serving.status import ClusterStatus, ModelInfo, NodeStatus, TierStatus
+from .serving.status import ClusterStatus, ModelInfo, NodeStatus
 from .serving.text import Text
 from .settings import CoordinatorSettings, home
 from .traffic import REPLAN_SECONDS, Traffic, statistics_path
@@ -218,78 +217,20 @@ class Coordinator:
         return self._traffic.place(self._measured(), capacities, layers, epoch, previous)
 
     def _measured(self) -> dict[NodeName, Measured]:
-        """What the nodes said of themselves and their links have shown so far."""
-        found = {}
-        for name, node in self._membership.state.nodes.items():
-            link = self.dispatcher.link(name)
-            measured = Measured()
-            if (given := node.capacity) is not None:
-                machine = given.address.rpartition(":")[0]
-                measured = Measured(
-                    given.read_bandwidth, machine=machine, ram_bytes=given.ram_bytes, vram_bytes=given.vram_bytes
-                )
-            if link is not None:
-                row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
-                token_s = row * link.speed.s_per_byte
-                measured = replace(measured, rtt_s=link.speed.round_trip_s, token_s=token_s)
-            found[name] = measured
-        return found
+        row = 4 * self.manifest.layers[0].spec.hidden_size  # 16 bits a number, there and back
+        nodes = self._membership.state.nodes
+        return {name: measured(node, self.dispatcher.link(name), row) for name, node in nodes.items()}
 
     def _node_status(self, name: NodeName) -> NodeStatus:
-        state = self._membership.state
-        node = state.nodes[name]
-        plan = state.active or state.pending
-        counters = self.dispatcher.counters.get(name, NodeCounters())
-        link = self.dispatcher.link(name)
-        assigned = sum(map(len, plan.slice_of(name))) if plan is not None else 0
-        held, nbytes = node.figures.experts_held, node.figures.bytes_held
-        if plan is not None and plan.epoch in node.ready:
-            held = max(held, assigned)  # the last heartbeat may be older than the slice
-        if name == LOCAL and self._local is not None:
-            held, nbytes = self._local.count, self._local.nbytes
-        # The last report of a slice that is there may be from before its end.
-        loaded, to_load = (node.bytes_done, node.bytes_total) if node.loads else (0, 0)
-        return NodeStatus(
-            name=name,
-            state=state.phase(name).value,
-            address=node.capacity.address if node.capacity else "",
-            experts_held=held,
-            experts_assigned=assigned,
-            bytes_held=nbytes,
-            ram_bytes=node.capacity.ram_bytes if node.capacity else 0,
-            read_bandwidth=node.capacity.read_bandwidth if node.capacity else 0.0,
-            expert_calls=counters.expert_calls,
-            compute_ns=counters.compute_ns,
-            load=node.figures.load,
-            resident_bytes=node.figures.resident_bytes,
-            load_progress=loaded / to_load if to_load else 0.0,
-            load_bytes=loaded,
-            load_total_bytes=to_load,
+        return node_status(
+            self._membership.state,
+            name,
+            self._local if name == LOCAL else None,
+            self.dispatcher.counters.get(name, NodeCounters()),
+            self.dispatcher.link(name),
             load_bytes_per_s=self._server.rates.rate(name),
             source_fault=self._server.sources.fault(name),
-            tiers=_tier_status(node.figures.tiers),
-            round_trip_s=link.speed.round_trip_s if link is not None else 0.0,
-            link_bandwidth=1 / link.speed.s_per_byte if link is not None and link.speed.s_per_byte else 0.0,
-            disk_bytes=node.capacity.disk_bytes if node.capacity else 0,
-            vram_bytes=node.capacity.vram_bytes if node.capacity else 0,
-            disk_bandwidth=node.figures.tiers.disk_bandwidth if node.figures.tiers else 0.0,
-            products_per_s=node.capacity.products_per_s if node.capacity else 0.0,
-            token_products_per_s=node.capacity.token_products_per_s if node.capacity else 0.0,
         )
-
-
-def _tier_status(tiers: TierFigures | None) -> TierStatus | None:
-    if tiers is None:
-        return None
-    lookups = max(1, tiers.lookups)
-    return TierStatus(
-        ram_bytes=tiers.ram_bytes,
-        disk_bytes=tiers.disk_bytes,
-        vram_bytes=tiers.vram_bytes,
-        hit_rate=tiers.in_ram / lookups,
-        foreseen_rate=tiers.foreseen / lookups,
-        disk_read_bytes=tiers.disk_read_bytes,
-    )
 
 
 def _known_hashes(checkpoint: ModelSource) -> Callable[[ExpertId], bytes | None]:

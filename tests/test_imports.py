@@ -58,6 +58,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.app": ("coordinator", "kernels", "proto"),  # wires the parts together
     "coordinator.trunk": (*COMMON, "coordinator.checkpoints", "coordinator.models", "kernels"),
     "coordinator.traffic": (*COMMON, "coordinator.dispatch", "coordinator.placement"),
+    "coordinator.known_nodes": (
+        *COMMON,
+        "coordinator.cluster",
+        "coordinator.dispatch",
+        "coordinator.placement",
+        "coordinator.serving",
+    ),
     "coordinator.follower": (*COMMON, "coordinator.cluster", "coordinator.dispatch", "kernels", "proto"),
     "coordinator.local_cluster": (*COMMON, "coordinator.app", "coordinator.cluster"),  # and node processes
     "coordinator.public_doors": (*COMMON, "coordinator.serving", "coordinator.cluster", "proto"),
