@@ -78,9 +78,8 @@ class Routes:
             return placed.owners_but(layer, avoid)
         if not placed.has_choice[layer]:
             return placed.owners[layer]
-        base, per = self._costs(self._expert_bytes[layer])
-        # Many tokens are computed as pairs, few are read as bytes.
-        return placed.holders(layer).choose(ids, len(ids) > FEW_TOKENS, base, per)
+        many = len(ids) > FEW_TOKENS  # those are computed as pairs, few are read as bytes
+        return placed.holders(layer).choose(ids, many, *self._costs(self._expert_bytes[layer], many))
 
     async def change(self) -> None:
         """Returns when somebody can be asked again or no more."""
@@ -95,8 +94,8 @@ class Routes:
             "be sent again once it is back.",
         )
 
-    def _costs(self, nbytes: int) -> tuple[list[float], list[float]]:
-        """For each node of the plan: seconds before anything comes from it, and seconds for an expert.
+    def _costs(self, nbytes: int, many: bool) -> tuple[list[float], list[float]]:
+        """For each node of the plan: seconds before anything comes from it, and for an expert or, of `many`, a pair.
 
         By how much all nodes are late is this process's own doing, and says nothing for or against one of them.
         """
@@ -105,7 +104,7 @@ class Routes:
             speed.backlog_s if link is None else speed.backlog_s + link.round_trip_s + (link.late_s - late)
             for speed, link in self._figures
         ]
-        return base, [speed.read_s_per_byte * nbytes for speed, _ in self._figures]
+        return base, [speed.pair_s(nbytes) if many else speed.read_s_per_byte * nbytes for speed, _ in self._figures]
 
     def _place(self) -> None:
         if self._placed is None:

@@ -12,6 +12,7 @@ from .native import library
 # Also in cpp/speeds.h.
 FEW_TOKENS = 32  # up to here a request's time is that of reading experts, beyond it that of computing pairs
 UNKNOWN_S_PER_BYTE = 1e-10  # 10 GB/s, until a node has answered once
+UNKNOWN_PAIR_READS = 0.3  # seconds of a pair, in those of reading its expert, until a node has computed many tokens
 UNHEARD = 64  # layers without a reply, after which a node is taken to be a little quicker than it was
 FORGIVEN = 0.9
 
@@ -34,6 +35,10 @@ class NodeSpeed(ctypes.Structure):
     def read_s_per_byte(self) -> float:
         """Of the experts that a request of few tokens reads, a guess until it is known."""
         return self.s_per_byte or UNKNOWN_S_PER_BYTE
+
+    def pair_s(self, nbytes: int) -> float:
+        """Of a pair of a request of many tokens whose expert has `nbytes`, a guess until it is known."""
+        return self.s_per_pair or UNKNOWN_PAIR_READS * self.read_s_per_byte * nbytes
 
     def note(self, tokens: int, pairs: int, nbytes: int, seconds: float, now: int) -> None:
         """A reply's own computing time for `pairs` over experts of `nbytes` together."""

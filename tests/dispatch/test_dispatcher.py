@@ -200,6 +200,32 @@ def test_a_link_is_slow_by_its_best_exchange_and_stays_so_in_between() -> None:
     assert not speed.eight_bit(4096)
 
 
+def test_many_tokens_go_where_pairs_are_computed_quickly_and_few_where_experts_are_read_quickly() -> None:
+    experts, many = 8, 64
+    links = FakeLink("a"), FakeLink("b")
+    names = tuple(link.node for link in links)
+    routes = Routes([1 << 20], False, lambda: None)
+    routes.follow(Plan(1, ((names,) * experts,)), names)
+    for link in links:
+        routes.asking.connect(cast(Link, link))
+
+    def shares(tokens: int) -> list[int]:
+        """Experts of each node, of tokens that are all sent to all."""
+        owner = routes.owner(0, np.tile(np.arange(experts), (tokens, 1)))
+        return np.bincount(owner, minlength=2).tolist()
+
+    def answered(name: str, tokens: int, seconds: float) -> None:
+        routes.speeds.of(NodeName(name)).note(tokens, tokens, 1 << 20, seconds, 0)
+
+    assert shares(1) == shares(many) == [4, 4]  # nothing is known yet
+    answered("a", 1, 3e-3)
+    answered("b", 1, 1e-3)
+    assert shares(1) == shares(many) == [2, 6]  # who reads slowly probably computes slowly
+    answered("a", many, many * 1e-4)
+    answered("b", many, many * 3e-4)
+    assert shares(1) == [2, 6] and shares(many) == [6, 2]
+
+
 def test_a_node_that_looks_late_at_its_messages_gets_none_for_a_while() -> None:
     links = FakeLink("a"), FakeLink("b")
     names = tuple(link.node for link in links)
