@@ -5,7 +5,7 @@ q8_0 reads a second with one token, and products that kernels do a second with m
 What is left for this file is nearly the same on every processor: how other formats compare with those two, and
 seconds that are no reading of weights, of which a machine takes `step_factor` (estimate/this_machine.py) times as
 many: fitted to `moehive bench estimate` on a Xeon at 2.5 GHz (Cascade Lake), where the factor is 1. They fit Zen 4
-(0.26) as well. STEP_SHARE and COLUMN_S are fitted on Zen 4 alone.
+(0.26) as well. STEP_SHARE, COLUMN_S and what a hop costs are fitted on Zen 4 alone.
 """
 
 # Products a second of one token with weights that lie in caches, beside q4_k's: means of the kernels of AVX2, of
@@ -30,9 +30,9 @@ STEP_SHARE = 0.86
 
 TOKEN_S = 0.4e-3  # sampling and the engine, a token
 LAYER_S = 0.3e-3  # calls and small operations of one decoder layer in the trunk
-HOP_S = 0.25e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
-PROBE_S = 0.2e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
-MESSAGE_S = 0.3e-3  # for each node beyond the first that a layer asks
+HOP_S = 0.2e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
+PROBE_S = 0.16e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
+MESSAGE_S = 0.2e-3  # for each node beyond the first that a layer asks
 
 # Products with weights that are at hand. The first token's are hidden behind the reading; the others' are not, for
 # the next weights are not read before all tokens are multiplied with these. Processors do them at very different
