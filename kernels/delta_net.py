@@ -167,15 +167,15 @@ class DeltaNet:
         rows: torch.Tensor,
         batch: ctypes.Array[Any],
         states: Sequence[DeltaNetState],
+        mixed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         """Runs the batch's tokens: `rows` f32 [T, layer.row] → `out` f32 [T, value_heads * value_dim].
 
-        `batch` is of `trunk_ops.sequences`, `states` one of each sequence, updated in place; all contiguous. The bits
-        of a sequence depend neither on the others nor on how its tokens are split over calls. Raises
-        NativeLibraryError.
+        `batch` is of `trunk_ops.sequences`, `states` one of each sequence, updated in place; `mixed` f32 [T,
+        layer.channels] is memory to work in; all contiguous. The bits of a sequence depend neither on the others nor
+        on how its tokens are split over calls. Raises NativeLibraryError.
         """
-        mixed = torch.empty(len(rows), self.layer.channels)
         pointers = ctypes.c_void_p * len(states)
         conv = pointers(*[state.conv.data_ptr() for state in states])
         recurrent = pointers(*[state.recurrent.data_ptr() for state in states])

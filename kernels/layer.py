@@ -107,6 +107,11 @@ class Mixer:
     query_norm: torch.Tensor | None = None  # f32 [columns of `queries`]
     query_eps: float = 0.0
 
+    @property
+    def projected(self) -> int:
+        """Columns of a row of `projections`."""
+        return sum([one.rows for one in self.projections])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class GatedMlp:

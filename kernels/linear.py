@@ -94,10 +94,13 @@ class LinearOps:
                 y += weights.bias
         return y
 
-    def linears(self, weights: Sequence[LinearWeights], x: torch.Tensor) -> torch.Tensor:
-        """Matrices with the same input: `x` f32 [T, columns], contiguous → f32 [T, sum of rows]."""
+    def linears(
+        self, weights: Sequence[LinearWeights], x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`linear` of matrices with the same input → f32 [T, sum of rows]."""
+        y = torch.empty(x.shape[0], sum([one.rows for one in weights])) if out is None else out
         if x.shape[0] > FEW_TOKENS and any(one.format in self._by_torch for one in weights):
-            return torch.cat([self.linear(one, x) for one in weights], 1)
+            return torch.cat([self.linear(one, x) for one in weights], 1, out=y)
         key = tuple([id(one) for one in weights])
         matrices = self._lists.get(key)
         if matrices is None:
@@ -105,7 +108,6 @@ class LinearOps:
             self._lists[key] = matrices
             for one in weights:  # its number may become another's
                 weakref.finalize(one, self._lists.pop, key, None)
-        y = torch.empty(x.shape[0], sum([one.rows for one in weights]))
         self._product(ctypes.addressof(matrices), len(weights), x, y)
         return y
 

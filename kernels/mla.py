@@ -105,16 +105,15 @@ class Mla:
         batch: ctypes.Array[Any],
         cos: torch.Tensor,
         sin: torch.Tensor,
+        absorbed: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         """Attention of the batch's tokens, after their own latents went to the sequences' pages.
 
         `queries` f32 [T, heads * (nope + rope)]; `compressed` f32 [T, rank + rope], whose rows may lie further apart:
-        neither normed nor turned; `batch` is of `trunk_ops.sequences`; `cos`, `sin` f32 [T, rope / 2]; `out` f32
-        [T, heads * value]. Raises NativeLibraryError.
+        neither normed nor turned; `batch` is of `trunk_ops.sequences`; `cos`, `sin` f32 [T, rope / 2]; `absorbed` f32
+        [T, heads * (rank + rope)] is memory to work in; `out` f32 [T, heads * value]. Raises NativeLibraryError.
         """
-        layer = self.layer
-        absorbed = torch.empty(len(queries), layer.heads, layer.rank + layer.rope)
         call = _Call(
             queries=queries.data_ptr(),
             compressed=compressed.data_ptr(),

@@ -31,7 +31,7 @@ STEP_SHARE = 0.86
 TOKEN_S = 0.4e-3  # sampling and the engine, a token
 LAYER_S = 0.3e-3  # calls and small operations of one decoder layer in the trunk
 HOP_S = 0.2e-3  # of one layer's experts: messages made and read, processes woken, beside the round trip
-PROBE_S = 0.16e-3  # of that, what a round trip as `moehive status` has it holds: all but making and adding up messages
+PROBE_S = 0.16e-3  # of that, what `moehive status` measures of a round trip: all but making and adding up messages
 MESSAGE_S = 0.2e-3  # for each node beyond the first that a layer asks
 
 # Products with weights that are at hand. The first token's are hidden behind the reading; the others' are not, for

@@ -251,11 +251,13 @@ class _Watched(LinearOps):
             self._note(weights, x)
         return super().linear(weights, x, out)
 
-    def linears(self, weights: Sequence[LinearWeights], x: torch.Tensor) -> torch.Tensor:
+    def linears(
+        self, weights: Sequence[LinearWeights], x: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """See LinearOps."""
         if not self.watching:
-            return super().linears(weights, x)
-        return torch.cat([self.linear(one, x) for one in weights], 1)
+            return super().linears(weights, x, out)
+        return torch.cat([self.linear(one, x) for one in weights], 1, out=out)
 
     def _note(self, weights: LinearWeights, x: torch.Tensor) -> None:
         columns = weights.columns

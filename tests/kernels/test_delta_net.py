@@ -95,7 +95,7 @@ def run(net: DeltaNet, parts: list[torch.Tensor], states: list[DeltaNetState]) -
         places.append((first, len(part), 0, 0))
         first += len(part)
     out = torch.full((len(rows), net.layer.value_heads * net.layer.value_dim), torch.nan)
-    net(rows, sequences(places), states, out)
+    net(rows, sequences(places), states, torch.empty(len(rows), net.layer.channels), out)
     return list(out.split([len(part) for part in parts]))
 
 

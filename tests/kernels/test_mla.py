@@ -119,7 +119,8 @@ def run(mla: Mla, parts: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
         sequence.done = end
     out = torch.full((first, layer.heads * layer.value), torch.nan)
     wide = torch.nn.functional.pad(torch.cat(compressed), (0, 3))[:, :-3]  # rows further apart than they are long
-    mla(torch.cat(queries), wide, sequences(rows), torch.cat(cos), torch.cat(sin), out)
+    absorbed = torch.empty(first, layer.heads * (layer.rank + layer.rope))
+    mla(torch.cat(queries), wide, sequences(rows), torch.cat(cos), torch.cat(sin), absorbed, out)
     return list(out.split([tokens for _, tokens in parts]))
 
 

@@ -21,7 +21,10 @@ class Attention(Protocol):
         ...
 
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
-        """`x` f32 [T, hidden] → f32 [T, hidden]; extends the caches of the batch's sequences."""
+        """`x` f32 [T, hidden] → f32 [T, hidden], in a room of the batch: the next layer's takes its place.
+
+        Extends the caches of the batch's sequences.
+        """
         ...
 
 
@@ -44,7 +47,6 @@ class SoftmaxAttention:
             )
         self._ops = ops
         self._native = layer.structure()
-        self._width = layer.heads * layer.head_dim
         self.mixer = Mixer(
             kind="softmax",
             structure=self._native,
@@ -57,7 +59,7 @@ class SoftmaxAttention:
     def forward(self, batch: Batch, x: torch.Tensor) -> torch.Tensor:
         """See Attention."""
         linear, mixer = self._ops.linear, self.mixer
-        rows = linear.linears(mixer.projections, x)
-        out = torch.empty(batch.tokens, self._width)
+        rows = linear.linears(mixer.projections, x, batch.room("projected", mixer.projected))
+        out = batch.room("attended", mixer.output.columns)
         self._ops.trunk.attend(self._native, rows, batch.tables[mixer.group], batch.cos, batch.sin, out)
-        return linear.linear(mixer.output, out)
+        return linear.linear(mixer.output, out, batch.room("mixed", mixer.output.rows))

@@ -47,6 +47,7 @@ class Batch:
                 table.extend(cache.tokens + count)
             first += count
         self.tokens = first
+        self._rooms: dict[str, torch.Tensor] = {}
         self.ids = inputs[0].tokens if len(inputs) == 1 else torch.cat([one.tokens for one in inputs])
         self.tables = [
             sequences([(s.first, s.tokens, s.start, s.cache.tables[group].address) for s in self.spans])
@@ -63,6 +64,16 @@ class Batch:
         self.wanted = torch.tensor(
             [row for end, count in zip(ends, self.counts, strict=True) for row in range(end - count, end)]
         )
+
+    def room(self, name: str, columns: int) -> torch.Tensor:
+        """f32 [T, columns], memory for what only one layer's attention needs: the next layer's is given the same.
+
+        Tens of MB that each layer took anew, the system would clear page by page: a tenth of a prompt's time.
+        """
+        kept = self._rooms.get(name)
+        if kept is None or kept.numel() < self.tokens * columns:
+            kept = self._rooms[name] = torch.empty(self.tokens * columns)
+        return kept[: self.tokens * columns].view(self.tokens, columns)
 
     def finish(self) -> None:
         """The sequences' caches now hold these tokens."""

@@ -38,7 +38,8 @@ class DeltaNetAttention:
         linear, mixer = self._ops.linear, self.mixer
         conv, recurrent = mixer.states
         states = [DeltaNetState(span.cache.states[conv], span.cache.states[recurrent]) for span in batch.spans]
-        rows = linear.linears(mixer.projections, x)
-        out = torch.empty(batch.tokens, mixer.output.columns)
-        self._net(rows, batch.sequences, states, out)
-        return linear.linear(mixer.output, out)
+        rows = linear.linears(mixer.projections, x, batch.room("projected", mixer.projected))
+        convolved = batch.room("convolved", self._net.layer.channels)
+        out = batch.room("attended", mixer.output.columns)
+        self._net(rows, batch.sequences, states, convolved, out)
+        return linear.linear(mixer.output, out, batch.room("mixed", mixer.output.rows))

@@ -50,18 +50,20 @@ class LatentAttention:
         """See Attention."""
         linear, mixer = self._ops.linear, self.mixer
         assert mixer.queries is not None
-        first = linear.linears(mixer.projections, x)
+        first = linear.linears(mixer.projections, x, batch.room("projected", mixer.projected))
         compressed = first
+        room = batch.room("queries", mixer.queries.rows)
         if mixer.query_norm is None:
-            queries = linear.linear(mixer.queries, x)
+            queries = linear.linear(mixer.queries, x, room)
         else:
             latent, compressed = first.split([one.rows for one in mixer.projections], dim=1)
             latent = latent.clone(memory_format=torch.contiguous_format)
             self._ops.trunk.add_norm(latent, norm=mixer.query_norm, eps=mixer.query_eps, out=latent)
-            queries = linear.linear(mixer.queries, latent)
-        out = torch.empty(batch.tokens, mixer.output.columns)
-        self._mla(queries, compressed, batch.tables[mixer.group], batch.cos, batch.sin, out)
-        return linear.linear(mixer.output, out)
+            queries = linear.linear(mixer.queries, latent, room)
+        absorbed = batch.room("absorbed", self._mla.layer.heads * (self._mla.layer.rank + self._mla.layer.rope))
+        out = batch.room("attended", mixer.output.columns)
+        self._mla(queries, compressed, batch.tables[mixer.group], batch.cos, batch.sin, absorbed, out)
+        return linear.linear(mixer.output, out, batch.room("mixed", mixer.output.rows))
 
 
 def latent_scale(config: Any) -> float:
