@@ -218,8 +218,8 @@ class DiskCache:
             while (free := shutil.disk_usage(self._root).free) < nbytes + _SPARE_BYTES:
                 if not others:
                     raise CacheError(
-                        f"The slice needs {nbytes} bytes of disk and {self._root} has {free} free: free some "
-                        "space or start the node with --state-dir on a larger disk."
+                        f"The slice needs {nbytes / 1e6:,.1f} MB of disk and {self._root} has {free / 1e6:,.1f} MB "
+                        "free: free some space or start the node with --state-dir on a larger disk."
                     )
                 oldest = others.pop(0)
                 log.info("Removing the cached model %s to make room.", oldest.name[:12])

@@ -23,6 +23,7 @@ COMMON = (
     "coordinator.changes",
     "coordinator.whole_file",
     "coordinator.regular_file",
+    "coordinator.sizes",
     "kernels.library",
     "kernels.geometry",
     "kernels.machine",
@@ -38,6 +39,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "coordinator.whole_file": (),
     "coordinator.regular_file": ("coordinator.types",),
     "coordinator.changes": (),
+    "coordinator.sizes": (),
     "coordinator.cli": (
         *COMMON,
         "coordinator.app",

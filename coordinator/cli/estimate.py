@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..sizes import in_bytes, in_count, in_digits
 from .options import Json
 
 if TYPE_CHECKING:
@@ -98,9 +99,9 @@ def _and_smaller(stored: "Model") -> "dict[str, Model]":
 
 
 def _show(found: "Estimate") -> None:
-    from rich.console import Console
+    from .tables import console
 
-    out = Console(markup=False, highlight=False)  # a name may have brackets
+    out = console()
     for sentence in _sentences(found):
         out.print(sentence, soft_wrap=True)
     for table in _tables(found):
@@ -114,8 +115,8 @@ def _sentences(found: "Estimate") -> "Iterator[Text]":
     fits = "fits" if found.fits else "does not fit"
     yield Text.assemble(
         (model.name, "bold"),
-        f" in {model.format} {fits}: {model.weights / 1e9:,.0f} billion weights "
-        f"({model.active_weights / 1e9:,.0f} a token), {_size(model.total_bytes)}",
+        f" in {model.format} {fits}: {in_count(model.weights)} weights "
+        f"({in_count(model.active_weights)} a token), {_size(model.total_bytes)}",
     )
     if model.mixture:
         mixture = " and ".join(f"{share:.0%} in {name}" for name, share in model.mixture)
@@ -124,9 +125,9 @@ def _sentences(found: "Estimate") -> "Iterator[Text]":
         yield Text.assemble(("Mind:", "bold"), f" {warning}")
     yield Text.assemble(
         "About ",
-        (f"{found.decode_tokens_per_s:.3g} tokens/s", "bold"),
+        (f"{in_digits(found.decode_tokens_per_s)} tokens/s", "bold"),
         f" (a token: trunk {step.trunk_s * 1e3:.3g} ms, experts {step.experts_s * 1e3:.3g} ms, "
-        f"hops {step.hop_s * 1e3:.3g} ms); prompts {found.prefill_tokens_per_s:.3g} tokens/s; "
+        f"hops {step.hop_s * 1e3:.3g} ms); prompts {in_digits(found.prefill_tokens_per_s)} tokens/s; "
         f"loaded in {_time(found.load_s)}.",
     )
 
@@ -155,13 +156,13 @@ def _tables(found: "Estimate") -> "Iterator[Table]":
     yield formats
     advice = Table("what would help", "tokens/s", "", box=SIMPLE_HEAD)
     for one in found.advice:
-        advice.add_row(one.what, f"{one.decode_tokens_per_s:.3g}", "" if one.fits else "still does not fit")
+        advice.add_row(one.what, in_digits(one.decode_tokens_per_s), "" if one.fits else "still does not fit")
     if found.advice:
         yield advice
 
 
 def _size(nbytes: float) -> str:
-    return "" if not nbytes else f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
+    return in_bytes(nbytes) if nbytes else ""
 
 
 def _time(seconds: float) -> str:

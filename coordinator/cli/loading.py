@@ -4,6 +4,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
+from ..sizes import in_bytes
+
 if TYPE_CHECKING:
     from moehive.client.results import NodeStatus as NodeSeen
 
@@ -50,7 +52,7 @@ def load_sentences(nodes: "Sequence[NodeSeen]") -> Iterator[str]:
     """One for each node that loads a slice, and for each that gave wrong bytes to another."""
     for node in nodes:
         if node.load_total_bytes:  # also of a node that serves what it has meanwhile
-            text = f"{node.name} has loaded {node.load_bytes / 1e9:.2f} of {node.load_total_bytes / 1e9:.2f} GB"
+            text = f"{node.name} has loaded {in_bytes(node.load_bytes)} of {in_bytes(node.load_total_bytes)}"
             if node.load_bytes_per_s > 0:
                 left = (node.load_total_bytes - node.load_bytes) / node.load_bytes_per_s
                 text += f", {node.load_bytes_per_s / 1e6:,.0f} MB/s, {left:,.0f} s left"

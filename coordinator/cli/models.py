@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..sizes import in_bytes
 from ..types import CoordinatorError
 from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
 
@@ -71,13 +72,13 @@ def models(
     # A name is folded, never cut: it is what `--model` takes.
     table = Table(Column("model", overflow="fold"), "kind", "size", "experts", "format", "fits", box=SIMPLE_HEAD)
     for each in found:
-        sizes = _size(each.file_bytes), _size(each.expert_bytes)
+        sizes = in_bytes(each.file_bytes), in_bytes(each.expert_bytes)
         table.add_row(each.name, each.kind, *sizes, ", ".join(each.formats), _in_words(each, room))
     out = console()
     out.print(table if found else "No models yet; get one with: moehive pull ORGANIZATION/NAME")
     where = f"{room.nodes} nodes of the cluster" if room.nodes else "this machine, without a cluster"
-    disk = f", {_size(room.disk_bytes)} of disk" if room.disk_bytes else ""
-    out.print(f"Room for experts: {_size(room.memory_bytes)} of memory{disk} ({where}).")
+    disk = f", {in_bytes(room.disk_bytes)} of disk" if room.disk_bytes else ""
+    out.print(f"Room for experts: {in_bytes(room.memory_bytes)} of memory{disk} ({where}).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,14 +131,10 @@ def _in_words(model: "FoundModel", room: _Room) -> str:
     if model.problem is not None:
         return model.problem
     if lacks := _trunk_lacks(model, room):
-        return f"no, the coordinator needs {_size(lacks)} more memory for the trunk"
+        return f"no, the coordinator needs {in_bytes(lacks)} more memory for the trunk"
     beyond = _need(model, room) - room.memory_bytes
     if beyond <= 0:
         return "yes"
     if _fits(model, room):
-        return f"yes, {_size(beyond)} of it on disks"
-    return f"no, {_size(beyond - room.disk_bytes)} more memory is needed"
-
-
-def _size(count: float) -> str:
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+        return f"yes, {in_bytes(beyond)} of it on disks"
+    return f"no, {in_bytes(beyond - room.disk_bytes)} more memory is needed"

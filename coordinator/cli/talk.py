@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..sizes import in_bytes
 from .loading import load_sentences
 from .options import DEFAULT_ADDRESS, Address, ApiKey, CaFile, Json
 from .status_words import in_words
@@ -128,9 +129,9 @@ def _show(found: "Status") -> None:
     console = Console(markup=False, highlight=False)  # a model's name may have brackets
     console.print(Text.assemble((found.model, "bold"), f", {state}"))
     console.print(
-        f"{found.running} generations running, {found.waiting} waiting; KV cache {_size(found.kv_bytes_used)} of "
-        f"{_size(found.kv_bytes_limit)}; coordinator {_size(found.resident_bytes)}; up {found.uptime_seconds:,.0f} s;"
-        f" epoch {found.epoch}; moehive {found.version}"
+        f"{found.running} generations running, {found.waiting} waiting; KV cache {in_bytes(found.kv_bytes_used)} of "
+        f"{in_bytes(found.kv_bytes_limit)}; coordinator {in_bytes(found.resident_bytes)}; "
+        f"up {found.uptime_seconds:,.0f} s; epoch {found.epoch}; moehive {found.version}"
     )
     # Fits 80 columns; addresses and bandwidths are in --json.
     table = Table("node", "state", "experts", "memory", "expert calls", "computed", "load", box=SIMPLE_HEAD)
@@ -140,7 +141,7 @@ def _show(found: "Status") -> None:
             experts += f" of {node.experts_assigned:,}"
             experts += f" ({node.load_progress:.0%})" if node.load_total_bytes else ""
         held = node.bytes_held if node.tiers is None else node.tiers.ram_bytes
-        memory = f"{_size(held)} of {_size(node.ram_bytes)}"
+        memory = f"{in_bytes(held)} of {in_bytes(node.ram_bytes)}"
         computed = f"{node.compute_ns / 1e9:,.1f} s"
         table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
     console.print(table)
@@ -151,18 +152,9 @@ def _show(found: "Status") -> None:
     for node in found.nodes:
         if (tiers := node.tiers) is not None:
             console.print(
-                f"{node.name}: {_size(tiers.disk_bytes)} of experts on disk, {_size(tiers.ram_bytes)} in memory, "
-                f"{_size(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for were in memory, "
-                f"{tiers.foreseen_rate:.0%} thanks to a prefetch"
+                f"{node.name}: {in_bytes(tiers.disk_bytes)} of experts on disk, {in_bytes(tiers.ram_bytes)} in "
+                f"memory, {in_bytes(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for "
+                f"were in memory, {tiers.foreseen_rate:.0%} thanks to a prefetch"
             )
     if found.cache_margin:
         console.print(f"Cache-aware routing is on, margin {found.cache_margin:g}: it changes the model's answers.")
-
-
-def _size(count: float) -> str:
-    """Bytes for a person."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

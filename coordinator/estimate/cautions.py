@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..sizes import in_bytes
 from .cluster import Cluster, Machine
 from .constants import WIFI_RTT_S
 from .holding import Placed
@@ -14,18 +15,18 @@ def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str
     found = []
     if placed.missing_trunk_bytes:
         found.append(
-            f"The coordinator {cluster.coordinator.name} lacks {_gb(placed.missing_trunk_bytes)} of RAM for the"
+            f"The coordinator {cluster.coordinator.name} lacks {in_bytes(placed.missing_trunk_bytes)} of RAM for the"
             " trunk, its cache and the program."
         )
     if placed.missing_bytes:
         found.append(
-            f"It does not fit: {_gb(placed.missing_bytes)} of {_gb(model.expert_bytes)} of experts have no place; the"
-            " speeds are those of a cluster that has room for them."
+            f"It does not fit: {in_bytes(placed.missing_bytes)} of {in_bytes(model.expert_bytes)} of experts have no"
+            " place; the speeds are those of a cluster that has room for them."
         )
     if placed.read_bytes:
         share = placed.read_bytes / model.expert_bytes
         found.append(
-            f"{_gb(placed.read_bytes)} of experts ({share:.0%}) lie on disks, which are read for each token."
+            f"{in_bytes(placed.read_bytes)} of experts ({share:.0%}) lie on disks, which are read for each token."
         )
     gpus = [machine for machine in cluster.machines if machine.vram is not None]
     if gpus and not model.on_gpu:
@@ -50,7 +51,3 @@ def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str
 
 def _names(machines: Sequence[Machine]) -> str:
     return ", ".join(machine.name for machine in machines)
-
-
-def _gb(nbytes: float) -> str:
-    return f"{nbytes / 1e9:.3g} GB"

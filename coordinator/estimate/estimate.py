@@ -6,7 +6,8 @@ from typing import Any
 
 from moehive.kernels.geometry import Format
 
-from ..types import CoordinatorError
+from ..settings import SettingsError
+from ..sizes import in_bytes
 from .advice import Advice, advise
 from .cautions import warn
 from .cluster import Cluster
@@ -104,11 +105,11 @@ def estimate(
 
     `budget`: bytes that the whole model may have, which a conversion fills (mixture.py) that chooses among `mixed`.
     `format` takes that one, whether it fits or not. Without either, where no format fits into memory, the one of
-    which least lies on disks is answered for, and the smallest where none fits at all. Raises CoordinatorError when
+    which least lies on disks is answered for, and the smallest where none fits at all. Raises SettingsError when
     `format` is none of them.
     """
     if format is not None and format not in models:
-        raise CoordinatorError(f"The model is not to be had in {format}; it is in {', '.join(models)}.")
+        raise SettingsError(f"The model is not to be had in {format}; it is in {', '.join(models)}.")
     placed = {name: hold(model, cluster) for name, model in models.items()}
     sizes = tuple(
         FormatSize(
@@ -130,10 +131,10 @@ def estimate(
     if budget is not None and model.total_bytes > budget:
         warnings.insert(
             0,
-            f"No format keeps within the budget of {budget / 1e9:.4g} GB; the smallest takes "
-            f"{model.total_bytes / 1e9:.4g} GB."
+            f"No format keeps within the budget of {in_bytes(budget)}; the smallest takes "
+            f"{in_bytes(model.total_bytes)}."
             if format is None
-            else f"In {format} the model takes {model.total_bytes / 1e9:.4g} GB, more than the budget.",
+            else f"In {format} the model takes {in_bytes(model.total_bytes)}, more than the budget.",
         )
     return Estimate(
         model,

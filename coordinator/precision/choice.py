@@ -10,6 +10,7 @@ from moehive.kernels.geometry import Format, Manifest
 from moehive.kernels.ops import ExpertOps
 
 from ..models.base import Trunk
+from ..sizes import in_bytes
 from ..types import CoordinatorError
 from .candidates import Progress
 from .forward import Experts, Read
@@ -57,8 +58,8 @@ def choose_formats(
         least += matrices.least_bytes
     if least > budget:
         raise CoordinatorError(
-            f"What may be rounded takes at least {least / 1e9:.2f} GB, and the budget leaves it "
-            f"{max(0, budget) / 1e9:.2f} GB; give a larger budget."
+            f"What may be rounded takes at least {in_bytes(least)}, and the budget leaves it "
+            f"{in_bytes(max(0, budget))}; give a larger budget."
         )
     experts = Experts(manifest, read, ExpertOps(threads), memory)
     run = trunk.trunk if isinstance(trunk, TrunkMatrices) else trunk

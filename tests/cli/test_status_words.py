@@ -50,9 +50,9 @@ def test_it_says_what_is_loaded_and_how_long_that_takes():
     serving = node(name="near", **loading | {"state": "ready"}, load_bytes_per_s=600e6)
     nodes = [serving, node(name="new", **loading, load_bytes_per_s=200e6), node(name="slow", **loading), node()]
     assert list(load_sentences(nodes)) == [
-        "near has loaded 3.00 of 9.00 GB, 600 MB/s, 10 s left.",
-        "new has loaded 3.00 of 9.00 GB, 200 MB/s, 30 s left.",
-        "slow has loaded 3.00 of 9.00 GB.",  # at which rate is not known yet
+        "near has loaded 3.0 GB of 9.0 GB, 600 MB/s, 10 s left.",
+        "new has loaded 3.0 GB of 9.0 GB, 200 MB/s, 30 s left.",
+        "slow has loaded 3.0 GB of 9.0 GB.",  # at which rate is not known yet
     ]
 
 

@@ -278,7 +278,7 @@ def test_a_budget_is_filled_by_two_neighbours(share: float, stored: str, layers:
 
 def test_a_budget_that_no_format_keeps_is_said() -> None:
     found = estimate(in_all_formats(model()), Cluster(0.0, 1e9, (BIG,)), 5 * GB)
-    assert found.model.format == "q2_k" and "keeps within the budget of 5 GB" in found.warnings[0]
+    assert found.model.format == "q2_k" and "keeps within the budget of 5.0 GB" in found.warnings[0]
 
 
 def test_a_clusters_budget_is_what_a_conversion_has(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from moehive.coordinator.checkpoints.opening import ModelSource, open_model
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.convert import Chosen, convert
 from moehive.coordinator.checkpoints.pack.verify import verify
+from moehive.coordinator.settings import SettingsError
 from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.blob import build_blob, decode_tensor, tensor_views
 from moehive.kernels.formats.registry import FORMATS
@@ -183,7 +184,7 @@ def test_formats_that_have_no_encoder_or_no_name_are_refused(
     monkeypatch.setitem(FORMATS, "iq4_xs", _ReadOnly())
     with pytest.raises(CoordinatorError, match="can't be turned into iq4_xs here"):
         convert(source, tmp_path / "pack", "iq4_xs", workers=1)
-    with pytest.raises(CoordinatorError, match="Unknown format 'q9'"):
+    with pytest.raises(SettingsError, match="Unknown format 'q9'"):
         convert(source, tmp_path / "pack", "q9", workers=1)
     assert not (tmp_path / "pack").exists()
 

@@ -9,7 +9,7 @@ from moehive.kernels.blob import empty_blob
 from moehive.kernels.formats.registry import FORMATS
 from moehive.kernels.geometry import BLOCKS, ExpertSpec, Format, GeometryError, TensorPlace, tensor_bytes
 
-from ...types import CoordinatorError
+from ...settings import SettingsError
 
 _ROWS = 128  # a multiple of what any format lays side by side: 16 rows, or 128 that share FP8's scales
 _WIDENED_BYTES = 4 << 20  # of f32 numbers at once
@@ -21,18 +21,18 @@ def respecified(spec: ExpertSpec, format: Format) -> ExpertSpec:
 
 
 def check_format(name: str) -> Format:
-    """`name` as a format. Raises CoordinatorError, with those that are known."""
+    """`name` as a format. Raises SettingsError, with those that are known."""
     for known in get_args(Format):
         if known == name:
             return known  # type: ignore[no-any-return]
-    raise CoordinatorError(f"Unknown format {name[:40]!r}; known are keep, {', '.join(get_args(Format))}.")
+    raise SettingsError(f"Unknown format {name[:40]!r}; known are keep, {', '.join(get_args(Format))}.")
 
 
 def check_encodable(format: Format) -> None:
-    """Raises CoordinatorError for a format that weights can only be read in."""
+    """Raises SettingsError for a format that weights can only be read in."""
     if not _encodable(format):
         able = ", ".join(known for known in get_args(Format) if _encodable(known))
-        raise CoordinatorError(
+        raise SettingsError(
             f"Weights can't be turned into {format} here; give a GGUF that has them so, or choose {able}."
         )
 

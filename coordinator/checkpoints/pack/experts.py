@@ -20,6 +20,7 @@ import torch
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError, Manifest
 
+from ...sizes import in_bytes
 from ...types import CoordinatorError
 from ...whole_file import sync_folder
 from ..opening import ModelSource
@@ -46,7 +47,7 @@ def check_space(folder: Path, target: Manifest) -> None:
     left = max(0, target.total_bytes - written)
     if left > free:
         raise CoordinatorError(
-            f"{folder} has {free / 1e9:.1f} GB free, and {left / 1e9:.1f} GB are still to be written; free some"
+            f"{folder} has {in_bytes(free)} free, and {in_bytes(left)} are still to be written; free some"
             " space and run the same command again."
         )
 
