@@ -27,6 +27,10 @@ class SliceMismatch(CoordinatorError):
     """The node asks for the experts of another model."""
 
 
+class ExpertUnreadable(CoordinatorError):
+    """An expert can't be had of the model's files, for example because they are damaged."""
+
+
 class SliceSource:
     """Streams slices of one model, and knows what its experts hash to; use it on one event loop."""
 
@@ -49,7 +53,7 @@ class SliceSource:
         """The experts asked for, in that order, each from its offset on, as serialized SliceChunks.
 
         An expert of which the node has all bytes already is answered by one empty chunk that carries its hash.
-        Raises BoundsError, SliceMismatch, and what reading the checkpoint raises.
+        Raises BoundsError, SliceMismatch, ExpertUnreadable.
         """
         check_slice_request(request)
         wanted = [(expert, want.offset) for expert, want in self.named(request.fingerprint, request.experts)]
@@ -90,8 +94,14 @@ class SliceSource:
         return named
 
     def _read(self, expert: ExpertId, may_compress: bool) -> tuple[memoryview, bytes, bool]:
-        """The blob, its hash, and whether to compress it; in a thread, hashing releases the GIL."""
-        blob = memoryview(self._expert_blob(expert).numpy())  # type: ignore[arg-type]
+        """The blob, its hash, and whether to compress it; in a thread, hashing releases the GIL.
+
+        Raises ExpertUnreadable.
+        """
+        try:
+            blob = memoryview(self._expert_blob(expert).numpy())  # type: ignore[arg-type]
+        except CoordinatorError as error:
+            raise ExpertUnreadable(str(error)) from error
         digest = self._hashes.get(expert) or self._known_hash(expert) or digest_of(blob)
         self._hashes[expert] = digest
         return blob, digest, may_compress and worth_compressing(blob)

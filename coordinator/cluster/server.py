@@ -16,7 +16,7 @@ from moehive.proto.pacing import Pace
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
 
-from ..checkpoints.slices import SliceMismatch, SliceSource
+from ..checkpoints.slices import ExpertUnreadable, SliceMismatch, SliceSource
 from ..types import CoordinatorError
 from .membership import Membership
 from .rates import LoadRates
@@ -38,6 +38,7 @@ STATUSES: dict[type[Exception], grpc.StatusCode] = {
     NameTaken: grpc.StatusCode.ALREADY_EXISTS,
     SessionEnded: grpc.StatusCode.ABORTED,
     SliceMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    ExpertUnreadable: grpc.StatusCode.FAILED_PRECONDITION,  # asking again at once does not mend the files
     CoordinatorError: grpc.StatusCode.UNAVAILABLE,  # after the kinds that are more exact
 }
 

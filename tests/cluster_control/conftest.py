@@ -171,7 +171,13 @@ class Harness:
 
 @asynccontextmanager
 async def run_cluster(
-    folder: Path, *, min_nodes: int = 1, local_bytes: int = 0, manifest: Manifest = MANIFEST, cluster_port: int = 0
+    folder: Path,
+    *,
+    min_nodes: int = 1,
+    local_bytes: int = 0,
+    manifest: Manifest = MANIFEST,
+    cluster_port: int = 0,
+    read: Callable[[ExpertId], torch.Tensor] | None = None,
 ) -> AsyncIterator[Harness]:
     try:
         authority = Authority.create(folder / "ca")
@@ -180,7 +186,7 @@ async def run_cluster(
     store = Store(folder / "coordinator.sqlite")
     states: list[Any] = []
     membership = Membership(store, manifest, min_nodes, local_bytes, states.append, place_unmeasured)
-    slices = SliceSource(manifest, lambda expert: expert_blob(expert, manifest))
+    slices = SliceSource(manifest, read or (lambda expert: expert_blob(expert, manifest)))
     server = ClusterServer(
         authority,
         store,

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moehive.coordinator.checkpoints.slices import SliceSource
+from moehive.coordinator.types import CoordinatorError
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, LayerGeometry, Manifest
 from moehive.proto import cluster_pb2 as pb
@@ -92,6 +93,23 @@ def test_what_is_not_given_out(cluster, wrong, code, sentence):
                 await fetch(node, request)
             assert caught.value.code() == code
             assert sentence in caught.value.details()
+
+    asyncio.run(main())
+
+
+def test_an_expert_that_cannot_be_read_is_not_asked_for_again_at_once(cluster):
+    """The node reports it, so that whoever looks at the coordinator sees why nothing is ready."""
+
+    def damaged(expert):
+        raise CoordinatorError(f"Expert {expert.expert} is damaged.")
+
+    async def main():
+        async with cluster(manifest=LARGE, read=damaged) as harness:
+            node = await harness.join("attic")
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await fetch(node, request_for(LARGE, (1, 2, 0)))
+            assert caught.value.code() == grpc.StatusCode.FAILED_PRECONDITION  # the node's download ends on it
+            assert caught.value.details() == "Expert 2 is damaged."
 
     asyncio.run(main())
 
