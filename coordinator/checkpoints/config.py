@@ -1,5 +1,6 @@
 """A checkpoint's config as transformers' own class."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from moehive.kernels.geometry import MAX_LAYERS
 from ..types import CoordinatorError
 
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")  # of parts that see or hear, too
+# What every number of a model is multiplied with, or divided by.
+_FACTORS = ("rope_theta", "rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "routed_scaling_factor")
 # Families that transformers knows under another name: Kimi K2's code is DeepSeek-V3's.
 _KNOWN_AS = {"kimi_k2": "deepseek_v3"}
 
@@ -24,6 +27,7 @@ def read_config(path: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     if not isinstance(family, str):
         raise CoordinatorError(f"{path / 'config.json'} names no model_type, so it is not a model's config.")
     _check_layers(path, raw)
+    _check_factors(path, raw)
     try:
         if family in _KNOWN_AS:
             same = _KNOWN_AS[family]
@@ -51,6 +55,18 @@ def _check_layers(path: Path, raw: dict[str, Any]) -> None:
                     f"{path / 'config.json'} says {name} = {str(count)[:60]}, but a model may have at most "
                     f"{MAX_LAYERS} layers; download it again."
                 )
+
+
+def _check_factors(path: Path, part: Any) -> None:
+    """Raises CoordinatorError for an infinite or negative factor, which no sentence of the model would survive."""
+    if not isinstance(part, dict):
+        return
+    for name, value in part.items():
+        if name in _FACTORS and isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+            raise CoordinatorError(
+                f"{path / 'config.json'} says {name} = {str(value)[:60]}, which cannot be; download it again."
+            )
+        _check_factors(path, value)
 
 
 def context_length(config: PreTrainedConfig) -> int:

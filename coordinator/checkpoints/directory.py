@@ -44,6 +44,7 @@ def open_directory(path: Path) -> Directory:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
     _check_entries(path)
     _refuse_own_layout(path)
+    _refuse_ggufs(path)
     config_bytes = read_bytes(path / "config.json")
     config = json_object(path / "config.json", config_bytes)
     digest = hashlib.sha256(config_bytes)
@@ -97,6 +98,13 @@ def _refuse_own_layout(path: Path) -> None:
                 raise _own_layout(path, folder)
     except OSError as error:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _refuse_ggufs(path: Path) -> None:
+    """A folder of GGUFs alone may hold several models, so a file is to be named."""
+    ggufs = sorted(path.glob("*.gguf"))
+    if ggufs and not any(path.glob("*.safetensors")):
+        raise CoordinatorError(f"{path} holds GGUF files; name the file of the model, as {ggufs[0]}.")
 
 
 def _own_layout(path: Path, folder: str) -> CoordinatorError:

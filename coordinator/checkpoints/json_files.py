@@ -44,10 +44,17 @@ def read_bytes(path: Path) -> bytes:
         raise CoordinatorError(f"{path} cannot be read: {error.strerror}.") from error
 
 
+def _constant(name: str) -> float:
+    """NaN is nothing that a model could be made with; some configs have Infinity, as no limit."""
+    if name == "NaN":
+        raise ValueError("NaN is no number")
+    return float(name)
+
+
 def json_object(path: Path, data: bytes) -> dict[str, Any]:
     """The object that `data`, the contents of `path`, holds. Raises CoordinatorError."""
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_constant)
     except (ValueError, RecursionError) as error:
         raise CoordinatorError(f"{path} is not valid JSON: {error}; copy it again.") from error
     if not isinstance(value, dict):

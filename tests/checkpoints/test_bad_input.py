@@ -1,6 +1,7 @@
 """Files and directories that are wrong, each refused in one sentence that says what and where."""
 
 import json
+import math
 import os
 import shutil
 import struct
@@ -15,7 +16,8 @@ import pytest
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.checkpoints.directory import open_directory
-from moehive.coordinator.checkpoints.gguf.file import open_gguf
+from moehive.coordinator.checkpoints.gguf.config import Metadata
+from moehive.coordinator.checkpoints.gguf.file import GgufFile, open_gguf
 from moehive.coordinator.checkpoints.gguf.formats import TYPES
 from moehive.coordinator.checkpoints.gguf.other_types import why_not_read
 from moehive.coordinator.checkpoints.pack.manifest import read_manifest
@@ -128,6 +130,37 @@ def test_a_config_with_more_layers_than_any_model(layers: float, copy: Path) -> 
     for changed in ({"num_hidden_layers": layers}, {"vision_config": {"depth": layers}}):
         (copy / "config.json").write_text(json.dumps(config | changed))
         assert "at most 1024 layers" in refusal(lambda: Checkpoint.open(copy))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "routed_scaling_factor"])
+def test_a_config_with_a_factor_that_is_none(name: str, value: float, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    for changed in ({name: value}, {"text_config": {"rope_parameters": {name: value}}}):
+        (copy / "config.json").write_text(json.dumps(config | changed))
+        said = refusal(lambda: Checkpoint.open(copy))
+        assert "config.json" in said and ("NaN is no number" if math.isnan(value) else f"{name} = {value}") in said
+
+
+def test_a_config_with_a_limit_that_is_none(copy: Path) -> None:
+    """As published for some families: {"time_step_limit": [0.0, Infinity]}."""
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"time_step_limit": [0.0, math.inf]}))
+    assert "Infinity" in (copy / "config.json").read_text()
+    assert Checkpoint.open(copy).family == "mixtral"
+
+
+@pytest.mark.parametrize("key", ["rope.freq_base", "attention.layer_norm_rms_epsilon"])
+def test_a_gguf_with_a_factor_that_is_none(key: str, tmp_path: Path) -> None:
+    metadata = {"general.architecture": "llama", f"llama.{key}": math.nan}
+    said = refusal(lambda: Metadata(GgufFile(tmp_path / "x.gguf", metadata, {}, "")).number(key))
+    assert f"llama.{key} = nan, which cannot be" in said
+
+
+def test_a_folder_of_ggufs(tmp_path: Path) -> None:
+    """Which of them is meant, nobody can know."""
+    first, _ = split_gguf(tmp_path)
+    assert refusal(lambda: Checkpoint.open(tmp_path)).endswith(f"name the file of the model, as {first}.")
 
 
 @pytest.mark.parametrize("change", [{"head_dim": 16, "num_attention_heads": 2}, {"vocab_size": 64}])

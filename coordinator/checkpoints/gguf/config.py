@@ -4,6 +4,7 @@ The keys are llama.cpp's (src/llama-arch.cpp), what they mean is what its conver
 `set_gguf_parameters`). What it leaves out is what the architecture's code in llama.cpp assumes (src/models/*.cpp).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,9 @@ class Metadata:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A real number. Raises CoordinatorError."""
+        """A finite number. Raises CoordinatorError."""
         value = self.file.metadata.get(f"{self.architecture}.{key}", default)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self._wrong(key, value)
         return float(value)
 
