@@ -7,7 +7,8 @@
 Files named *.safetensors and *.gguf are large ones, with a SHA-256. `cut_after` ends each reply for such a file after
 so many bytes; `damage` changes a byte in files of that name on the way; `before` is called with a file's name before
 its contents are sent. `asked` has the first byte and the end of all ranges that were asked for; without `ranges` they
-are not known here, and whole files are sent. `sizes` and `hashes` say others of files than they have.
+are not known here, and whole files are sent. `sizes` and `hashes` say others of files than they have. `refused` has
+the status and the error code that the hub answers with when a file of that repository is asked for.
 """
 
 import hashlib
@@ -31,6 +32,7 @@ class HubServer:
         self.ranges = True
         self.sizes: dict[str, int] = {}
         self.hashes: dict[str, str] = {}
+        self.refused: dict[str, tuple[int, str]] = {}
         self.cut_after: int | None = None
         self.damage: str | None = None
         self.before: Callable[[str], object] = lambda name: None
@@ -66,6 +68,9 @@ class HubServer:
             if path.startswith(f"/api/models/{name}"):
                 return self._json(request, self._info(name, files, path))
             if path.startswith(f"/{name}/resolve/"):
+                if name in self.refused:
+                    status, code = self.refused[name]
+                    return self._json(request, {"error": code}, status, {"X-Error-Code": code})
                 file = path.removeprefix(f"/{name}/resolve/").partition("/")[2]
                 if file in files:
                     return self._file(request, file, files[file], body)

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._headers import build_hf_headers
-from huggingface_hub.utils._http import get_session
+from huggingface_hub.utils._http import get_session, hf_raise_for_status
 
 from ..types import CoordinatorError
 from .hub_files import HubFile
@@ -28,7 +29,8 @@ class Unreachable(Exception):
 def fetch_blob(url: str, folder: Path, file: HubFile, progress: Callable[[int], None]) -> None:
     """Downloads `file` from `url` into `folder`/its SHA-256; `progress` is told the bytes that are here.
 
-    Raises Unreachable, CoordinatorError for contents of another hash or size, OSError for the disk.
+    Raises Unreachable, CoordinatorError for contents of another hash or size, OSError for the disk, and the hub's
+    RepositoryNotFoundError when this user may not have the file.
     """
     done = folder / str(file.sha256)
     part = folder / f"{file.sha256}.moehive.part"
@@ -52,12 +54,16 @@ def fetch_blob(url: str, folder: Path, file: HubFile, progress: Callable[[int], 
 
 
 def _fill(url: str, out: BinaryIO, file: HubFile, progress: Callable[[int], None]) -> None:
-    """Appends to `out` until it has all bytes. Raises Unreachable."""
+    """Appends to `out` until it has all bytes. Raises Unreachable, RepositoryNotFoundError."""
     failures = 0
     while (have := os.fstat(out.fileno()).st_size) < file.size:
         try:
             _append(url, out, file.size, progress)
             reason = "the connection ended"
+        except RepositoryNotFoundError:  # gated, or private: asking again does not help
+            raise
+        except HfHubHTTPError as error:  # an OSError, but not of the disk
+            reason = str(error).strip()
         except OSError:
             raise
         except Exception as error:  # httpx's many ways of a broken connection
@@ -82,7 +88,7 @@ def _append(url: str, out: BinaryIO, size: int, progress: Callable[[int], None])
             have = 0
             if reply.status_code == _RANGE_WRONG:
                 return
-        reply.raise_for_status()
+        hf_raise_for_status(reply)
         for piece in reply.iter_bytes():
             if have + len(piece) > size:
                 raise CoordinatorError(f"The hub sends more than the {size} bytes that it says for {url}.")

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils._cache_manager import HFCacheInfo, scan_cache_dir
 
+from ..sizes import in_bytes
 from ..types import CoordinatorError
 from .blob_download import Unreachable, fetch_blob
 from .hub_files import HubFile, chosen_path, needed_files
@@ -33,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?"
 _HUB_ID = re.compile(rf"({_PART}/{_PART})(?::([A-Za-z0-9._-]{{1,64}}))?")
+
+_NOT_ALLOWED = (401, 403)
 
 Progress = Callable[[str, int, int], None]  # a file, bytes of all files that are here now, bytes of all files
 
@@ -140,12 +143,12 @@ def _fetch(name: str, revision: str, blobs: Path, files: list[HubFile], progress
     need, free = sum(file.size for file in missing), shutil.disk_usage(blobs).free
     if need > free:
         raise CoordinatorError(
-            f"{name} needs {need / 1e9:.1f} GB more, but the disk of {blobs} has {free / 1e9:.1f} GB left; make room,"
+            f"{name} needs {in_bytes(need)} more, but the disk of {blobs} has {in_bytes(free)} left; make room,"
             " or set HF_HOME to another disk."
         )
     done = total - need
     for file in missing:
-        log.info("Downloading %s of %s, %.1f GB", file.name, name, file.size / 1e9)
+        log.info("Downloading %s of %s, %s", file.name, name, in_bytes(file.size))
         before = done
 
         def report(got: int, file: HubFile = file, before: int = before) -> None:
@@ -186,7 +189,10 @@ def in_words(model: str) -> Iterator[None]:
             f"{model} is gated on the hub: accept its terms there, then log in with `hf auth login`."
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise CoordinatorError(f"There is neither a directory {model} nor such a model on the hub.") from error
+        raise CoordinatorError(
+            f"There is neither a directory {model} nor such a model on the hub; check the name, or log in with"
+            " `hf auth login` if it is private."
+        ) from error
     except Unreachable as error:
         raise CoordinatorError(
             f"The download of {model} broke off ({error}); run it again, and it goes on."
@@ -196,6 +202,11 @@ def in_words(model: str) -> Iterator[None]:
             f"The hub cannot be reached for {model}; check the network, and run it again."
         ) from error
     except HfHubHTTPError as error:
-        raise CoordinatorError(f"The hub refused {model}: {str(error).splitlines()[0]}") from error
+        advice = "log in with `hf auth login`" if error.response.status_code in _NOT_ALLOWED else "try again later"
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
+        raise CoordinatorError(f"The hub refused {model} ({reason}); {advice}.") from error
     except OSError as error:  # disk full, no permission on the cache
-        raise CoordinatorError(f"{model} cannot be downloaded: {error.strerror or error}.") from error
+        raise CoordinatorError(
+            f"{model} cannot be downloaded: {error.strerror or error}; look at {constants.HF_HUB_CACHE}, or set"
+            " HF_HOME to another disk."
+        ) from error

@@ -59,6 +59,8 @@ def needed_files(model: str, files: list[HubFile], choice: str | None, fetch: Ca
             f"{model} has its weights only as {own}, in their publisher's own layout, which is not read; choose a"
             " repository with config.json and model.safetensors at its top."
         )
+    if choice is not None and weights:
+        raise CoordinatorError(f"{model} holds safetensors and no GGUF models to choose from; write {model}.")
     raise CoordinatorError(f"{model} holds no model in safetensors or GGUF.")
 
 

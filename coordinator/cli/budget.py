@@ -31,7 +31,9 @@ from ..precision.kept_choice import KeptChoice, keep_choice, kept_choice
 from ..precision.text import calibration_text, calibration_texts
 from ..precision.trunk_parts import TrunkMatrices, encode_matrix
 from ..settings import parse_size
+from ..sizes import in_bytes
 from ..trunk import load_trunk
+from ..types import CoordinatorError
 from ..whole_file import remove_halves
 from .progress import stages
 
@@ -82,7 +84,7 @@ class BudgetChooser:
         elif kept.key != key:
             raise another_pack(folder) if (folder / NAME).exists() else another_beginning(folder)
         elif not self.quiet:
-            typer.echo(f"Formats were chosen before, for {kept.budget / 1e9:,.2f} GB.")
+            typer.echo(f"Formats were chosen before, for {in_bytes(kept.budget)}.")
         return self._chosen(kept, folder)
 
     def _key(self) -> bytes:
@@ -95,7 +97,13 @@ class BudgetChooser:
         budget = self.budget
         if budget is None:
             budget = room_for_weights(of_files(self.source), this_machine())
-        texts = asyncio.run(calibration_texts(text_of(self.opened), self.calibration))
+        text = text_of(self.opened)
+        if not text.has_tokenizer:
+            raise CoordinatorError(
+                f"{self.source} has no tokenizer, so no text can be run to choose formats with; add its tokenizer's"
+                " files, or give all experts one --format."
+            )
+        texts = asyncio.run(calibration_texts(text, self.calibration))
         left = budget - of_files(self.source).trunk_bytes
         matrices = trunk_matrices(self.opened, self.threads)
         if matrices is not None:
@@ -121,7 +129,7 @@ class BudgetChooser:
         if not self.quiet:
             counts = Counter(fmt for layer in kept.formats for formats in layer for fmt in formats)
             typer.echo(
-                f"Experts take {choice.precision.nbytes / 1e9:,.2f} GB; expected divergence {kept.damage:.3g} nats a "
+                f"Experts take {in_bytes(choice.precision.nbytes)}; expected divergence {kept.damage:.3g} nats a "
                 f"token, of which the best choice would spare {kept.gap:.2%} at most. Projections: {_named(counts)}."
             )
             if kept.trunk:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .progress import byte_bars
+from .progress import byte_bar
 
 if TYPE_CHECKING:
     from ..checkpoints.hub import HubId
@@ -16,11 +16,6 @@ def download(wanted: "HubId", quiet: bool) -> Path:
     from ..checkpoints.hub import pull
 
     disable_progress_bars()  # the hub's own, one for each file
-    name = wanted.repository
-    with byte_bars(disable=quiet) as bars:
-        bar = bars.add_task(name, total=None)
-
-        def show(file: str, done: int, total: int) -> None:
-            bars.update(bar, description=file or name, completed=done, total=total)
-
-        return pull(wanted, show)
+    with byte_bar(wanted.repository, quiet) as bar:
+        bar(0, None)  # while the hub is asked
+        return pull(wanted, lambda file, done, total: bar(done, total, file))

@@ -1,17 +1,17 @@
 """`moehive convert` and `moehive verify`: a model into a pack, and a pack against its hashes."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..settings import SettingsError
+from ..settings import SettingsError, parse_size
+from ..sizes import in_bytes
 from ..types import CoordinatorError
 from .options import Json
 from .process import prepare
+from .progress import byte_bar
 
 if TYPE_CHECKING:
     from ..checkpoints.pack.convert import Choose, Converted
@@ -71,19 +71,30 @@ def convert(
         raise SettingsError("--calibration is the text that formats are chosen with: it needs --budget.")
     if cluster is not None and budget != "cluster":
         raise SettingsError("--cluster is read for what its machines have room for: it needs '--budget cluster'.")
+    if budget is not None and budget != "cluster":
+        parse_size(budget)
     prepare(verbose=False, hop=False)
     import torch
 
     from moehive.kernels.machine import cores
 
+    from ..checkpoints.hub import hub_id
     from ..checkpoints.opening import open_model
+    from ..checkpoints.pack.convert import KEEP
     from ..checkpoints.pack.convert import convert as run
+    from ..checkpoints.pack.encoding import check_format
     from ..checkpoints.pack.unfinished import CHOICE
     from ..precision.kept_choice import kept_choice
+    from .download import download
 
     torch.set_num_threads(1)  # each worker is one thread
+    if format is not None and format != KEEP:
+        check_format(format)  # before a model is downloaded in vain
+    wanted_id = hub_id(source)
+    if wanted_id is not None:
+        download(wanted_id, quiet=as_json)
     opened = open_model(source)
-    words = "Hashing" if format is None and opened.computed_as_stored else "Converting"
+    hashing = format is None and budget is None and opened.computed_as_stored
     threads = workers or cores()
     wanted: str | Choose | None = format
     if budget is not None:
@@ -92,7 +103,7 @@ def convert(
         wanted = BudgetChooser(
             source, opened, budget_bytes(source, budget, cluster), calibration, threads, quiet=as_json
         )
-    with _progress(words, quiet=as_json) as progress:
+    with byte_bar("Hashing" if hashing else "Converting", quiet=as_json) as progress:
         made = run(opened, pack, wanted, threads, progress)
     if as_json:
         kept = None if budget is None else kept_choice(pack / CHOICE)
@@ -117,7 +128,7 @@ def _converted_row(pack: Path, made: "Converted", kept: "KeptChoice | None") -> 
 
 
 def _show_converted(source: str, pack: Path, made: "Converted") -> None:
-    size = f"{made.experts:,} experts of {made.manifest.name}, {made.expert_bytes / 1e9:,.2f} GB"
+    size = f"{made.experts:,} experts of {made.manifest.name}, {in_bytes(made.expert_bytes)}"
     if made.seconds == 0:
         typer.echo(f"{pack} is whole already: {size}.")
     elif made.in_place:
@@ -128,8 +139,8 @@ def _show_converted(source: str, pack: Path, made: "Converted") -> None:
     else:
         rate = made.expert_bytes * (1 - made.resumed / made.experts) / max(made.seconds, 1e-9)
         typer.echo(
-            f"{size}, and a trunk of {made.trunk_bytes / 1e9:,.2f} GB are in {pack}: {made.seconds:,.1f} s, "
-            f"{rate / 1e6:,.0f} MB/s" + (f", {made.resumed:,} experts were there already." if made.resumed else ".")
+            f"{size}, and a trunk of {in_bytes(made.trunk_bytes)} are in {pack}: {made.seconds:,.1f} s, "
+            f"{in_bytes(rate)}/s" + (f", {made.resumed:,} experts were there already." if made.resumed else ".")
         )
     typer.echo(f"Run it: moehive up --model {pack}")
 
@@ -140,14 +151,14 @@ def verify(pack: Pack, as_json: Json = False) -> None:
 
     from ..checkpoints.pack.verify import verify as run
 
-    with _progress("Verifying", quiet=as_json) as progress:
+    with byte_bar("Verifying", quiet=as_json) as progress:
         found = run(pack, cores(), progress)
     if as_json:
         typer.echo(json.dumps(_verified_row(found)))
     if found.damaged or found.damaged_files:
         raise CoordinatorError(_damage(pack, found))
     if not as_json:
-        typer.echo(f"{pack} is whole: {found.experts:,} experts, {found.nbytes / 1e9:,.2f} GB.")
+        typer.echo(f"{pack} is whole: {found.experts:,} experts, {in_bytes(found.nbytes)}.")
         if not found.trunk_hashed:
             typer.echo(
                 "Its trunk was not read: an earlier version made the pack, without hashes of the trunk. The same "
@@ -176,13 +187,3 @@ def _damage(pack: Path, found: "Verified") -> str:
         else (str(pack), "copy or convert the model again")
     )
     return f"{where} is damaged: {', '.join(parts)}{more}; {then}."
-
-
-@contextmanager
-def _progress(words: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, which is told bytes done and bytes in all."""
-    from .progress import byte_bars
-
-    with byte_bars(disable=quiet) as bar:
-        task = bar.add_task(words, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -42,7 +42,7 @@ def up(
     wanted = hub_id(model)
     if wanted is not None:
         download(wanted, quiet=as_json)  # now, while no node waits for it
-    print(f"Starting {nodes} expert nodes for {model} …", file=sys.stderr)
+    print(f"Starting {_nodes(nodes)} for {model} …", file=sys.stderr)
     base = state_dir / "up" / folder_name(model, nodes)
     with running_cluster(model, base, nodes, port, http_port) as cluster:
         grpc, http = cluster.coordinator.grpc_port, cluster.coordinator.http_port
@@ -57,11 +57,15 @@ def up(
     end_now()
 
 
+def _nodes(count: int) -> str:
+    return "1 expert node" if count == 1 else f"{count} expert nodes"
+
+
 def _greeting(model: str, nodes: int, grpc_port: int, http_port: int) -> str:
     url = f"http://127.0.0.1:{http_port}/v1/chat/completions"
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'
     return (
-        f"{model} is up on {nodes} expert nodes. Ctrl-C ends it.\n"
+        f"{model} is up on {_nodes(nodes)}. Ctrl-C ends it.\n"
         f"  chat     moehive chat --address 127.0.0.1:{grpc_port}\n"
         f"  Python   from moehive.client import Client; "
         f"Client('127.0.0.1:{grpc_port}').generate(prompt='The sky is', max_tokens=24)\n"

@@ -144,6 +144,25 @@ def test_contents_of_another_hash_never_count(files: dict[str, bytes], tmp_path:
         pulled(tmp_path, hub.url)
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [
+        (401, "GatedRepo", "is gated on the hub: accept its terms there, then log in with `hf auth login`."),
+        (403, "GatedRepo", "is gated on the hub: accept its terms there, then log in with `hf auth login`."),
+        (401, "RepoNotFound", "check the name, or log in with `hf auth login` if it is private."),
+        (503, "", "broke off (Server error '503 Service Unavailable' for url"),
+    ],
+)
+def test_weights_that_the_hub_does_not_give(status: int, code: str, said: str, tmp_path: Path) -> None:
+    """It lists the files of a gated model to everybody, and refuses them one by one."""
+    with HubServer({NAME: {"model.gguf": b"x" * 100}}) as hub:
+        hub.refused[NAME] = status, code
+        refused = run(tmp_path, hub.url, "pull", NAME)
+    assert refused.returncode == 1
+    (sentence,) = refused.stderr.splitlines()
+    assert said in sentence and ("run it again" in sentence) == (status == 503)
+
+
 def test_a_hash_that_is_a_path_names_no_file(files: dict[str, bytes], tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -199,6 +218,8 @@ def test_repositories_without_a_model_are_refused(tmp_path: Path) -> None:
         needed_files(NAME, files_of("config.json", "pytorch_model.bin"), None, fetch)
     with pytest.raises(CoordinatorError, match="no model"):
         needed_files(NAME, files_of("README.md"), None, fetch)
+    with pytest.raises(CoordinatorError, match=f"no GGUF models to choose from; write {NAME}"):
+        needed_files(NAME, files_of("config.json", "model.safetensors"), "Q4_K_M", fetch)
     with pytest.raises(CoordinatorError, match="not a file of that directory"):
         index = files_of("config.json", "model.safetensors", "model.safetensors.index.json")
         needed_files(NAME, index, None, fetch)

@@ -56,6 +56,9 @@ def test_help(moehive: Any, command: str) -> None:
         (["node", "--threads", "0"], "--threads must be 1"),
         (["trace"], "either --export FILE.npz or --record FILE.npz"),
         (["convert", "x", "y", "--format", "q8_0", "--budget", "1GB"], "give one of them"),
+        (["convert", "no/such", "y", "--format", "q9_0"], "Unknown format 'q9_0'; known are keep"),  # at once
+        (["convert", "no/such", "y", "--budget", "much"], "'much' is not a size"),
+        (["estimate", "qwen3-30b", "--format", "q9_0"], "is not to be had in q9_0; it is in bf16"),
         (["convert", "x", "y", "--calibration", "t"], "it needs --budget"),
         (["convert", "x", "y", "--budget", "1GB", "--cluster", "c"], "it needs '--budget cluster'"),
     ],
@@ -122,6 +125,13 @@ def test_up_with_what_is_no_model(moehive: Any, tiny_dense: Path, tmp_path: Path
         assert result.code == 1, result
         assert wanted in result.sentence
         assert len(result.sentence.strip().splitlines()) == lines
+
+
+def test_a_budget_without_a_tokenizer(moehive: Any, tiny_moe: Path, tmp_path: Path) -> None:
+    result = moehive("convert", str(tiny_moe), str(tmp_path / "pack"), "--budget", "1GB")
+    assert result.code == 1 and not (tmp_path / "pack").exists()
+    (sentence,) = result.sentence.splitlines()
+    assert f"{tiny_moe} has no tokenizer" in sentence and "--format" in sentence
 
 
 def test_up_on_a_port_in_use(moehive: Any, tiny_moe: Path) -> None:

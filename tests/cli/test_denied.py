@@ -161,4 +161,10 @@ def test_a_disk_that_is_too_small_for_a_model(small_disk: Path, fill: Fill, sent
     fill(small_disk, MIB)
     with HubServer({NAME: {"model.gguf": bytes(2 * MIB)}}) as hub:
         said = sentence("pull", NAME, HF_ENDPOINT=hub.url, HF_HOME=str(small_disk / "hub"))
-    assert "GB left; make room" in said
+    assert "needs 2.1 MB more" in said and "left; make room" in said
+
+
+def test_a_disk_that_is_too_small_for_a_pack(tiny_moe: Path, small_disk: Path, fill: Fill, sentence: Any) -> None:
+    fill(small_disk, 64 << 10)
+    said = sentence("convert", tiny_moe, small_disk / "pack", "--format", "keep")
+    assert "kB free, and 196.6 kB are still to be written" in said

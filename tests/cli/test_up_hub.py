@@ -37,6 +37,17 @@ def test_a_model_of_a_hub_is_downloaded_and_served(hub: Any, up: Any, tiny_moe: 
     assert {name for name, count in hub.sent.items() if count} == held.keys()
 
 
+def test_a_model_of_a_hub_is_downloaded_and_converted(hub: Any, moehive: Any, tiny_moe: Path, tmp_path: Path) -> None:
+    hub.repositories[NAME] = {path.name: path.read_bytes() for path in tiny_moe.iterdir()}
+    with hub:
+        done = moehive("convert", NAME, str(tmp_path / "pack"), "--format", "q8_0")
+        told = moehive("verify", str(tmp_path / "pack"))
+    assert done.code == 0 and told.code == 0, (done, told)
+    download, converting = done.sentence.splitlines()  # how far each is
+    assert download.startswith(NAME) and converting.startswith("Converting")
+    assert "0.00 GB" not in done.stdout + told.stdout and "kB" in done.stdout
+
+
 def test_a_model_that_was_pulled_is_served_without_the_hub(
     hub: Any, moehive: Any, up: Any, tiny_moe: Path, tmp_path: Path
 ) -> None:
