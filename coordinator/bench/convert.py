@@ -21,7 +21,8 @@ from ..checkpoints.opening import open_model
 from ..checkpoints.pack.convert import KEEP, convert
 from ..types import CoordinatorError
 from .decode import peak_bytes
-from .random_model import RandomModel, random_model
+from .random_file import random_file
+from .random_model import RandomModel
 
 _ROUNDS = 3  # copies and conversions; their medians count
 _PIECE = 8 << 20  # bytes copied at once
@@ -45,7 +46,7 @@ def measure_convert(folder: Path, workers: int, model: str | None) -> list[dict[
 
 def _random(folder: Path, format: str) -> Path:
     wanted = RandomModel(geometry="qwen3-30b", format=format, layers=2, experts=64)
-    return random_model(wanted, folder / "models")
+    return random_file(wanted, folder / "models")
 
 
 def measure_one(model: str, format: str, folder: Path, workers: int) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from ..estimate.geometries import VOCABULARY
 from ..estimate.headers import of_files
 from ..types import CoordinatorError
 from .decode import peak_bytes
-from .random_model import RandomModel, random_model
+from .random_file import random_file
+from .random_model import RandomModel
 
 MODEL = RandomModel(geometry="qwen3.5-35b", format="bf16_safetensors", layers=4, experts=16)
 HELD = 128 << 20  # bytes of experts that may be held; the model has 403 MB of them, a layer 101
@@ -34,7 +35,7 @@ _BASE_BYTES = 10**9  # the process without all that is counted in `limit_bytes`
 
 def measure_convert_budget(folder: Path, workers: int) -> list[dict[str, Any]]:
     """One row. `folder` takes the model, which stays, and the pack. Raises CoordinatorError, OSError."""
-    model = random_model(MODEL, folder / "models")
+    model = random_file(MODEL, folder / "models")
     return [measure_one(model, folder, HELD, workers)]
 
 

@@ -20,7 +20,8 @@ from ..dispatch.speed import LinkSpeed
 from ..dispatch.statistics import Pass, RoutingStatistics, passing
 from ..types import NodeName, Plan
 from .decode import DecodeSettings, measure_decode
-from .random_model import RandomModel, random_model
+from .random_file import random_file
+from .random_model import RandomModel
 
 EXPERTS, TOP_K, EXPERT_BYTES = 128, 8, 5_000_000
 LAYERS = 50  # batches that are chosen for, one after the other
@@ -94,7 +95,7 @@ def measure_statistics(state_dir: Path) -> list[dict[str, Any]]:
 
     note = _best_us(step)
     passing.set(None)
-    model = random_model(STEP_MODEL, state_dir / "bench" / "models")
+    model = random_file(STEP_MODEL, state_dir / "bench" / "models")
     row = measure_decode(DecodeSettings(model=model, state_dir=state_dir, nodes=1))
     assert STEP_MODEL.layers is not None
     layer = row.token_ms * 1e3 * (row.experts_share + row.hop_share) / STEP_MODEL.layers

@@ -25,7 +25,8 @@ from ..estimate.step import decode_step, distinct, prefill_rate, shared_s
 from ..estimate.this_machine import step_factor
 from ..types import CoordinatorError
 from .decode import DecodeSettings, Round, measure_decode
-from .random_model import RandomModel, random_model
+from .random_file import random_file
+from .random_model import RandomModel
 
 FORMATS = ("q8_0", "q4_k")
 # Layers and experts of each: all kinds of layers, and files below 1 GB.
@@ -78,7 +79,7 @@ def measure_estimate(
         for format in FORMATS:
             progress(f"{geometry} {format}")
             wanted = RandomModel(geometry=geometry, format=format, layers=layers, experts=experts)
-            path = random_model(wanted, state_dir / "bench" / "models")
+            path = random_file(wanted, state_dir / "bench" / "models")
             shape = GEOMETRIES[geometry]
             model = of_shape(geometry, shape, check_format(format), layers, experts, VOCABULARY)
             rows.append(_row(model, path, state_dir, quick))

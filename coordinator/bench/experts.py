@@ -37,7 +37,7 @@ from moehive.proto.tensors import Routing, write_head, write_routing
 from moehive.proto.wire.windows import Times
 
 from ..estimate.geometries import TensorShape
-from .random_gguf import write_tensor
+from .random_blocks import write_tensor
 from .timing import read_seconds, seconds_of, torch_threads
 
 TOP_K = 8

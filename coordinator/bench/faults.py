@@ -16,7 +16,8 @@ from .faults_nodes import CUT, CUT_FROM, KILLED, LIES, STOPPED, NodeFault, measu
 from .faults_report import FaultsReport
 from .faults_restart import measure_restarts
 from .faults_throttle import measure_throttled
-from .random_model import RandomModel, random_model
+from .random_file import random_file
+from .random_model import RandomModel
 
 GEOMETRY, FORMAT, EXPERTS = "qwen3-30b", "q4_0", 32
 ALL = (KILLED, STOPPED, CUT, CUT_FROM, LIES)
@@ -60,7 +61,7 @@ def measure_faults(quick: bool, told: Callable[[str], None] = lambda line: None)
         folder = Path(name)
         told("writing a model")
         wanted = RandomModel(geometry=GEOMETRY, format=FORMAT, layers=size.layers, experts=EXPERTS)
-        model = random_model(wanted, folder / "models")
+        model = random_file(wanted, folder / "models")
         (folder / "cluster").mkdir()
         uvloop.run(_on_one_cluster(model, folder / "cluster", report, size, told))
         if size.restarts:

@@ -1,25 +1,22 @@
-"""Files with random weights of real models' shapes, for measurements: a GGUF, or a directory of safetensors.
+"""Models with random weights of real models' shapes, for measurements: what their files hold.
 
 Every weight costs what a real one costs, and no number in a forward pass becomes infinite.
 """
 
-import os
-import shutil
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
-from ..estimate.geometries import GEOMETRIES, VOCABULARY, ModelShape, TensorShape
+from ..estimate.geometries import CONTEXT, GEOMETRIES, VOCABULARY, ModelShape, TensorShape
 from ..settings import SettingsError
-from ..types import CoordinatorError
-from .random_gguf import GGUF_FORMATS, write_gguf
-from .random_safetensors import LAYOUTS, write_directory
+from .random_blocks import GGUF_FORMATS
+from .random_layouts import LAYOUTS
 
 FORMATS = (*GGUF_FORMATS, *LAYOUTS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RandomModel:
-    """Which file: a geometry's name, and how much of it. `layers` and `experts` None: as many as the real model."""
+    """Which model: a geometry's name, and how much of it. `layers` and `experts` None: as many as the real model."""
 
     geometry: str
     format: str
@@ -63,23 +60,19 @@ class RandomModel:
             tensors += shape.tensors(shape, layer, self.experts or shape.experts)
         return tensors
 
-
-def random_model(model: RandomModel, folder: Path) -> Path:
-    """The file or directory in `folder`, written now unless it is there. Raises CoordinatorError for a full disk."""
-    path = folder / model.file_name
-    if path.exists():
-        return path
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (write_gguf if model.format in GGUF_FORMATS else write_directory)(model, part)
-        part.rename(path)
-    except OSError as error:
-        raise CoordinatorError(
-            f"{path} can't be written ({error.strerror}); free some space or name another --state-dir."
-        ) from error
-    finally:
-        if part.is_dir():
-            shutil.rmtree(part)
-        part.unlink(missing_ok=True)
-    return path
+    def metadata(self) -> dict[str, Any]:
+        """What the file says of the model, by key, but for its tokenizer and its own name."""
+        shape = self.shape
+        keys: dict[str, Any] = {
+            "block_count": self.layers or shape.layers,
+            "context_length": CONTEXT,
+            "vocab_size": VOCABULARY,
+            "embedding_length": shape.hidden,
+            "feed_forward_length": shape.intermediate,
+            "attention.layer_norm_rms_epsilon": 1e-6,
+            "expert_count": self.experts or shape.experts,
+            "expert_used_count": shape.top_k,
+            "expert_feed_forward_length": shape.intermediate,
+            **shape.keys,
+        }
+        return {"general.architecture": shape.arch} | {f"{shape.arch}.{name}": value for name, value in keys.items()}

@@ -38,7 +38,8 @@ def convert(
     from ..bench.convert import measure_convert
     from ..bench.convert_budget import measure_convert_budget
     from ..bench.convert_kills import measure_kills
-    from ..bench.random_model import RandomModel, random_model
+    from ..bench.random_file import random_file
+    from ..bench.random_model import RandomModel
 
     folder = state_dir / "bench"
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,5 +53,5 @@ def convert(
         wanted = RandomModel(geometry="qwen3.5-35b", format="q4_0", layers=4, experts=32)
         if budget:  # choosing takes a second or two for each expert
             wanted = RandomModel(geometry="qwen3-30b", format="bf16_safetensors", layers=1, experts=8)
-        model = str(random_model(wanted, folder / "models"))
+        model = str(random_file(wanted, folder / "models"))
     show_rows(measure_kills(model, folder, kills, budget), as_json)

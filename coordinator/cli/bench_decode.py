@@ -59,11 +59,12 @@ def decode(
     prepare(verbose=False)
     speed = None if link is None else parse_link(link)
     if model is None:
-        from ..bench.random_model import RandomModel, random_model
+        from ..bench.random_file import random_file
+        from ..bench.random_model import RandomModel
 
         assert geometry is not None
         wanted = RandomModel(geometry=geometry, format=weights, layers=layers, experts=experts)
-        model = random_model(wanted, state_dir / "bench" / "models")
+        model = random_file(wanted, state_dir / "bench" / "models")
     from ..bench.decode import DecodeSettings, measure_decode
 
     row = asdict(

@@ -24,7 +24,8 @@ from pathlib import Path
 from build_llama_cpp import built, default_folder
 
 from moehive.coordinator.bench.ports import free_ports
-from moehive.coordinator.bench.random_model import RandomModel, random_model
+from moehive.coordinator.bench.random_file import random_file
+from moehive.coordinator.bench.random_model import RandomModel
 from moehive.coordinator.bench.slow_link import Cable, SlowLinks
 from moehive.coordinator.cli.bench_decode import parse_link
 from moehive.coordinator.settings import home
@@ -209,7 +210,7 @@ def _arguments() -> argparse.Namespace:
         model = RandomModel(
             geometry=arguments.geometry, format=arguments.format, layers=arguments.layers, experts=arguments.experts
         )
-        arguments.model = random_model(model, home() / "bench" / "models")
+        arguments.model = random_file(model, home() / "bench" / "models")
     return arguments
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from moehive.coordinator.bench import random_gguf as module
-from moehive.coordinator.bench.random_gguf import GGUF_FORMATS
-from moehive.coordinator.bench.random_model import RandomModel, random_model
-from moehive.coordinator.bench.random_safetensors import LAYOUTS
+from moehive.coordinator.bench.random_blocks import GGUF_FORMATS
+from moehive.coordinator.bench.random_file import random_file
+from moehive.coordinator.bench.random_layouts import LAYOUTS
+from moehive.coordinator.bench.random_model import RandomModel
 from moehive.coordinator.checkpoints.opening import open_model
 from moehive.coordinator.estimate.geometries import GEOMETRIES, VOCABULARY, ModelShape
 from moehive.coordinator.models.lean.trunk import LeanTrunk
@@ -37,7 +38,7 @@ def small(monkeypatch):
 @pytest.mark.parametrize("format", GGUF_FORMATS)
 def test_the_gguf_package_reads_every_format(small, tmp_path, format):
     model = RandomModel(geometry="small", format=format, layers=2, experts=5)
-    reader = gguf.GGUFReader(random_model(model, tmp_path))
+    reader = gguf.GGUFReader(random_file(model, tmp_path))
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     assert list(tensors) == [tensor.name for tensor in model.tensors()]
     for wanted in model.tensors():
@@ -61,9 +62,7 @@ def test_the_gguf_package_reads_every_format(small, tmp_path, format):
 
 @pytest.mark.parametrize("format", LAYOUTS)
 def test_directories_are_read_in_the_format_that_they_name(small, tmp_path, format):
-    source = open_model(
-        str(random_model(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path))
-    )
+    source = open_model(str(random_file(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path)))
     (layer,) = source.manifest.layers
     names = {"gptq": "int4_g128", "awq": "int4_g128", "int8": "q8_0", "bf16_safetensors": "bf16"}
     wanted = names.get(format, format)
@@ -82,10 +81,10 @@ def test_directories_are_read_in_the_format_that_they_name(small, tmp_path, form
 
 def test_a_file_that_is_there_is_used_and_the_same_anywhere(small, tmp_path):
     model = RandomModel(geometry="small", format="q4_0", layers=2, experts=4)
-    path = random_model(model, tmp_path / "a")
+    path = random_file(model, tmp_path / "a")
     before = path.stat().st_mtime_ns
-    assert random_model(model, tmp_path / "a") == path and path.stat().st_mtime_ns == before
-    assert random_model(model, tmp_path / "b").read_bytes() == path.read_bytes()
+    assert random_file(model, tmp_path / "a") == path and path.stat().st_mtime_ns == before
+    assert random_file(model, tmp_path / "b").read_bytes() == path.read_bytes()
 
 
 def test_a_write_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
@@ -94,7 +93,7 @@ def test_a_write_that_fails_leaves_nothing(small, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "write_tensor", full)
     with pytest.raises(CoordinatorError, match="No space left"):
-        random_model(RandomModel(geometry="small", format="q4_0", layers=2), tmp_path)
+        random_file(RandomModel(geometry="small", format="q4_0", layers=2), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,7 +6,8 @@ import pytest
 from by_path import load
 
 from moehive.coordinator.bench import random_gguf
-from moehive.coordinator.bench.random_model import RandomModel, random_model
+from moehive.coordinator.bench.random_file import random_file
+from moehive.coordinator.bench.random_model import RandomModel
 from moehive.coordinator.bench.trunk_bytes import read_bytes_a_token, state_bytes
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.checkpoints.opening import open_model
@@ -45,7 +46,7 @@ def test_latent_attention_is_counted_as_it_is_held(
         "feed_forward_length": 256,
     }  # fmt: skip
     monkeypatch.setitem(GEOMETRIES, "small", ModelShape(known.arch, 3, 512, 8, 4, 256, 512, keys, known.tensors))
-    file = random_model(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path)
+    file = random_file(RandomModel(geometry="small", format=format, layers=2, experts=5), tmp_path)
     trunk = load_trunk(open_model(str(file)), 1)
     assert isinstance(trunk, LeanTrunk)
     assert read_bytes_a_token(file) == pytest.approx(held_bytes(trunk), rel=0.02)  # but for norms

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from moehive.coordinator.bench.convert import timed_convert
-from moehive.coordinator.bench.random_model import RandomModel, random_model
+from moehive.coordinator.bench.random_file import random_file
+from moehive.coordinator.bench.random_model import RandomModel
 
 WORKERS = 2
 
@@ -14,7 +15,7 @@ WORKERS = 2
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 experts of 9 MB, 0.6 GB: with Python and torch, that is more than a conversion may hold."""
     wanted = RandomModel(geometry="qwen3-30b", format="bf16", layers=1, experts=64)
-    return random_model(wanted, tmp_path_factory.mktemp("large"))
+    return random_file(wanted, tmp_path_factory.mktemp("large"))
 
 
 @pytest.mark.parametrize("format", ["keep", "q8_0"])
