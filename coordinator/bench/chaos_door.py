@@ -9,11 +9,9 @@ from contextlib import suppress
 PIECE_BYTES = 64 << 10
 CRAWL_SECONDS = 0.15  # each piece is late by so much
 
-Flow = tuple[asyncio.StreamReader, asyncio.StreamWriter, str]
-
 
 class Door:
-    """`open`, then `to_node`, `from_node` (whether they are cut) and `crawling` may be changed at any time."""
+    """After `open`, `set` may be called at any time, until `close`."""
 
     def __init__(self, port: int, target: int) -> None:
         """Listens on `port` of the loopback interface, for the node that listens on `target`."""

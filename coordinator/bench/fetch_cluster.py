@@ -70,7 +70,6 @@ class FetchCluster:
         route: Route,
     ) -> None:  # fmt: skip
         self.source = SliceSource(model.manifest, model.blob)
-        self.pids: list[int] = []
         self._replicas = replicas
         self._route = route
         self._folder = folder
