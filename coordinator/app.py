@@ -13,8 +13,7 @@ import torch
 from moehive.kernels.geometry import ExpertId, LayerGeometry
 from moehive.kernels.ops import Reduction
 
-from .checkpoints.gguf.checkpoint import GgufCheckpoint
-from .checkpoints.opening import ModelSource, open_model, trunk_of
+from .checkpoints.opening import ModelSource, open_model
 from .checkpoints.outline import Outlines
 from .checkpoints.pack.checkpoint import PackCheckpoint
 from .checkpoints.slices import SliceSource
@@ -145,7 +144,7 @@ class Coordinator:
         self.kv_bytes = settings.kv_bytes if trunk.cache_room is None else min(settings.kv_bytes, trunk.cache_room)
         engine = Engine(trunk, self.dispatcher, self.kv_bytes)
         self._cleanup.push_async_callback(engine.shutdown)
-        text = await asyncio.to_thread(text_of, checkpoint)
+        text = Text(*await asyncio.to_thread(checkpoint.tokenizer))
         info = ModelInfo(
             id=manifest.name,
             family=checkpoint.family,
@@ -236,9 +235,3 @@ class Coordinator:
 def _known_hashes(checkpoint: ModelSource) -> Callable[[ExpertId], bytes | None]:
     """A pack knows what its experts hash to; of other models it is computed when they are read."""
     return checkpoint.expert_digest if isinstance(checkpoint, PackCheckpoint) else lambda _: None
-
-
-def text_of(checkpoint: ModelSource) -> Text:
-    """Tokenizer and chat template, from wherever the checkpoint keeps them."""
-    trunk = trunk_of(checkpoint)
-    return Text(*trunk.tokenizer()) if isinstance(trunk, GgufCheckpoint) else Text.load(trunk.path)

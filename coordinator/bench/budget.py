@@ -12,7 +12,6 @@ import torch
 from moehive.kernels.geometry import ExpertId, Format, LayerGeometry, Manifest
 from moehive.kernels.ops import ExpertOps
 
-from ..app import text_of
 from ..checkpoints.opening import ModelSource, open_model
 from ..cli.budget import trunk_matrices
 from ..models.base import Trunk
@@ -83,7 +82,7 @@ def measure_budgets(model: str | None, folder: Path, threads: int, progress: Pro
         rows += _measure(open_model(str(path)), _Sample(*texts(_TRAINED_LIKE)), folder, threads, progress)
     if model is not None:
         source = open_model(model)
-        rows += _measure(source, asyncio.run(_sample(text_of(source))), folder, threads, progress)
+        rows += _measure(source, asyncio.run(_sample(Text(*source.tokenizer()))), folder, threads, progress)
     return rows
 
 
@@ -94,7 +93,7 @@ class _Judge:
         self._trunk = trunk
         self._ops = exact.ops
         self._sample = sample
-        self._text = text_of(source)
+        self._text = Text(*source.tokenizer())
         self._reference = list(log_probabilities(trunk, exact, sample.held_back))
         self.exact_text = self._answer(exact, trunk)
 

@@ -21,10 +21,10 @@ from moehive.kernels.machine import cores
 from moehive.kernels.ops import Reduction
 from moehive.proto.tensors import Routing
 
-from ..app import text_of
 from ..checkpoints.opening import ModelSource, open_model
 from ..dispatch.local import LocalExperts
 from ..models.base import SequenceInput, Trunk
+from ..serving.text import Text
 from ..trunk import load_trunk
 from .trained_like import CONFIGS, save_trained_like, texts
 
@@ -104,7 +104,7 @@ def measure_divergences(
     if model is not None:
         source = open_model(str(model))
         text = (files("moehive.coordinator.precision") / "calibration.txt").read_text(encoding="utf-8")
-        ids = asyncio.run(text_of(source).encode(text[: 16 * tokens]))[:tokens]
+        ids = asyncio.run(Text(*source.tokenizer()).encode(text[: 16 * tokens]))[:tokens]
         found[source.manifest.name] = divergences(source, ids, margins)
     return found
 

@@ -25,12 +25,12 @@ from moehive.proto.tensors import (
     write_head,
 )
 
-from ..app import text_of
 from ..checkpoints.opening import open_model
 from ..dispatch.local import LocalExperts
 from ..dispatch.routing import split
 from ..models.base import SequenceInput
 from ..precision.forward import divergence
+from ..serving.text import Text
 from ..trunk import load_trunk
 
 TOKENS = 256
@@ -89,7 +89,7 @@ async def _measure(model: str) -> Rounding:
     every = [ExpertId(layer, expert) for layer, count in enumerate(counts) for expert in range(count)]
     experts.hold(every, checkpoint.expert_blob)
     text = files("moehive.coordinator.demo").joinpath("calibration.txt").read_text("utf-8")
-    ids = torch.tensor((await text_of(checkpoint).encode(text))[:TOKENS])
+    ids = torch.tensor((await Text(*checkpoint.tokenizer()).encode(text))[:TOKENS])
     logs = []
     for eight_bit in (False, True):
         batch = [SequenceInput(ids, trunk.new_cache(), all_logits=True)]

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -26,6 +26,7 @@ from .quantized.find import ordinary_tensors
 from .quantized.method import method_of
 from .quantized.tensor import AnyTensor, QuantizedTensor
 from .safetensors_file import StoredTensor
+from .tokenizer import load_tokenizer
 from .trunk_tensors import SafetensorsTrunk, misfit
 
 if TYPE_CHECKING:
@@ -175,6 +176,13 @@ class Checkpoint:
                 parts = tensor.parts if isinstance(tensor, QuantizedTensor) else (tensor,)
                 found |= {part.name: part for part in parts}
         return found
+
+    def tokenizer(self) -> tuple[Any, frozenset[int]]:
+        """transformers' tokenizer (None if there is none), and the ids that end a text.
+
+        Raises CoordinatorError when it can't be read.
+        """
+        return load_tokenizer(self.path)
 
     def _parts(self, expert: ExpertId) -> dict[str, torch.Tensor]:
         """The tensors that are not kept in their own bits, by their names in the experts module."""

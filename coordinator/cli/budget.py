@@ -13,7 +13,6 @@ import typer
 
 from moehive.kernels.geometry import ExpertId, Format
 
-from ..app import text_of
 from ..checkpoints.checkpoint import Checkpoint
 from ..checkpoints.opening import ModelSource, trunk_of
 from ..checkpoints.pack.convert import Chosen
@@ -30,6 +29,7 @@ from ..precision.inputs import KeptInputs
 from ..precision.kept_choice import KeptChoice, keep_choice, kept_choice
 from ..precision.text import calibration_text, calibration_texts
 from ..precision.trunk_parts import TrunkMatrices, encode_matrix
+from ..serving.text import Text
 from ..settings import parse_size
 from ..sizes import in_bytes
 from ..trunk import load_trunk
@@ -97,7 +97,7 @@ class BudgetChooser:
         budget = self.budget
         if budget is None:
             budget = room_for_weights(of_files(self.source), this_machine())
-        text = text_of(self.opened)
+        text = Text(*self.opened.tokenizer())
         if not text.has_tokenizer:
             raise CoordinatorError(
                 f"{self.source} has no tokenizer, so no text can be run to choose formats with; add its tokenizer's"

@@ -1,61 +1,21 @@
-"""Tokenizer and chat template of a checkpoint, as transformers reads them; a checkpoint may have neither."""
+"""Text to tokens and back, and messages through a chat template; a model may have neither."""
 
 import asyncio
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ..types import CoordinatorError, InvalidRequest
+from ..types import InvalidRequest
 
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "tekken.json", "*.tiktoken")
 INLINE_CHARACTERS = 16 << 10  # a longer text is tokenized on a worker, so that running generations go on
-
-
-def end_tokens(directory: Path) -> frozenset[int]:
-    """The ids that end a text: generation_config.json's, else config.json's (for the text part, if it has one)."""
-    config = _json(directory / "config.json")
-    for source in (_json(directory / "generation_config.json"), config, config.get("text_config") or {}):
-        ids = source.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
-    return frozenset()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise CoordinatorError(f"{path} can't be read: {error}; get the checkpoint again.") from error
-    return values if isinstance(values, dict) else {}
 
 
 class Text:
     """Text ↔ tokens of one model."""
 
     def __init__(self, tokenizer: Any, stop_tokens: frozenset[int]) -> None:
-        """`tokenizer`: a transformers tokenizer, or None when the checkpoint has none: then only ids work."""
+        """As a checkpoint's `tokenizer()` gives them. `tokenizer`: transformers', or None: then only ids work."""
         self._tokenizer = tokenizer
         self.stop_tokens = stop_tokens
-
-    @classmethod
-    def load(cls, directory: Path) -> "Text":
-        """Of the checkpoint in `directory`. Raises CoordinatorError when its tokenizer can't be read."""
-        stop_tokens = end_tokens(directory)
-        if not any(found for pattern in TOKENIZER_FILES for found in directory.glob(pattern)):
-            return cls(None, stop_tokens)
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
-        except Exception as error:  # transformers raises whatever a broken file leads it to
-            raise CoordinatorError(
-                f"The tokenizer in {directory} can't be read ({type(error).__name__}: {error}); get the checkpoint "
-                "again, or remove the tokenizer's files to serve token ids only."
-            ) from error
-        return cls(tokenizer, stop_tokens)
 
     @property
     def has_tokenizer(self) -> bool:

@@ -1,4 +1,4 @@
-"""Tokenizer, chat template and end-of-text ids as a checkpoint's directory has them."""
+"""Text and messages to tokens and back, with the tokenizer and chat template of a checkpoint's directory."""
 
 import asyncio
 import json
@@ -8,31 +8,19 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from moehive.coordinator.serving.text import INLINE_CHARACTERS, Text, end_tokens
-from moehive.coordinator.types import CoordinatorError, InvalidRequest
+from moehive.coordinator.checkpoints.tokenizer import load_tokenizer
+from moehive.coordinator.serving.text import INLINE_CHARACTERS, Text
+from moehive.coordinator.types import InvalidRequest
 
 
 def write(path: Path, **values: Any) -> None:
     path.write_text(json.dumps(values))
 
 
-def test_end_tokens(tmp_path: Path) -> None:
-    assert end_tokens(tmp_path) == frozenset()
-    write(tmp_path / "config.json", text_config={"eos_token_id": 7})
-    assert end_tokens(tmp_path) == {7}
-    write(tmp_path / "config.json", eos_token_id=5, text_config={"eos_token_id": 7})
-    assert end_tokens(tmp_path) == {5}
-    write(tmp_path / "generation_config.json", eos_token_id=[1, 2])
-    assert end_tokens(tmp_path) == {1, 2}
-    (tmp_path / "generation_config.json").write_text("{")
-    with pytest.raises(CoordinatorError, match=r"generation_config\.json can't be read"):
-        end_tokens(tmp_path)
-
-
 def test_a_checkpoint_with_a_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokenizer.save_pretrained(tmp_path)
     write(tmp_path / "config.json", model_type="mixtral", eos_token_id=2)
-    text = Text.load(tmp_path)
+    text = Text(*load_tokenizer(tmp_path))
     assert text.has_tokenizer and text.stop_tokens == {2}
     written = "The capital of France. " * (INLINE_CHARACTERS // 10)  # on a worker
     assert text.decode(asyncio.run(text.encode(written))) == written
@@ -62,7 +50,7 @@ def test_a_template_can_not_reach_the_machine(tokenizer: PreTrainedTokenizerFast
 
 def test_without_tokenizer_or_template(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     write(tmp_path / "config.json", model_type="mixtral")
-    bare = Text.load(tmp_path)
+    bare = Text(*load_tokenizer(tmp_path))
     assert not bare.has_tokenizer and bare.decode([1, 2]) == "" and bare.show(1) == ""
     with pytest.raises(InvalidRequest, match="send token ids"):
         asyncio.run(bare.encode("x"))
@@ -70,10 +58,3 @@ def test_without_tokenizer_or_template(tmp_path: Path, tokenizer: PreTrainedToke
     with pytest.raises(InvalidRequest, match="no chat template") as caught:
         asyncio.run(no_template.encode_chat([{"role": "user", "content": "x"}]))
     assert caught.value.parameter == "messages"
-
-
-def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:
-    write(tmp_path / "config.json", model_type="mixtral")
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": {"ty')
-    with pytest.raises(CoordinatorError, match=r"can't be read .* remove the tokenizer's files"):
-        Text.load(tmp_path)

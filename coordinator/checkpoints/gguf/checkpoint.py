@@ -114,7 +114,7 @@ class GgufCheckpoint:
         return [tensor for name, tensor in self._file.tensors.items() if "_exps." not in name]
 
     def tokenizer(self) -> tuple[Any, frozenset[int]]:
-        """transformers' tokenizer of the file (None if it has none), and the tokens that end a text."""
+        """See Checkpoint.tokenizer."""
         return load_tokenizer(self._file)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -128,6 +128,10 @@ class PackCheckpoint:
         """See Checkpoint.trunk_tensors."""
         tensors = self.trunk.trunk_tensors()
         return Replaced(tensors, self.matrices, WeightMemory()) if self.pack.matrices else tensors
+
+    def tokenizer(self) -> tuple[Any, frozenset[int]]:
+        """See Checkpoint.tokenizer."""
+        return self.trunk.tokenizer()
 
 
 def is_pack(path: Path) -> bool:
