@@ -7,6 +7,7 @@ import asyncio
 import logging
 import struct
 from collections.abc import Sequence
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -15,7 +16,6 @@ import hpack
 from . import frames, status
 from .frames import FIRST_WINDOW, LARGEST_FRAME, LARGEST_WINDOW, PREFACE, ErrorCode, FrameError, frame
 from .keepalive import Keepalive
-from .owner import Owner
 from .reader import MAX_HEADER_BYTES, FrameReader
 from .sender import Sender
 from .serving import Serving
@@ -26,6 +26,19 @@ from .transport import Transport
 from .windows import Inlet
 
 log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """Who answers the calls of a connection."""
+
+    def made(self, connection: "Connection") -> None:
+        """The connection is open; the owner may close it."""
+
+    def called(self, connection: "Connection", stream: Stream) -> None:
+        """A call has begun; `stream.fields` are the caller's headers."""
+
+    def gone(self, connection: "Connection") -> None:
+        """The connection is over."""
 
 
 class Connection:

@@ -4,7 +4,7 @@ They are read when the event loop says so, or when native code that waits for on
 """
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from ..native import library
 from .keepalive import Keepalive
@@ -13,14 +13,26 @@ from .sender import Sender
 from .stream import Stream
 from .windows import Inlet, Served, Taker
 
-if TYPE_CHECKING:
-    from .connection import Connection
+
+class UsualWay(Protocol):
+    """The connection, which goes on with what is not taken."""
+
+    streams: dict[int, Stream]  # that are not over
+
+    def count(self, length: int) -> None:
+        """So many bytes of data came."""
+
+    def read(self) -> None:
+        """Reads what has come."""
+
+    def read_on(self, start: int, filled: int, read_at: int) -> None:
+        """So many bytes, read at that time, are in the reader's buffer; those up to `start` are done with."""
 
 
 class Serving:
     """Of one connection. Whatever is not taken goes the connection's usual way, in the order in which it came."""
 
-    def __init__(self, connection: "Connection", reader: FrameReader, sender: Sender, keepalive: Keepalive) -> None:
+    def __init__(self, connection: UsualWay, reader: FrameReader, sender: Sender, keepalive: Keepalive) -> None:
         self._connection = connection
         self._streams = connection.streams
         self._count = connection.count

@@ -5,7 +5,7 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from time import perf_counter_ns
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import grpc
 import grpc.aio
@@ -15,14 +15,75 @@ from .frames import ErrorCode, FrameError
 from .messages import PREFIX_BYTES, Assembler, Buffer
 from .windows import Inlet, Outlet, Taker, Times, Windows
 
-if TYPE_CHECKING:
-    from .connection import Connection
+
+class StreamSender(Protocol):
+    """What a stream needs of its connection's sender."""
+
+    first_window: int  # of a new stream
+    paused: bool  # the transport has more than it wants
+
+    def send(self, stream: "Stream", message: Sequence[Buffer]) -> None:
+        """See Stream.send."""
+
+    def outlet(self, stream: "Stream") -> Outlet:
+        """See Stream.outlet."""
+        ...
+
+    def sent_natively(self, stream: "Stream", where: int, size: int, taken: int) -> None:
+        """See Stream.sent_natively."""
+
+    async def progress(self) -> None:
+        """Returns when something more could be sent, or the connection is over."""
+
+
+class StreamServing(Protocol):
+    """What a stream needs of who takes messages natively on its connection."""
+
+    def take(self, stream: "Stream", taker: Taker) -> None:
+        """See Stream.take_natively."""
+
+    def settle(self) -> None:
+        """See Stream.settle."""
+
+    def go_on(self) -> None:
+        """See Stream.go_on."""
+
+
+class StreamConnection(Protocol):
+    """What a stream needs of its connection."""
+
+    max_bytes: int  # of a message
+    window_bytes: int  # that a stream may bring before they are read
+    read_at: int  # nanoseconds, `perf_counter_ns`: when the reading of the latest bytes began
+
+    @property
+    def sender(self) -> StreamSender:
+        """Sends what the streams send."""
+        ...
+
+    @property
+    def serving(self) -> StreamServing:
+        """Takes messages natively."""
+        ...
+
+    def inlet(self) -> Inlet:
+        """See Stream.inlet."""
+        ...
+
+    def end(self, stream: "Stream", trailers: Sequence[tuple[str, str]] | None) -> None:
+        """See Stream.end."""
+
+    def drop(self, stream: "Stream", code: ErrorCode) -> None:
+        """Ends a stream at once."""
+
+    def credit(self, stream: "Stream", length: int) -> None:
+        """So many bytes of a stream were read."""
 
 
 class Stream:
     """What a caller and who answers it have in common. Use it on the connection's event loop."""
 
-    def __init__(self, connection: "Connection", number: int) -> None:
+    def __init__(self, connection: StreamConnection, number: int) -> None:
         self.number = number
         self.windows = Windows(number, connection.sender.first_window, connection.window_bytes, connection.max_bytes)
         self.windows_at = ctypes.addressof(self.windows)
