@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,6 +149,7 @@ class Import(NamedTuple):
     target: str
     ours: bool
     relative: bool
+    lazy: bool  # inside a function
 
     def __str__(self) -> str:
         return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.target}"
@@ -163,22 +165,34 @@ def part_of(path: list[str]) -> str:
     return ".".join(path[:2]) if path[0] == "coordinator" else path[0]
 
 
+def module_name(file: Path) -> str:
+    return ".".join(module_path(file)).removesuffix(".__init__")
+
+
+def statements(node: ast.AST, lazy: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """All nodes below, with whether they lie inside a function."""
+    for child in ast.iter_child_nodes(node):
+        yield child, lazy
+        yield from statements(child, lazy or isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
+
+
 def imports_of(file: Path) -> Iterator[Import]:
     package = module_path(file)[:-1]
-    for node in ast.walk(ast.parse(file.read_text(), str(file))):
+    for node, lazy in statements(ast.parse(file.read_text(), str(file))):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.name.removeprefix("moehive.")
-                yield Import(file, node.lineno, name, name != alias.name, False)
+                yield Import(file, node.lineno, name, name != alias.name, False, lazy)
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 if node.level:
                     base = package[: len(package) - node.level + 1]
                     inner = node.module.split(".") if node.module else []
-                    yield Import(file, node.lineno, ".".join([*base, *inner, alias.name]), True, True)
+                    yield Import(file, node.lineno, ".".join([*base, *inner, alias.name]), True, True, lazy)
                 else:
                     name = f"{node.module}.{alias.name}"
-                    yield Import(file, node.lineno, name.removeprefix("moehive."), name.startswith("moehive."), False)
+                    ours = name.startswith("moehive.")
+                    yield Import(file, node.lineno, name.removeprefix("moehive."), ours, False, lazy)
 
 
 def sources(*folders: str) -> list[Path]:
@@ -208,6 +222,23 @@ def test_each_part_imports_only_what_the_table_allows() -> None:
         if found.ours and not any(under(found.target, name) for name in allowed):
             wrong.append(f"{found}; {part} may import: {', '.join(allowed)}")
     assert not wrong, "Against MAY_IMPORT (move the code, or a parameter, rather than the rule):\n" + "\n".join(wrong)
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    # Those for type checkers alone count, too: who reads one file of a circle has to read them all.
+    imported: dict[str, set[str]] = {module_name(file): set() for file in sources(*FOLDERS)}
+    for found in ALL:
+        target = found.target
+        while target and target not in imported:  # it names something in a module
+            target = target.rpartition(".")[0]
+        if found.ours and not found.lazy and target:
+            imported[module_name(found.file)].add(target)
+    assert {"proto.wire.stream", "proto.wire.frames"} <= imported["proto.wire.connection"]
+    try:
+        TopologicalSorter(imported).prepare()
+    except CycleError as error:
+        circle = " imports ".join(reversed(error.args[1]))
+        raise AssertionError(f"Move what both need to a file of its own: {circle}") from None
 
 
 def test_native_code_includes_only_what_the_table_allows() -> None:
