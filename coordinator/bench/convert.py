@@ -20,7 +20,7 @@ import torch
 from ..checkpoints.opening import open_model
 from ..checkpoints.pack.convert import KEEP, convert
 from ..types import CoordinatorError
-from .decode import peak_bytes
+from .process_memory import peak_bytes
 from .random_file import random_file
 from .random_model import RandomModel
 

@@ -22,7 +22,7 @@ from ..cli.budget import BudgetChooser
 from ..estimate.geometries import VOCABULARY
 from ..estimate.headers import of_files
 from ..types import CoordinatorError
-from .decode import peak_bytes
+from .process_memory import peak_bytes
 from .random_file import random_file
 from .random_model import RandomModel
 

@@ -29,13 +29,13 @@ from ..local_cluster import LocalCluster, folder_name, own_folder
 from ..models.base import ExpertBackend, take_back_of
 from ..types import CoordinatorError, GenerationRequest, NodeName, SamplingParams
 from .ports import free_ports
+from .process_memory import node_peak_limit_bytes, peak_bytes
 from .slow_link import Cable, LinkSpeed, SlowLinks
 from .timing import read_seconds
 from .trunk_bytes import read_bytes_a_token, state_bytes
 
 MAX_SEQUENCES = 64
 _READ_BYTES = 256 << 20  # of plain memory; far more than caches hold
-_RSS_SHARE, _RSS_BASE = 1.05, 200 * 10**6  # what a node's peak may be: its slice, and Python with its libraries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +195,7 @@ async def _measure_cluster(
         limit_share=rate / limit,
         node_slice_bytes=slices[largest],
         node_peak_bytes=peak_bytes(cluster.node_pids[largest]),
-        node_peak_limit_bytes=int(_RSS_SHARE * slices[largest]) + _RSS_BASE,
+        node_peak_limit_bytes=node_peak_limit_bytes(slices[largest]),
     )
 
 
@@ -272,12 +272,6 @@ def _doors(settings: DecodeSettings, stack: ExitStack) -> list[tuple[int, int]] 
     ports = free_ports(settings.nodes)
     cables = [Cable("coordinator", f"node-{n}", port) for n, port in enumerate(ports, 1)]
     return list(zip(ports, stack.enter_context(SlowLinks(cables, settings.link)).ports, strict=True))
-
-
-def peak_bytes(pid: int) -> int:
-    """A process's largest resident size so far."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 @dataclass(slots=True)

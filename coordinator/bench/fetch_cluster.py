@@ -26,12 +26,11 @@ from ..cluster.store import Store
 from ..cluster.tokens import create_token
 from ..cluster.trust import Authority
 from ..types import CoordinatorError, NodeName, Plan
-from .decode import peak_bytes
+from .process_memory import node_peak_limit_bytes, peak_bytes
 
 SPEC = ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format="bf16")  # Qwen3-30B's, 9.4 MB
 _BUFFER_BYTES = 64 << 20
 _DEADLINE = 600.0  # seconds for any one load
-_RSS_SHARE, _RSS_BASE = 1.05, 200 * 10**6  # what a node's peak may be: its slice, and Python with its libraries
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +127,8 @@ class FetchCluster:
 
     def peak(self) -> dict[str, int]:
         """The first node's largest resident size, and the bound for its slice."""
-        limit = int(_RSS_SHARE * self._model.nbytes) + _RSS_BASE
-        return {"node_peak_bytes": peak_bytes(self._processes[0].pid), "node_peak_limit_bytes": limit}
+        peak, limit = peak_bytes(self._processes[0].pid), node_peak_limit_bytes(self._model.nbytes)
+        return {"node_peak_bytes": peak, "node_peak_limit_bytes": limit}
 
     async def end_nodes(self) -> None:
         """Ends them at once, as a power cut would."""

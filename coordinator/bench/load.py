@@ -5,6 +5,7 @@ is read, layer by layer, and dropped, as when it is sent to nodes.
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,10 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..types import CoordinatorError
+from .process_memory import peak_bytes
 
-OVERHEAD = (
-    600 * 10**6
-)  # bytes allowed beside the trunk and two layers of experts: Python, torch, transformers, buffers
+# Bytes allowed beside the trunk and two layers of experts: Python, torch, transformers, buffers.
+OVERHEAD = 600 * 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +73,10 @@ def _load(model: Path) -> LoadReport:
         trunk_bytes=checkpoint.trunk_bytes,
         expert_bytes=manifest.total_bytes,
         largest_layer_bytes=max(layer.experts * layer.spec.nbytes for layer in manifest.layers),
-        peak_rss_bytes=_peak_rss(),
+        peak_rss_bytes=peak_bytes(os.getpid()),
         trunk_seconds=loaded - start,
         experts_seconds=done - loaded,
     )
-
-
-def _peak_rss() -> int:
-    """This program's largest resident size, bytes. Not getrusage's: that counts the parent's before exec, too."""
-    status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def main() -> None:

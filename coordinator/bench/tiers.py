@@ -34,9 +34,8 @@ from .tiers_trace import Trace, policy_hit_rates, routing_trace
 SPEC = ExpertSpec(hidden_size=4096, intermediate_size=1024, activation="silu", format="q4_0")
 EXPERTS, TOP_K = 64, 8
 ROUNDS = 2  # as many as ways take turns, so that each of the two is measured on each token
-PROCESS_BYTES = (
-    448 << 20
-)  # of the node's process itself: Python, torch, reading buffers; its libraries are page cache
+# Of the node's process itself: Python, torch, reading buffers; its libraries are page cache.
+PROCESS_BYTES = 448 << 20
 MARGINS = (0.1, 0.3)
 KL_TOKENS = 128
 LEARNED_TOKENS = 1024  # of the trace that counts of transitions learn from and are judged on
