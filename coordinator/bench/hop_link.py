@@ -1,8 +1,8 @@
 """The hop over links that the kernel makes, whose cost in processor time is next to none: for rows that bytes bound.
 
 A process in a network namespace of its own, with nodes and a coordinator's side beside those of hop.py, each on a
-host of its own. Argument: JSON with `queue` (kernel_link.py), `networks` (by link kind its delay in seconds and bits
-a second), `nodes` (how many), `layers` as bench_node.py takes them, and `folder` of certificates. Each line of stdin
+host of its own. Argument: JSON with `queue` (kernel_link.py), `networks` (by link its delay in seconds and bits a
+second), `nodes` (how many), `layers` as bench_node.py takes them, and `folder` of certificates. Each line of stdin
 is a measurement as hop_client.py takes it; it ends when its stdin does.
 """
 

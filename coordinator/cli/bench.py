@@ -69,7 +69,8 @@ def hop(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..bench.hop import measure_hop, summary
+    from ..bench.hop import measure_hop
+    from ..bench.hop_case import summary
     from ..demo.build import is_built
 
     demo = state_dir / "demo" / "smollm2-135m-moe"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moehive.coordinator.bench import experts, hop, trunk
+from moehive.coordinator.bench import experts, hop, hop_case, trunk
 from moehive.coordinator.cli.main import app
 from moehive.coordinator.estimate.geometries import GEOMETRIES
 from moehive.kernels.geometry import ExpertSpec, Format
@@ -62,8 +62,8 @@ def test_the_shapes_are_those_that_are_named() -> None:
 
 
 def test_hop_has_its_rows_and_its_summary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hop, "PAYLOADS", (4096, 64 << 10))
-    monkeypatch.setattr(hop, "CHUNK_BYTES", 128 << 10)
+    monkeypatch.setattr(hop_case, "PAYLOADS", (4096, 64 << 10))
+    monkeypatch.setattr(hop_case, "CHUNK_BYTES", 128 << 10)
     monkeypatch.setattr(hop, "MOST_EXCHANGES", 5)
     found = json.loads(printed("hop", "--quick", "--json"))
     rows = found["rows"]
