@@ -8,12 +8,12 @@ machine's read bandwidth is measured beside each request, in the same minute.
 import asyncio
 import statistics
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
 
 import torch
 
@@ -26,11 +26,11 @@ from ..app import Coordinator
 from ..engine.engine import Engine
 from ..engine.sequence import Finished
 from ..local_cluster import LocalCluster, folder_name, own_folder
-from ..models.base import ExpertBackend, take_back_of
 from ..types import CoordinatorError, GenerationRequest, NodeName, SamplingParams
 from .ports import free_ports
 from .process_memory import node_peak_limit_bytes, peak_bytes
 from .slow_link import Cable, LinkSpeed, SlowLinks
+from .timed_backend import TimedBackend
 from .timing import read_seconds
 from .trunk_bytes import read_bytes_a_token, state_bytes
 
@@ -142,36 +142,41 @@ async def _measure_cluster(
     settings: DecodeSettings, cluster: LocalCluster, beside: Callable[[Round | None], None]
 ) -> DecodeRow:
     coordinator = cluster.coordinator
-    manifest = coordinator.manifest
-    backend = _Measured(coordinator.dispatcher, settings.sequences)
+    backend = TimedBackend(coordinator.dispatcher, settings.sequences)
     engine = Engine(coordinator.trunk, backend, coordinator.kv_bytes)
+    run = partial(_round, settings, engine, backend, coordinator)
     memory = torch.ones(_READ_BYTES, dtype=torch.uint8)
-    await _round(settings, engine, backend, coordinator, 0)  # pages, pools and connections are warm after it
+    await run(0)  # pages, pools and connections are warm after it
     rounds = []
     beside(None)
     for number in range(1, settings.rounds + 1):
-        done = await _round(settings, engine, backend, coordinator, number)
+        done = await run(number)
         beside(done)
         done.bandwidth = len(memory) / read_seconds(memory, cores())
         rounds.append(done)
     if settings.timeline is not None:
         with timeline.recording() as recorder:
-            await _round(settings, engine, backend, coordinator, settings.rounds + 1)
+            await run(settings.rounds + 1)
         recorder.write(settings.timeline)
     await engine.shutdown()
+    return _row(settings, cluster, rounds)
 
+
+def _row(settings: DecodeSettings, cluster: LocalCluster, rounds: Sequence[Round]) -> DecodeRow:
+    """The figures of the rounds, and the memory of the node that holds most; the cluster is still there."""
+    coordinator = cluster.coordinator
     first, token, submit, waiting, experts, split, bandwidth = (
         statistics.median(getattr(one, name) for one in rounds)
         for name in ("first", "token", "submit", "waiting", "experts", "split", "bandwidth")
     )
     rate = settings.sequences / token
-    expert_bytes = sum(layer.top_k * layer.expert_bytes for layer in manifest.layers)
+    expert_bytes = sum(layer.top_k * layer.expert_bytes for layer in coordinator.manifest.layers)
     trunk_bytes = read_bytes_a_token(settings.model) + state_bytes(coordinator.trunk)
     limit = bandwidth / (expert_bytes + trunk_bytes)
     slices = {name: _slice_bytes(coordinator, NodeName(name)) for name in cluster.node_pids}
     largest = max(slices, key=lambda name: slices[name])
     return DecodeRow(
-        model=manifest.name,
+        model=coordinator.manifest.name,
         nodes=settings.nodes,
         threads_per_node=settings.threads_per_node,
         link="loopback" if settings.link is None else str(settings.link),
@@ -200,7 +205,7 @@ async def _measure_cluster(
 
 
 async def _round(
-    settings: DecodeSettings, engine: Engine, backend: "_Measured", coordinator: Coordinator, number: int
+    settings: DecodeSettings, engine: Engine, backend: TimedBackend, coordinator: Coordinator, number: int
 ) -> Round:
     """Generations at once; their prompts are the same whenever `number` is.
 
@@ -272,58 +277,3 @@ def _doors(settings: DecodeSettings, stack: ExitStack) -> list[tuple[int, int]] 
     ports = free_ports(settings.nodes)
     cables = [Cable("coordinator", f"node-{n}", port) for n, port in enumerate(ports, 1)]
     return list(zip(ports, stack.enter_context(SlowLinks(cables, settings.link)).ports, strict=True))
-
-
-@dataclass(slots=True)
-class _Measured:
-    """An ExpertBackend that takes the time of another: of sending, and of waiting."""
-
-    backend: ExpertBackend
-    sequences: int
-    submitting: float = field(default=0.0)  # seconds
-    waiting: float = field(default=0.0)  # seconds in which no pass did anything
-    idle_since: float | None = field(default=None)
-    layers: int = field(default=0)
-    halves: int = field(default=0)  # layers of fewer tokens than there are sequences
-
-    def clear(self) -> None:
-        self.submitting = self.waiting = 0.0
-        self.layers = self.halves = 0
-
-    @property
-    def split(self) -> float:
-        """The share of the layers that not all sequences went through together."""
-        return self.halves / max(1, self.layers)
-
-    def submit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> Awaitable[torch.Tensor]:
-        """See ExpertBackend.submit."""
-        start = perf_counter()
-        answer = self.backend.submit(layer, hidden, ids, weights)
-        self.submitting += perf_counter() - start
-        self.layers += 1
-        self.halves += len(hidden) < self.sequences
-        return _Answer(self, answer)
-
-    def take_back(self, total: torch.Tensor) -> None:
-        """See models.base.take_back_of."""
-        if (take_back := take_back_of(self.backend)) is not None:
-            take_back(total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What is awaited."""
-
-    measured: _Measured
-    answer: Awaitable[torch.Tensor]
-
-    def __await__(self) -> Generator[Any, None, torch.Tensor]:
-        measured = self.measured
-        measured.idle_since = perf_counter()
-        total = yield from self.answer.__await__()
-        if measured.idle_since is not None:  # else another pass went on meanwhile
-            measured.waiting += perf_counter() - measured.idle_since
-            measured.idle_since = None
-        return total

@@ -73,20 +73,21 @@ class FetchCluster:
         self._route = route
         self._folder = folder
         self._store = store
-        self.authority = authority
+        self._authority = authority
         self._model = model
         self._nodes = nodes
         self._processes: list[asyncio.subprocess.Process] = []
+        self._join_address = ""  # known once the server is started
         self._assigned_at = 0.0
         self._work = 0.0, 0.0  # seconds of a processor that the last load took of this process, and of the first node
         self._ready_at = asyncio.Future[float]()
-        membership = Membership(store, model.manifest, nodes, 0, self._changed, self._place)
-        self.membership = membership
+        self._membership = Membership(store, model.manifest, nodes, 0, self._changed, self._place)
 
     async def serve(self) -> ClusterServer:
+        """Starts the cluster server; whoever calls stops it."""
         route = self._route
         server = ClusterServer(
-            self.authority, self._store, self.membership, self.source,
+            self._authority, self._store, self._membership, self.source,
             host=route.host, advertise=route.advertise, join_port=route.ports[0], cluster_port=route.ports[1],
         )  # fmt: skip
         await server.start()
@@ -97,17 +98,7 @@ class FetchCluster:
         """Starts the nodes; the seconds from the first assignment to the last report."""
         self._assigned_at, self._ready_at = 0.0, asyncio.Future()
         for number in range(1, self._nodes + 1):
-            state = self._folder / f"node-{number}"
-            token = str(create_token(self._store, self._join_address, self.authority.fingerprint))
-            with (self._folder / f"node-{number}.log").open("ab") as output:
-                self._processes.append(
-                    await asyncio.create_subprocess_exec(
-                        *self._route.prefix, sys.executable, "-m", "moehive.expert_node",
-                        "--token", token, "--name", f"node-{number}", "--listen", "127.0.0.1:0",
-                        "--state-dir", str(state), "--memory", str(self._model.nbytes + (64 << 20)), "--threads", "1",
-                        stderr=output,
-                    )
-                )  # fmt: skip
+            self._processes.append(await self._start_node(f"node-{number}"))
         ended = [asyncio.ensure_future(process.wait()) for process in self._processes]
         try:
             waits: set[asyncio.Future[Any]] = {self._ready_at, *ended}
@@ -119,6 +110,16 @@ class FetchCluster:
             for wait in ended:
                 wait.cancel()
         return self._ready_at.result() - self._assigned_at
+
+    async def _start_node(self, name: str) -> asyncio.subprocess.Process:
+        token = str(create_token(self._store, self._join_address, self._authority.fingerprint))
+        with (self._folder / f"{name}.log").open("ab") as output:
+            return await asyncio.create_subprocess_exec(
+                *self._route.prefix, sys.executable, "-m", "moehive.expert_node",
+                "--token", token, "--name", name, "--listen", "127.0.0.1:0", "--threads", "1",
+                "--state-dir", str(self._folder / name), "--memory", str(self._model.nbytes + (64 << 20)),
+                stderr=output,
+            )  # fmt: skip
 
     def work_s_per_gb(self) -> dict[str, float]:
         """Seconds of a processor that the last load took, for 1 GB."""

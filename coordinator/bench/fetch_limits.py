@@ -48,7 +48,7 @@ def tcp_copy() -> Copy:
                     sending.sendall(data)
                 spent.append(thread_time() - begin)
 
-        go, ready = socket.socketpair()
+        go, ready = socket.socketpair()  # data are sent once the receiver's buffer is there
         with go, ready:
             thread = Thread(target=send)
             thread.start()
