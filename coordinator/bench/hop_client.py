@@ -6,6 +6,7 @@ the one before it in a chain finds it), `tls` (a folder with key.pem, chain.pem 
 many exchanges.
 """
 
+import asyncio
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ async def _run(config: dict[str, Any]) -> None:
 
     dispatchers = HopDispatchers(config)
     print(json.dumps("ready"), flush=True)
-    while line := sys.stdin.readline():  # between measurements nothing needs the loop
+    # The loop goes on meanwhile: nodes end a connection whose other side does not answer their pings.
+    while line := await asyncio.to_thread(sys.stdin.readline):
         print(json.dumps(await dispatchers.measure(json.loads(line))), flush=True)
     os._exit(0)  # streams are still open, and nobody waits for them
 
