@@ -9,7 +9,6 @@ bf16 products of the same shape before them.
 import statistics
 from collections.abc import Callable, Sequence
 from itertools import cycle
-from time import perf_counter
 from typing import get_args
 
 import torch
@@ -21,6 +20,7 @@ from moehive.kernels.gpu.planes import BLOCK_COLUMNS
 from moehive.kernels.ops import Reduction
 
 from .experts import TOP_K, ExpertsRow, Extent, random_expert, torch_products, walk
+from .timing import device_seconds_of
 
 FORMATS: tuple[Format, ...] = tuple(fmt for fmt in get_args(Format) if fmt in BLOCK_COLUMNS)
 GRAPH = "triton, graph"
@@ -65,11 +65,11 @@ def _measure(
     for warm in (products, call, memory.sum):  # compiles, records
         warm()
     calls = max(1, experts // used)
-    torch_seconds = statistics.median(_seconds(products, calls, gpu.device) for _ in range(repeats)) / calls
+    torch_seconds = statistics.median(device_seconds_of(products, calls, gpu.device) for _ in range(repeats)) / calls
     times: tuple[list[float], list[float]] = ([], [])
     for _ in range(repeats):
-        times[0].append(_seconds(call, calls, gpu.device) / calls)
-        times[1].append(_seconds(memory.sum, 1, gpu.device))
+        times[0].append(device_seconds_of(call, calls, gpu.device) / calls)
+        times[1].append(device_seconds_of(memory.sum, 1, gpu.device))
     seconds, read_seconds = (statistics.median(series) for series in times)
     nbytes = used * gpu.nbytes(spec)
     bandwidth, read_bandwidth = nbytes / seconds, memory.nbytes / read_seconds
@@ -86,21 +86,6 @@ def _measure(
         ratio=bandwidth / read_bandwidth,
         torch_seconds=torch_seconds,
     )
-
-
-def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Of `calls` calls, until the device has done them all."""
-    _wait(device)
-    start = perf_counter()
-    for _ in range(calls):
-        call()
-    _wait(device)
-    return perf_counter() - start
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _launches(

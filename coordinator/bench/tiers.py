@@ -113,6 +113,30 @@ def measure_tiers(quick: bool, model: Path | None, folder: Path | None = None) -
     return replace(report, divergence=ways)
 
 
+class _Turns:
+    """What the ways' turns have shown."""
+
+    def __init__(self) -> None:
+        # Those of a set take turns. Cache-aware routing has sets of its own: it changes what is asked for later.
+        self._sets: list[dict[str, tuple[bool, float]]] = [{"no prefetch": (False, 0.0), "prefetch": (True, 0.0)}]
+        self._sets += [{f"prefetch, cache-aware {margin}": (True, margin)} for margin in MARGINS]
+        self.margins = {way: margin for ways in self._sets for way, (_, margin) in ways.items()}
+        self.found: dict[str, list[dict[str, float]]] = {way: [] for way in self.margins}
+        self.disk: dict[str, list[float]] = {"buffered": [], "mmap": []}
+        self.gains: list[float] = []
+
+    def take(self, peer: Peer, first: int, tokens: int, trunk_s: float) -> None:
+        """One round, of `tokens`; `first`: the way that begins. `trunk_s`: the coordinator's part of a layer."""
+        for how, rates in self.disk.items():
+            rates.append(float(peer.ask({"disk": how})))
+        for ways in self._sets:
+            turns = peer.ask({"ways": list(ways.values()), "trunk_s": trunk_s, "tokens": tokens, "first": first})
+            for turn in turns:
+                self.found[list(ways)[turn["way"]]].append(turn)
+            if len(ways) == 2:
+                self.gains += [_gain(*pair) for pair in zip(turns[::2], turns[1::2], strict=False)]
+
+
 def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup | None, trace: Trace) -> TiersReport:
     config = {
         "folder": str(place),
@@ -124,38 +148,24 @@ def _measure(place: Path, layers: int, tokens: int, ram: int, group: MemoryGroup
         "threads": cores(),  # as a node by itself
         "group": None if group is None else str(group.folder),
     }
-    # Those that take turns. Cache-aware routing has runs of its own: it changes which experts are asked for later.
-    sets: list[dict[str, tuple[bool, float]]] = [{"no prefetch": (False, 0.0), "prefetch": (True, 0.0)}]
-    sets += [{f"prefetch, cache-aware {margin}": (True, margin)} for margin in MARGINS]
-    found: dict[str, list[dict[str, float]]] = {way: [] for ways in sets for way in ways}
-    disk: dict[str, list[float]] = {"buffered": [], "mmap": []}
-    gains: list[float] = []
+    turns = _Turns()
     peer = Peer(MODULE, json.dumps(config))
     try:
         alone = float(peer.greeting)
         for first in range(ROUNDS):
-            for how, rates in disk.items():
-                rates.append(float(peer.ask({"disk": how})))
-            for ways in sets:
-                # The coordinator's part of a layer takes as long as the experts': as in bench decode on two cores.
-                question = {"ways": list(ways.values()), "trunk_s": alone / layers, "tokens": tokens, "first": first}
-                turns = peer.ask(question)
-                for turn in turns:
-                    found[list(ways)[turn["way"]]].append(turn)
-                if len(ways) == 2:
-                    gains += [_gain(*pair) for pair in zip(turns[::2], turns[1::2], strict=False)]
+            # The coordinator's part of a layer takes as long as the experts': as in bench decode on two cores.
+            turns.take(peer, first, tokens, alone / layers)
         transitions = peer.ask({"transitions": "chosen.npy"})
     finally:
         peer.end()
-    margins = {way: margin for ways in sets for way, (_, margin) in ways.items()}
-    rows = [_row(way, margins[way], turns, alone, ram, group) for way, turns in found.items()]
+    rows = [_row(way, turns.margins[way], found, alone, ram, group) for way, found in turns.found.items()]
     direct = sum(row.disk_Bps for row in rows) / len(rows)
     return TiersReport(
         rows=rows,
-        prefetch_gain=statistics.median(gains),
+        prefetch_gain=statistics.median(turns.gains),
         recall=trace.recall(),
         reuse=trace.reuse(),
-        disk={"direct": direct, **{way: statistics.median(rates) for way, rates in disk.items()}},
+        disk={"direct": direct, **{how: statistics.median(rates) for how, rates in turns.disk.items()}},
         divergence={},
         transitions=transitions,
         policies=policy_hit_rates(trace, ram // SPEC.nbytes),

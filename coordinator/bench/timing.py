@@ -20,6 +20,17 @@ def seconds_of(work: Callable[[], object], times: int) -> float:
     return time.perf_counter() - start
 
 
+def device_seconds_of(work: Callable[[], object], times: int, device: torch.device) -> float:
+    """How long `times` calls of `work` take together, until `device` has done them all."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    wait()
+    return seconds_of(work, times) + seconds_of(wait, 1)
+
+
 def read_seconds(memory: torch.Tensor, threads: int) -> float:
     """How long a plain read of `memory` takes with `threads` threads, in as many streams as are quicker.
 

@@ -7,7 +7,7 @@ eager layers, on the same GPU, take turns with it; their routed experts add noth
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -21,7 +21,7 @@ from moehive.kernels.trunk_ops import TrunkOps
 from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.lean.gpu.trunk import GpuTrunk
-from .timing import seconds_of
+from .timing import device_seconds_of
 from .trunk import Case, Decode, ModelTensors, TrunkRow, cases, experts_of, random_model
 
 _READ_BYTES = 1 << 30
@@ -50,9 +50,9 @@ def measure(case: Case, device: torch.device, repeats: int, read_bytes: int) -> 
             warm()
         times: list[list[float]] = [[], [], []]
         for _ in range(repeats):
-            times[0].append(_seconds(decode.token, case.tokens, device) / case.tokens)
-            times[1].append(_seconds(eager.token, case.eager_tokens, device) / case.eager_tokens)
-            times[2].append(_seconds(memory.sum, 1, device))
+            times[0].append(device_seconds_of(decode.token, case.tokens, device) / case.tokens)
+            times[1].append(device_seconds_of(eager.token, case.eager_tokens, device) / case.eager_tokens)
+            times[2].append(device_seconds_of(memory.sum, 1, device))
         layer_s, eager_s, read_s = (statistics.median(series) for series in times)
         layer_s /= layers
         nbytes = (tensors.layer_bytes + decode.cache_bytes) // layers
@@ -95,14 +95,3 @@ class _Eager:
 def _nothing(hidden: torch.Tensor, *_: Any) -> torch.Tensor:
     """What routed experts answer."""
     return torch.zeros_like(hidden)
-
-
-def _seconds(call: Callable[[], object], calls: int, device: torch.device) -> float:
-    """Of `calls` calls, until the device has done them all."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    wait()
-    return seconds_of(call, calls) + seconds_of(wait, 1)
