@@ -129,17 +129,20 @@ def _measure(
     products = torch_products(spec, batch, used)
     # At batch 1 the whole set is walked once in each repetition, so that one is long enough to compare with a read.
     calls = max(1, len(experts) // used) if batch == 1 else 1
-    times: tuple[list[float], list[float]] = ([], [])
     products()
     # Torch takes seconds for many tokens.
     torch_seconds = statistics.median(seconds_of(products, 1) for _ in range(repeats if batch < 64 else 3))
     time.sleep(_TORCH_SPINS)
     call()
     slice_bytes = min(len(memory), max(64 << 20, calls * used * spec.nbytes))
-    for _ in range(repeats):
-        times[0].append(seconds_of(call, calls))
-        times[1].append(read_seconds(memory[:slice_bytes], threads))
-    seconds, of_read = (statistics.median(series) for series in times)
+    # One token's calls and reads take turns, many tokens' calls follow each other, as torch's do.
+    turns = repeats if batch == 1 else 1
+    times: list[float] = []
+    reads: list[float] = []
+    for _ in range(turns):
+        times += [seconds_of(call, calls) for _ in range(repeats // turns)]
+        reads += [read_seconds(memory[:slice_bytes], threads) for _ in range(repeats // turns)]
+    seconds, of_read = statistics.median(times), statistics.median(reads)
     nbytes = used * spec.nbytes
     bandwidth, read_bandwidth = nbytes / (seconds / calls), slice_bytes / of_read
     return ExpertsRow(
