@@ -45,7 +45,7 @@ PRODUCTS = {
 }  # fmt: skip
 OTHER_PRODUCTS = 0.95  # of all other formats
 PRODUCTS_PER_BYTE = 2.8  # of q8_0 while a byte is read, with AVX2 (Zen 3): where nobody measured products
-COLUMN_S = 0.11e-6  # for each column of a prompt's token in a layer: norms, attention, recurrence, what is no product
+COLUMN_S = 0.05e-6  # for each column of a prompt's token in a layer: norms, attention, recurrence, what is no product
 CHUNK_TOKENS = 128  # of a prompt that go through the layers together
 
 # Bytes that are not for weights.
