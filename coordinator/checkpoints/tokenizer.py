@@ -33,11 +33,17 @@ def end_tokens(directory: Path) -> frozenset[int]:
 
     Raises CoordinatorError when one of them can't be read.
     """
-    config = _json(directory / "config.json")
-    for source in (_json(directory / "generation_config.json"), config, config.get("text_config") or {}):
-        ids = source.get("eos_token_id")
-        if ids is not None:
-            return frozenset(ids if isinstance(ids, list) else [ids])
+    path = directory / "config.json"
+    config = _json(path)
+    generation = directory / "generation_config.json"
+    for source, where in ((_json(generation), generation), (config, path), (config.get("text_config"), path)):
+        ids = source.get("eos_token_id") if isinstance(source, dict) else None
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        if any(type(one) is not int for one in ids):
+            raise CoordinatorError(f"{where} says eos_token_id = {str(ids)[:60]}, no token's id; download it again.")
+        return frozenset(ids)
     return frozenset()
 
 

@@ -27,6 +27,15 @@ def test_end_tokens(tmp_path: Path) -> None:
         end_tokens(tmp_path)
 
 
+@pytest.mark.parametrize("odd", ({"a": 1}, "2", [2, None], 2.0, True), ids=str)
+def test_odd_end_tokens_are_one_sentence(tmp_path: Path, odd: Any) -> None:
+    write(tmp_path / "config.json", text_config=[7])
+    assert end_tokens(tmp_path) == frozenset()
+    write(tmp_path / "config.json", eos_token_id=odd)
+    with pytest.raises(CoordinatorError, match=r"config\.json says eos_token_id = .*; download it again\."):
+        end_tokens(tmp_path)
+
+
 def test_a_directory_without_a_tokenizer(tmp_path: Path) -> None:
     write(tmp_path / "config.json", model_type="mixtral", eos_token_id=2)
     assert load_tokenizer(tmp_path) == (None, {2})
