@@ -38,7 +38,7 @@ def test_the_size_of_a_pack_in_place_is_its_sources_too(
     ("address", "free", "words"),
     [
         ("127.0.0.1:1", 0, "yes"),  # the trunk that is served makes way
-        ("[::1]:1", -1, "no, the coordinator needs 0.0 MB more memory for the trunk"),
+        ("[::1]:1", -1, "no, the coordinator needs 1 B more memory for the trunk"),
         ("192.0.2.1:1", -1, "yes"),  # what is free there is not known
     ],
 )

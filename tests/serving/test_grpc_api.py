@@ -298,7 +298,7 @@ def test_what_status_says_arrives_and_is_shown(serve: Callable[..., Any]) -> Non
     with_door(served, use)
     words = " ".join(shown[0].split())
     for sentence in (
-        "new has loaded 2.00 of 8.00 GB, 150 MB/s, 40 s left.",
+        "new has loaded 2.0 GB of 8.0 GB, 150 MB/s, 40 s left.",
         f"liar {fault}; they were fetched again from elsewhere.",
         "new: 5 B of experts on disk, 3 B in memory, 7 B on a GPU; 75% of those asked for were in memory, 12% thanks",
         "Cache-aware routing is on, margin 0.3",
