@@ -28,6 +28,7 @@ class NodeFault:
     end: Callable[[FaultCluster, NodeName], Awaitable[None]]
     noticed_as: str = ""  # what the coordinator notices; empty: it is not looked at
     behind_door: bool = False
+    met: Callable[[FaultCluster, NodeName], bool] = lambda made, node: True  # whether it has had its effect
 
 
 async def _nothing(made: FaultCluster, node: NodeName) -> None:
@@ -59,7 +60,12 @@ CUT = NodeFault("cut off, both ways", lambda made, node: made.door.set("to", "fr
 CUT_FROM = NodeFault(
     "cut off, its answers only", lambda made, node: made.door.set("from"), _open_door, behind_door=True
 )
-LIES = NodeFault("answers NaN", lambda made, node: made.lie(node, "nan"), _mend)
+LIES = NodeFault(  # which it does some 50 ms later: a short text may have ended by then
+    "answers NaN",
+    lambda made, node: made.lie(node, "nan"),
+    _mend,
+    met=lambda made, node: made.state(node) == "quarantined",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +111,7 @@ async def _once(made: FaultCluster, fault: NodeFault, node: NodeName) -> _Found:
         watching = asyncio.create_task(made.noticed(node))
         try:
             start = perf_counter()
-            pause = await reader.pause(lambda: fault.begin(made, node))
+            pause = await reader.pause(lambda: fault.begin(made, node), lambda: fault.met(made, node))
             noticed = 0.0
             if fault.noticed_as:
                 noticed = await asyncio.wait_for(watching, CHANGE_SECONDS) - start

@@ -71,11 +71,13 @@ class Reader:
             except TimeoutError:
                 raise CoordinatorError(f"No token came for {NO_TOKEN_SECONDS:.0f} s.") from None
 
-    async def pause(self, fault: Callable[[], None]) -> float:
-        """The longest wait for a token from `fault` until STEPS_AFTER tokens have come, seconds."""
+    async def pause(self, fault: Callable[[], None], met: Callable[[], bool]) -> float:
+        """The longest wait for a token from `fault` until STEPS_AFTER have come since it was `met`, seconds."""
         before = len(self.steps)
         start = perf_counter()
         fault()
+        while not met() and perf_counter() - start < NO_TOKEN_SECONDS:
+            await self.more(1)
         await self.more(STEPS_AFTER)
         return max(min(step.seconds, step.at - start) for step in self.steps[before:])
 
