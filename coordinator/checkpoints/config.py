@@ -57,16 +57,17 @@ def _check_layers(path: Path, raw: dict[str, Any]) -> None:
                 )
 
 
-def _check_factors(path: Path, part: Any) -> None:
+def _check_factors(path: Path, raw: dict[str, Any]) -> None:
     """Raises CoordinatorError for an infinite or negative factor, which no sentence of the model would survive."""
-    if not isinstance(part, dict):
-        return
-    for name, value in part.items():
-        if name in _FACTORS and isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
-            raise CoordinatorError(
-                f"{path / 'config.json'} says {name} = {str(value)[:60]}, which cannot be; download it again."
-            )
-        _check_factors(path, value)
+    parts = [raw]  # as deep as a file likes
+    while parts:
+        for name, value in parts.pop().items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif name in _FACTORS and isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+                raise CoordinatorError(
+                    f"{path / 'config.json'} says {name} = {str(value)[:60]}, which cannot be; download it again."
+                )
 
 
 def context_length(config: PreTrainedConfig) -> int:

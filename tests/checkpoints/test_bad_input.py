@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
+from moehive.coordinator.checkpoints.config import read_config
 from moehive.coordinator.checkpoints.directory import open_directory
 from moehive.coordinator.checkpoints.gguf.config import Metadata
 from moehive.coordinator.checkpoints.gguf.file import GgufFile, open_gguf
@@ -274,3 +275,11 @@ def test_a_safetensors_header_that_lies(copy: Path) -> None:
         raw = json.dumps(header | {name: header[name] | lie}).encode()
         file.write_bytes(len(raw).to_bytes(8, "little") + raw + whole[8 + length :])
         assert refusal(lambda: open_directory(copy)), lie
+
+
+def test_a_factor_is_refused_however_deep_it_lies(tmp_path: Path) -> None:
+    part: dict[str, Any] = {"rope_theta": -1}
+    for _ in range(5_000):  # deeper than Python calls
+        part = {"a": part}
+    with pytest.raises(CoordinatorError, match="rope_theta = -1, which cannot be"):
+        read_config(tmp_path, {"model_type": "mixtral"} | part)
