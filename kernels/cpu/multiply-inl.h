@@ -79,10 +79,11 @@ inline void add_lanes(const Register* of, float* sums) {
 //     neighbouring rows, no prefetch         2048 columns 0.77 / 0.58
 //     neighbouring rows, next rows fetched   2048 columns 1.05 / 0.90, 512 columns 0.58 / 0.56
 //     rows apart, next rows fetched          2048 columns 1.25 / 1.02, 512 columns 1.25 / 1.02
-// With many tokens (`Many`) the rows are neighbours, so that a token's sums are stored as one piece, and whole registers
-// of columns: what deals with a rest would keep the sums in memory. Zen 4, 512 and 2048 columns: 86 and 100 billion
-// products a second apart, 110 and 113 so, of 117 that it can do.
-template <class W, int R, int T, bool Many>
+// For all tokens but the first, which find the rows in the second cache, they are neighbours (`Neighbours`), so that a
+// token's sums are stored as one piece, and have whole registers of columns: what deals with a rest would keep the sums
+// in memory. Zen 4, 512 and 2048 columns: 86 and 100 billion products a second apart, 110 and 113 so, of 117 that it
+// can do.
+template <class W, int R, int T, bool Neighbours>
 inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
   using Stored = typename W::Stored;
   const int64_t columns = p.columns;
@@ -90,7 +91,7 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
   const Stored* w = first + row * columns;
   const Stored* ahead;
   const Stored* const then = token + T < p.tokens ? first : static_cast<const Stored*>(p.next);
-  if constexpr (Many) {
+  if constexpr (Neighbours) {
     ahead = row + 2 * R <= p.rows ? w + R * columns : then;
   } else {
     const int64_t row_ahead = row + kBytesAhead / (columns * static_cast<int64_t>(sizeof(Stored))) + 1;
@@ -107,7 +108,7 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
     for (int r = 0; r < R; ++r) fetch<1>(ahead + r * stride + k);
     add_columns<W, R, T>(w + k, stride, x, k, sums);
   }
-  if (!Many && k < columns) {  // zeros (the number's bits are zeros in every format) stand in for what is behind the row
+  if (!Neighbours && k < columns) {  // zeros, in every format of bits that are zeros, stand in for what is behind the row
     Stored rest[R][W::kColumns] = {};
     for (int r = 0; r < R; ++r) memcpy(rest[r], w + r * stride + k, (columns - k) * sizeof(Stored));
     add_columns<W, R, T>(rest[0], W::kColumns, x, k, sums);
@@ -116,7 +117,7 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
   add_lanes<R * T>(sums[0], all[0]);
   for (int t = 0; t < T; ++t) {
     float* const to = p.out + (token + t) * p.out_stride + row;
-    if constexpr (Many) {
+    if constexpr (Neighbours) {
       memcpy(to, all[t], sizeof all[t]);
     } else {
       for (int r = 0; r < R; ++r) to[r * apart] = all[t][r];
@@ -125,11 +126,12 @@ inline void tile(const Product& p, int64_t row, int64_t apart, int64_t token) {
 }
 
 // All rows with the tokens token .. token + T.
-template <class W, int R, int T, bool Many>
+template <class W, int R, int T, bool Neighbours>
 inline void rows_of(const Product& p, int64_t token) {
   const int64_t tiles = p.rows / R;
-  for (int64_t i = 0; i < tiles; ++i) tile<W, R, T, Many>(p, Many ? i * R : i, Many ? 1 : tiles, token);
-  for (int64_t row = tiles * R; row < p.rows; ++row) tile<W, 1, T, Many>(p, row, p.rows, token);
+  for (int64_t i = 0; i < tiles; ++i)
+    tile<W, R, T, Neighbours>(p, Neighbours ? i * R : i, Neighbours ? 1 : tiles, token);
+  for (int64_t row = tiles * R; row < p.rows; ++row) tile<W, 1, T, Neighbours>(p, row, p.rows, token);
 }
 
 // Tokens outside, rows inside: a tile's vectors stay in the first cache while the rows come from memory (for the
