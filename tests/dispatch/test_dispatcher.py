@@ -2,7 +2,7 @@
 
 import asyncio
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -200,14 +200,20 @@ def test_a_link_is_slow_by_its_best_exchange_and_stays_so_in_between() -> None:
     assert not speed.eight_bit(4096)
 
 
-def test_many_tokens_go_where_pairs_are_computed_quickly_and_few_where_experts_are_read_quickly() -> None:
-    experts, many = 8, 64
-    links = FakeLink("a"), FakeLink("b")
+def routes_over(links: Sequence[FakeLink], experts: int) -> Routes:
+    """Of a plan of one layer, each expert of which all links' nodes hold."""
     names = tuple(link.node for link in links)
     routes = Routes([1 << 20], False, lambda: None)
     routes.follow(Plan(1, ((names,) * experts,)), names)
     for link in links:
         routes.asking.connect(cast(Link, link))
+    return routes
+
+
+def test_many_tokens_go_where_pairs_are_computed_quickly_and_few_where_experts_are_read_quickly() -> None:
+    experts, many = 8, 64
+    links = FakeLink("a"), FakeLink("b")
+    routes = routes_over(links, experts)
 
     def shares(tokens: int) -> list[int]:
         """Experts of each node, of tokens that are all sent to all."""
@@ -228,11 +234,7 @@ def test_many_tokens_go_where_pairs_are_computed_quickly_and_few_where_experts_a
 
 def test_a_node_that_looks_late_at_its_messages_gets_none_for_a_while() -> None:
     links = FakeLink("a"), FakeLink("b")
-    names = tuple(link.node for link in links)
-    routes = Routes([1 << 20], False, lambda: None)
-    routes.follow(Plan(1, ((names,) * EXPERTS,)), names)
-    for link in links:
-        routes.asking.connect(cast(Link, link))
+    routes = routes_over(links, EXPERTS)
     ids = np.arange(6)[None]
 
     def asked() -> set[int]:
