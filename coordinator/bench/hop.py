@@ -50,7 +50,7 @@ class HopProcesses:
     def __init__(self, stack: ExitStack, nodes: int) -> None:
         self._stack, self._nodes = stack, nodes
         self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        layer = {"hidden_size": HIDDEN, "intermediate_size": 1, "activation": "silu", "format": "f32"}
+        layer = {"hidden_size": HIDDEN, "intermediate_size": 32, "activation": "silu", "format": "q8_0"}
         self._layers = [{**layer, "experts": nodes}]
         write_certificates(self._folder, nodes)
         ports = [self._start_node(node) for node in range(nodes)]
