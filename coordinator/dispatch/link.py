@@ -160,8 +160,10 @@ class Link:
         for tokens in PROBES:
             await self.send(*probe(tokens))
 
-    def send(self, pieces: tuple[Buffer, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
-        """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT.
+    def send(
+        self, pieces: tuple[Buffer, ...], nbytes: int, chained: bool = False, later: float = 0.0
+    ) -> "asyncio.Future[Reply]":
+        """Puts one request on the stream, or in line for a place among MAX_IN_FLIGHT, `later` seconds from now.
 
         `pieces` are its bytes but for its id, which is given here; `nbytes` of them are hidden states; `chained`:
         other nodes answer, too. An idle stream takes it before this returns. The future has the reply. It raises
@@ -172,12 +174,15 @@ class Link:
             raise NodeUnavailable(self.node, self._failure or f"Node {self.node} is not connected.")
         number = self.peer.next_id
         self.peer.next_id += ID_STEP
-        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-        self._pending[number] = _Pending(future, monotonic(), nbytes, chained)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Reply] = loop.create_future()
+        self._pending[number] = _Pending(future, monotonic() + later, nbytes, chained)
         self.peer.others = len(self._pending)
         future.add_done_callback(partial(self._settled, number))
-        self._line.append((number, (*pieces, id_piece(number))))
-        self._write()
+        if later:
+            loop.call_later(later, self._put, number, pieces)
+        else:
+            self._put(number, pieces)
         return future
 
     @property
@@ -278,6 +283,12 @@ class Link:
     def _was_sent(self, request_id: int) -> bool:
         """Whether a request of this id was ever on this link, given up since or not."""
         return request_id < self.peer.next_id and request_id % ID_STEP == FIRST_ID
+
+    def _put(self, number: int, pieces: tuple[Buffer, ...]) -> None:
+        """A request is in line."""
+        if self._failure is None:
+            self._line.append((number, (*pieces, id_piece(number))))
+            self._write()
 
     def _write(self) -> None:
         """Puts the requests in line on the stream, as many as it takes."""

@@ -17,6 +17,7 @@ from .. import timeline
 from ..timeline import Trip
 from ..types import LOCAL, NodeName, NodeUnavailable
 from . import watch
+from .card import Card
 from .chain import Chains, NotAnswered
 from .link import Link
 from .local import LocalExperts
@@ -57,6 +58,7 @@ class Star:
         self._chains = chains
         self._watch = watching
         self._on_failed = on_failed
+        self._card = Card()
 
     def ask_chain(self, sent: Sent, shares: dict[int, Share], owner: Owner) -> None:
         """Sends what goes as a chain, and takes it out of `shares`."""
@@ -149,8 +151,9 @@ class Star:
         exact = self._reduction is Reduction.PER_EXPERT or not link.speed.slow
         eight_bit = not exact and link.speed.eight_bit(rows.nbytes)
         head, raw = (sent.states.get(eight_bit) if whole else None) or self._head(sent, rows, eight_bit)
-        sent_at = perf_counter_ns()
-        reply = link.send((head, raw, share.message), len(raw))
+        later = self._card.turn(link.speed, len(raw), asyncio.get_running_loop().time())
+        sent_at = perf_counter_ns() + int(later * 1e9)
+        reply = link.send((head, raw, share.message), len(raw), later=later)
         _show(node, sent, sent_at, reply)
         return link, share, reply
 

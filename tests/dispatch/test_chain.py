@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, cast
 
 import pytest
@@ -68,16 +69,20 @@ class FakeNode:
         self.change: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows
         self.refuses_chains = False
         self.asked: list[int] = []  # of each request from the coordinator: how many nodes were to answer
+        self.later: list[float] = []  # how long each of them was held back, in seconds
         self._nodes = nodes
         self._ops = ExpertOps(1)
 
-    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False, later: float = 0.0
+    ) -> "asyncio.Future[Reply]":
         request = parse_request(b"".join(pieces))
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if request.head.epoch == 0:
             future.set_result(Reply(pb.ComputeReply(), b""))
         else:
             self.asked.append(1 + len(request.head.chain))
+            self.later.append(later)
             future.set_result(self.answer(request))
         return future
 
@@ -154,6 +159,18 @@ def test_a_chain_answers_what_a_star_does_and_who_did_what_is_known(tokens: int)
         pairs = {name: counters.expert_calls for name, counters in chain.dispatcher.counters.items()}
         assert pairs.keys() == set(NAMES) and sum(pairs.values()) == tokens * TOP_K
         assert all(counters.compute_ns for counters in chain.dispatcher.counters.values())
+
+    run(main)
+
+
+def test_large_messages_of_a_star_leave_one_after_the_other() -> None:
+    async def main() -> None:
+        cluster = Cluster(chain=False)
+        await cluster.submit(tokens=2048)
+        held = sorted(later for node in cluster.nodes.values() for later in node.later)
+        assert held[0] == 0.0 and all(late - early > 0.5 for early, late in pairwise(held))  # each takes 1 s
+        await cluster.submit(tokens=64)
+        assert [node.later[-1] for node in cluster.nodes.values()] == [0.0] * 4
 
     run(main)
 

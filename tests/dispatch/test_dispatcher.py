@@ -50,7 +50,9 @@ class FakeLink:
         self.flights: Any = None
         self._ops = ExpertOps(1)
 
-    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False, later: float = 0.0
+    ) -> "asyncio.Future[Reply]":
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         future.set_result(parse_reply(self._answer(b"".join(pieces))))
         return future

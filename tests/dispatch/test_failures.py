@@ -61,7 +61,9 @@ class FakeLink:
         self.answers_probes = True
         self._ops = ExpertOps(1)
 
-    def send(self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False) -> "asyncio.Future[Reply]":
+    def send(
+        self, pieces: tuple[bytes, ...], nbytes: int, chained: bool = False, later: float = 0.0
+    ) -> "asyncio.Future[Reply]":
         whole = parse_request(b"".join(pieces))
         future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
         if whole.head.epoch == 0:

@@ -106,6 +106,27 @@ def test_a_late_answer_to_a_request_that_was_given_up_is_dropped() -> None:
     asyncio.run(main())
 
 
+def test_a_request_that_is_held_back_is_overtaken_and_one_that_is_given_up_is_never_sent() -> None:
+    came: list[int] = []
+
+    async def note(asked: list[pb.ComputeRequest], context: Any) -> None:
+        came.extend(request.step for request in asked)
+        for request in asked:
+            await context.write(pb.ComputeReply(id=request.id))
+
+    async def main() -> None:
+        async with linked(note) as link:
+            given_up, held, at_once = (
+                link.send((pb.ComputeRequest(epoch=1, step=step).SerializeToString(),), 0, later=later)
+                for step, later in ((1, 0.01), (2, 0.02), (3, 0.0))
+            )
+            given_up.cancel()
+            await asyncio.wait_for(asyncio.gather(held, at_once), SECONDS)
+            assert came == [3, 2]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("turns", range(4))  # of the loop, from the channel's being ready
 def test_a_link_that_is_given_up_as_it_opens_stays_given_up(turns: int) -> None:
     async def main() -> None:
