@@ -100,6 +100,11 @@ class Connection:
         """See Told."""
         return self._reader.room()
 
+    @property
+    def missing(self) -> int:
+        """See Told."""
+        return self._reader.missing
+
     def buffer_updated(self, nbytes: int) -> None:
         """See Told."""
         self._keepalive.quiet_ticks = 0

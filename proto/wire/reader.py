@@ -64,7 +64,7 @@ class FrameReader:
         """The address and the bytes of its buffer."""
         self.filled = 0  # bytes that are in the buffer
         self._expected = len(PREFACE) if preface else 0
-        self._data_left = 0  # of the DATA frame that is coming
+        self.missing = 0  # bytes of the DATA frame that is coming
         self._data_stream: Stream | None = None
         self._data_ends = False
         self._direct = False
@@ -75,16 +75,16 @@ class FrameReader:
     @property
     def at_frame(self) -> bool:
         """Whether the buffer begins with a frame, or is empty."""
-        return not (self._expected or self._data_left) and self._headers is None
+        return not (self._expected or self.missing) and self._headers is None
 
     def room(self) -> memoryview:
         """Where the next bytes belong."""
         stream = self._data_stream
-        if self._data_left >= DIRECT_BYTES and self.filled == 0 and stream is not None:
+        if self.missing >= DIRECT_BYTES and self.filled == 0 and stream is not None:
             room = stream.room
             if room is not None and len(room) >= DIRECT_BYTES:
                 self._direct = True
-                return room[: self._data_left]
+                return room[: self.missing]
         self._direct = False
         return self._view[self.filled : self.filled + FIRST_BYTES if self._large else BUFFER_BYTES]
 
@@ -97,11 +97,11 @@ class FrameReader:
             return
         stream = self._data_stream
         assert stream is not None
-        self._data_left -= length
+        self.missing -= length
         self._told.count(length)
         stream.count(length)
         stream.filled(length)
-        if self._data_left == 0:
+        if self.missing == 0:
             self._data_done()
 
     def go_on(self, start: int, filled: int) -> None:
@@ -113,14 +113,14 @@ class FrameReader:
     def _read(self, start: int = 0) -> None:
         while not self.closed:
             rest = self.filled - start
-            if self._data_left:
+            if self.missing:
                 if not rest:
                     break
-                part = self._view[start : start + min(rest, self._data_left)]
+                part = self._view[start : start + min(rest, self.missing)]
                 start += len(part)
-                self._data_left -= len(part)
+                self.missing -= len(part)
                 self._feed(self._data_stream, part, len(part))
-                if self._data_left == 0:
+                if self.missing == 0:
                     self._data_done()
                 continue
             if self._expected:
@@ -173,7 +173,7 @@ class FrameReader:
     def _begin_data(self, stream: Stream | None, length: int, flags: int) -> None:
         if stream is not None and stream.half_closed:
             raise FrameError(ErrorCode.STREAM_CLOSED, "Data came after a stream's end.")
-        self._data_stream, self._data_left = stream, length
+        self._data_stream, self.missing = stream, length
         self._data_ends = bool(flags & frames.END_STREAM)
         if length == 0:
             self._data_done()

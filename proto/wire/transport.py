@@ -25,6 +25,10 @@ SMALL_BYTES = 4 << 10  # copied sooner than written by itself
 LINGER_SECONDS = 10.0  # for what was sent before the end
 MUCH_READ = 64 << 10  # bytes: OpenSSL may have more, of which the system does not know
 READ_AT_ONCE = 4 << 20  # bytes: then other connections have their turn
+# A link brings a large message in pieces of a packet or some, and each would wake the loop. Once it is known how fast
+# they come, it is woken for what comes within so many seconds, at most so many bytes.
+WAKE_SECONDS, WAKE_BYTES, LEAST_WAKE_BYTES = 0.5e-3, 64 << 10, 8 << 10
+RECORD_BYTES = 17 << 10  # of TLS, the largest: so much may have left the system's hands already
 
 
 class HandshakeError(OSError):
@@ -55,6 +59,10 @@ class Told(Protocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         """So many bytes came there."""
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are to come of what has begun to, whatever else comes."""
 
     def pause_writing(self) -> None:
         """Much waits to leave."""
@@ -92,6 +100,8 @@ class Transport:
         self._paused = False
         self._closing = False
         self._linger: asyncio.TimerHandle | None = None
+        self._wakes_at = 1  # bytes that wake the loop
+        self._read_until = 0  # nanoseconds: when a piece of a large message was read that was not the last
         end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def __del__(self) -> None:
@@ -231,6 +241,8 @@ class Transport:
     def read(self) -> None:
         """Reads what has come; the event loop calls it when something has."""
         total = 0
+        if self._wakes_at != 1:
+            self._wake_at(1)
         while not self._closing:
             got = self._told.serve()
             if got is None:
@@ -241,6 +253,7 @@ class Transport:
                     self._told.buffer_updated(got)
                     total += got
                     if got < len(room):
+                        self._wait_for_more(total)
                         return
                     if total > READ_AT_ONCE:
                         self._loop.call_soon(self.read)
@@ -253,6 +266,19 @@ class Transport:
             elif got == END:
                 self._end(None)
             return
+
+    def _wait_for_more(self, got: int) -> None:
+        """So many bytes came at last."""
+        now = perf_counter_ns()
+        soon = int(got * WAKE_SECONDS * 1e9 / max(1, now - self._read_until))
+        self._read_until = now
+        if (wanted := min(soon, WAKE_BYTES, self._told.missing - RECORD_BYTES)) >= LEAST_WAKE_BYTES:
+            self._wake_at(wanted)
+
+    def _wake_at(self, size: int) -> None:
+        """The loop is told of what has come once it is so many bytes, or the end."""
+        self._wakes_at = size
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 
     def _end(self, error: Exception | None) -> None:
         """No bytes come or go any more."""
