@@ -39,7 +39,7 @@ from .one_token import part_speed, tier_speeds
 _DRAWS = 400
 _NUMBER_BYTES = 2 + 4  # of one number of a hidden state, there and back
 _SLOW_BYTES_PER_S = 2e9 / 8  # below it a prompt's travel in 8 bits, with a scale for each 64 (dispatch/cpp/speeds.h)
-_SLOW_NUMBER_BYTES = 2 * (1 + 4 / 64)
+_SLOW_NUMBER_BYTES = 1 + 4 / 64  # one way
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +76,11 @@ def prefill_rate(model: Model, cluster: Cluster, placed: Placed, tokens: int = C
     seconds = _trunk_s(model, cluster) + (tokens - 1) * model.trunk_weights / own + beside
     shared = shared_s(model, cluster) + (tokens - 1) * model.shared_weights_a_layer / own
     asked = [h for h in placed.holdings if h.expert_bytes]
-    number = _SLOW_NUMBER_BYTES if cluster.bandwidth < _SLOW_BYTES_PER_S else _NUMBER_BYTES
-    # The coordinator's one link carries what goes to all nodes.
-    wire = sum(not h.machine.coordinator for h in asked) * tokens * model.hidden * number / cluster.bandwidth
+    remote = sum(not h.machine.coordinator for h in asked)
+    # The coordinator's one link carries what goes to all nodes. A slow one brings answers while others are asked.
+    slow = cluster.bandwidth < _SLOW_BYTES_PER_S
+    number = (remote + 1) * _SLOW_NUMBER_BYTES if slow else remote * _NUMBER_BYTES
+    wire = tokens * model.hidden * number / cluster.bandwidth
     for layer, count in _kinds(model.layers):
         products = max(0, tokens * layer.top_k - layer.experts) * layer.spec.weights
         computing = max(
