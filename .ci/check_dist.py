@@ -17,7 +17,7 @@ def check_wheel(names: list[str]) -> list[str]:
     needed = [f"moehive/{part}/py.typed" for part in PARTS]
     needed += ["moehive/kernels/libmoehive_kernels.so", "moehive/coordinator/placement/libmoehive_planner.so"]
     needed += ["moehive/coordinator/dispatch/libmoehive_dispatch.so", "moehive/coordinator/cli/main.py"]
-    needed += ["moehive/expert_node/tiers/libmoehive_disk.so"]
+    needed += ["moehive/expert_node/tiers/libmoehive_disk.so", "moehive/coordinator/bench/libmoehive_slow_link.so"]
     return wrong + [f"the wheel lacks {name}" for name in needed if name not in names]
 
 

@@ -1,10 +1,6 @@
-"""The hop's measurement: real processes answer over every kind of link, and the made-up network is one."""
+"""The hop's measurement: real processes answer over every kind of link."""
 
-import os
-import socket
-import struct
-import threading
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,54 +8,6 @@ import pytest
 from moehive.coordinator.bench.hop import HopProcesses
 from moehive.coordinator.bench.hop_case import CHUNK_BYTES, LINK, PAYLOADS, SLOWER_LINK, HopCase, HopRow, summary
 from moehive.coordinator.bench.kernel_link import shaper
-from moehive.coordinator.bench.slow_link import Cable, LinkSpeed, SlowLinks
-
-
-def receive(connection: socket.socket, count: int) -> bytes:
-    data = b""
-    while len(data) < count and (piece := connection.recv(1 << 16)):
-        data += piece
-    return data
-
-
-def test_what_passes_a_slow_link_is_unchanged() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    sent = os.urandom(300_000)
-    speed = LinkSpeed(delay_s=0.01, bits_per_s=80e6)
-
-    def echo() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.sendall(receive(connection, len(sent)))
-
-    thread = threading.Thread(target=echo)
-    thread.start()
-    with SlowLinks([Cable("a", "b", listener.getsockname()[1])], speed) as links:
-        with socket.create_connection(("127.0.0.1", links.ports[0])) as connection:
-            connection.settimeout(30)
-            connection.sendall(sent)
-            connection.shutdown(socket.SHUT_WR)
-            assert receive(connection, len(sent)) == sent
-            assert connection.recv(1) == b""  # the other side's end came through too
-    thread.join()
-    listener.close()
-
-
-def test_an_end_that_is_gone_ends_the_other_end_of_a_slow_link() -> None:
-    listener = socket.create_server(("127.0.0.1", 0))
-    with SlowLinks([Cable("a", "b", listener.getsockname()[1])], LinkSpeed(delay_s=0.001, bits_per_s=1e9)) as links:
-        for _ in range(2):  # the second shows that the proxy goes on
-            with socket.create_connection(("127.0.0.1", links.ports[0])) as near:
-                near.settimeout(30)
-                far, _ = listener.accept()
-                near.sendall(b"x")
-                assert far.recv(1) == b"x"
-                far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                far.close()  # with a reset
-                with suppress(ConnectionError):  # what was on its way may end it with a reset
-                    near.sendall(bytes(100_000))
-                    assert near.recv(1) == b""
-    listener.close()
 
 
 @pytest.mark.parametrize("link", ["loopback", str(LINK)])

@@ -1,10 +1,11 @@
 // Loads every native library of a build and calls some of each, through the functions that Python calls: prints a name
 // and a hash of the results' bits for each call, or the results themselves where bits may differ between processors.
 //
-//   native_calls KERNELS.so PROTO.so DISPATCH.so PLANNER.so DISK.so FILE
+//   native_calls KERNELS.so PROTO.so DISPATCH.so PLANNER.so DISK.so SLOW_LINK.so FILE
 //
 // FILE is read by the disk's threads.
 #include <dlfcn.h>
+#include <unistd.h>
 
 #include <cstdio>
 #include <cstdlib>
@@ -223,16 +224,25 @@ void call_disk(void* library, const char* path) {
   show_hash("file", std::vector<char>(read_bytes, read_bytes + bytes));
 }
 
+void call_slow_link(void* library) {
+  auto* run = find<int32_t(const void*, int64_t, int64_t, int64_t, double, int32_t)>(library, "moehive_slow_link_run");
+  int ends[2];
+  require(pipe(ends) == 0 && close(ends[1]) == 0, "a pipe that has ended");
+  std::printf("numbers network %d\n", run(nullptr, 0, 0, 0, 1.0, ends[0]));
+  close(ends[0]);
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
-  require(count == 7, "arguments");
-  void* libraries[5];
-  for (int i = 0; i < 5; ++i) require(libraries[i] = dlopen(arguments[i + 1], RTLD_NOW), arguments[i + 1]);
+  require(count == 8, "arguments");
+  void* libraries[6];
+  for (int i = 0; i < 6; ++i) require(libraries[i] = dlopen(arguments[i + 1], RTLD_NOW), arguments[i + 1]);
   call_kernels(libraries[0]);
   call_rounding(libraries[0]);
   call_proto(libraries[1]);
   call_dispatch(libraries[2]);
   call_planner(libraries[3]);
-  call_disk(libraries[4], arguments[6]);
+  call_disk(libraries[4], arguments[7]);
+  call_slow_link(libraries[5]);
 }
