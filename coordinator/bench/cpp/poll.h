@@ -37,8 +37,8 @@ class Poll {
     return epoll_ctl(epoll_, what, descriptor, &event) == 0;
   }
 
-  // As epoll_wait, but until `due`. It may come back a little before with no event: who then calls again does not sleep.
-  // A sleeping processor is woken some 20 µs late, so the wait ends earlier by what nearly every one has been late.
+  // As epoll_wait, but until `due`. It may come back a little before with no event: who then calls again does not
+  // sleep. A sleeping processor is woken some 20 µs late, so the wait ends earlier by what nearly every one was late.
   int wait(epoll_event* events, int room, int64_t due) {
     if (due == kNever) return epoll_wait(epoll_, events, room, -1);
     const int64_t end = due - early_, left = std::max<int64_t>(end - now(), 0);

@@ -15,9 +15,9 @@
 
 namespace {
 
-// A network does not wait for a processor behind the programs that it serves. With short turns, which Linux grants from
-// 6.12 on, and much weight, which takes a permission, the thread has its turn soon after it wakes, or another processor
-// if that is idle. Real-time priority is as quick but keeps a thread where it was, be the other processor idle or not.
+// A network does not wait for a processor behind the programs that it serves. With much weight, which takes a
+// permission, and short turns, which Linux grants from 6.12 on, the thread has its turn soon after it wakes. Real-time
+// priority would keep it on its processor though another is idle, which takes longer when nobody else wants one.
 void go_first() {
   struct {  // the kernel's sched_attr, for which glibc has no name yet
     uint32_t size = 48, policy = SCHED_OTHER;
