@@ -47,6 +47,7 @@ _MADE_BY: Final[dict[str, tuple[tuple[ModuleType, str], ...]]] = {  # functions 
     "text": ((choosing, "calibrate"),),
     "formats": ((choosing, "measure"),),
     "choice": ((choices, "keep_choice"),),
+    "new journal": ((conversions, "Journal"),),
     "trunk": ((conversions, "write_trunk"), (conversions, "hash_source")),
     "manifest": ((conversions, "write_manifest"),),
 }
@@ -178,7 +179,7 @@ class _Seed:
         expert = self._source.manifest.layers[0].spec.nbytes
         most = {"experts": 2 * expert, "trunk": 4 * expert}.get(self._full, 0)
         leave, writes = int(self._draw.random() * most), self._draw.randrange(1, _COMMITS // 2)
-        places = {"experts": "journal", "journal": "before journal", "new journal": "start"}
+        places = {"experts": "journal", "journal": "before journal"}
         return _Hooks(places.get(self._full, self._full), writes, lambda: fill(self._folder / "ballast", leave))
 
     def _journaled(self) -> int:

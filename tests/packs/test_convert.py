@@ -1,5 +1,6 @@
 """A pack means what its source means, in its format or in another, and says so when it does not any more."""
 
+import errno
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from moehive.coordinator.bench.convert_kills import PLACES
 from moehive.coordinator.bench.small_disk import small_disk
 from moehive.coordinator.checkpoints.gguf.file import open_gguf
 from moehive.coordinator.checkpoints.opening import ModelSource, open_model
+from moehive.coordinator.checkpoints.pack import convert as conversions
 from moehive.coordinator.checkpoints.pack.checkpoint import PackCheckpoint
 from moehive.coordinator.checkpoints.pack.convert import Chosen, convert
 from moehive.coordinator.checkpoints.pack.verify import verify
@@ -204,6 +206,51 @@ def test_a_folder_that_is_something_else_is_left_alone(
         convert(open_model(str(gguf_model)), tmp_path / "pack", "keep", workers=1)
     with pytest.raises(CoordinatorError, match="pack of another model or format"):
         convert(source, tmp_path / "pack", "q8_0", workers=1)
+
+
+def on_disk(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*") if file.is_file())
+
+
+def raise_interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("format", ["keep", "q8_0"])
+@pytest.mark.parametrize("name", ["safetensors_model", "gguf_model"])
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_there(
+    name: str, format: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(str(request.getfixturevalue(name)))
+    convert(source, tmp_path / "whole", format, workers=2)
+    needed = on_disk(tmp_path / "whole")
+    headers = 64 << 10  # and pages of files that are not quite full
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - headers))
+    with pytest.raises(CoordinatorError, match=r"pack takes .* more, and its disk has .* left: free some space, or"):
+        convert(source, tmp_path / "pack", format, workers=2)
+    assert not (tmp_path / "pack").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
+    with monkeypatch.context() as interrupted, pytest.raises(KeyboardInterrupt):
+        interrupted.setattr(conversions, "write_manifest", raise_interrupt)
+        convert(source, tmp_path / "pack", format, workers=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=headers))  # enough for what is left
+    assert convert(source, tmp_path / "pack", format, workers=2).resumed == 18
+
+
+def test_a_full_disk_says_how_much_is_still_to_come(
+    gguf_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = open_model(str(gguf_model))
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conversions, "write_trunk", full)
+    with pytest.raises(CoordinatorError, match=r"free some space \(\d[\d.]* kB are still to come\) and run the same"):
+        convert(source, tmp_path / "pack", "keep", workers=2)
+    monkeypatch.undo()
+    assert convert(source, tmp_path / "pack", "keep", workers=2).resumed == 18
 
 
 _LIMITED = """

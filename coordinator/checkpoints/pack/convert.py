@@ -16,11 +16,12 @@ import torch
 
 from moehive.kernels.geometry import ExpertId, LayerGeometry, Manifest
 
+from ...sizes import in_bytes
 from ...types import CoordinatorError
 from ..opening import ModelSource, trunk_of
 from .checkpoint import PackCheckpoint
 from .encoding import check_encodable, check_format, reencode, respecified
-from .experts import Encode, Files, Progress, Work, check_space, spec_of, write_experts
+from .experts import Encode, Files, Progress, Work, spec_of, write_experts
 from .journal import Journal
 from .manifest import (
     NAME,
@@ -32,6 +33,7 @@ from .manifest import (
 )
 from .matrices import Encode as EncodeMatrix
 from .matrices import TrunkMatrix
+from .room import bytes_left, check_room
 from .source_trunk import hash_source
 from .trunk import hash_trunk, write_trunk
 from .unfinished import another_pack, check_way, finish, is_begun
@@ -102,9 +104,10 @@ def convert(
                 return Converted(done.manifest, wanted.in_place, total, total, wanted.target.total_bytes, 0, 0.0)
             return _convert(wanted, workers, progress, commit_bytes)
     except OSError as error:
+        left = "" if wanted is None or wanted.in_place else f" ({in_bytes(wanted.bytes_left())} are still to come)"
         raise CoordinatorError(
-            f"{folder} can't be written ({error.strerror}); what is finished stays, so free some space, or name "
-            "another directory, and run the same command again."
+            f"{folder} can't be written ({error.strerror}); what is finished stays, so free some space{left} and run "
+            "the same command again, or delete that directory and name one on another disk."
         ) from error
 
 
@@ -121,6 +124,10 @@ class Wanted:
     matrices: tuple[TrunkMatrix, ...]
     encode_matrix: EncodeMatrix | None
 
+    def bytes_left(self) -> int:
+        """Bytes that its folder still takes of the disk; of a copy. Raises OSError."""
+        return bytes_left(self.folder, self.target, trunk_of(self.source), self.matrices)
+
 
 def wanted_pack(source: ModelSource, folder: Path, format: str | Chosen | None) -> Wanted:
     """What `convert` would make. Raises CoordinatorError for a format that can't be made."""
@@ -135,11 +142,11 @@ def wanted_pack(source: ModelSource, folder: Path, format: str | Chosen | None) 
 def _convert(wanted: Wanted, workers: int, progress: Progress, commit_bytes: int) -> Converted:
     source, folder, target, in_place = wanted.source, wanted.folder, wanted.target, wanted.in_place
     started = monotonic()
+    if not in_place:
+        check_room(folder, wanted.bytes_left())  # before anything is in the folder
     with ExitStack() as stack:
         journal = Journal(folder, wanted.identity, target)
         stack.callback(journal.close)
-        if not in_place:
-            check_space(folder, target)
         resumed = len(journal.finished)
         files = None if in_place else Files(folder, target, journal, stack)
         write_experts(Work(source, target, files, journal, commit_bytes, wanted.encode), workers, progress)

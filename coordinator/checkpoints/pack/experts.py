@@ -20,7 +20,6 @@ import torch
 from moehive.kernels.digest import digest_of
 from moehive.kernels.geometry import ExpertId, ExpertSpec, GeometryError, Manifest
 
-from ...sizes import in_bytes
 from ...types import CoordinatorError
 from ...whole_file import sync_folder
 from ..opening import ModelSource
@@ -37,19 +36,6 @@ Encode = Callable[[ExpertId, torch.Tensor], torch.Tensor]  # called in workers
 def spec_of(manifest: Manifest, expert: ExpertId) -> ExpertSpec:
     """How one expert is laid out."""
     return manifest.layers[expert.layer].spec_of(expert.expert)
-
-
-def check_space(folder: Path, target: Manifest) -> None:
-    """Fails at once when the disk can't hold what is left to write."""
-    stat = os.statvfs(folder)
-    free = stat.f_bavail * stat.f_frsize
-    written = sum(file.stat().st_blocks * 512 for file in folder.glob("experts-*.bin"))
-    left = max(0, target.total_bytes - written)
-    if left > free:
-        raise CoordinatorError(
-            f"{folder} has {in_bytes(free)} free, and {in_bytes(left)} are still to be written; free some"
-            " space and run the same command again."
-        )
 
 
 class Files:

@@ -56,15 +56,20 @@ def write_trunk(
                 raise CoordinatorError(f"{file} is too large for a tokenizer's file or a config; move it elsewhere.")
             shutil.copyfile(file, part / file.name)
             _sync(part / file.name)
-        plain = source.trunk_tensors().plain_matrices()
-        others = {plain[one.name] for one in matrices if one.name in plain}
-        stored = {name: tensor for name, tensor in source.trunk_stored().items() if name not in others}
-        _write_safetensors(part / "model.safetensors", stored)
+        _write_safetensors(part / "model.safetensors", _copied(source, matrices))
         if encode is not None:
             own.write_matrices(part / own.NAME, matrices, encode)
     sync_folder(part)
     part.rename(done)
     sync_folder(folder)
+
+
+def trunk_bytes(source: Checkpoint | GgufCheckpoint, matrices: Sequence[own.TrunkMatrix] = ()) -> int:
+    """Bytes of the tensors and files that `write_trunk` writes; the headers of some kilobytes come on top."""
+    if isinstance(source, GgufCheckpoint):
+        return sum(tensor.stored.nbytes for tensor in source.trunk_stored())
+    copied = sum(tensor.nbytes for tensor in _copied(source, matrices).values())
+    return copied + sum(file.stat().st_size for file in files_beside(source.path)) + own.offsets(matrices)[-1]
 
 
 def hash_trunk(folder: Path) -> tuple[TrunkPart, ...]:
@@ -77,6 +82,13 @@ def files_beside(directory: Path) -> list[Path]:
     """Config and tokenizer of a checkpoint's directory."""
     found = {file for pattern in _BESIDE for file in directory.glob(pattern) if file.is_file()}
     return sorted(file for file in found if not file.name.endswith(_WEIGHTS))
+
+
+def _copied(source: Checkpoint, matrices: Sequence[own.TrunkMatrix]) -> dict[str, StoredTensor]:
+    """The stored tensors of the trunk that are not in `matrices`, by name."""
+    plain = source.trunk_tensors().plain_matrices()
+    others = {plain[one.name] for one in matrices if one.name in plain}
+    return {name: tensor for name, tensor in source.trunk_stored().items() if name not in others}
 
 
 def _write_safetensors(path: Path, tensors: dict[str, StoredTensor]) -> None:
