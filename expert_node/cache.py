@@ -16,6 +16,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,15 @@ def _read_into(path: Path, digest: Digest, nbytes: int) -> int:
             digest.update(piece[:count])
             done += count
     return done
+
+
+def _delete(path: Path) -> None:
+    """Whatever lies there, a folder too: the cache is the node's own. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        log.warning("%s is a folder where an expert belongs: deleted.", path)
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def mapped(path: Path, nbytes: int) -> torch.Tensor:
@@ -190,7 +200,7 @@ class DiskCache:
         del self._files[expert]
         self._checked.pop(expert, None)
         with _disk_errors(self._folder):
-            path.unlink(missing_ok=True)
+            _delete(path)
         return None
 
     def part(self, expert: ExpertId, nbytes: int) -> PartFile:
@@ -202,13 +212,20 @@ class DiskCache:
         return PartFile(self._part(expert), nbytes, kept)
 
     def part_bytes(self, expert: ExpertId, nbytes: int) -> int:
-        """How many of an expert's `nbytes` an earlier, cut fetch has left here; always fewer than `nbytes`."""
+        """How many of an expert's `nbytes` an earlier, cut fetch has left here; always fewer than `nbytes`.
+
+        What is no such part is deleted. Raises CacheError.
+        """
         path = self._part(expert)
-        size = path.stat().st_size if path.exists() else 0
-        if size >= nbytes:  # whole but never checked, or of another build
-            path.unlink()
-            return 0
-        return size
+        with _disk_errors(self._folder):
+            try:
+                found = path.lstat()
+            except FileNotFoundError:
+                return 0
+            if stat.S_ISREG(found.st_mode) and found.st_size < nbytes:
+                return found.st_size
+            _delete(path)  # whole but never checked, of another build, or no file
+        return 0
 
     def make_room(self, nbytes: int) -> None:
         """Sees to it that `nbytes` more fit, at the cost of other models' folders. Raises CacheError."""

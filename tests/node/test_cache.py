@@ -94,6 +94,24 @@ def test_a_part_that_is_too_long_starts_anew(tmp_path):
     assert cache.part(E, len(DATA)).offset == 0
 
 
+def lay_folder(path: Path) -> None:
+    (path / "inner").mkdir(parents=True)
+
+
+def lay_link(path: Path) -> None:
+    path.symlink_to(path.parent)
+
+
+@pytest.mark.parametrize("lay", [lay_folder, lay_link, os.mkfifo], ids=["folder", "link", "pipe"])
+@pytest.mark.parametrize("nbytes", [100, len(DATA)])  # less and more than a folder's own size
+def test_what_is_no_file_makes_way_for_a_part(tmp_path, lay, nbytes):
+    cache = DiskCache(tmp_path, "f" * 64)
+    lay(tmp_path / ("f" * 64) / "3-17.part")
+    assert cache.part_bytes(E, nbytes) == 0
+    write(cache, DATA[:nbytes])
+    assert read(cache, nbytes) == DATA[:nbytes]
+
+
 def test_other_models_make_room_the_oldest_first(small_disk):
     for age, name in ((300, "a" * 64), (100, "b" * 64), (200, "c" * 64)):
         DiskCache(small_disk, name)
@@ -157,12 +175,11 @@ def test_an_unreadable_file_is_fetched_again(tmp_path):
     write(cache)
     (file,) = (tmp_path / ("d" * 64)).iterdir()
     file.unlink()
-    file.mkdir()  # a read of it fails
+    lay_folder(file)  # a read of it fails
     assert E in cache and cache.checked(E) is not None
-    with pytest.raises(CacheError):  # neither a file nor removable as one: said, not hidden
-        cache.load(E, len(DATA))
-    file.rmdir()
     assert cache.load(E, len(DATA)) is None and E not in cache
+    write(cache)
+    assert read(cache) == DATA
 
 
 @pytest.mark.parametrize("spare", [cache_module._SPARE_BYTES, -MIB], ids=["before", "in mid-fetch"])
