@@ -101,8 +101,9 @@ def parse_link(text: str) -> "LinkSpeed":
 
 
 def _show(row: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from .tables import console
 
     table = Table("figure", "value")
     for name, value in row.items():
@@ -115,4 +116,4 @@ def _show(row: dict[str, Any]) -> None:
         else:
             shown = f"{value:,.2f}" if isinstance(value, float) else str(value)
         table.add_row(name.replace("_", " "), shown)
-    Console().print(table)
+    console().print(table)

@@ -67,10 +67,11 @@ def _words_json(words: "Explanation") -> dict[str, Any]:
 
 
 def _show(made: "Placement", found: dict[str, Any], words: "Explanation | None") -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    from .tables import console
+
+    out = console()
     table = Table("batch", "expected ms a layer", "bound ms", "above it", "bound, same slots", "above it")
     layers = len(made.replicas)
     for name, row in found["batches"].items():
@@ -79,10 +80,10 @@ def _show(made: "Placement", found: dict[str, Any], words: "Explanation | None")
         for bound in (row["bound_s"], row["bound_same_slots_s"]):
             cells += [f"{1e3 * bound / layers:.4f}", f"{expected / bound - 1:.1%}"]
         table.add_row(*cells)
-    console.print(table)
+    out.print(table)
     if words is None:
         return
     for name, sentence in words.nodes.items():
-        console.print(f"{name} {sentence}", highlight=False)
+        out.print(f"{name} {sentence}")
     for sentence in (words.waits, *words.warnings, *words.more):
-        console.print(sentence, highlight=False)
+        out.print(sentence)

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 200  # where no terminal says how wide it is; nothing is left out then
+WIDTH = 10_000  # where no terminal says how wide it is: no line is so long, so none is wrapped or cut
 
 
 def console() -> "Console":

@@ -121,14 +121,15 @@ def _write_cluster_file(found: "Status", path: Path) -> None:
 
 def _show(found: "Status") -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
+    from .tables import console
+
     state = "ready" if found.ready else f"not ready: {found.reason}"
-    console = Console(markup=False, highlight=False)  # a model's name may have brackets
-    console.print(Text.assemble((found.model, "bold"), f", {state}"))
-    console.print(
+    out = console()
+    out.print(Text.assemble((found.model, "bold"), f", {state}"))
+    out.print(
         f"{found.running} generations running, {found.waiting} waiting; KV cache {in_bytes(found.kv_bytes_used)} of "
         f"{in_bytes(found.kv_bytes_limit)}; coordinator {in_bytes(found.resident_bytes)}; "
         f"up {found.uptime_seconds:,.0f} s; epoch {found.epoch}; moehive {found.version}"
@@ -144,17 +145,17 @@ def _show(found: "Status") -> None:
         memory = f"{in_bytes(held)} of {in_bytes(node.ram_bytes)}"
         computed = f"{node.compute_ns / 1e9:,.1f} s"
         table.add_row(node.name, node.state, experts, memory, f"{node.expert_calls:,}", computed, f"{node.load:.1f}")
-    console.print(table)
+    out.print(table)
     for sentence in load_sentences(found.nodes):
-        console.print(sentence)
+        out.print(sentence)
     for sentence in in_words(found.nodes):
-        console.print(sentence)
+        out.print(sentence)
     for node in found.nodes:
         if (tiers := node.tiers) is not None:
-            console.print(
+            out.print(
                 f"{node.name}: {in_bytes(tiers.disk_bytes)} of experts on disk, {in_bytes(tiers.ram_bytes)} in "
                 f"memory, {in_bytes(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for "
                 f"were in memory, {tiers.foreseen_rate:.0%} thanks to a prefetch"
             )
     if found.cache_margin:
-        console.print(f"Cache-aware routing is on, margin {found.cache_margin:g}: it changes the model's answers.")
+        out.print(f"Cache-aware routing is on, margin {found.cache_margin:g}: it changes the model's answers.")
