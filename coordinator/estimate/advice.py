@@ -1,6 +1,6 @@
-"""What to buy or change: each change is estimated as the cluster itself is, and ranked by what it brings."""
+"""What to buy, change or leave out: each is estimated as the cluster itself is, and ranked by what it brings."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .cluster import Cluster, Machine, Tier
@@ -51,6 +51,11 @@ def _changes(model: Model, models: Mapping[str, Model], cluster: Cluster) -> Ite
     if len(cluster.machines) > 1 and cluster.rtt_s > _WIRED_S:
         speed = max(cluster.bandwidth, _WIRED_BYTES)
         yield "cables: 2.5 Gbit/s, 0.2 ms", model, replace(cluster, rtt_s=_WIRED_S, bandwidth=speed)
+    nodes = [machine for machine in cluster.machines if not machine.coordinator]
+    for machine in nodes:  # each adds a message to a layer, and a slow one may be what a layer waits for
+        yield f"to leave out {machine.name}", model, _without(cluster, [machine])
+    if len(nodes) > 1:
+        yield f"{cluster.coordinator.name} alone, without any node", model, _without(cluster, nodes)
     best = max((m.ram for m in cluster.machines if m.ram is not None), key=lambda tier: tier.nbytes)
     another = Machine("another", ram=best)
     yield (
@@ -61,6 +66,11 @@ def _changes(model: Model, models: Mapping[str, Model], cluster: Cluster) -> Ite
     for name, smaller in models.items():
         if smaller.total_bytes < 0.9 * model.total_bytes:
             yield f"{name} instead of {model.format}, at some loss", smaller, cluster
+
+
+def _without(cluster: Cluster, machines: Sequence[Machine]) -> Cluster:
+    left = tuple(machine for machine in cluster.machines if not any(machine is one for one in machines))
+    return replace(cluster, machines=left)
 
 
 def _with(cluster: Cluster, old: Machine, new: Machine) -> Cluster:

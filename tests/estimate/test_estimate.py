@@ -386,3 +386,20 @@ def test_advice_is_ranked_by_what_it_brings() -> None:
     short = estimate({"q2_k": models["q2_k"]}, cluster)
     assert not short.fits and short.advice[0].fits and "RAM" in short.advice[0].what + short.advice[1].what
     assert not any(one.fits for one in short.advice if one.what.startswith(("cables", "a GPU")))
+
+
+def test_a_node_that_slows_all_down_is_named() -> None:
+    """A token that hits one expert of a slow machine waits for it, however small that machine's share is."""
+    known = model()
+    slow = Machine("slow", ram=Tier(64 * GB, 4e9), token_products_per_s=CORES)
+    quick = Machine("quick", ram=Tier(64 * GB, 100e9), token_products_per_s=CORES)
+    big = replace(BIG, ram=Tier(12 * GB, 100e9))
+    near = Cluster(0.0, 1e12, (big, quick, slow))
+    found = {one.what: one.decode_tokens_per_s for one in estimate({"q4_0": known}, near).advice}
+    without = replace(near, machines=(big, quick))
+    assert found["to leave out slow"] == pytest.approx(estimate({"q4_0": known}, without).decode_tokens_per_s)
+    assert "to leave out quick" not in found
+    # Nobody is told to leave out what there is no room without.
+    assert not any("alone" in what for what in found)
+    roomy = replace(near, machines=(BIG, quick, replace(slow, ram=Tier(64 * GB, 50e9))))
+    assert any(one.what == "big alone, without any node" for one in estimate({"q4_0": known}, roomy).advice)
