@@ -77,7 +77,11 @@ class CoordinatorSettings:
         _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
         _check(self.trunk_device in ("auto", "cpu", "cuda"), "trunk_device", "auto, cpu or cuda")
         _check(not (self.deterministic and self.trunk_device == "cuda"), "trunk_device", "cpu with deterministic")
-        if not self.cluster_advertise:
+        from moehive.proto.bounds import is_host  # protobuf, which `--help` need not wait for
+
+        if self.cluster_advertise:
+            _check(is_host(self.cluster_advertise), "cluster_advertise", "this machine's name or address, no port")
+        else:
             object.__setattr__(self, "cluster_advertise", _own_name(self.cluster_host))
 
 

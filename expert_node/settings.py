@@ -6,12 +6,12 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-from moehive.proto.bounds import MAX_THREADS, BoundsError, host_port, node_name
+from moehive.proto.bounds import MAX_BYTES, MAX_THREADS, BoundsError, host_port, node_name
 from moehive.proto.join_token import JoinToken, TokenError, parse
 
 from .types import ConfigError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B?)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(B|[KMGT]i?B?)?", re.IGNORECASE)
 _UNITS = {
     "": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12,
     "KI": 1 << 10, "MI": 1 << 20, "GI": 1 << 30, "TI": 1 << 40,
@@ -53,7 +53,10 @@ def parse_size(text: str) -> int:
     if match is None:
         raise ConfigError(f"{text[:40]!r} is not a size: write for example 12GiB or 800MB.")
     unit = (match[2] or "").upper()
-    return int(float(match[1]) * _UNITS[unit.removesuffix("B")])
+    nbytes = int(float(match[1]) * _UNITS[unit.removesuffix("B")])
+    if nbytes > MAX_BYTES:
+        raise ConfigError(f"{text[:40]!r} is not a size that a machine may have.")
+    return nbytes
 
 
 def parse_listen(text: str) -> tuple[str, int]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..settings import CLUSTER_PORT, GRPC_PORT, HTTP_PORT, JOIN_PORT, CoordinatorSettings, load_settings
+from ..settings import (
+    CLUSTER_PORT,
+    GRPC_PORT,
+    HTTP_PORT,
+    JOIN_PORT,
+    CoordinatorSettings,
+    SettingsError,
+    load_settings,
+)
 from .cluster import drain, readmit, revoke
 from .options import StateDir
 from .process import prepare
@@ -184,4 +192,9 @@ def node(context: typer.Context) -> None:
         single.command(name)(command)
         single(args=context.args[1:], prog_name=f"moehive node {name}", standalone_mode=False)
         return
+    if context.args and not context.args[0].startswith("-"):
+        raise SettingsError(
+            f"There is no command `moehive node {context.args[0][:40]}`, but {', '.join(NODE_COMMANDS)}; without one "
+            "of them a node is run."
+        )
     os.execv(sys.executable, [sys.executable, "-m", "moehive.expert_node", *context.args])

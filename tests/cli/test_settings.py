@@ -45,6 +45,14 @@ def test_nodes_are_told_a_name_that_reaches_this_machine() -> None:
     assert CoordinatorSettings(model="m", cluster_host="0.0.0.0").cluster_advertise not in ("", "0.0.0.0")
 
 
+@pytest.mark.parametrize("name", ["10.0.0.7", "fe80::1", "den.local"])
+def test_a_name_for_nodes_is_a_host(name: str) -> None:
+    assert CoordinatorSettings(model="m", cluster_advertise=name).cluster_advertise == name
+    for wrong in (f"{name} ", f"[{name}]", f"http://{name}", f"{name}:7702" if ":" not in name else f"[{name}]:7702"):
+        with pytest.raises(SettingsError, match="cluster_advertise must be this machine's name or address, no port"):
+            CoordinatorSettings(model="m", cluster_advertise=wrong)
+
+
 @pytest.mark.parametrize(
     ("text", "size"), [("4096", 4096), ("12GiB", 12 << 30), ("800 mb", 800_000_000), ("1.5T", 1_500_000_000_000)]
 )

@@ -24,7 +24,9 @@ def test_sizes(text, nbytes):
     assert parse_size(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "-1G", "1e9", "12 parsecs", "1.2.3G", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "-1G", "1e9", "12 parsecs", "1.2.3G", "nan", "9" * 400, "9" * 20 + "T", "2000000T"]
+)
 def test_sizes_that_are_none(text):
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
