@@ -11,8 +11,8 @@ ENOUGH_CALLS = 1000  # of experts, before figures say something
 
 def in_words(nodes: "Sequence[NodeStatus]") -> list[str]:
     """Sentences for a person; few or none while there is nothing to say yet."""
-    holding = [node for node in nodes if node.experts_held]
-    memory = sum(node.ram_bytes for node in nodes)
+    holding = [node for node in nodes if node.experts_held and node.state != "away"]
+    memory = sum(node.ram_bytes for node in nodes if node.state != "away")
     held = sum(node.experts_held for node in holding)
     calls = sum(node.expert_calls for node in holding)
     sentences = []

@@ -137,6 +137,9 @@ def _show(found: "Status") -> None:
     # Fits 80 columns; addresses and bandwidths are in --json.
     table = Table("node", "state", "experts", "memory", "expert calls", "computed", "load", box=SIMPLE_HEAD)
     for node in found.nodes:
+        if node.state == "away":  # what it holds and does now is not known
+            table.add_row(node.name, node.state, f"{node.experts_assigned:,}", "", f"{node.expert_calls:,}", "", "")
+            continue
         experts = f"{node.experts_held:,}"
         if node.experts_held != node.experts_assigned:
             experts += f" of {node.experts_assigned:,}"
@@ -151,7 +154,7 @@ def _show(found: "Status") -> None:
     for sentence in in_words(found.nodes):
         out.print(sentence)
     for node in found.nodes:
-        if (tiers := node.tiers) is not None:
+        if (tiers := node.tiers) is not None and node.state != "away":
             out.print(
                 f"{node.name}: {in_bytes(tiers.disk_bytes)} of experts on disk, {in_bytes(tiers.ram_bytes)} in "
                 f"memory, {in_bytes(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for "

@@ -144,6 +144,7 @@ def reason(state: ClusterState, min_nodes: int, shortage: str) -> str | None:
         words = ("node", "is", "it") if len(away) == 1 else ("nodes", "are", "them")
         return (
             f"Expert {words[0]} {', '.join(away)} {words[1]} away with a part of the model; start {words[2]} again."
+            + (" Requests are slow meanwhile, or wait." if state.active is not None else "")
         )
     problems = [f"{node.name}: {node.problem}" for node in state.nodes.values() if node.problem]
     if problems:

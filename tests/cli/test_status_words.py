@@ -38,6 +38,10 @@ def test_it_is_silent_about_what_is_not_known():
     assert in_words([node(**fresh, experts_held=0)]) == []
 
 
+def test_a_node_that_is_away_holds_nothing_for_now():
+    assert in_words([NEAR, node(name="gone", state="away")])[0].startswith("near holds 100% of what is held")
+
+
 def test_it_says_who_was_drained_and_how_that_ends():
     idle = node(name="idle", state="drained", experts_held=0)
     words = in_words([NEAR, node(name="leaver", state="draining"), idle])
