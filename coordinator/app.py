@@ -85,7 +85,7 @@ class Coordinator:
 
     async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
         """Loads a plan over the same nodes, if `find`, on a thread, has one for their bytes and the plan in force."""
-        await self._membership.improve(find)
+        await self._membership.planner.improve(find)
 
     def status(self) -> ClusterStatus:
         """The nodes and whether requests can be served, as of now."""

@@ -9,13 +9,13 @@ place where things are decided, and no order of arrivals that needs a thought of
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from moehive.kernels.geometry import Manifest
 from moehive.proto.timing import SILENCE_SECONDS
 
 from ..changes import Changes
-from ..types import LOCAL, CoordinatorError, NodeName, Plan
+from ..types import LOCAL, CoordinatorError, NodeName
 from . import policy
 from .drains import accept_drain, drains, refuse_drain
 from .events import (
@@ -50,7 +50,10 @@ SETTLE_SECONDS = 2.0  # from a switch of plans to the Commit: requests sent by t
 
 
 class Membership:
-    """Owns the cluster's state. `on_change` gets each new state; it must be quick and may call `local_ready`."""
+    """Owns the cluster's state, and the planner that changes it when somebody comes, goes or has a better plan.
+
+    `on_change` gets each new state; it must be quick and may call `local_ready`.
+    """
 
     def __init__(
         self,
@@ -69,7 +72,7 @@ class Membership:
         self._local_bytes = local_bytes
         self._on_change = on_change
         self._plans = Plans(store, manifest, place)
-        self._planner = Planner(self._plans, manifest.layers, min_nodes, lambda: self.state, self._record)
+        self.planner = Planner(self._plans, manifest.layers, min_nodes, lambda: self.state, self._record)
         self._sessions: dict[NodeName, Session] = {}
         self._events: deque[Event | None] = deque()  # to be applied; None: only time has passed
         self._recording = False
@@ -104,7 +107,7 @@ class Membership:
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        await self._planner.stop()
+        await self.planner.stop()
         await self._plans.kept()
         for name, session in list(self._sessions.items()):
             if self.state.nodes[name].leaving and not session.released:
@@ -189,18 +192,14 @@ class Membership:
         """
         if name == LOCAL or name not in self.state.nodes:
             raise CoordinatorError(f"There is no node named {name[:64]!r} in the cluster.")
-        await self._planner.find_room(name)
+        await self.planner.find_room(name)
         self._record(NodeLeaving(name))
         while policy.is_needed(self.state, name):
             await self._changes.next()
 
-    async def improve(self, find: Callable[[Mapping[NodeName, int], int, Plan], Plan | None]) -> None:
-        """See Planner."""
-        await self._planner.improve(find)
-
     def reason(self) -> str | None:
         """Why the cluster is not ready, in one sentence; None when it is."""
-        return policy.reason(self.state, self._min_nodes, self._planner.shortage)
+        return policy.reason(self.state, self._min_nodes, self.planner.shortage)
 
     # Inside
 
@@ -235,7 +234,7 @@ class Membership:
             if not isinstance(cause, Resumed):
                 self._plans.keep(state.active, state.members)
         if isinstance(cause, Planned | Resumed):
-            self._planner.measure(cause.plan, state.pending_owners | state.active_owners)
+            self.planner.measure(cause.plan, state.pending_owners | state.active_owners)
         self._on_change(state)
         self._changes.tell()
         if not isinstance(cause, HeartbeatReceived | SliceProgressed):
@@ -245,7 +244,7 @@ class Membership:
         """Does what the present state asks for; doing it again changes nothing."""
         if self._events:
             return  # they come first; this is called again after them
-        self._planner.replan(self._away_since)
+        self.planner.replan(self._away_since)
         if not self._events:
             self._direct()
 
@@ -267,7 +266,7 @@ class Membership:
                     self._record(SliceAssigned(name, plan.epoch))
             if session is None or now < self._settled_at:
                 continue
-            if node.leaving and not session.released and not self._planner.busy and policy.may_go(state, name):
+            if node.leaving and not session.released and not self.planner.busy and policy.may_go(state, name):
                 log.info("Node %s is released.", name)
                 session.released = True
                 session.send(Released())
@@ -303,7 +302,7 @@ class Membership:
         """Accepts a request of `moehive node drain` if the others have room, else says why not."""
         try:
             try:
-                await self._planner.find_room(name)
+                await self.planner.find_room(name)
             except ModelTooLarge as error:
                 refuse_drain(self._store, name, f"Node {name} keeps its experts, for the others can't: {error}")
                 return

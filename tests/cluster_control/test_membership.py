@@ -79,6 +79,7 @@ def test_a_node_that_is_cut_off_keeps_its_place(cluster):
             await harness.until(lambda: not harness.membership.state.ready)
             assert harness.membership.state.phase("b") is Phase.AWAY
             assert "Expert node b is away" in harness.membership.reason()
+            assert harness.membership.reason().endswith("Requests are slow meanwhile, or wait.")
             await b.attend()
             again = await b.hear_assign()
             assert (again.epoch, experts_of(again)) == (1, experts_of(first))
@@ -442,9 +443,9 @@ def test_a_better_plan_is_loaded_while_the_old_one_serves(cluster, manifest):
             first = harness.membership.state.active
             wanted = tuple(tuple(("b", "a") for _ in layer) for layer in first.owners)
 
-            await harness.membership.improve(lambda capacities, epoch, current: None)
+            await harness.membership.planner.improve(lambda capacities, epoch, current: None)
             assert harness.membership.state.active is first and harness.membership.state.pending is None
-            await harness.membership.improve(
+            await harness.membership.planner.improve(
                 lambda capacities, epoch, current: (
                     Plan(epoch, wanted) if current is first and set(capacities) == {"a", "b"} else None
                 )
