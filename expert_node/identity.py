@@ -56,6 +56,10 @@ class Membership:
         return self.not_after - now <= (self.not_after - self.not_before) * RENEWAL_LEFT
 
 
+# Of gRPC itself, whose words say nothing to a person; the join service has others.
+_NO_JOIN_PORT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED)
+
+
 class NodeIdentity:
     """The node's membership in a cluster, renewed while it runs. `current` may be called by any thread."""
 
@@ -146,6 +150,12 @@ async def _join(folder: Path, token: JoinToken, name: str) -> Membership:
         reply = await stub.Join(request, metadata=metadata(), timeout=JOIN_SECONDS)
         bounds.check_join_reply(reply)
     except grpc.aio.AioRpcError as error:
+        if error.code() in _NO_JOIN_PORT:
+            raise NodeError(
+                f"The coordinator answers at {token.address}, but not as one that lets nodes join: make a token with "
+                "its join port (7702, unless it was started with another --join-port), or start it again if it has "
+                "just ended."
+            ) from error
         raise NodeError(f"The coordinator at {token.address} refuses: {error.details()}") from error
     except bounds.BoundsError as error:
         raise NodeError(f"The coordinator at {token.address} gave no usable answer: {error}") from error

@@ -37,7 +37,12 @@ def fetch_ca(host: str, port: int, fingerprint: str, timeout: float = TIMEOUT_SE
         with socket.create_connection((host, port), timeout) as plain:
             with context.wrap_socket(plain, server_hostname=channel.COORDINATOR_NAME) as secured:
                 chain = _presented_chain(secured)
-    except OSError as error:  # ssl.SSLError and time-outs are OSErrors too
+    except ssl.SSLError as error:
+        raise BootstrapError(
+            f"No coordinator answers at {where}, but a program of another kind; make a token with the coordinator's "
+            "join port (7702, unless it was started with another --join-port)."
+        ) from error
+    except OSError as error:  # time-outs too
         raise BootstrapError(
             f"No coordinator answers at {where} ({error.strerror or error}); check that it runs, that the address in "
             "the token is the one that this machine can reach, and that no firewall is between."

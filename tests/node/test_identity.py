@@ -55,6 +55,8 @@ def test_useless_tokens(tmp_path, coordinator_class, authority, model, free_port
         assert "different cluster" in await problem(JoinToken(token.address, token.secret, "0" * 64))
         away = JoinToken(f"127.0.0.1:{free_port}", token.secret, token.fingerprint)
         assert "No coordinator answers" in await problem(away)
+        members = JoinToken(f"127.0.0.1:{coordinator.server.cluster_port}", token.secret, token.fingerprint)
+        assert "not as one that lets nodes join" in await problem(members)
         expired = tokens.create_token(coordinator.store, token.address, token.fingerprint, ttl=1e-6)
         assert "expired" in await problem(expired)
         assert "`moehive token`" in await problem(None)
