@@ -1,6 +1,6 @@
 """`moehive bench trunk` on a GPU: what a layer costs for one token, recorded as CUDA graphs.
 
-The shapes and formats are those of the CPU's rows (trunk.py). Layers 64 wide show what is left when nothing is read;
+The shapes and formats are those of trunk_cases.py. Layers 64 wide show what is left when nothing is read;
 layers of real sizes, what part of the memory's bandwidth is reached. A token's time has everything in it that a real
 one's has: what the experts are asked with is in main memory before they answer, and their sums go back. transformers'
 eager layers, on the same GPU, take turns with it; their routed experts add nothing, as ours.
@@ -22,7 +22,9 @@ from ..models.lean import families
 from ..models.lean.batch import Ops
 from ..models.lean.gpu.trunk import GpuTrunk
 from .timing import device_seconds_of
-from .trunk import Case, Decode, ModelTensors, TrunkRow, cases, experts_of, random_model
+from .trunk import Decode, TrunkRow
+from .trunk_cases import Case, cases
+from .trunk_model import ModelTensors, experts_of, random_model
 
 _READ_BYTES = 1 << 30
 

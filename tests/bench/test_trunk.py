@@ -5,6 +5,8 @@ import torch
 
 from moehive.coordinator.bench import trunk as bench
 from moehive.coordinator.bench import trunk_gpu
+from moehive.coordinator.bench.trunk_cases import SMALL, SMALL_FAMILIES, Case, cases
+from moehive.coordinator.bench.trunk_model import ModelTensors, experts_of, random_model
 from moehive.coordinator.models.generic import GenericTrunk
 from moehive.coordinator.models.lean import families
 from moehive.coordinator.models.lean.batch import Ops
@@ -12,14 +14,14 @@ from moehive.kernels.linear import LinearOps
 from moehive.kernels.trunk_ops import TrunkOps
 
 
-@pytest.mark.parametrize("family", bench._SMALL_FAMILIES)
+@pytest.mark.parametrize("family", SMALL_FAMILIES)
 def test_both_trunks_give_the_same_logits(family: str) -> None:
-    case = bench.Case("64 wide", family, bench._SMALL | {"num_hidden_layers": 4}, ("f32",), 1, 1)
+    case = Case("64 wide", family, SMALL | {"num_hidden_layers": 4}, ("f32",), 1, 1)
     with torch.no_grad():
-        model = bench.random_model(case)
-        tensors = bench.ModelTensors(model, "f32")
+        model = random_model(case)
+        tensors = ModelTensors(model, "f32")
         lean = families.build(model.config, tensors, Ops(LinearOps(1), TrunkOps(1)))
-        eager = GenericTrunk(model, bench.experts_of(model), family, 4096)
+        eager = GenericTrunk(model, experts_of(model), family, 4096)
         ours, theirs = (bench.Decode(one).token() for one in (lean, eager))
     assert theirs.std() > 0.01
     assert (ours - theirs).abs().max() < 1e-4 * max(1.0, float(theirs.std()))
@@ -27,7 +29,7 @@ def test_both_trunks_give_the_same_logits(family: str) -> None:
 
 
 def test_a_gpu_s_row_holds_what_was_measured() -> None:
-    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 1, 1, prompt=3)
+    case = Case("64 wide", "mixtral", SMALL | {"num_hidden_layers": 2}, ("f32",), 1, 1, prompt=3)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with torch.no_grad():
         (row,) = trunk_gpu.measure(case, device, repeats=1, read_bytes=1 << 20)
@@ -37,7 +39,7 @@ def test_a_gpu_s_row_holds_what_was_measured() -> None:
 
 
 def test_a_row_holds_what_was_measured() -> None:
-    case = bench.Case("64 wide", "mixtral", bench._SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1, prompt=40)
+    case = Case("64 wide", "mixtral", SMALL | {"num_hidden_layers": 2}, ("f32",), 2, 1, prompt=40)
     with torch.no_grad():
         (row,) = bench._measure(case, 1, repeats=1)
     assert (row.family, row.shape, row.format, row.threads) == ("mixtral", "64 wide", "f32", 1)
@@ -48,8 +50,8 @@ def test_a_row_holds_what_was_measured() -> None:
 
 
 def test_the_real_shapes_are_the_models_own() -> None:
-    case = next(case for case in bench.cases(quick=False) if case.shape == "qwen3-30b")
-    model = bench.random_model(case._replace(config=case.config | {"num_hidden_layers": 1}))
+    case = next(case for case in cases(quick=False) if case.shape == "qwen3-30b")
+    model = random_model(case._replace(config=case.config | {"num_hidden_layers": 1}))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert shapes["model.layers.0.self_attn.q_proj.weight"] == (32 * 128, 2048)
     assert shapes["model.layers.0.self_attn.v_proj.weight"] == (4 * 128, 2048)

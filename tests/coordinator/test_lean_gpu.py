@@ -11,7 +11,7 @@ import torch
 from tape import TapeRecorder
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moehive.coordinator.bench.trunk import ModelTensors
+from moehive.coordinator.bench.trunk_model import ModelTensors
 from moehive.coordinator.checkpoints.checkpoint import Checkpoint
 from moehive.coordinator.models.base import ExpertBackend, SequenceInput, Trunk
 from moehive.coordinator.models.lean import families
