@@ -33,6 +33,16 @@ class ExpertBackend(Protocol):
         ...
 
 
+class NoExperts:
+    """An ExpertBackend that adds nothing, at once."""
+
+    async def submit(
+        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See ExpertBackend."""
+        return torch.zeros_like(hidden)
+
+
 class Tiers(Protocol):
     """What a backend knows of nodes that keep experts on disk."""
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from . import bridge, cache_size
-from .base import ExpertBackend, SequenceInput, without_waiting
+from .base import ExpertBackend, NoExperts, SequenceInput, without_waiting
 from .half_linear import multiplies_half, widen_products
 
 log = logging.getLogger(__name__)
@@ -131,13 +131,4 @@ class GenericTrunk:
         return bool((measured - expected).norm() <= tolerance * spread), size
 
     def _run_without_experts(self, one: SequenceInput) -> torch.Tensor:
-        return without_waiting(self.forward([one], _NoExperts()))[0]
-
-
-class _NoExperts:
-    """A backend that adds nothing."""
-
-    async def submit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.zeros_like(hidden)
+        return without_waiting(self.forward([one], NoExperts()))[0]

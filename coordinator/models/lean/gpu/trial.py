@@ -9,7 +9,7 @@ import logging
 
 import torch
 
-from ...base import SequenceInput, Trunk
+from ...base import NoExperts, SequenceInput, Trunk
 
 log = logging.getLogger(__name__)
 
@@ -42,15 +42,6 @@ async def _logits(trunk: Trunk) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     for count in PASSES:
         tokens = torch.randint(trunk.vocab_size, (min(count, trunk.prefill_chunk),), generator=generator)
-        logits += await trunk.forward([SequenceInput(tokens, cache)], _NoExperts())
+        logits += await trunk.forward([SequenceInput(tokens, cache)], NoExperts())
     trunk.free_cache(cache)
     return logits
-
-
-class _NoExperts:
-    """An ExpertBackend whose experts add nothing."""
-
-    async def submit(
-        self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        return torch.zeros_like(hidden)
