@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .types import CoordinatorError
 ENVIRONMENT = "MOEHIVE_COORDINATOR_"
 GRPC_PORT, HTTP_PORT, CLUSTER_PORT, JOIN_PORT = 7700, 7780, 7701, 7702
 
+_HOST = re.compile(r"[^\s\[\]/@]{1,253}")  # as a join token's address may have it
 _SIZE = re.compile(r"(\d{1,20}(?:\.\d{1,20})?)\s*(?:([KMGT])(i?))?B?", re.IGNORECASE)
 _MOST_BYTES = 10**18  # less than 64 bits hold
 _BOOLEANS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
@@ -77,10 +79,8 @@ class CoordinatorSettings:
         _check(1 <= self.threads <= 1024, "threads", "1 to 1024")
         _check(self.trunk_device in ("auto", "cpu", "cuda"), "trunk_device", "auto, cpu or cuda")
         _check(not (self.deterministic and self.trunk_device == "cuda"), "trunk_device", "cpu with deterministic")
-        from moehive.proto.bounds import is_host  # protobuf, which `--help` need not wait for
-
         if self.cluster_advertise:
-            _check(is_host(self.cluster_advertise), "cluster_advertise", "this machine's name or address, no port")
+            _check(_is_host(self.cluster_advertise), "cluster_advertise", "this machine's name or address, no port")
         else:
             object.__setattr__(self, "cluster_advertise", _own_name(self.cluster_host))
 
@@ -164,6 +164,16 @@ def _value(name: str, value: Any, source: str) -> Any:
 def _check(fits: bool, name: str, wanted: str) -> None:
     if not fits:
         raise SettingsError(f"The setting {name} must be {wanted}.")
+
+
+def _is_host(text: str) -> bool:
+    """Whether `text` is a name or an address, IPv6 without brackets, and nothing beside."""
+    if ":" in text:
+        try:
+            IPv6Address(text)
+        except ValueError:
+            return False
+    return bool(_HOST.fullmatch(text))
 
 
 def _own_name(cluster_host: str) -> str:

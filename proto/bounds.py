@@ -2,7 +2,6 @@
 
 import math
 import re
-from ipaddress import IPv6Address
 from itertools import pairwise
 
 from . import cluster_pb2 as pb
@@ -50,16 +49,6 @@ def host_port(address: str) -> tuple[str, int]:
     if len(address) > MAX_ADDRESS or not usable or not numeric:
         raise BoundsError(f"{address[:80]!r} is not an address of the form host:port.")
     return host, int(port)
-
-
-def is_host(host: str) -> bool:
-    """Whether `host` may be a host of `host:port`: a name or an address, IPv6 without its brackets."""
-    try:
-        if ":" in host:
-            IPv6Address(host)  # and no port behind a name
-        return host_port(join_host_port(host, 1))[0] == host
-    except ValueError:
-        return False
 
 
 def join_host_port(host: str, port: int) -> str:
