@@ -7,10 +7,9 @@ from .cluster import Cluster, Machine
 from .constants import WIFI_RTT_S
 from .holding import Placed
 from .model import Model
-from .step import Step
 
 
-def warn(model: Model, cluster: Cluster, placed: Placed, step: Step) -> list[str]:
+def warn(model: Model, cluster: Cluster, placed: Placed) -> list[str]:
     """Sentences, the gravest first; none when all is well."""
     found = []
     if placed.missing_trunk_bytes:

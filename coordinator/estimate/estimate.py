@@ -127,7 +127,7 @@ def estimate(
         chosen = str(format) if format is not None else _choose(sizes)
         model, where = models[chosen], placed[chosen]
     step = decode_step(model, cluster, where)
-    warnings = warn(model, cluster, where, step)
+    warnings = warn(model, cluster, where)
     if budget is not None and model.total_bytes > budget:
         warnings.insert(
             0,
