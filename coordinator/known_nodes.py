@@ -63,6 +63,7 @@ def node_status(
         load_total_bytes=to_load,
         load_bytes_per_s=load_bytes_per_s,
         source_fault=source_fault,
+        problem=node.quarantine or node.problem,
         tiers=_tier_status(node.figures.tiers),
         round_trip_s=link.speed.round_trip_s if link is not None else 0.0,
         link_bandwidth=1 / link.speed.s_per_byte if link is not None and link.speed.s_per_byte else 0.0,

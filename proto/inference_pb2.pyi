@@ -147,7 +147,7 @@ class StatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class NodeStatus(_message.Message):
-    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress", "tiers", "round_trip_s", "link_bandwidth", "load_bytes", "load_total_bytes", "load_bytes_per_s", "source_fault", "disk_bytes", "vram_bytes", "disk_bandwidth", "products_per_s", "token_products_per_s")
+    __slots__ = ("name", "state", "address", "experts_held", "experts_assigned", "bytes_held", "ram_bytes", "read_bandwidth", "expert_calls", "compute_ns", "load", "resident_bytes", "load_progress", "tiers", "round_trip_s", "link_bandwidth", "load_bytes", "load_total_bytes", "load_bytes_per_s", "source_fault", "disk_bytes", "vram_bytes", "disk_bandwidth", "products_per_s", "token_products_per_s", "problem")
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
@@ -173,6 +173,7 @@ class NodeStatus(_message.Message):
     DISK_BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     PRODUCTS_PER_S_FIELD_NUMBER: _ClassVar[int]
     TOKEN_PRODUCTS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    PROBLEM_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: str
     address: str
@@ -198,7 +199,8 @@ class NodeStatus(_message.Message):
     disk_bandwidth: float
     products_per_s: float
     token_products_per_s: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ..., tiers: _Optional[_Union[TierStatus, _Mapping]] = ..., round_trip_s: _Optional[float] = ..., link_bandwidth: _Optional[float] = ..., load_bytes: _Optional[int] = ..., load_total_bytes: _Optional[int] = ..., load_bytes_per_s: _Optional[float] = ..., source_fault: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., disk_bandwidth: _Optional[float] = ..., products_per_s: _Optional[float] = ..., token_products_per_s: _Optional[float] = ...) -> None: ...
+    problem: str
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., experts_held: _Optional[int] = ..., experts_assigned: _Optional[int] = ..., bytes_held: _Optional[int] = ..., ram_bytes: _Optional[int] = ..., read_bandwidth: _Optional[float] = ..., expert_calls: _Optional[int] = ..., compute_ns: _Optional[int] = ..., load: _Optional[float] = ..., resident_bytes: _Optional[int] = ..., load_progress: _Optional[float] = ..., tiers: _Optional[_Union[TierStatus, _Mapping]] = ..., round_trip_s: _Optional[float] = ..., link_bandwidth: _Optional[float] = ..., load_bytes: _Optional[int] = ..., load_total_bytes: _Optional[int] = ..., load_bytes_per_s: _Optional[float] = ..., source_fault: _Optional[str] = ..., disk_bytes: _Optional[int] = ..., vram_bytes: _Optional[int] = ..., disk_bandwidth: _Optional[float] = ..., products_per_s: _Optional[float] = ..., token_products_per_s: _Optional[float] = ..., problem: _Optional[str] = ...) -> None: ...
 
 class TierStatus(_message.Message):
     __slots__ = ("ram_bytes", "disk_bytes", "vram_bytes", "hit_rate", "foreseen_rate", "disk_read_bytes")

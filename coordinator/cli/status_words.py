@@ -17,7 +17,14 @@ def in_words(nodes: "Sequence[NodeStatus]") -> list[str]:
     calls = sum(node.expert_calls for node in holding)
     sentences = []
     for node in nodes:
-        if node.state == "draining":
+        if node.state == "quarantined":
+            sentences.append(
+                f"{node.name} is quarantined: {node.problem} When it is mended, `moehive node readmit {node.name}` "
+                "lets it in again."
+            )
+        elif node.problem:
+            sentences.append(f"{node.name} could not load its slice, and tries again: {node.problem}")
+        elif node.state == "draining":
             sentences.append(f"{node.name} is being drained: the others load its experts.")
         elif node.state == "drained":
             sentences.append(f"{node.name} is drained; `moehive node readmit {node.name}` gives it experts again.")

@@ -154,7 +154,7 @@ def _show(found: "Status") -> None:
     for sentence in in_words(found.nodes):
         out.print(sentence)
     for node in found.nodes:
-        if (tiers := node.tiers) is not None and node.state != "away":
+        if (tiers := node.tiers) is not None and node.experts_held and node.state != "away":
             out.print(
                 f"{node.name}: {in_bytes(tiers.disk_bytes)} of experts on disk, {in_bytes(tiers.ram_bytes)} in "
                 f"memory, {in_bytes(tiers.vram_bytes)} on a GPU; {tiers.hit_rate:.0%} of those asked for "

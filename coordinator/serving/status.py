@@ -49,6 +49,7 @@ class NodeStatus:
     load_total_bytes: int = 0  # 0: nothing is being loaded
     load_bytes_per_s: float = 0.0  # of late; 0: not known
     source_fault: str = ""  # the last wrong bytes that it gave to another node, in words
+    problem: str = ""  # why it could not load its slice, or is quarantined, in one sentence
     round_trip_s: float = 0.0  # of the link, measured; 0: not yet
     link_bandwidth: float = 0.0  # bytes a second, measured; 0: not yet
     disk_bytes: int = 0  # of disk that it gives to experts beyond ram_bytes

@@ -106,6 +106,7 @@ class NodeStatus:
     load_total_bytes: int  # 0: nothing is being loaded
     load_bytes_per_s: float  # of late; 0: not known
     source_fault: str  # the last wrong bytes that it gave to another node, in words
+    problem: str  # why it could not load its slice, or is quarantined, in one sentence
     tiers: TierStatus | None  # None: all of its experts are in RAM
     round_trip_s: float  # of the link to it, measured; 0: not yet
     link_bandwidth: float  # bytes a second, measured; 0: not yet

@@ -12,6 +12,7 @@ def node(**figures):
         "name": "near", "state": "ready", "experts_held": 60, "ram_bytes": 3 << 30, "read_bandwidth": 30e9,
         "expert_calls": 6000, "compute_ns": 60_000_000, "round_trip_s": 1e-5,
         "load_bytes": 0, "load_total_bytes": 0, "load_bytes_per_s": 0.0, "source_fault": "",
+        "problem": "",
     }  # fmt: skip
     return SimpleNamespace(**(usual | figures))
 
@@ -40,6 +41,14 @@ def test_it_is_silent_about_what_is_not_known():
 
 def test_a_node_that_is_away_holds_nothing_for_now():
     assert in_words([NEAR, node(name="gone", state="away")])[0].startswith("near holds 100% of what is held")
+
+
+def test_it_says_what_is_wrong_with_a_node_though_the_others_serve():
+    full = node(name="full", state="joining", experts_held=0, problem="The disk of /srv is full: free some space.")
+    liar = node(name="liar", state="quarantined", experts_held=0, problem="It answered NaN.")
+    words = in_words([NEAR, full, liar])
+    assert words[0] == "full could not load its slice, and tries again: The disk of /srv is full: free some space."
+    assert words[1].startswith("liar is quarantined: It answered NaN.") and "`moehive node readmit liar`" in words[1]
 
 
 def test_it_says_who_was_drained_and_how_that_ends():

@@ -169,6 +169,8 @@ def test_a_node_that_lied_is_named_and_comes_back_only_by_command(
             async def change(tokens: list[int]) -> None:
                 coordinator._quarantine(NodeName("node-1"), "Node node-1 answered values that are not numbers.")
                 assert states(coordinator)["node-1"] == "quarantined"
+                problems = {node.name: node.problem for node in coordinator.status().nodes if node.problem}
+                assert problems == {"node-1": "Node node-1 answered values that are not numbers."}
                 # The others take over at once: nobody waits for it to start again.
                 await until(lambda: coordinator.plan is not None and set(coordinator.plan.slices) == {"node-0"})
 
