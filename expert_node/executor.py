@@ -21,7 +21,7 @@ from moehive.proto.tensors import Routing
 from .store import ExpertStore
 from .tiers.parts import part_of
 from .tiers.ram import RamTier
-from .types import NodeError
+from .types import GpuFailed, NodeError
 
 if TYPE_CHECKING:
     from .tiers.gpu import GpuTier  # imports Triton, which only a node with a GPU needs
@@ -81,9 +81,14 @@ class Executor:
             )
         tier = self.store.tier
         gpu = self.store.gpu
-        if gpu is not None:
+        if gpu is not None and not gpu.idle:
             with gpu.lock:
-                rows = self._beside_gpu(gpu, layer, spec, hidden, routing, reduction, likely)
+                while True:
+                    try:
+                        rows = self._beside_gpu(gpu, layer, spec, hidden, routing, reduction, likely)
+                        break
+                    except GpuFailed:  # it holds fewer experts now, in the end none
+                        continue
         elif tier is None:
             held = self.store.layer(layer)
             rows = self.ops.moe_layer(

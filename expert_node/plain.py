@@ -36,7 +36,9 @@ class PlainRequests:
     def ready(self) -> bool:
         """Whether any is answered now; whoever calls the answerer's native function asks before."""
         store = self._store
-        if self._answerer is None or store.tier is not None or store.gpu is not None or store.manifest is None:
+        if self._answerer is None or store.tier is not None or store.manifest is None:
+            return False
+        if store.gpu is not None and not store.gpu.idle:
             return False
         if store.changed or store.manifest is not self._manifest or store.first_epoch != self._answerer.first_epoch:
             self._follow(self._answerer, store.manifest)

@@ -5,11 +5,14 @@ many do; from how many on is measured (`measure_break_even`). Copies stay in RAM
 cache's or the arena's: what a GPU drops is there at once.
 
 The GPU's arithmetic is not the CPU's: both are within the formats' tolerance of the reference, not equal bit for bit.
+A kind of expert comes here only after a trial beside the CPU (gpu_trial.py). A GPU whose memory others have taken gives
+up half of its experts, one that fails all of them; the CPU goes on.
 """
 
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from time import perf_counter
 from types import MappingProxyType
 
@@ -19,10 +22,13 @@ import torch
 from moehive.kernels.geometry import ExpertId, ExpertSpec
 from moehive.kernels.gpu.decode import DecodeLayer
 from moehive.kernels.gpu.experts import GpuExpert, GpuExperts
+from moehive.kernels.gpu.failures import why
 from moehive.kernels.gpu.planes import PlanesError
 from moehive.kernels.ops import ExpertOps, ExpertWeights, Reduction
 from moehive.proto.tensors import Routing
 
+from ..types import GpuFailed
+from .gpu_trial import disagreement
 from .parts import part_of
 from .use import HALF_LIFE, used
 
@@ -56,10 +62,16 @@ class GpuTier:
         self._held: dict[int, dict[int, GpuExpert]] = {}
         self._counts: dict[ExpertId, float] = {}
         self._decode: dict[tuple[ExpertSpec, int], DecodeLayer] = {}
-        self._refused: set[ExpertSpec] = set()  # that a GPU does not compute
+        self._kinds: dict[ExpertSpec, bool] = {}  # that were tried: whether the GPU computes them
+        self._failed = False
         self.lock = threading.RLock()  # what is on the GPU must not change under a request
         self._time = 0.0
         self._requests = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether the CPU computes everything: the GPU has failed, or computes none of the kinds that were tried."""
+        return self._failed or (bool(self._kinds) and not any(self._kinds.values()))
 
     def layer(self, layer: int) -> Mapping[int, GpuExpert]:
         """The experts of a layer that are on the GPU."""
@@ -69,9 +81,8 @@ class GpuTier:
         """This node holds an expert no more."""
         self._counts.pop(expert, None)
         with self.lock:
-            gone = self._held.get(expert.layer, {}).pop(expert.expert, None)
-            if gone is not None:
-                self.bytes_held -= gone.memory.numel()
+            if expert.expert in self._held.get(expert.layer, {}):
+                self._drop(expert)
 
     def measure_break_even(self, weights: ExpertWeights) -> None:
         """Finds from how many tokens on copying an expert like this and computing it here beats the CPU.
@@ -80,14 +91,13 @@ class GpuTier:
         """
         spec = weights.spec
         with self.lock:
-            if spec in self.break_even or not self._computes(spec):
+            if spec in self.break_even or not self._computes(weights):
                 return
             try:
-                self._gpu.load_blob(spec, weights.blob)
-            except PlanesError as error:
-                self._refuse(spec, error)
+                with self._watched():
+                    self.break_even[spec] = next((n for n in TRIED_TOKENS if self._copying_pays(weights, n)), NEVER)
+            except GpuFailed:
                 return
-            self.break_even[spec] = next((n for n in TRIED_TOKENS if self._copying_pays(weights, n)), NEVER)
         if self.break_even[spec] == NEVER:
             log.info("An expert in %s in RAM is not copied to the GPU for a request: it never paid.", spec.format)
         else:
@@ -121,26 +131,61 @@ class GpuTier:
     ) -> torch.Tensor:
         """All pairs of a request, weighted, f32 [pairs, hidden] on the CPU; both processors work at once.
 
-        Raises KeyError(number) for an expert that is neither here nor in RAM.
+        Raises KeyError(number) for an expert that is neither here nor in RAM, and GpuFailed, after which some experts
+        or all are here no more.
         """
         numbers, tokens = np.unique(routing.experts, return_counts=True)
         held = dict(self.layer(layer))
-        for number, count in zip(numbers.tolist(), tokens.tolist(), strict=True):
-            if number not in held and count >= self.break_even.get(in_ram[number].spec, NEVER):
-                held[number] = self._gpu.load_blob(in_ram[number].spec, in_ram[number].blob)
+        wanted = dict(zip(numbers.tolist(), tokens.tolist(), strict=True))
+        copied = [n for n in wanted if n not in held and wanted[n] >= self.break_even.get(in_ram[n].spec, NEVER)]
+        with self._watched():
+            held |= {n: self._gpu.load_blob(in_ram[n].spec, in_ram[n].blob) for n in copied}
         here = np.isin(routing.experts, list(held))
         rows = torch.empty(len(routing.experts), spec.hidden_size)
         x = hidden.float()
-        on_gpu = self._on_gpu(held, x, part_of(routing, here)) if here.any() else None
+        with self._watched():
+            on_gpu = self._on_gpu(held, x, part_of(routing, here)) if here.any() else None
         if not here.all():  # while the GPU computes
             rest = part_of(routing, ~here)
             rows[torch.from_numpy(~here)] = self._cpu.moe_layer(
                 spec, in_ram, x, rest.offsets, rest.experts, rest.weights, Reduction.PER_EXPERT
             )
-        if on_gpu is not None:
-            rows[torch.from_numpy(here)] = on_gpu.cpu()
-        self._move_up(layer, in_ram, numbers.tolist())
+        with self._watched():
+            if on_gpu is not None:
+                rows[torch.from_numpy(here)] = on_gpu.cpu()
+            self._move_up(layer, in_ram, list(wanted))
         return rows
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Of what the GPU does: raises GpuFailed when it fails, and gives up experts."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            self.break_even = dict.fromkeys(self.break_even, NEVER)
+            self._shrink(self.bytes_held // 2)
+            raise GpuFailed(f"The GPU can't compute: {why(error)}.") from error
+        except Exception as error:  # of torch, Triton or the driver: their kinds are many
+            log.error("The GPU failed (%s): the CPU computes until this node is started again.", why(error))
+            self._failed = True
+            self._shrink(0)
+            raise GpuFailed(f"The GPU failed: {why(error)}.") from error
+
+    def _shrink(self, nbytes: int) -> None:
+        """Experts take so many bytes at most from now on."""
+        for expert in sorted(self._counts, key=lambda e: (e in self.pinned, self._counts[e])):
+            if self.bytes_held <= nbytes:
+                break
+            if expert.expert in self.layer(expert.layer):
+                self._drop(expert)
+        self.capacity_bytes = nbytes
+        if not self._failed:
+            log.warning("The GPU's memory is full: experts take %.2f GB of it from now on.", nbytes / 1e9)
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+    def _drop(self, expert: ExpertId) -> None:
+        self.bytes_held -= self._held[expert.layer].pop(expert.expert).memory.numel()
 
     def _on_gpu(self, held: Mapping[int, GpuExpert], x: torch.Tensor, routing: Routing) -> torch.Tensor:
         """All pairs in f32 [pairs, hidden] there; a layer's experts may differ in their formats."""
@@ -166,19 +211,20 @@ class GpuTier:
             self._decode[key] = DecodeLayer(self._gpu, spec, len(experts))
         return self._decode[key](held, x, experts, weights, Reduction.PER_EXPERT)
 
-    def _computes(self, spec: ExpertSpec) -> bool:
-        if spec in self._refused:
+    def _computes(self, weights: ExpertWeights) -> bool:
+        """Whether experts like this are computed here; the first of its kind is tried."""
+        spec = weights.spec
+        if self._failed:
             return False
-        try:
-            self._gpu.nbytes(spec)
-        except PlanesError as error:
-            self._refuse(spec, error)
-            return False
-        return True
-
-    def _refuse(self, spec: ExpertSpec, error: PlanesError) -> None:
-        self._refused.add(spec)
-        log.info("Experts of %s and %s stay on the CPU: %s", spec.format, spec.back_format, error)
+        if spec not in self._kinds:
+            try:
+                complaint = disagreement(self._gpu, self._cpu, weights)
+            except PlanesError as error:
+                complaint = str(error)
+            if complaint is not None:
+                log.warning("Experts of %s and %s stay on the CPU: %s", spec.format, spec.back_format, complaint)
+            self._kinds[spec] = complaint is None
+        return self._kinds[spec]
 
     def _move_up(self, layer: int, in_ram: Mapping[int, ExpertWeights], numbers: list[int]) -> None:
         """Counts the uses; a pinned expert of this request comes up, else that used most, if it is worth it."""
@@ -187,7 +233,7 @@ class GpuTier:
             expert = ExpertId(layer, number)
             self._counts[expert] = used(self._counts.get(expert, float("-inf")), self._time)
         there = self.layer(layer)
-        below = [n for n in numbers if n not in there and n in in_ram and self._computes(in_ram[n].spec)]
+        below = [n for n in numbers if n not in there and n in in_ram and self._computes(in_ram[n])]
         if not below:
             return
         best = max(below, key=lambda n: (ExpertId(layer, n) in self.pinned, self._counts[ExpertId(layer, n)]))
@@ -199,12 +245,12 @@ class GpuTier:
         leaving = self._least_used(missing, float("inf") if must else self._counts[ExpertId(layer, best)])
         if leaving is None:
             return
-        for expert in leaving:
-            self.bytes_held -= self._held[expert.layer].pop(expert.expert).memory.numel()
+        for gone in leaving:
+            self._drop(gone)
         try:
             came = self._gpu.load_blob(spec, in_ram[best].blob)
-        except PlanesError as error:
-            self._refuse(spec, error)
+        except torch.OutOfMemoryError:  # the request itself is computed
+            self._shrink(self.bytes_held)
             return
         self._held.setdefault(layer, {})[best] = came
         self.bytes_held += came.memory.numel()

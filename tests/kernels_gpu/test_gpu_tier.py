@@ -265,3 +265,89 @@ def test_above_a_disk_a_gpu_is_room(blobs, tmp_path):
     gone = next(iter(on_gpu))
     del both.store.gpu._held[0][gone]
     assert both.on_disk(0) == {gone} - in_ram and both.in_memory(0, request([gone])[1]) is (gone in in_ram)
+
+
+def failing(monkeypatch, error, after):
+    """Every request to the GPU but the first ones ends with an error."""
+    compute, calls = GpuExperts.project, []
+
+    def project(*arguments):
+        calls.append(1)
+        if len(calls) > after:
+            raise error
+        compute(*arguments)
+
+    monkeypatch.setattr(GpuExperts, "project", project)
+    return calls
+
+
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error")])
+def test_a_gpu_that_fails_leaves_its_experts_to_the_cpu(blobs, tmp_path, monkeypatch, caplog, error, disk):
+    cpu, both = executor_of(blobs, 0), executor_of(blobs, 2, tmp_path if disk else None)
+    for experts in ([0, 1], [0, 1], [0, 1]):
+        both.compute(0, *request(experts), Reduction.PER_EXPERT)
+    assert len(both.store.gpu.layer(0)) == 2
+    failing(monkeypatch, error, 0)
+    hidden, routing = request([0, 1, 2])
+    got, _ = both.compute(0, hidden, routing, Reduction.PER_EXPERT)
+    assert torch.equal(got, cpu.compute(0, hidden, routing, Reduction.PER_EXPERT)[0])
+    gpu = both.store.gpu
+    assert gpu.bytes_held == 0 and not gpu.layer(0)
+    lost = isinstance(error, torch.AcceleratorError)
+    assert gpu.idle is lost and ("The GPU failed (AcceleratorError: CUDA error)" in caplog.text) is lost
+    assert ("The GPU's memory is full: experts take 0.00 GB" in caplog.text) is not lost
+
+
+def test_half_of_the_experts_go_when_others_take_the_memory(blobs, monkeypatch):
+    cpu, both = executor_of(blobs, 0), executor_of(blobs, 4)
+    gpu = both.store.gpu
+    for experts in ([0, 1], [2, 3], [0, 1], [2, 3], [0, 1]):
+        both.compute(0, *request(experts), Reduction.PER_EXPERT)
+    held = gpu.bytes_held
+    assert gpu.layer(0).keys() == {0, 1, 2, 3}
+    compute, left = GpuExperts.moe_layer, [1]
+
+    def moe_layer(*arguments):
+        if left.pop() if left else 0:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(*arguments)
+
+    monkeypatch.setattr(GpuExperts, "moe_layer", moe_layer)
+    hidden, routing = request([0, 1, 0, 2], 2)
+    got, _ = both.compute(0, hidden, routing, Reduction.PER_EXPERT)
+    torch.testing.assert_close(
+        got, cpu.compute(0, hidden, routing, Reduction.PER_EXPERT)[0], rtol=1e-4, atol=1e-5
+    )
+    assert gpu.layer(0).keys() == {0, 1} and gpu.bytes_held == gpu.capacity_bytes == held // 2 and not gpu.idle
+
+
+def test_an_expert_that_has_no_room_after_all_is_computed_by_the_cpu(blobs, monkeypatch):
+    both = executor_of(blobs, 4)
+    gpu = both.store.gpu
+    both.compute(0, *request([0, 1]), Reduction.PER_EXPERT)
+    full = torch.OutOfMemoryError("CUDA out of memory.")
+    monkeypatch.setattr(GpuExperts, "load_blob", lambda *arguments: (_ for _ in ()).throw(full))
+    for _ in range(2):
+        both.compute(0, *request([0, 1]), Reduction.PER_EXPERT)
+    assert len(gpu.layer(0)) == 1 and gpu.capacity_bytes == gpu.bytes_held
+
+
+@pytest.mark.parametrize(
+    ("fault", "sentence"),
+    [
+        ("wrong", "In a trial of 1 tokens the GPU's results were 100% away from the CPU's."),
+        ("broken", "Their first request on the GPU failed: RuntimeError: no kernel image is available."),
+    ],
+)
+def test_experts_stay_on_the_cpu_when_a_trial_fails(blobs, monkeypatch, caplog, fault, sentence):
+    def project(gpu, spec, x, tile, tiles, numbers, weights, out):
+        if fault == "broken":
+            raise RuntimeError("no kernel image is available.\nCompile with TORCH_USE_CUDA_DSA.")
+
+    monkeypatch.setattr(GpuExperts, "project", project)
+    both = executor_of(blobs, 2)
+    both.store.prepare()
+    both.compute(0, *request([0, 1]), Reduction.PER_EXPERT)
+    assert both.store.gpu.idle and both.store.gpu.bytes_held == 0 and not both.store.gpu.break_even
+    assert sentence in caplog.text
