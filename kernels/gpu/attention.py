@@ -47,7 +47,10 @@ def turned(
     return x * c + tl.where(first, -other, other) * s
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["base", "tokens", "table_row"],
+    do_not_specialize_on_alignment=["sequences", "positions", "table"],
+)
 def _place_heads(
     base, rows, cos, sin, sequences, positions, table, query_norm, key_norm, queries,
     tokens, row_size, query_stride, keys_from, values_from, table_row, page_keys, page_values, eps,

@@ -21,9 +21,10 @@ class Rows(NamedTuple):
 class DeviceBatch:
     """T tokens of S sequences, one sequence after the other. Tensors are int64 on the device unless said otherwise.
 
-    Pages and states are addressed in bytes from the first of `base`, so that kernels know how they are aligned. A row
-    without a token has position -1, a sequence without one the count 0: a recorded pass may be larger than the
-    one that is run.
+    Pages and states are addressed in bytes from the first of `base`, so that kernels know how they are aligned. They
+    do not specialize it: Triton would take 32 bits for an address from it on AMD's GPUs, since the tensor itself is
+    small. A row without a token has position -1, a sequence without one the count 0: a recorded pass may be larger
+    than the one that is run.
     """
 
     base: torch.Tensor  # uint8, aligned as pages are

@@ -24,11 +24,13 @@ _VALUES = 32  # of a head's values in one program: so many columns of its state
 @triton.jit
 def _state(base, states, sequence, states_row, number):
     """Where a sequence's state lies."""
-    at = tl.multiple_of(tl.load(states + sequence * states_row + number), 64)
-    return (base + at).to(tl.pointer_type(tl.float32))
+    return tl.multiple_of(base + tl.load(states + sequence * states_row + number), 64).to(tl.pointer_type(tl.float32))
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["base", "tokens", "number"],
+    do_not_specialize_on_alignment=["states", "sequences", "positions", "firsts"],
+)
 def _convolve(
     base, rows, places, conv, states, sequences, positions, firsts, mixed, tokens, row_size, channels, states_row,
     number, TAPS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -52,7 +54,7 @@ def _convolve(
     tl.store(mixed + token[:, None] * channels + at, total * sigmoid(total), mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "number"], do_not_specialize_on_alignment=["states", "firsts", "counts"])
 def _keep_inputs(
     base, rows, places, states, firsts, counts, row_size, channels, states_row, number,
     TAPS: tl.constexpr, BLOCK: tl.constexpr,
@@ -72,7 +74,7 @@ def _keep_inputs(
             tl.store(kept + j * channels + at, new + old, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base", "number"], do_not_specialize_on_alignment=["states", "firsts", "counts"])
 def _recur(
     base, mixed, rows, b_places, a_places, decay, dt_bias, states, firsts, counts, out,
     row_size, channels, states_row, number, scale,
@@ -117,7 +119,7 @@ def _recur(
         tl.store(kept, state, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"], do_not_specialize_on_alignment=["positions"])
 def _gated_norm(
     y, rows, positions, z_places, to, norm, out, tokens, row_size, eps,
     HEADS: tl.constexpr, VALUES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,

@@ -163,7 +163,7 @@ def _activate(z, alpha, ACTIVATION: tl.constexpr):
     return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["arena"], do_not_specialize_on_alignment=["tokens"])
 def up_projection(
     arena, tiles, tokens, x, out, hidden, middle, columns, bias, o_values, o_scales, o_second, o_factors,
     alpha, limit, up_offset,
@@ -172,11 +172,12 @@ def up_projection(
 ):  # fmt: skip
     """x [tokens, hidden] → out [pairs, middle], activation included.
 
-    `tiles` int64 [tiles, 3]: an expert's first byte in the arena, its first sorted pair here, how many; `tokens`
-    int64 [pairs]: the token of each sorted pair. LIMIT: 0 none, 1 before the activation, 2 after it.
+    `tiles` int64 [tiles, 3]: an expert's first byte from the arena's, its first sorted pair here, how many; `tokens`
+    int64 [pairs]: the token of each sorted pair. LIMIT: 0 none, 1 before the activation, 2 after it. The arena is
+    not specialized: Triton would take 32 bits for an address from it on AMD's GPUs, since the tensor itself is small.
     """
     tile = tiles + tl.program_id(1) * 3
-    expert = arena + tl.multiple_of(tl.load(tile), 128)  # so that loads can be wide
+    expert = tl.multiple_of(arena + tl.load(tile), 128)  # so that loads can be wide
     first = tl.load(tile + 1)
     lanes = tl.arange(0, TILE)
     live = lanes < tl.load(tile + 2)
@@ -216,14 +217,14 @@ def up_projection(
     tl.store(to, up, mask=live[:, None] & here[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["arena"], do_not_specialize_on_alignment=["places"])
 def down_projection(
     arena, tiles, places, weights, x, out, hidden, middle, columns, bias, o_values, o_scales, o_second, o_factors,
     FMT: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [sorted pairs, middle] → out [pairs, hidden], row `places[i]` for the sorted pair i, times weights[i]."""
     tile = tiles + tl.program_id(1) * 3
-    expert = arena + tl.multiple_of(tl.load(tile), 128)  # so that loads can be wide
+    expert = tl.multiple_of(arena + tl.load(tile), 128)  # so that loads can be wide
     first = tl.load(tile + 1)
     lanes = tl.arange(0, TILE)
     live = lanes < tl.load(tile + 2)
@@ -254,9 +255,9 @@ def sum_pairs(pairs, offsets, out, hidden, BLOCK: tl.constexpr):
     tl.store(out + token.to(tl.int64) * hidden + at, total, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def linear(
-    base, x, out, tokens, rows, inputs, columns, x_row, out_row, bias, o_scales, o_second, o_factors,
+    matrix, x, out, tokens, rows, inputs, columns, x_row, out_row, bias, o_scales, o_second, o_factors,
     FMT: tl.constexpr, BIAS: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x f32 [tokens, inputs] → out f32 [tokens, rows], whose rows begin `x_row` and `out_row` numbers apart."""
@@ -266,7 +267,7 @@ def linear(
     which = row + tl.arange(0, BLOCK_ROWS)
     here = which < rows
     y = _multiply(
-        base, o_scales, o_second, o_factors, row, rows, columns, x, x_row, lanes, live, inputs,
+        matrix, o_scales, o_second, o_factors, row, rows, columns, x, x_row, lanes, live, inputs,
         FMT, TILE, BLOCK_ROWS, BLOCK_K,
     )  # fmt: skip
     if BIAS:

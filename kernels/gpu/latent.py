@@ -22,7 +22,10 @@ from .rows import ROWS
 _PAGE = tl.constexpr(PAGE)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["base", "tokens", "table_row"],
+    do_not_specialize_on_alignment=["sequences", "positions", "table"],
+)
 def _place_latents(
     base, queries, compressed, cos, sin, sequences, positions, table, norm, absorbed,
     tokens, query_row, compressed_row, table_row, page_at, eps,

@@ -63,7 +63,9 @@ def _dot(a, b, HALF: tl.constexpr):
     return tl.dot(a, b, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["base", "table_row"], do_not_specialize_on_alignment=["sequences", "positions", "table"]
+)
 def _attend(
     base, queries, sequences, positions, table, sums, stats, table_row, page_keys, page_values, window, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr, VALUE: tl.constexpr,
@@ -100,7 +102,7 @@ def _attend(
     total = tl.zeros((TILE,), dtype=tl.float32)
     sum = tl.zeros((TILE, BLOCK_V), dtype=tl.float32)
     for page in range(begin, end):
-        start = base + tl.multiple_of(tl.load(addresses + page), 64)
+        start = tl.multiple_of(base + tl.load(addresses + page), 64)
         where = page * _PAGE + lanes
         seen = (where >= first) & (where <= position)
         at = ((kv * _PAGE + lanes) * row)[:, None]
@@ -157,11 +159,11 @@ def _put_together(
     tl.store(out + head[:, None] * VALUE + v, y, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["base"], do_not_specialize_on_alignment=["table"])
 def _copy_pages(base, table, out, part_at, words, BLOCK: tl.constexpr):
     page = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = (base + tl.multiple_of(tl.load(table + page), 64) + part_at).to(tl.pointer_type(tl.int32))
+    source = (tl.multiple_of(base + tl.load(table + page), 64) + part_at).to(tl.pointer_type(tl.int32))
     tl.store(out + page * words + at, tl.load(source + at, mask=at < words, other=0), mask=at < words)
 
 
@@ -216,6 +218,7 @@ def attend(
         SHARED=cached.shared, WINDOW=cached.window is not None, HALF=cached.half, SPLITS=splits, TILE=_TILE,
         BLOCK_D=_block(cached.key), BLOCK_R=_block(cached.rest), BLOCK_V=block_v,
         num_warps=8 if block_v >= 256 else 4,
+        num_stages=2 if cached.half else 1,  # wide keys in more of them are more than a GPU's shared memory
     )  # fmt: skip
     tile = triton.next_power_of_2(cached.heads) if INTERPRETED else 1
     _put_together[batch.tokens, -(-cached.heads // tile)](

@@ -27,7 +27,7 @@ def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _add_norm(
     hidden, add, more, share, norm, out, half, tokens, width, share_row, eps,
     ADD: tl.constexpr, MORE: tl.constexpr, SHARE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -78,7 +78,7 @@ def add_norm(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _gate(rows, out, tokens, row_size, middle, ACTIVATION: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     token = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     at = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
@@ -97,7 +97,7 @@ def gate(rows: torch.Tensor, activation: Activation, out: torch.Tensor) -> None:
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _route(
     logits, bias, ids, weights, tokens, scaling,
     EXPERTS: tl.constexpr, GROUPS: tl.constexpr, TOP_GROUPS: tl.constexpr, TOP_K: tl.constexpr, SCORES: tl.constexpr,

@@ -2,11 +2,13 @@
 
     python compile_kernels.py 80                        # compute capability 8.0; half a minute
     python compile_kernels.py --every 80 90 gfx942      # and AMD's CDNA 3, all formats in all tiles; five minutes
+    python compile_kernels.py --anchored gfx942         # those that follow addresses alone
 
 Run without TRITON_INTERPRET. The launches are a trunk's and a node's, of real shapes; each is compiled, none is run.
 Prints the kernels that were compiled for all of them.
 """
 
+import re
 import sys
 from collections import defaultdict
 from typing import Any, get_args
@@ -21,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from moehive.kernels.blob import empty_blob
 from moehive.kernels.delta_net import DeltaNetLayer
-from moehive.kernels.geometry import Activation, ExpertSpec, tensor_bytes
+from moehive.kernels.geometry import Activation, ExpertSpec, Format, tensor_bytes
 from moehive.kernels.gpu.attention import GpuAttention
 from moehive.kernels.gpu.batch import DeviceBatch, Rows
 from moehive.kernels.gpu.delta_net import GpuDeltaNet
@@ -40,6 +42,8 @@ WAVES = {
     "gfx1100": 32,
 }  # threads of a wave: CDNA 3, RDNA 3
 TILES = (1, 16, 64)
+# Bytes of shared memory that a program may have: of compute capabilities 8.6, 8.9 and 12.0; AMD's of a compute unit.
+NVIDIA_SHARED, AMD_SHARED = 101_376, 65_536
 compiled: dict[str, set[str]] = defaultdict(set)  # the kernels, by architecture
 
 
@@ -66,7 +70,12 @@ def up_to_assembly() -> None:
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        assert b".visible .entry" in kernel.asm.get("ptx", b"") or b".amdhsa_kernel" in kernel.asm["amdgcn"]
+        on_nvidia = driver.active.name.isdecimal()
+        assert b".visible .entry" in kernel.asm["ptx"] if on_nvidia else b".amdhsa_kernel" in kernel.asm["amdgcn"]
+        assert kernel.metadata.shared <= (NVIDIA_SHARED if on_nvidia else AMD_SHARED), (self.fn.__name__, kwargs)
+        # What is addressed from a small tensor may lie anywhere: 32 bits are too few for the difference.
+        for anchor in re.findall(r"%(?:arena|base): [^%]*", re.search(r"tt\.func public .*", kernel.asm["ttir"])[0]):
+            assert "pointer_range" not in anchor, self.fn.__name__
         compiled[driver.active.name].add(self.fn.__name__)
 
     for backend, machine_code, assembly in ((CUDABackend, "cubin", "ptx"), (HIPBackend, "hsaco", "amdgcn")):
@@ -122,8 +131,8 @@ def single_rows() -> None:
     route(chosen, None, torch.zeros(2, 128), ids[:, :4].contiguous(), weights[:, :4].contiguous())
 
 
-def mixers() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
+def mixers(*dtypes: torch.dtype) -> None:
+    for dtype in dtypes:
         gated = AttentionLayer(
             heads=16, kv_heads=2, head_dim=256, rotary=64, scale=0.06, page_at=0, dtype=dtype, gated=True,
             query_norm=torch.zeros(256), key_norm=torch.zeros(256),
@@ -136,11 +145,13 @@ def mixers() -> None:
             attention = GpuAttention(layer, 0, CPU)
             attention(torch.zeros(2, layer.row), batch(2, False, layer.rotary // 2))
         attention(torch.zeros(2, layer.row), batch(2, True, layer.rotary // 2))
+        # DeepSeek's latents in f32 are more than most GPUs' shared memory; their checkpoints have none.
+        rank = 512 if dtype == torch.bfloat16 else 256
         mla = MlaLayer(
-            heads=64, nope=128, rope=64, rank=512, value=128, scale=0.1, up=torch.zeros(64 * 256, 512, dtype=dtype),
-            norm=torch.zeros(512), norm_eps=1e-6, page_at=0, dtype=dtype, interleaved=True,
+            heads=64, nope=128, rope=64, rank=rank, value=128, scale=0.1, up=torch.zeros(64 * 256, rank, dtype=dtype),
+            norm=torch.zeros(rank), norm_eps=1e-6, page_at=0, dtype=dtype, interleaved=True,
         )  # fmt: skip
-        GpuLatentAttention(mla, 0, CPU)(torch.zeros(2, 64 * 192), torch.zeros(2, 576), batch(2, False, 32))
+        GpuLatentAttention(mla, 0, CPU)(torch.zeros(2, 64 * 192), torch.zeros(2, rank + 64), batch(2, False, 32))
     net = DeltaNetLayer(
         key_heads=16, value_heads=32, key_dim=128, value_dim=128, grouped=False, conv=torch.zeros(4, 8192),
         decay=torch.zeros(32), dt_bias=torch.zeros(32), norm=torch.zeros(128), norm_eps=1e-6,
@@ -155,17 +166,22 @@ def linears(every: bool) -> None:
             GpuLinears([weights], CPU)(torch.zeros(tile, 256))
 
 
+def project(spec: ExpertSpec, tile: int) -> None:
+    x, numbers = torch.zeros(tile, spec.hidden_size), torch.zeros(2, tile, dtype=torch.int64)
+    tiles, weights = torch.zeros(1, 3, dtype=torch.int64), torch.zeros(tile)
+    GpuExperts(CPU).project(spec, x, tile, tiles, numbers, weights, torch.zeros(tile, spec.hidden_size))
+
+
+def qwen3(fmt: Format) -> ExpertSpec:
+    return ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format=fmt)
+
+
 def experts(every: bool) -> None:
     """Both projections in each format, in tiles of each size if `every` kernel counts, else of one in turn."""
-    gpu, tiles = GpuExperts(CPU), torch.zeros(1, 3, dtype=torch.int64)
-
-    def project(spec: ExpertSpec, tile: int) -> None:
-        x, numbers = torch.zeros(tile, spec.hidden_size), torch.zeros(2, tile, dtype=torch.int64)
-        gpu.project(spec, x, tile, tiles, numbers, torch.zeros(tile), torch.zeros(tile, spec.hidden_size))
-
-    for number, fmt in enumerate(BLOCK_COLUMNS):
-        for tile in TILES if every else (TILES[number % 3],):
-            project(ExpertSpec(hidden_size=2048, intermediate_size=768, activation="silu", format=fmt), tile)
+    for number, fmt in enumerate(get_args(Format)):
+        if fmt in BLOCK_COLUMNS:
+            for tile in TILES if every else (TILES[number % 3],):
+                project(qwen3(fmt), tile)
     gpt_oss = ExpertSpec(
         hidden_size=2880, intermediate_size=2880, activation="silu", format="mxfp4", alpha=1.702, limit=7.0,
         up_offset=1.0, bias=True,
@@ -173,16 +189,20 @@ def experts(every: bool) -> None:
     project(gpt_oss, 1)
     for activation in get_args(Activation):
         project(ExpertSpec(hidden_size=64, intermediate_size=64, activation=activation, gated=False), 1)
-    gpu.add_up(torch.zeros(2, 2048), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2048))
+    GpuExperts(CPU).add_up(torch.zeros(2, 2048), torch.zeros(2, dtype=torch.int64), torch.zeros(1, 2048))
 
 
 if __name__ == "__main__":
     up_to_assembly()
-    every = "--every" in sys.argv
-    for name in sys.argv[1 + every :]:
+    every, anchored = "--every" in sys.argv, "--anchored" in sys.argv
+    for name in sys.argv[1 + every + anchored :]:
         driver.set_active(Driver(name))
+        if anchored:
+            mixers(torch.bfloat16)
+            project(qwen3("q4_0"), 1)
+            continue
         single_rows()
-        mixers()
+        mixers(torch.float32, torch.bfloat16)
         linears(every)
         experts(every)
     print(" ".join(sorted(set.intersection(*compiled.values()))))
