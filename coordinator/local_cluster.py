@@ -236,6 +236,7 @@ class _Node:
         if advertise is not None:
             self._command += ["--advertise", f"127.0.0.1:{advertise}"]
         self._command += ["--state-dir", str(self._state), "--memory", str(memory_bytes), "--threads", str(threads)]
+        self._command += ["--vram", "0"]  # each would take the one GPU, and texts would depend on what lies there
         self._issue = issue
         self._process: asyncio.subprocess.Process | None = None
 

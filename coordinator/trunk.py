@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from moehive.kernels.geometry import GeometryError
+from moehive.kernels.gpu.failures import why
 from moehive.kernels.library import NativeLibraryError
 from moehive.kernels.linear import LinearOps
 from moehive.kernels.trunk_ops import TrunkOps
@@ -101,6 +102,8 @@ def _lean(checkpoint: ModelSource, parts: Parts, ops: Ops, device: str, kv_bytes
         log.info("The trunk runs on the CPU: %s", error)
         trunk = None
     if trunk is None:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()  # of a trunk that was tried there; others may use it
         log.info("The lean trunk runs %s", checkpoint.family)
         return LeanTrunk(parts, ops)
     log.info("The lean trunk runs %s on the GPU", checkpoint.family)
@@ -120,11 +123,9 @@ def _on_gpu(parts: Parts, ops: Ops, kv_bytes: int) -> Trunk:
         trunk = GpuTrunk(parts, ops, device, cache_room(parts, kv_bytes, torch.cuda.mem_get_info(device)[0]))
     except NoGpu:
         raise
-    except torch.OutOfMemoryError as error:
-        raise NoGpu("Its memory is full.") from error
     except Exception as error:  # of torch or the driver: their kinds are many
         log.debug("The trunk can't be moved to the GPU", exc_info=error)
-        raise NoGpu(f"Moving it to the GPU failed: {type(error).__name__}.") from error
+        raise NoGpu(f"Moving it to the GPU failed: {why(error)}.") from error
     if (complaint := disagreement(trunk, LeanTrunk(parts, ops))) is not None:
         raise NoGpu(complaint)
     return trunk

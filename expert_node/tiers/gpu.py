@@ -5,8 +5,8 @@ many do; from how many on is measured (`measure_break_even`). Copies stay in RAM
 cache's or the arena's: what a GPU drops is there at once.
 
 The GPU's arithmetic is not the CPU's: both are within the formats' tolerance of the reference, not equal bit for bit.
-A kind of expert comes here only after a trial beside the CPU (gpu_trial.py). A GPU whose memory others have taken gives
-up half of its experts, one that fails all of them; the CPU goes on.
+A kind of expert comes here only after a trial beside the CPU (gpu_trial.py). A GPU whose memory others have taken
+gives up half of its experts, one that fails all of them; the CPU goes on.
 """
 
 import logging

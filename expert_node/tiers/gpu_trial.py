@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 TOKENS = (1, 16, 40)  # of one expert, for each size of the kernels' tiles
 ONE_TOKEN = 3  # calls: launched, recorded and replayed
-# Of the results' norm: both round inputs of products to 8 bits or so. Something that is wrong is off by half and more.
+# Of the results' norm: both round inputs of products to some 8 bits. Something that is wrong is off by half and more.
 TOLERANCE = 0.1
 
 

@@ -1,4 +1,4 @@
-"""What went wrong on a GPU, in words: of torch, the driver, and of Triton, which compiles kernels at their first use."""
+"""What went wrong on a GPU, in words: of torch, the driver, or Triton, which compiles kernels at their first use."""
 
 import subprocess
 
@@ -11,8 +11,8 @@ def why(error: Exception) -> str:
         return "its memory is full"
     if isinstance(error, subprocess.CalledProcessError) or "Failed to find C" in str(error):
         return (
-            "Triton builds what starts its kernels with a C compiler and Python's headers, and one of them is missing "
-            "(on Debian and Ubuntu: sudo apt install gcc python3-dev)"
+            "Triton builds what starts its kernels with a C compiler and Python's headers, and one of them is "
+            "missing (on Debian and Ubuntu: sudo apt install gcc python3-dev)"
         )
     if isinstance(error, OSError) and error.filename is not None:
         return (

@@ -18,6 +18,8 @@ class Recorder:
         graph = torch.cuda.CUDAGraph()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
+            # Each thread has a handle of its own, whose memory can't be taken while launches are recorded.
+            torch.cuda.current_blas_handle()
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 call()

@@ -1,6 +1,7 @@
 """The lean trunk on a GPU, beyond its logits: its segments can be recorded, quantized weights, the choice of it."""
 
 import asyncio
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +24,8 @@ from moehive.coordinator.models.lean.parts import Parts
 from moehive.coordinator.models.lean.trunk import LeanTrunk
 from moehive.coordinator.settings import CoordinatorSettings, SettingsError
 from moehive.coordinator.trunk import load_trunk
-from moehive.coordinator.types import CoordinatorError
+from moehive.coordinator.types import CoordinatorError, NoRoom
+from moehive.kernels.gpu.failures import why
 from moehive.kernels.linear import LinearOps
 from moehive.kernels.trunk_ops import TrunkOps
 
@@ -87,7 +89,9 @@ def test_quantized_trunks_say_what_the_cpu_s_say(
     families_module: ModuleType, family: str, fmt: str, ops: Ops, tmp_path: Path
 ) -> None:
     parts = quantized(families_module, family, fmt, ops, tmp_path)
-    assert disagreement(GpuTrunk(parts, ops, DEVICE), LeanTrunk(parts, ops)) is None
+    gpu = GpuTrunk(parts, ops, DEVICE)
+    assert disagreement(gpu, LeanTrunk(parts, ops)) is None
+    assert gpu._free.keys() == {1, 2, 4, 8, 16, 32}  # the trial compiled what passes of any size launch
 
 
 def test_a_trunk_that_says_something_else_is_not_used(
@@ -99,7 +103,51 @@ def test_a_trunk_that_says_something_else_is_not_used(
     complaint = disagreement(gpu, cpu)
     assert complaint is not None and "In pass 1 of a trial the GPU's logits were 200% away" in complaint
     monkeypatch.setattr(gpu, "_head", None)
-    assert disagreement(gpu, cpu) == "Its first pass on the GPU failed: TypeError."
+    complaint = "Its first pass on the GPU failed: TypeError: 'NoneType' object is not callable."
+    assert disagreement(gpu, cpu) == complaint
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to\nallocate"), NoRoom, "The GPU's memory is full; end"),
+        (
+            torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might"),
+            CoordinatorError,
+            r"The GPU failed \(AcceleratorError: CUDA error: an illegal memory access was encountered\); restart",
+        ),
+    ],
+)
+def test_a_gpu_that_fails_later_ends_generations_with_a_sentence(
+    tiny_moe: Callable[[str], Path],
+    gpu_trunk: Callable[[Checkpoint], GpuTrunk],
+    reference_backend: Callable[[Checkpoint], ExpertBackend],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    sentence: str,
+) -> None:
+    checkpoint = Checkpoint.open(tiny_moe("mixtral"))
+    gpu = gpu_trunk(checkpoint)
+
+    def wait(step: object) -> None:
+        raise error
+
+    monkeypatch.setattr("moehive.coordinator.models.lean.gpu.step.GpuStep.wait", wait)
+    with pytest.raises(kind, match=sentence):
+        asyncio.run(gpu.forward([SequenceInput(torch.tensor([3]), gpu.new_cache())], reference_backend(checkpoint)))
+
+
+def test_what_failed_on_a_gpu_is_said_with_what_to_do() -> None:
+    assert why(torch.OutOfMemoryError("CUDA out of memory.\nTried")) == "its memory is full"
+    for error in (
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    ):
+        assert "sudo apt install gcc python3-dev" in why(error)
+    denied = PermissionError(13, "Permission denied", "/home/moehive/.triton")
+    assert why(denied).startswith("Triton can't keep its kernels in /home/moehive/.triton (Permission denied)")
+    assert why(RuntimeError()) == "RuntimeError"
 
 
 def test_room_on_a_gpu(families_module: ModuleType, ops: Ops, tmp_path: Path) -> None:
@@ -151,7 +199,7 @@ def test_a_gpu_that_fails_leaves_the_trunk_on_the_cpu(
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr("moehive.coordinator.models.lean.gpu.trunk.GpuTrunk", broken)
-    check("Moving it to the GPU failed: RuntimeError")
+    check("Moving it to the GPU failed: RuntimeError: CUDA error: an illegal memory access was encountered.")
     # One that can be moved there, and has no pass that succeeds.
     monkeypatch.setattr("moehive.coordinator.models.lean.gpu.trunk.GpuTrunk", lambda *arguments: object())
     check("Its first pass on the GPU failed: AttributeError")

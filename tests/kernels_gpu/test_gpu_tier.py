@@ -282,7 +282,9 @@ def failing(monkeypatch, error, after):
 
 
 @pytest.mark.parametrize("disk", [False, True])
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error")])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error")]
+)
 def test_a_gpu_that_fails_leaves_its_experts_to_the_cpu(blobs, tmp_path, monkeypatch, caplog, error, disk):
     cpu, both = executor_of(blobs, 0), executor_of(blobs, 2, tmp_path if disk else None)
     for experts in ([0, 1], [0, 1], [0, 1]):
@@ -316,9 +318,7 @@ def test_half_of_the_experts_go_when_others_take_the_memory(blobs, monkeypatch):
     monkeypatch.setattr(GpuExperts, "moe_layer", moe_layer)
     hidden, routing = request([0, 1, 0, 2], 2)
     got, _ = both.compute(0, hidden, routing, Reduction.PER_EXPERT)
-    torch.testing.assert_close(
-        got, cpu.compute(0, hidden, routing, Reduction.PER_EXPERT)[0], rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(got, cpu.compute(0, hidden, routing, Reduction.PER_EXPERT)[0], rtol=1e-4, atol=1e-5)
     assert gpu.layer(0).keys() == {0, 1} and gpu.bytes_held == gpu.capacity_bytes == held // 2 and not gpu.idle
 
 

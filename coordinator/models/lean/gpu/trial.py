@@ -1,7 +1,7 @@
 """A GPU's first passes, beside the CPU's: kernels are compiled for the GPU at hand, which may be a new one to them.
 
-So the trunk is used only once it has said what the CPU says. The passes also compile the kernels and record those of
-one token, which the first generation would otherwise wait for.
+So the trunk is used only once it has said what the CPU says. The passes also compile the kernels in all shapes that
+passes have, for which generations would otherwise wait, and record those of one token.
 """
 
 import asyncio
@@ -9,11 +9,15 @@ import logging
 
 import torch
 
+from moehive.kernels.gpu.failures import why
+from moehive.kernels.linear import FEW_TOKENS
+
 from ...base import NoExperts, SequenceInput, Trunk
 
 log = logging.getLogger(__name__)
 
-PASSES = (40, 1, 1, 1)  # tokens: a prompt, and single ones, which are launched, recorded and replayed
+# Tokens: a prompt, single ones, which are launched, recorded and replayed, and one pass for each size of step.
+PASSES = (40, 1, 1, 1, *(1 << n for n in range(1, FEW_TOKENS.bit_length())))
 # Of the logits' norm: the GPU rounds inputs of products to 8 bits in each of some dozens of layers. Something that is
 # wrong is off by half and more.
 TOLERANCE = 0.1
@@ -28,7 +32,7 @@ def disagreement(trunk: Trunk, cpu: Trunk) -> str | None:
         mine, reference = (asyncio.run(_logits(one)) for one in (trunk, cpu))
     except Exception as error:  # of torch, Triton or the driver: their kinds are many
         log.debug("The trunk's first pass on the GPU failed", exc_info=error)
-        return f"Its first pass on the GPU failed: {type(error).__name__}."
+        return f"Its first pass on the GPU failed: {why(error)}."
     for number, (one, other) in enumerate(zip(mine, reference, strict=True)):
         distance = float((one - other).norm() / other.norm())
         if not distance <= TOLERANCE:

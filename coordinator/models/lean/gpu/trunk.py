@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from triton import next_power_of_2
 
+from moehive.kernels.gpu.failures import why
 from moehive.kernels.gpu.graphs import Recorder
 from moehive.kernels.gpu.linear import GpuLinears
 from moehive.kernels.linear import FEW_TOKENS
 from moehive.kernels.trunk_ops import RouterLayer
 
 from .... import timeline
+from ....types import CoordinatorError, NoRoom
 from ...base import ExpertBackend, SequenceInput, Tiers, take_back_of, tiers_of
 from ..batch import Batch, Ops
 from ..cache import SequenceCache
@@ -76,7 +78,22 @@ class GpuTrunk:
         cache.clear()
 
     async def forward(self, batch: Sequence[SequenceInput], experts: ExpertBackend) -> list[torch.Tensor]:
-        """See `Trunk.forward`. Sums are in f32; the GPU's rounding depends on how many tokens a pass has."""
+        """See `Trunk.forward`. Sums are in f32; the GPU's rounding depends on how many tokens a pass has.
+
+        Raises NoRoom when others have taken the GPU's memory, and CoordinatorError when it fails.
+        """
+        try:
+            return await self._forward(batch, experts)
+        except torch.OutOfMemoryError as error:
+            raise NoRoom(
+                "The GPU's memory is full; end what else uses it, or give the coordinator a smaller --kv-memory."
+            ) from error
+        except torch.AcceleratorError as error:
+            raise CoordinatorError(
+                f"The GPU failed ({why(error)}); restart the coordinator, with --trunk-device cpu if it fails again."
+            ) from error
+
+    async def _forward(self, batch: Sequence[SequenceInput], experts: ExpertBackend) -> list[torch.Tensor]:
         run = Batch(batch, self._rope, self._ops)
         step = self._begin(run)
         tiers, take_back = tiers_of(experts), take_back_of(experts)
