@@ -25,22 +25,33 @@ def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["systemd-analyze", *arguments], capture_output=True, text=True, timeout=60)
 
 
+def copied(name: str, gpu: bool, folder: Path) -> Path:
+    """A unit, with what it needs for a GPU if asked."""
+    unit = folder / name
+    unit.write_text((DEPLOY / name).read_text() + ((DEPLOY / "gpu.conf").read_text() if gpu else ""))
+    return unit
+
+
 @needs_systemd
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("name", UNITS)
-def test_verify_has_nothing_to_say(name: str, tmp_path: Path) -> None:
-    # verify wants the program to be there, so the copy names one of this machine.
-    text = (DEPLOY / name).read_text()
+def test_verify_has_nothing_to_say(name: str, gpu: bool, tmp_path: Path) -> None:
+    # verify wants the programs to be there, so the copy names one of this machine.
+    unit = copied(name, gpu, tmp_path)
+    text = unit.read_text()
     assert INSTALLED in text
-    unit = tmp_path / name
-    unit.write_text(text.replace(INSTALLED, str(shutil.which("true"))))
+    for program in (INSTALLED, "/usr/bin/nvidia-modprobe"):
+        text = text.replace(program, str(shutil.which("true")))
+    unit.write_text(text)
     found = analyze("verify", str(unit))
     assert (found.returncode, found.stdout + found.stderr) == (0, "")
 
 
 @needs_systemd
+@pytest.mark.parametrize("gpu", [False, True])
 @pytest.mark.parametrize("name", UNITS)
-def test_exposure(name: str) -> None:
-    found = analyze("security", "--offline=true", "--no-pager", str(DEPLOY / name))
+def test_exposure(name: str, gpu: bool, tmp_path: Path) -> None:
+    found = analyze("security", "--offline=true", "--no-pager", str(copied(name, gpu, tmp_path)))
     level = re.search(r"Overall exposure level for \S+: ([\d.]+)", found.stdout)
     assert level is not None, found.stdout + found.stderr
     assert float(level[1]) <= MAX_EXPOSURE, found.stdout
@@ -79,6 +90,9 @@ def test_what_a_supervised_service_needs(name: str) -> None:
     assert service["Type"] == "notify" and service["NotifyAccess"] == "main"
     assert int(service["WatchdogSec"]) >= 10
     assert service["Restart"] == "on-failure" and "StartLimitBurst" in parser["Unit"]
+    # What a GPU's kernels are compiled into must be writable, whatever home the user has.
+    environment = re.findall(r"^Environment=TRITON_CACHE_DIR=%C/(\w+)/", (DEPLOY / name).read_text(), re.MULTILINE)
+    assert environment == [service["CacheDirectory"]]
     state = service["StateDirectory"]
     assert f"--state-dir %S/{state}" in service["ExecStart"].split(" $")[0]
     if "node" in name:
