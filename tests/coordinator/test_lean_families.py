@@ -187,8 +187,8 @@ def test_the_last_token_s_logits_alone(case: Any) -> None:
 def test_pages_are_counted_given_back_and_used_again(case: Any) -> None:
     trunk, backend, tokens, _ = case
     run(trunk, backend, tokens, [40])
-    pools = trunk._parts.cache.pools
-    used = [pool.used for pool in pools]
+    memories = trunk._parts.cache.memories.values()
+    used = [memory.used for memory in memories]
     cache = trunk.new_cache()
     for start in range(0, LENGTH, 10):
         asyncio.run(trunk.forward([SequenceInput(tokens[start : start + 10], cache)], backend))
@@ -197,7 +197,7 @@ def test_pages_are_counted_given_back_and_used_again(case: Any) -> None:
         )
         assert held <= trunk.cache_bytes(start + 10)
     trunk.free_cache(cache)
-    assert [pool.used for pool in pools] == used
+    assert [memory.used for memory in memories] == used
 
 
 @pytest.mark.parametrize("family", ["mixtral", "glm4_moe", "gpt_oss"])

@@ -29,12 +29,11 @@ class Slab:
 
 
 @dataclass(slots=True)
-class PagePool:
-    """The pages of one group of layers."""
+class PageMemory:
+    """Pages of one size, which all groups of layers that have it share: what one gives back another may take."""
 
-    window: int | None  # keys that a query sees, itself included; None: all
+    page_bytes: int
     device: torch.device = _CPU
-    page_bytes: int = 0  # grows while layers are added
     _slabs: list[Slab] = field(default_factory=list)  # that have free pages
     _taken: dict[int, Slab] = field(default_factory=dict)  # by a page's address
 
@@ -75,6 +74,14 @@ class PagePool:
         """Pages that sequences have."""
         return len(self._taken)
 
+
+@dataclass(slots=True)
+class PagePool:
+    """The pages of one group of layers."""
+
+    window: int | None  # keys that a query sees, itself included; None: all
+    page_bytes: int = 0  # grows while layers are added
+
     def pages(self, tokens: int, chunk: int) -> int:
         """Pages that a sequence of `tokens`, run at most `chunk` at a time, holds at its most."""
         if self.window is not None:
@@ -85,8 +92,9 @@ class PagePool:
 class PageTable:
     """One sequence's pages in one pool."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, memory: PageMemory) -> None:
         self._pool = pool
+        self._memory = memory
         self._pages: list[torch.Tensor | None] = []
         self._addresses = (ctypes.c_uint64 * 8)()
         self._behind = 0  # pages that were given back
@@ -114,7 +122,7 @@ class PageTable:
             ctypes.memmove(larger, self._addresses, ctypes.sizeof(self._addresses))
             self._addresses = larger
         while len(self._pages) < wanted:
-            page = self._pool.take()
+            page = self._memory.take()
             self._addresses[len(self._pages)] = page.data_ptr()
             self._pages.append(page)
 
@@ -137,7 +145,7 @@ class PageTable:
             assert page is not None
             self._pages[index] = None
             self._addresses[index] = 0
-            self._pool.give(page)
+            self._memory.give(page)
         self._behind = max(self._behind, before)
 
 
@@ -165,6 +173,7 @@ class CacheLayout:
 
     def __init__(self) -> None:
         self.pools: list[PagePool] = []
+        self.memories: dict[int, PageMemory] = {}  # by the size of their pages
         self._states: list[tuple[tuple[int, ...], torch.dtype]] = []
         self._device = _CPU
 
@@ -176,7 +185,7 @@ class CacheLayout:
     def on(self, device: torch.device) -> "CacheLayout":
         """The same for sequences whose pages and states lie on `device`."""
         other = CacheLayout()
-        other.pools = [PagePool(pool.window, device, pool.page_bytes) for pool in self.pools]
+        other.pools = [PagePool(pool.window, pool.page_bytes) for pool in self.pools]
         other._states, other._device = list(self._states), device
         return other
 
@@ -204,7 +213,7 @@ class CacheLayout:
     def new(self) -> SequenceCache:
         """An empty cache."""
         states = [torch.zeros(shape, dtype=dtype, device=self._device) for shape, dtype in self._states]
-        return SequenceCache([PageTable(pool) for pool in self.pools], states)
+        return SequenceCache([PageTable(pool, self._memory(pool.page_bytes)) for pool in self.pools], states)
 
     def nbytes(self, tokens: int, chunk: int) -> int:
         """Bytes of a sequence of `tokens`, run at most `chunk` at a time."""
@@ -213,5 +222,11 @@ class CacheLayout:
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes that the pools take at most beyond each one's largest use so far: a slab each, for one page of it."""
-        return sum(pool.slab_bytes for pool in self.pools)
+        """Bytes that pages take at most beyond the largest use of each size so far: a slab each, for one page of it."""
+        return sum(self._memory(size).slab_bytes for size in {pool.page_bytes for pool in self.pools})
+
+    def _memory(self, page_bytes: int) -> PageMemory:
+        """The same for all groups whose pages have this size; made once all layers were added."""
+        if page_bytes not in self.memories:
+            self.memories[page_bytes] = PageMemory(page_bytes, self._device)
+        return self.memories[page_bytes]

@@ -21,7 +21,7 @@ def cache_room(parts: Parts, kv_bytes: int, free_bytes: int) -> int:
     """Bytes that a GPU with `free_bytes` has for caches, beside the trunk; raises NoGpu if they are too few.
 
     They may be fewer than `kv_bytes`, the bound that was asked for, but enough for one sequence of LEAST_TOKENS. The
-    last slab of each pool of pages, which may be all but empty, is counted beside them.
+    last slab of pages of each size, which may be all but empty, is counted beside them.
     """
     try:
         weights = weight_bytes(parts)
