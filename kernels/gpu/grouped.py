@@ -70,26 +70,45 @@ def _e8m0(code):
 
 
 @triton.jit
-def _weights(base, o_scales, o_second, o_factors, rows, k, columns, live, half: tl.constexpr, fmt: tl.constexpr):
-    """f32 [rows, k]: the weights of `rows` at the columns `k`, of which the nibbles' `half` is 0 or 1.
-
-    `rows` are int64 [R, 1], `k` int64 [1, K], `live` masks what exists.
-    """
+def _plain_weights(base, rows, k, columns, live, fmt: tl.constexpr):
+    """f32 [rows, k]: the weights of `rows` int64 [R, 1] at the columns `k` int64 [1, K]; `live` masks what exists."""
     at = rows * columns + k
     if fmt == F32:
         return tl.load(_at(base, 0, tl.float32) + at, mask=live, other=0.0)
     if fmt == BF16:
         return tl.load(_at(base, 0, tl.bfloat16) + at, mask=live, other=0.0).to(tl.float32)
-    if fmt == F16:
-        return tl.load(_at(base, 0, tl.float16) + at, mask=live, other=0.0).to(tl.float32)
+    return tl.load(_at(base, 0, tl.float16) + at, mask=live, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _byte_weights(base, o_scales, rows, exists, start, columns, fmt: tl.constexpr, BLOCK_K: tl.constexpr):
+    """f32 [rows, BLOCK_K / 32, 32]: the weights of `rows` from the column `start` on, of formats of a byte.
+
+    `rows` are int64 [R, 1, 1], `exists` masks them. Bytes are loaded 16 at a time, a scale once for 32 columns.
+    """
+    block = start + tl.arange(0, BLOCK_K // 32)[None, :, None] * 32  # of columns
+    lane = tl.arange(0, 32)[None, None, :]
+    at = rows * columns + block
+    live = exists & (block < columns)
     if fmt == FP8:
-        place = rows // 128 * (columns // 128) + k // 128
+        place = rows // 128 * (columns // 128) + block // 128
         scale = tl.load(_at(base, o_scales, tl.float32) + place, mask=live, other=0.0)
-        return _e4m3(tl.load(base + at, mask=live, other=0)) * scale
-    if fmt == Q8_0:
-        scale = tl.load(_at(base, o_scales, tl.float16) + at // 32, mask=live, other=0.0).to(tl.float32)
-        return tl.load(_at(base, 0, tl.int8) + at, mask=live, other=0).to(tl.float32) * scale
-    byte = tl.load(base + at // 32 * 16 + k % 16, mask=live, other=0)
+        return _e4m3(tl.load(base + at + lane, mask=live, other=0)) * scale
+    scale = tl.load(_at(base, o_scales, tl.float16) + at // 32, mask=live, other=0.0).to(tl.float32)
+    return tl.load(_at(base, 0, tl.int8) + at + lane, mask=live, other=0).to(tl.float32) * scale
+
+
+@triton.jit
+def _nibble_weights(
+    base, o_scales, o_second, o_factors, rows, exists, start, columns,
+    half: tl.constexpr, fmt: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """f32 [rows, BLOCK_K / 32, 16]: as `_byte_weights`, of formats of half a byte; of each 32 the `half`, 0 or 1."""
+    block = start + tl.arange(0, BLOCK_K // 32)[None, :, None] * 32  # of columns
+    at = rows * columns + block
+    live = exists & (block < columns)
+    lane = tl.arange(0, 16)[None, None, :]
+    byte = tl.load(base + at // 32 * 16 + lane, mask=live, other=0)
     code = (byte >> (4 * half)) & 15
     if fmt == Q4_0:
         scale = tl.load(_at(base, o_scales, tl.float16) + at // 32, mask=live, other=0.0).to(tl.float32)
@@ -104,10 +123,10 @@ def _weights(base, o_scales, o_second, o_factors, rows, k, columns, live, half: 
         minimum = tl.load(base + o_second + at // 32, mask=live, other=0).to(tl.float32)
         return code.to(tl.float32) * (d * scale) - d_min * minimum
     if fmt == Q6_K:
-        high = tl.load(base + o_second + at // 64 * 16 + k % 16, mask=live, other=0)
-        upper = (high >> (k % 64 // 16 * 2).to(tl.uint8)) & 3
+        high = tl.load(base + o_second + at // 64 * 16 + lane, mask=live, other=0)
+        upper = (high >> (block // 32 % 2 * 4 + 2 * half).to(tl.uint8)) & 3
         d = tl.load(_at(base, o_factors, tl.float16) + at // 256, mask=live, other=0.0).to(tl.float32)
-        scale = tl.load(_at(base, o_scales, tl.int8) + at // 16, mask=live, other=0).to(tl.float32)
+        scale = tl.load(_at(base, o_scales, tl.int8) + at // 16 + half, mask=live, other=0).to(tl.float32)
         return ((code | upper << 4).to(tl.float32) - 32.0) * (d * scale)
     group: tl.constexpr = 32 if fmt == INT4_G32 else 64 if fmt == INT4_G64 else 128
     scale = tl.load(_at(base, o_scales, tl.float16) + at // group, mask=live, other=0.0).to(tl.float32)
@@ -122,21 +141,39 @@ def _multiply(
     FMT: tl.constexpr, TILE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """f32 [TILE, BLOCK_ROWS]: the vectors x[x_rows], `x_row` numbers apart, times the weights' rows from `row` on."""
-    halves: tl.constexpr = 1 if FMT <= FP8 or FMT == Q8_0 else 2
+    blocks: tl.constexpr = FMT > F16
+    halves: tl.constexpr = 2 if FMT > FP8 and FMT != Q8_0 else 1
     lanes = tl.arange(0, BLOCK_K // halves).to(tl.int64)
     which = (row + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     sums = tl.zeros((TILE, BLOCK_ROWS), dtype=tl.float32)
-    partial = tl.zeros((BLOCK_ROWS, BLOCK_K // halves), dtype=tl.float32)
+    if blocks:
+        partial = tl.zeros((BLOCK_ROWS, BLOCK_K // 32, 32 // halves), dtype=tl.float32)
+    else:
+        partial = tl.zeros((BLOCK_ROWS, BLOCK_K), dtype=tl.float32)
     for start in range(0, columns, BLOCK_K):
         for half in tl.static_range(halves):
+            exists = which < rows
             k = start + lanes
             if halves == 2:
                 k = start + lanes // 16 * 32 + half * 16 + lanes % 16
-            live = (which < rows)[:, None] & (k < columns)[None, :]
-            w = _weights(base, o_scales, o_second, o_factors, which[:, None], k[None, :], columns, live, half, FMT)
+            if blocks:
+                the_rows, exist = which[:, None, None], exists[:, None, None]
+                if halves == 2:
+                    w = _nibble_weights(
+                        base, o_scales, o_second, o_factors, the_rows, exist, start, columns, half, FMT, BLOCK_K
+                    )
+                else:
+                    w = _byte_weights(base, o_scales, the_rows, exist, start, columns, FMT, BLOCK_K)
+                if TILE > 1:
+                    w = tl.reshape(w, (BLOCK_ROWS, BLOCK_K // halves))
+            else:
+                live = exists[:, None] & (k < columns)[None, :]
+                w = _plain_weights(base, which[:, None], k[None, :], columns, live, FMT)
             x_at = x + x_rows[:, None] * x_row + k[None, :]
             xs = tl.load(x_at, mask=x_live[:, None] & (k < x_columns)[None, :], other=0.0).to(tl.float32)
             if TILE == 1:
+                if blocks:
+                    xs = tl.reshape(xs, (1, BLOCK_K // 32, 32 // halves))
                 partial += w * xs
             elif FMT == F32:
                 sums = tl.dot(xs, tl.trans(w), sums, input_precision="ieee")
@@ -145,6 +182,8 @@ def _multiply(
             else:
                 sums = tl.dot(xs.to(tl.bfloat16), tl.trans(w.to(tl.bfloat16)), sums)
     if TILE == 1:
+        if blocks:
+            partial = tl.sum(partial, 2)
         sums = tl.sum(partial, 1)[None, :]
     return sums
 

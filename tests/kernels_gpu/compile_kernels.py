@@ -44,6 +44,7 @@ WAVES = {
 TILES = (1, 16, 64)
 # Bytes of shared memory that a program may have: of compute capabilities 8.6, 8.9 and 12.0; AMD's of a compute unit.
 NVIDIA_SHARED, AMD_SHARED = 101_376, 65_536
+NARROW_LOADS = 12  # of one or two bytes, in a kernel that multiplies weights: for what they share
 compiled: dict[str, set[str]] = defaultdict(set)  # the kernels, by architecture
 
 
@@ -73,6 +74,8 @@ def up_to_assembly() -> None:
         on_nvidia = driver.active.name.isdecimal()
         assert b".visible .entry" in kernel.asm["ptx"] if on_nvidia else b".amdhsa_kernel" in kernel.asm["amdgcn"]
         assert kernel.metadata.shared <= (NVIDIA_SHARED if on_nvidia else AMD_SHARED), (self.fn.__name__, kwargs)
+        if on_nvidia and "FMT" in kwargs:
+            assert len(re.findall(rb"ld\.global\.b(?:8|16)\b", kernel.asm["ptx"])) <= NARROW_LOADS, kwargs
         # What is addressed from a small tensor may lie anywhere: 32 bits are too few for the difference.
         for anchor in re.findall(r"%(?:arena|base): [^%]*", re.search(r"tt\.func public .*", kernel.asm["ttir"])[0]):
             assert "pointer_range" not in anchor, self.fn.__name__

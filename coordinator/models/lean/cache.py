@@ -222,7 +222,7 @@ class CacheLayout:
 
     @property
     def slab_bytes(self) -> int:
-        """Bytes that pages take at most beyond the largest use of each size so far: a slab each, for one page of it."""
+        """Bytes that pages take at most beyond the largest use of each size so far: a slab, for one page of it."""
         return sum(self._memory(size).slab_bytes for size in {pool.page_bytes for pool in self.pools})
 
     def _memory(self, page_bytes: int) -> PageMemory:
