@@ -83,7 +83,7 @@ def up_to_assembly() -> None:
 
     for backend, machine_code, assembly in ((CUDABackend, "cubin", "ptx"), (HIPBackend, "hsaco", "amdgcn")):
         leave_out(backend, machine_code, assembly)
-    nvidia.get_ptx_version_from_options = lambda options, arch: 84
+    nvidia.get_ptx_version_from_options = lambda options, arch: 84 if arch < 100 else 87
     JITFunction.run = compile_only
 
 
