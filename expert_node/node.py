@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import grpc
 import torch
 
+from moehive.kernels.gpu.failures import why
 from moehive.kernels.machine import available_memory
 from moehive.kernels.ops import ExpertOps
 from moehive.proto import cluster_pb2 as pb
@@ -182,17 +183,21 @@ async def start(settings: Settings) -> Node:
 
 
 def _gpu(settings: Settings, ops: ExpertOps) -> "GpuTier | None":
-    """A GPU's memory as the fastest tier, where there is one."""
+    """A GPU's memory as the fastest tier, where there is one that can be used."""
     if settings.vram_bytes == 0 or not torch.cuda.is_available():
         return None
-    from .tiers.gpu import GpuTier, free_bytes
+    try:
+        from .tiers.gpu import GpuTier, free_bytes  # needs Triton, which comes with torch for a GPU
 
-    device = torch.device("cuda")
-    capacity = free_bytes(device) if settings.vram_bytes is None else settings.vram_bytes
-    log.info(
-        "%s holds %.2f GB of the experts that are used most.", torch.cuda.get_device_name(device), capacity / 1e9
-    )
-    return GpuTier(device, capacity, ops)
+        device = torch.device("cuda", torch.cuda.current_device())
+        capacity = free_bytes(device) if settings.vram_bytes is None else settings.vram_bytes
+        tier = GpuTier(device, capacity, ops)
+        name = torch.cuda.get_device_name(device)
+    except Exception as error:  # of torch or the driver: their kinds are many
+        log.warning("This node computes on the CPU; its GPU can't be used: %s.", why(error))
+        return None
+    log.info("%s holds %.2f GB of the experts that are used most.", name, capacity / 1e9)
+    return tier
 
 
 def _own_address(coordinator: str) -> str:

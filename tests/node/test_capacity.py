@@ -2,10 +2,14 @@
 
 import shutil
 from collections import namedtuple
+from pathlib import Path
 
 import torch
 
+from moehive.expert_node import node
+from moehive.expert_node.settings import Settings
 from moehive.expert_node.tiers import capacity
+from moehive.kernels.ops import ExpertOps
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -39,3 +43,20 @@ def test_a_gpu_keeps_a_tenth_of_what_is_free(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20_000, 24_000))
     assert free_bytes(torch.device("cuda")) == 18_000
+
+
+def test_a_node_whose_gpu_fails_at_once_goes_on_without(monkeypatch, caplog):
+    def fail(device):
+        raise torch.AcceleratorError(
+            "CUDA error: no kernel image is available for execution on the device\nCUDA kernel"
+        )
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fail)
+    assert node._gpu(Settings(state=Path("s"), threads=1), ExpertOps(1)) is None
+    (said,) = caplog.messages
+    assert said == (
+        "This node computes on the CPU; its GPU can't be used: AcceleratorError: CUDA error: no kernel image is "
+        "available for execution on the device."
+    )
