@@ -48,7 +48,7 @@ def _e4m3(code):
     wide = code.to(tl.uint32)
     number = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * 1329227995784915872903807060280344576.0  # 2^120
     number = tl.where((wide & 0x7F) == 0x7F, float("nan"), number)
-    return tl.where(wide & 0x80, -number, number)
+    return tl.where((wide & 0x80) != 0, -number, number)
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _e2m1(code):
     odd = (code & 1).to(tl.float32)
     normal = (1.0 + 0.5 * odd) * ((exponent + 126).to(tl.uint32) << 23).to(tl.float32, bitcast=True)
     number = tl.where(exponent == 0, 0.5 * odd, normal)
-    return tl.where(code & 8, -number, number)
+    return tl.where((code & 8) != 0, -number, number)
 
 
 @triton.jit
