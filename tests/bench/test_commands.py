@@ -8,7 +8,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from moehive.coordinator.bench import experts, hop, hop_case, trunk
+from moehive.coordinator.bench import experts, hop, hop_case, trunk, trunk_cases
 from moehive.coordinator.cli.main import app
 from moehive.coordinator.estimate.geometries import GEOMETRIES
 from moehive.kernels.geometry import ExpertSpec, Format
@@ -85,13 +85,14 @@ def test_hop_has_its_rows_and_its_summary(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_trunk_has_a_row_for_each_shape_and_format(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = trunk._SMALL | {"num_hidden_layers": 2}
-    monkeypatch.setattr(trunk, "_SMALL", small)
-    monkeypatch.setattr(trunk, "_REAL", {"real": ("qwen3_moe", small | {"hidden_size": 256, "head_dim": 64})})
+    small = trunk_cases.SMALL | {"num_hidden_layers": 2}
+    monkeypatch.setattr(trunk, "SMALL", small)
+    monkeypatch.setattr(trunk_cases, "SMALL", small)
+    monkeypatch.setattr(trunk_cases, "_REAL", {"real": ("qwen3_moe", small | {"hidden_size": 256, "head_dim": 64})})
     monkeypatch.setattr(trunk, "_READ_BYTES", 1 << 20)
     rows = rows_of("trunk", "--quick")
     cases = [(row["shape"], row["family"], row["format"]) for row in rows]
-    real = [("real", "qwen3_moe", name) for name in trunk._REAL_FORMATS[:3]]
+    real = [("real", "qwen3_moe", name) for name in trunk_cases._REAL_FORMATS[:3]]
     assert cases == [("64 wide", "mixtral", "f32"), *real]
     assert {"layer_us", "eager_us", "bytes", "bandwidth", "read_bandwidth", "ratio", "threads"} <= rows[0].keys()
     assert min(row["layer_us"] for row in rows) > 0

@@ -167,4 +167,5 @@ def test_a_disk_that_is_too_small_for_a_model(small_disk: Path, fill: Fill, sent
 def test_a_disk_that_is_too_small_for_a_pack(tiny_moe: Path, small_disk: Path, fill: Fill, sentence: Any) -> None:
     fill(small_disk, 64 << 10)
     said = sentence("convert", tiny_moe, small_disk / "pack", "--format", "keep")
-    assert "kB free, and 196.6 kB are still to be written" in said
+    assert "takes 256.6 kB more, and its disk has" in said and "kB left: free some space" in said
+    assert not (small_disk / "pack").exists()
