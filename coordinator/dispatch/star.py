@@ -77,7 +77,7 @@ class Star:
     def ask(self, sent: Sent, shares: dict[int, Share]) -> None:
         """Sends each node its share; those that can't be sent are `sent.lost`."""
         names = self._routes.placed.names
-        asked: list[tuple[Link, Share, asyncio.Future[Any]]] = []
+        asked: list[tuple[Link, Share, asyncio.Future[Any], float]] = []
         try:
             for index, share in shares.items():
                 if index == LOST:
@@ -90,8 +90,8 @@ class Star:
                     except NodeUnavailable:
                         sent.lost.append(share)
         finally:
-            for link, share, reply in asked:  # while the nodes work
-                sent.waiting.append(self._expect(link, sent, share, reply))
+            for link, share, reply, later in asked:  # while the nodes work
+                sent.waiting.append(self._expect(link, sent, share, reply, later))
 
     async def answers(self, sent: Sent) -> tuple[list[Rows], list[Share]]:
         """What was asked for: rows, and the shares that failed."""
@@ -140,8 +140,8 @@ class Star:
         self._speeds.of(part.node).backlog_s -= part.expected
         part.expected = 0.0
 
-    def _send(self, node: NodeName, sent: Sent, share: Share) -> tuple[Link, Share, asyncio.Future[Any]]:
-        """Raises NodeUnavailable when the node's link has just gone."""
+    def _send(self, node: NodeName, sent: Sent, share: Share) -> tuple[Link, Share, asyncio.Future[Any], float]:
+        """Also for how many seconds it is held back. Raises NodeUnavailable when the node's link has just gone."""
         link = self._links.get(node)
         if link is None:
             raise NodeUnavailable(node, f"Node {node} is away.")
@@ -155,10 +155,10 @@ class Star:
         sent_at = perf_counter_ns() + int(later * 1e9)
         reply = link.send((head, raw, share.message), len(raw), later=later)
         _show(node, sent, sent_at, reply)
-        return link, share, reply
+        return link, share, reply, later
 
-    def _expect(self, link: Link, sent: Sent, share: Share, reply: asyncio.Future[Any]) -> Part:
-        """What was just asked of a node, and by when it should be answered."""
+    def _expect(self, link: Link, sent: Sent, share: Share, reply: asyncio.Future[Any], later: float) -> Part:
+        """What was just asked of a node, or will be `later`, and by when it should be answered."""
         speed = self._speeds.of(link.node)
         nbytes = self._replies.read_bytes(sent.layer, share)
         expected = speed.expected(len(share.tokens), len(share.pairs), nbytes)
@@ -167,7 +167,7 @@ class Star:
         else:
             patience = 3 * (speed.backlog_s + expected + link.speed.round_trip_s) + watch.SLACK_SECONDS
         speed.backlog_s += expected
-        due = asyncio.get_running_loop().time() + patience
+        due = asyncio.get_running_loop().time() + later + patience
         part = Part(sent.layer, ((link.node, share),), share, reply, expected, due)
         self._watch.add(part)
         return part

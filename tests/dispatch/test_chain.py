@@ -12,7 +12,9 @@ import torch
 from moehive.coordinator.dispatch import spot_check
 from moehive.coordinator.dispatch.dispatcher import Dispatcher
 from moehive.coordinator.dispatch.link import MAX_IN_FLIGHT, Link, Peer
+from moehive.coordinator.dispatch.parts import Part
 from moehive.coordinator.dispatch.speed import LinkSpeed
+from moehive.coordinator.dispatch.watch import Watch
 from moehive.coordinator.dispatch.ways import RETRY, TRIALS, Ways
 from moehive.coordinator.types import NodeName, Plan
 from moehive.kernels.blob import build_blob
@@ -163,12 +165,18 @@ def test_a_chain_answers_what_a_star_does_and_who_did_what_is_known(tokens: int)
     run(main)
 
 
-def test_large_messages_of_a_star_leave_one_after_the_other() -> None:
+def test_large_messages_of_a_star_leave_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[Part] = []
+    monkeypatch.setattr(Watch, "add", lambda self, part: parts.append(part))
+    monkeypatch.setattr(Watch, "remove", lambda self, part: None)
+
     async def main() -> None:
         cluster = Cluster(chain=False)
         await cluster.submit(tokens=2048)
         held = sorted(later for node in cluster.nodes.values() for later in node.later)
         assert held[0] == 0.0 and all(late - early > 0.5 for early, late in pairwise(held))  # each takes 1 s
+        dues = sorted(part.due for part in parts)
+        assert dues[-1] - dues[0] == pytest.approx(held[-1], abs=0.5)  # who is asked later has as long to answer
         await cluster.submit(tokens=64)
         assert [node.later[-1] for node in cluster.nodes.values()] == [0.0] * 4
 
