@@ -206,6 +206,7 @@ def _checked(packed: dict[str, Any]) -> PackManifest:
         and [len(found) for found in pack.hashes] == [layer.experts * DIGEST_BYTES for layer in manifest.layers]
         and type(pack.source) is str
         and len(pack.source) <= _MAX_PATH
+        and pack.source.isprintable()  # it stands in sentences
         and type(pack.source_fingerprint) is str
         and all(
             type(part.name) is str
