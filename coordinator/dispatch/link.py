@@ -176,7 +176,7 @@ class Link:
         self.peer.next_id += ID_STEP
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Reply] = loop.create_future()
-        self._pending[number] = _Pending(future, monotonic() + later, nbytes, chained)
+        self._pending[number] = _Pending(future, monotonic(), nbytes, chained)
         self.peer.others = len(self._pending)
         future.add_done_callback(partial(self._settled, number))
         if later:
@@ -285,8 +285,10 @@ class Link:
         return request_id < self.peer.next_id and request_id % ID_STEP == FIRST_ID
 
     def _put(self, number: int, pieces: tuple[Buffer, ...]) -> None:
-        """A request is in line."""
-        if self._failure is None:
+        """A request is in line, unless it was given up meanwhile."""
+        pending = self._pending.get(number)
+        if pending is not None and self._failure is None:
+            pending.sent_at = monotonic()  # a timer's turn may come late
             self._line.append((number, (*pieces, id_piece(number))))
             self._write()
 

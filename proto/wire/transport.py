@@ -62,7 +62,7 @@ class Told(Protocol):
 
     @property
     def missing(self) -> int:
-        """Bytes that are to come of what has begun to, whatever else comes."""
+        """Bytes of the frame that has begun that are to come: the other side waits for nothing before it sends them."""
 
     def pause_writing(self) -> None:
         """Much waits to leave."""
@@ -276,7 +276,9 @@ class Transport:
             self._wake_at(wanted)
 
     def _wake_at(self, size: int) -> None:
-        """The loop is told of what has come once it is so many bytes, or the end."""
+        """The loop is told of what has come once it is so many bytes, or the end; not of a socket that is closed."""
+        if self._closing:
+            return
         self._wakes_at = size
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
 

@@ -20,6 +20,7 @@ from moehive.proto.wire import frames, transport
 from moehive.proto.wire.messages import prefix
 from moehive.proto.wire.server import Server
 from moehive.proto.wire.tls import server_context
+from moehive.proto.wire.windows import Sending
 
 METHOD = "/test.Service/Count"
 
@@ -143,3 +144,44 @@ def test_a_message_in_pieces_is_read_to_its_end(
 
     asyncio.run(asyncio.wait_for(main(), 60))
     assert max(wakes) > 1  # it was not woken for each piece
+
+
+class Closes:
+    """Who uses a transport and ends it when a part of a large message has come."""
+
+    missing = 1 << 20
+    read_at = 0
+
+    def __init__(self, its: transport.Transport) -> None:
+        self.sending = Sending()
+        self._its = its
+
+    def serve(self) -> None:
+        return None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return memoryview(bytearray(1 << 16))
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._its.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        pass
+
+
+def test_a_connection_that_ends_in_the_middle_of_a_message_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "WAKE_SECONDS", 1e9)
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            theirs = socket.create_connection(listener.getsockname())
+            ours, _ = listener.accept()
+        ours.setblocking(False)
+        end = transport.Transport(ours)
+        end._told = Closes(end)  # type: ignore[assignment]
+        theirs.sendall(bytes(30_000))
+        end.read()
+        assert ours.fileno() == -1
+        theirs.close()
+
+    asyncio.run(main())
