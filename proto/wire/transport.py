@@ -62,7 +62,7 @@ class Told(Protocol):
 
     @property
     def missing(self) -> int:
-        """Bytes of the frame that has begun that are to come: the other side waits for nothing before it sends them."""
+        """Bytes of the frame that has begun that are to come: the other side waits for nothing to send them."""
 
     def pause_writing(self) -> None:
         """Much waits to leave."""
